@@ -1,0 +1,181 @@
+"""The data that flows through a run, in the order in which it appears. Fields, shapes and units; no behaviour.
+
+    Problem -> Prompt -> Request -> Completion -> Rollout -> RolloutGroup -> TrainingSample -> MicroBatch
+    (task)     (ids)     (engine)   (engine)      (scored)   (G of one prompt) (one row)         (one forward)
+
+Letters: P prompts, G rollouts per prompt, R response tokens, L = prompt + response tokens, T packed tokens, N sequences
+in a pack, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Kind(enum.IntEnum):
+    """Where a training row comes from. An integer, so that a row's kind travels in a flat tensor."""
+
+    RL = 0
+    SFT = 1
+    REHEARSAL = 2
+    REPLAY = 3
+    EDGE = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One item of a task, as text."""
+
+    problem_id: str
+    """Stable over runs and files: equal problems have equal ids."""
+    prompt: str
+    """What the model reads, template applied."""
+    answer: str
+    """Reference answer, in the form that the task's ``score`` expects."""
+    solution: str | None = None
+    """Worked demonstration (for the supervised stage); None where the data has none."""
+    source: str = ""
+    """``file:line``, for error messages."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem with its token ids."""
+
+    problem: Problem
+    prompt_ids: Tensor
+    """[*] int64."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a verifier says of one response."""
+
+    reward: float
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named parts of the reward (``correct``, ``format``, ...), logged as ``reward/<part>``."""
+    reason: str = ""
+    """A few words for the viewer: ``correct``, ``wrong``, ``no answer``, ``timeout``, ``crash: ...``."""
+    is_failure: bool = False
+    """The scorer itself failed (timeout, crash): counted as ``dropped/score_<reason>``, never a silent zero."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate."""
+
+    prompt_ids: Tensor
+    """[*] int64."""
+    max_new_tokens: int
+    temperature: float
+    """0 means greedy: allowed in evaluation, refused in training."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    seed: int = 0
+    """Sampling is a function of (weights, prompt, seed): no generator state has to survive a restart."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine returns for one request."""
+
+    response_ids: Tensor
+    """[R] int64, the end-of-sequence token included where it was sampled."""
+    log_probs: Tensor
+    """[R] float32: log p of each sampled token, at the sampling temperature."""
+    finish_reason: FinishReason
+    weight_version: int
+    """Publish counter of the weights that sampled it."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One scored episode."""
+
+    completion: Completion
+    score: Score
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G rollouts of one prompt."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+
+@dataclass
+class TrainingSample:
+    """One row: a prompt, its response, and what is known of each response token.
+
+    Vectors over the response are [R] float32; ``fill_log_probs`` and ``assign_advantages`` fill what is None here.
+    """
+
+    prompt_ids: Tensor
+    """[*] int64."""
+    response_ids: Tensor
+    """[R] int64."""
+    kind: Kind
+    reward: float = 0.0
+    group_index: int = -1
+    """Which group of the batch the row belongs to; -1 outside any group."""
+    finish_reason: FinishReason = "stop"
+    weight_version: int = 0
+    rollout_log_probs: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    advantages: Tensor | None = None
+    weights: Tensor | None = None
+    """[R] float32: the factor of each token's loss term. Every aggregation is such a factor (losses/aggregate.py)."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.response_ids)
+
+
+@dataclass
+class MicroBatch:
+    """One forward's tokens, packed without padding between sequences (THD); made by ``data/pack.py`` only.
+
+    Token vectors are [T]. ``labels[t]`` is the token after ``input_ids[t]``; where there is none (last token of a
+    sequence, tail padding) it is 0 and both masks are False. Vectors over tokens are 0.0 outside ``response_mask``.
+    """
+
+    input_ids: Tensor
+    """[T] int64."""
+    labels: Tensor
+    """[T] int64."""
+    position_ids: Tensor
+    """[T] int64, from 0 in each sequence."""
+    cu_seqlens: Tensor
+    """[N + 1] int32 sequence borders; tail padding, where there is any, is the last sequence."""
+    max_seqlen: int
+    response_mask: Tensor
+    """[T] bool: the label is a generated or target token."""
+    loss_mask: Tensor
+    """[T] bool: the label enters the loss."""
+    rows: list[int]
+    """Indices of the packed samples in the mini-batch, in packing order."""
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    """``weights``, ``advantages``, ``old_log_probs``, ... each [T] float32."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return MicroBatch(
+            move(self.input_ids), move(self.labels), move(self.position_ids), move(self.cu_seqlens), self.max_seqlen,
+            move(self.response_mask), move(self.loss_mask), self.rows, {k: move(v) for k, v in self.vectors.items()},
+        )
