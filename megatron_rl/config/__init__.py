@@ -1,0 +1,23 @@
+"""YAML in, checked frozen dataclasses out, before torch is imported.
+
+``load_config(path, overrides)`` merges ``defaults:``, dotted overrides and interpolation (load.py), checks every value and
+every pair of values (schema.py, algorithms.py), and checks the names of pass-through fields against the upstream sources
+(upstream.py). Nothing in this package imports torch.
+"""
+
+from megatron_rl.config.algorithms import AlgorithmConfig, GRPOConfig, KLConfig, OverlongConfig, SFTConfig
+from megatron_rl.config.files import check_files
+from megatron_rl.config.load import load_config, save_resolved
+from megatron_rl.config.schema import Config
+
+__all__ = [
+    "AlgorithmConfig",
+    "Config",
+    "GRPOConfig",
+    "KLConfig",
+    "OverlongConfig",
+    "SFTConfig",
+    "check_files",
+    "load_config",
+    "save_resolved",
+]

@@ -1,0 +1,60 @@
+"""Checks of what a config points at: model directory, tokenizer, problem files. Still without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_rl.config.schema import Config
+from megatron_rl.errors import UserError
+
+
+def check_files(config: Config) -> None:
+    """Open what the run will need and check that it fits the layout, so that a mistake costs a second and not a queue slot.
+
+    Raises:
+        UserError: naming the config key whose path or size is wrong.
+    """
+    from megatron_rl.convert.shape import ModelShape
+
+    policy = config.policy
+    directory = Path(policy.model_path)
+    if not directory.is_dir():
+        raise UserError("policy.model_path", policy.model_path, "is not a directory", "give a Hugging Face checkpoint directory")
+    shape = ModelShape.from_directory(directory)
+    _check_layout(config, shape)
+    tokenizer = Path(policy.tokenizer_path or directory)
+    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        key = "policy.tokenizer_path" if policy.tokenizer_path else "policy.model_path"
+        raise UserError(key, str(tokenizer), "holds no tokenizer", "point policy.tokenizer_path at a directory that has one")
+    if policy.initialization == "pretrained" and not any(directory.glob("*.safetensors")):
+        raise UserError(
+            "policy.model_path", str(directory), "holds no *.safetensors weights",
+            "give a directory with weights, or set policy.initialization=random to start from nothing",
+        )
+    for key, file in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if file is not None and not Path(file).is_file():
+            raise UserError(key, file, "is not a file", "give the path of a .jsonl file")
+    recorded = config.rollout.recorded_dir
+    if recorded is not None and not Path(recorded).is_dir():
+        raise UserError("rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run")
+
+
+def _check_layout(config: Config, shape: object) -> None:
+    policy = config.policy
+    for size, what, length in (
+        (policy.tensor_parallel_size, "num_attention_heads", shape.num_attention_heads),
+        (policy.tensor_parallel_size, "num_key_value_heads", shape.num_key_value_heads),
+        (policy.tensor_parallel_size, "intermediate_size", shape.intermediate_size),
+        (policy.pipeline_parallel_size, "num_hidden_layers", shape.num_layers),
+    ):
+        if length % size:
+            name = "pipeline" if what == "num_hidden_layers" else "tensor"
+            raise UserError(
+                f"policy.megatron_cfg.{name}_model_parallel_size", size, f"must divide the model's {what} = {length}",
+                f"choose a divisor of {length}",
+            )
+    if config.rollout.max_new_tokens >= shape.max_position_embeddings and config.trainer.stage == "rl":
+        raise UserError(
+            "rollout.max_new_tokens", config.rollout.max_new_tokens,
+            f"leaves no room for a prompt in the model's context of {shape.max_position_embeddings} tokens", "lower it",
+        )

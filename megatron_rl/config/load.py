@@ -1,0 +1,136 @@
+"""From a YAML file and dotted overrides to a checked ``Config``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
+
+from megatron_rl.config.schema import Config
+from megatron_rl.config.upstream import nearest
+from megatron_rl.errors import UserError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file: ``defaults:`` first, then the file, then the overrides, then interpolation, then the checks.
+
+    Args:
+        path: YAML file. ``defaults: other.yaml`` (or a list) names files to inherit from, relative to this one.
+        overrides: ``section.field=value``, in YAML syntax.
+
+    Raises:
+        UserError: for the first thing that is wrong, naming the dotted key.
+    """
+    merged = OmegaConf.merge(_read(Path(path), seen=()), *(_parse_override(item) for item in overrides))
+    try:
+        data = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or str(path)
+        raise UserError(key, None, f"cannot be resolved ({str(error).splitlines()[0]})", "correct the interpolation") from None
+    assert isinstance(data, dict)
+    _check_given(data, ())
+    try:
+        return TypeAdapter(Config).validate_python(data)
+    except ValidationError as error:
+        raise _explain(error, data) from None
+
+
+def save_resolved(config: Config, path: Path) -> None:
+    """Write the config with every default filled in, so that the file alone repeats the run."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    os.replace(temporary, path)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    path = path.resolve()
+    if path in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise UserError("defaults", path.name, f"files inherit from each other in a circle: {chain}", "break the circle")
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError("config", str(path), f"cannot be read ({error.strerror})", "give the path of a YAML file") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError("config", str(path), f"is not valid YAML ({error})", "correct the file") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError("config", str(path), "must be a mapping of sections", "start from a file in configs/")
+    parents = loaded.pop("defaults", None)
+    parents = [parents] if isinstance(parents, str) else list(parents or [])
+    merged = OmegaConf.merge(*(_read(path.parent / parent, (*seen, path)) for parent in parents), loaded)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _parse_override(item: str) -> DictConfig:
+    key, equals, _ = item.partition("=")
+    if not equals or not key or key != key.strip():
+        raise UserError("override", item, "must read section.field=value", "for example trainer.max_steps=100")
+    return OmegaConf.from_dotlist([item])
+
+
+def _check_given(data: object, where: tuple[str, ...]) -> None:
+    """A value of ``???`` in an exemplar is one that only the user knows."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            _check_given(value, (*where, str(key)))
+    elif data == "???":
+        key = ".".join(where)
+        raise UserError(key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file")
+
+
+def _explain(error: ValidationError, data: dict[str, Any]) -> UserError:
+    """Turn pydantic's first error into ours."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):  # raised by a section's own check
+        return cause
+    keys = _dotted(first["loc"], data)
+    key = ".".join(keys)
+    if first["type"] == "unexpected_keyword_argument":
+        return UserError(key, first["input"], "is not a known key", nearest(keys[-1], _siblings(keys[:-1], data)))
+    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return UserError(key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file")
+    if first["type"].startswith("union_tag"):
+        expected = first.get("ctx", {}).get("expected_tags", "")
+        tag = data.get(keys[0], {}).get("name") if isinstance(data.get(keys[0]), dict) else None
+        return UserError(f"{key}.name", tag, f"must be one of {expected}", "choose one of them")
+    rule = first["msg"][0].lower() + first["msg"][1:]
+    return UserError(key, first["input"], rule, "correct the value")
+
+
+def _dotted(location: Sequence[str | int], data: dict[str, Any]) -> list[str]:
+    """Pydantic's location without the union tags that it inserts (``algorithm.grpo.kl`` is ``algorithm.kl`` here)."""
+    keys: list[str] = []
+    for part in map(str, location):
+        parent = data
+        for key in keys:
+            parent = parent.get(key, {}) if isinstance(parent, dict) else {}
+        if isinstance(parent, dict) and parent.get("name") == part and part not in parent:
+            continue
+        keys.append(part)
+    return keys
+
+
+def _siblings(keys: Sequence[str], data: dict[str, Any]) -> list[str]:
+    """Valid names beside an unknown one: the fields of the section's class."""
+    from typing import get_args, get_type_hints
+
+    cls: Any = Config
+    for position, key in enumerate(keys):
+        hint = get_type_hints(cls, include_extras=True).get(key)
+        options = [option for option in (get_args(get_args(hint)[0]) if key == "algorithm" else [hint]) if option]
+        tag = data.get(key, {}).get("name") if position == 0 else None
+        matching = [o for o in options if getattr(o, "__dataclass_fields__", {}).get("name") and tag in get_args(
+            get_type_hints(o)["name"])]
+        cls = (matching or options or [None])[0]
+        if not hasattr(cls, "__dataclass_fields__"):
+            return []
+    return list(cls.__dataclass_fields__)

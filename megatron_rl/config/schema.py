@@ -1,0 +1,326 @@
+"""The sections of a config file: fields, defaults, and the rules between fields. A default lives here and nowhere else.
+
+Section and field names are NeMo's where NeMo has one (``trainer``, ``exp_manager``, ``policy.megatron_cfg``, ...).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megatron_rl.config import upstream
+from megatron_rl.config.algorithms import STAGE_OF_ALGORITHM, AlgorithmConfig
+from megatron_rl.config.section import section
+from megatron_rl.errors import UserError
+
+
+@section
+class TrainerConfig:
+    """How long, how wide, in which precision."""
+
+    stage: Literal["rl", "sft"] = "rl"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """``auto`` takes the GPU where torch sees one."""
+    devices: PositiveInt = 1
+    """Processes on each node: GPUs, or CPU ranks."""
+    num_nodes: PositiveInt = 1
+    threads_per_rank: NonNegativeInt = 0
+    """CPU threads of each process; 0 shares the cores out."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """``bf16`` keeps float32 main weights in the optimizer. CPUs without AMX or AVX-512-BF16 are far faster in fp32."""
+    max_steps: PositiveInt = 1000
+    seed: int = 1234
+    timeout_s: PositiveFloat = 1800.0
+    """A collective that takes longer ends the run."""
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+
+@section
+class CheckpointConfig:
+    """``checkpoint_callback_params``: when to save, what to keep."""
+
+    every_n_train_steps: PositiveInt = 50
+    """The last step is always saved."""
+    keep_last: PositiveInt = 2
+
+
+@section
+class ExpManagerConfig:
+    """Where a run lives, how it resumes, where its metrics go."""
+
+    exp_dir: str = "runs"
+    name: str = "default"
+    resume_if_exists: bool = True
+    """Continue from the last complete checkpoint of this run, if there is one; the same command starts and resumes."""
+    resume_from_checkpoint: str | None = None
+    """One checkpoint directory, instead of the last complete one; an incomplete one is an error."""
+    create_checkpoint_callback: bool = True
+    checkpoint_callback_params: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    export_hf: bool = True
+    """Write ``hf/``, a Hugging Face checkpoint, at the end."""
+    create_tensorboard_logger: bool = False
+    summary_writer_kwargs: dict[str, Any] = Field(default_factory=dict)
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.exp_dir) / self.name
+
+
+@section
+class SchedConfig:
+    """Learning-rate schedule, in optimizer updates (not steps: a step can hold several updates)."""
+
+    name: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
+    warmup_updates: NonNegativeInt = 0
+    decay_updates: PositiveInt | None = None
+    """Updates until ``min_lr``; required by linear and cosine."""
+
+    def __post_init__(self) -> None:
+        if self.name in ("linear", "cosine") and self.decay_updates is None:
+            raise UserError(
+                "policy.optim.sched.decay_updates", None, f"{self.name} needs the number of updates until min_lr",
+                "set it, usually to trainer.max_steps times the updates of a step",
+            )
+        if self.decay_updates is not None and self.warmup_updates >= self.decay_updates:
+            raise UserError(
+                "policy.optim.sched.warmup_updates", self.warmup_updates,
+                f"must be below decay_updates = {self.decay_updates}", "shorten the warm-up or lengthen the decay",
+            )
+
+
+@section
+class OptimConfig:
+    """Megatron's optimizer. Fields beyond these go to ``optimizer_cfg`` under Megatron's names."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    lr: PositiveFloat = 1e-6
+    min_lr: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 is off."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_eps: PositiveFloat = 1e-8
+    sched: SchedConfig = Field(default_factory=SchedConfig)
+    optimizer_cfg: dict[str, Any] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise UserError("policy.optim.min_lr", self.min_lr, f"must not exceed lr = {self.lr}", "lower it")
+        upstream.check_names(
+            "policy.optim.optimizer_cfg", self.optimizer_cfg, upstream.OPTIMIZER, owned=upstream.OPTIMIZER_OWNED
+        )
+
+
+@section
+class PolicyConfig:
+    """The model that is trained."""
+
+    model_path: str
+    """Hugging Face directory: config.json, tokenizer, and weights unless ``initialization: random``."""
+    tokenizer_path: str | None = None
+    """Another directory for the tokenizer."""
+    initialization: Literal["pretrained", "random"] = "pretrained"
+    megatron_cfg: dict[str, Any] = Field(default_factory=dict)
+    """Fields of Megatron's TransformerConfig under their own names: parallel sizes, recompute, fp8, ... The shape of the
+    model is not among them: it comes from config.json."""
+    ddp_cfg: dict[str, Any] = Field(default_factory=dict)
+    """Fields of Megatron's DistributedDataParallelConfig."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train_global_batch_size: PositiveInt = 512
+    """Rows of one optimizer update, over all ranks."""
+    train_micro_batch_tokens: PositiveInt = 16384
+    """Tokens of one forward and backward on one data-parallel rank; a longer single row still goes alone."""
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return int(self.megatron_cfg.get("tensor_model_parallel_size", 1))
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        return int(self.megatron_cfg.get("pipeline_model_parallel_size", 1))
+
+    def __post_init__(self) -> None:
+        upstream.check_names(
+            "policy.megatron_cfg", self.megatron_cfg, upstream.TRANSFORMER, owned=upstream.TRANSFORMER_OWNED
+        )
+        upstream.check_names("policy.ddp_cfg", self.ddp_cfg, upstream.DDP, owned=upstream.DDP_OWNED)
+        if self.megatron_cfg.get("sequence_parallel") and self.tensor_parallel_size == 1:
+            raise UserError(
+                "policy.megatron_cfg.sequence_parallel", True, "needs tensor_model_parallel_size above 1",
+                "leave it out, or raise the tensor-parallel size",
+            )
+        for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
+            if (self.megatron_cfg.get(name) or 1) != 1:
+                raise UserError(
+                    f"policy.megatron_cfg.{name}", self.megatron_cfg[name], "this version trains with 1 here",
+                    "use tensor, pipeline and data parallelism",
+                )
+
+
+@section
+class RolloutConfig:
+    """How responses are sampled in training."""
+
+    engine: Literal["transformers", "recorded"] = "transformers"
+    """``transformers`` generates in process, each rank its share; ``recorded`` replays the files of ``record``."""
+    temperature: float = 1.0
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: NonNegativeInt = 0
+    max_new_tokens: PositiveInt = 1024
+    max_batch_size: PositiveInt = 256
+    """Sequences that one rank generates at once (``transformers``)."""
+    record: bool = False
+    """Keep every step's rollouts in ``<run>/rollouts/``."""
+    recorded_dir: str | None = None
+    """Where ``engine: recorded`` reads."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise UserError(
+                "rollout.temperature", self.temperature, "training samples, so it must be above 0",
+                "use 1.0 (greedy decoding belongs to eval.greedy)",
+            )
+        if (self.engine == "recorded") != (self.recorded_dir is not None):
+            raise UserError(
+                "rollout.recorded_dir", self.recorded_dir, "is given exactly when rollout.engine is recorded",
+                "set both or neither",
+            )
+
+
+@section
+class DataConfig:
+    """Where problems come from and how they are scored."""
+
+    task: str
+    """A name from megatron_rl.tasks: gsm8k, word_problems."""
+    train: str
+    """Problem file (.jsonl or .jsonl.gz) to train on."""
+    validation: str | None = None
+    """Problem file to evaluate on; required by ``eval``."""
+    template: str | None = None
+    """Prompt template with ``{question}``; null takes the task's own."""
+    apply_chat_template: bool = False
+    """Wrap the prompt as a user message with the tokenizer's chat template."""
+    shuffle: bool = True
+    max_prompt_tokens: PositiveInt | None = None
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """A prompt that leaves no room for ``max_new_tokens`` stops the run, or is left out and counted."""
+    num_scoring_workers: PositiveInt = 2
+    scoring_timeout_s: PositiveFloat = 10.0
+    """Deadline of one score; the worker is killed and the row counted as dropped/score_timeout."""
+
+
+@section
+class EvalConfig:
+    """Accuracy on ``data.validation``: pass@k from samples at ``temperature``, and greedy."""
+
+    before: bool = False
+    after: bool = False
+    every_n_steps: NonNegativeInt = 0
+    """0: never during training."""
+    num_problems: PositiveInt | None = None
+    """The first so many; null takes all."""
+    num_samples: PositiveInt = 8
+    """Samples per problem before and after training."""
+    num_samples_during: PositiveInt = 1
+    k_values: list[PositiveInt] = Field(default_factory=lambda: [1, 8])
+    greedy: bool = True
+    temperature: PositiveFloat = 1.0
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+    @property
+    def is_used(self) -> bool:
+        return self.before or self.after or self.every_n_steps > 0
+
+    def __post_init__(self) -> None:
+        if max(self.k_values) > self.num_samples:
+            raise UserError(
+                "eval.k_values", self.k_values, f"pass@k needs k <= num_samples = {self.num_samples}",
+                "raise eval.num_samples or drop the larger k",
+            )
+
+
+@section
+class WeightSyncConfig:
+    """How the engine gets new weights. The in-process engines copy; server engines bring their own settings."""
+
+
+@section
+class Config:
+    """One run."""
+
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = Field(default_factory=ExpManagerConfig)
+    policy: PolicyConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig
+    data: DataConfig
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.trainer.world_size // (self.policy.tensor_parallel_size * self.policy.pipeline_parallel_size)
+
+    @property
+    def num_updates_per_step(self) -> int:
+        """Optimizer updates in one step."""
+        if self.algorithm.num_rows is None:
+            return 1
+        return self.algorithm.num_epochs * self.algorithm.num_rows // self.policy.train_global_batch_size
+
+    def __post_init__(self) -> None:
+        self._check_stage()
+        self._check_batch_arithmetic()
+        if self.eval.is_used and self.data.validation is None:
+            raise UserError(
+                "data.validation", None, "eval is on, so there must be problems to evaluate on",
+                "give data.validation=FILE, or switch eval.before, eval.after and eval.every_n_steps off",
+            )
+
+    def _check_stage(self) -> None:
+        stage = STAGE_OF_ALGORITHM[self.algorithm.name]
+        if stage != self.trainer.stage:
+            names = [name for name, of in STAGE_OF_ALGORITHM.items() if of == self.trainer.stage]
+            raise UserError(
+                "algorithm.name", self.algorithm.name, f"belongs to trainer.stage {stage}, not {self.trainer.stage}",
+                f"set trainer.stage={stage}, or choose an algorithm of this stage: {', '.join(names)}",
+            )
+
+    def _check_batch_arithmetic(self) -> None:
+        model_size = self.policy.tensor_parallel_size * self.policy.pipeline_parallel_size
+        world_size = self.trainer.world_size
+        if world_size % model_size:
+            raise UserError(
+                "trainer.devices", self.trainer.devices,
+                f"devices * num_nodes = {world_size} must be a multiple of tensor * pipeline parallel size = {model_size}",
+                f"use a multiple of {model_size}, or smaller parallel sizes in policy.megatron_cfg",
+            )
+        rows, batch = self.algorithm.num_rows, self.policy.train_global_batch_size
+        if rows is not None and rows % batch:
+            raise UserError(
+                "policy.train_global_batch_size", batch,
+                f"must divide the rows of a step: num_prompts_per_step * num_generations_per_prompt = {rows}",
+                f"use a divisor of {rows}: {rows} makes one update a step",
+            )
+        if batch < self.data_parallel_size:
+            raise UserError(
+                "policy.train_global_batch_size", batch,
+                f"every one of the {self.data_parallel_size} data-parallel ranks needs a row", "raise it",
+            )
+        overlong = getattr(self.algorithm, "overlong", None)
+        if overlong is not None and overlong.buffer > self.rollout.max_new_tokens:
+            raise UserError(
+                "algorithm.overlong.buffer", overlong.buffer,
+                f"must not exceed rollout.max_new_tokens = {self.rollout.max_new_tokens}", "shorten the buffer",
+            )

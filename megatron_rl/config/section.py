@@ -1,0 +1,16 @@
+"""What every config section is: a frozen, keyword-only dataclass that refuses unknown keys."""
+
+from __future__ import annotations
+
+from typing import TypeVar, dataclass_transform
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def section(cls: type[T]) -> type[T]:
+    """Make a checked section of a class with annotated fields."""
+    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=True))(cls)
