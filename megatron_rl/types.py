@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # annotations only: scoring workers and the command line read these types without paying for torch
+    import torch
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
 

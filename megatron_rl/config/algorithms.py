@@ -22,7 +22,8 @@ class KLConfig:
 
     coef: NonNegativeFloat = 0.0
     placement: Literal["loss", "reward"] = "loss"
-    """``reward`` subtracts coef * k1 from each token's reward, whose policy gradient is that of KL(policy || reference)."""
+    """``reward`` subtracts coef * (k1 summed over the response) from the rollout's reward, before the group baseline; its
+    policy gradient is that of KL(policy || reference)."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """As a loss, k1 has zero expected gradient, k2 the reverse KL's, k3 the *forward* KL's. In the reward only k1 is right."""
 

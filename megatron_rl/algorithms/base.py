@@ -1,0 +1,71 @@
+"""What every algorithm says: which weights its tokens get and what their loss is. Online ones also collect and give credit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rl.config import Config
+from megatron_rl.data.stream import Stream
+from megatron_rl.losses.aggregate import token_weights
+from megatron_rl.losses.terms import TokenTerms
+from megatron_rl.rollout.collect import Collector, Sampling
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, TrainingSample
+
+
+class Algorithm(ABC):
+    """Methods are pure functions of their arguments, and every rank calls them with equal ones."""
+
+    needs_reference: bool = False
+    """Fill ``ref_log_probs`` from the weights that the run started with."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
+        """Set ``weights`` of every row of one optimizer mini-batch. The aggregation is over the whole of it."""
+        weights = token_weights(
+            [sample.num_response_tokens for sample in mini_batch],
+            self.config.algorithm.loss_aggregation,
+            max_tokens=self.config.rollout.max_new_tokens,
+        )
+        for sample, weight in zip(mini_batch, weights):
+            sample.weights = torch.full((sample.num_response_tokens,), weight)
+
+    @abstractmethod
+    def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
+        """Per-token loss terms of one micro-batch.
+
+        Args:
+            log_probs: [T] float32, with gradient; 0.0 outside ``response_mask``.
+            entropy: [T] float32, with gradient; 0.0 outside ``response_mask``.
+            batch: ids, masks and the samples' vectors.
+        """
+
+
+class OnlineAlgorithm(Algorithm):
+    """An algorithm that learns from its own rollouts."""
+
+    @abstractmethod
+    def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
+        """The groups of one step."""
+
+    @abstractmethod
+    def samples(self, groups: Sequence[RolloutGroup]) -> list[TrainingSample]:
+        """The rows to train on."""
+
+    @abstractmethod
+    def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
+        """Set ``advantages`` of every row; log-probs are filled by now."""
+
+    def step_metrics(self) -> dict[str, float]:
+        """Metrics of the last step that only the algorithm knows."""
+        return {}
+
+    def sampling(self) -> Sampling:
+        """Training rollouts are drawn as ``rollout`` says."""
+        rollout = self.config.rollout
+        return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)

@@ -1,0 +1,149 @@
+"""Group Relative Policy Optimization (arXiv 2402.03300), and the variants that are settings of it.
+
+    DAPO      (2503.14476)  ratio_clip_max 0.28, token-mean, use_dynamic_sampling, overlong, no KL
+    Dr. GRPO  (2503.20783)  normalize_rewards false, seq-mean-token-sum-norm
+    RLOO      (2402.14740)  use_leave_one_out_baseline, normalize_rewards false
+
+Deviations from the paper: standard deviations are unbiased and get +1e-6; KL is off unless asked for; the KL term of the
+loss gets the same token weights as the policy term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from megatron_rl.advantages.group import group_advantages
+from megatron_rl.advantages.shaping import overlong_penalty
+from megatron_rl.algorithms.base import OnlineAlgorithm
+from megatron_rl.config import Config
+from megatron_rl.data.stream import Stream
+from megatron_rl.errors import UserError
+from megatron_rl.losses.clipped_policy import clipped_policy_loss
+from megatron_rl.losses.kl import kl_estimate
+from megatron_rl.losses.terms import TokenTerms
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
+
+
+class GRPO(OnlineAlgorithm):
+    """G rollouts per prompt, each judged against the others of its group."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.settings = config.algorithm
+        self.needs_reference = self.settings.kl.coef > 0
+        self.num_dropped_groups = 0
+
+    # ---- rollouts
+
+    def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
+        """``num_prompts_per_step`` groups; under dynamic sampling only such that can teach something."""
+        settings = self.settings
+        groups: list[RolloutGroup] = []
+        self.num_dropped_groups = 0
+        for generation_round in range(settings.max_generation_batches if settings.use_dynamic_sampling else 1):
+            fresh = collector.collect(
+                prompts.take(settings.num_prompts_per_step),
+                num_generations=settings.num_generations_per_prompt,
+                sampling=self.sampling(),
+                purpose=f"train/{step}/{generation_round}",
+            )
+            useful = [group for group in fresh if not settings.use_dynamic_sampling or _has_contrast(group)]
+            self.num_dropped_groups += len(fresh) - len(useful)
+            groups += useful
+            if len(groups) >= settings.num_prompts_per_step:
+                return groups[: settings.num_prompts_per_step]
+        raise UserError(
+            "algorithm.max_generation_batches", settings.max_generation_batches,
+            f"gave only {len(groups)} of {settings.num_prompts_per_step} groups with unequal rewards in step {step + 1}",
+            "raise it, or train on problems that are neither always nor never solved",
+        )
+
+    def step_metrics(self) -> dict[str, float]:
+        """Groups that dynamic sampling has thrown away."""
+        return {"dropped/equal_rewards": float(self.num_dropped_groups)} if self.settings.use_dynamic_sampling else {}
+
+    def samples(self, groups: Sequence[RolloutGroup]) -> list[TrainingSample]:
+        """One row per rollout; the reward is shaped here."""
+        overlong = self.settings.overlong
+        return [
+            TrainingSample(
+                prompt_ids=group.prompt.prompt_ids,
+                response_ids=rollout.completion.response_ids,
+                kind=Kind.RL,
+                reward=rollout.score.reward
+                + overlong_penalty(
+                    len(rollout.completion.response_ids),
+                    max_tokens=self.config.rollout.max_new_tokens,
+                    buffer=overlong.buffer,
+                    penalty=overlong.penalty,
+                ),
+                group_index=index,
+                finish_reason=rollout.completion.finish_reason,
+                weight_version=rollout.completion.weight_version,
+                rollout_log_probs=rollout.completion.log_probs,
+            )
+            for index, group in enumerate(groups)
+            for rollout in group.rollouts
+        ]
+
+    # ---- credit
+
+    def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
+        """One advantage per rollout, the same for all its tokens."""
+        for _, rows in groupby(samples, key=lambda sample: sample.group_index):
+            group = list(rows)
+            advantages = group_advantages(
+                torch.tensor([self._reward(sample) for sample in group]),
+                normalize=self.settings.normalize_rewards,
+                leave_one_out=self.settings.use_leave_one_out_baseline,
+            )
+            for sample, advantage in zip(group, advantages):
+                sample.advantages = advantage.expand(sample.num_response_tokens).clone()
+
+    def _reward(self, sample: TrainingSample) -> float:
+        """The rollout's reward, less the KL of its whole response where KL is part of the reward."""
+        kl = self.settings.kl
+        if kl.coef == 0 or kl.placement == "loss":
+            return sample.reward
+        return sample.reward - kl.coef * float(kl_estimate(sample.old_log_probs, sample.ref_log_probs, "k1").sum())
+
+    # ---- loss
+
+    def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
+        """Clipped policy loss, plus ``coef * KL`` where KL is part of the loss."""
+        settings, vectors = self.settings, batch.vectors
+        policy = clipped_policy_loss(
+            log_probs,
+            vectors["old_log_probs"],
+            vectors["advantages"],
+            clip_min=settings.ratio_clip_min,
+            clip_max=settings.ratio_clip_max,
+            dual_clip=settings.ratio_clip_c,
+        )
+        terms = TokenTerms(
+            loss=policy.loss,
+            means={
+                "entropy/mean": entropy,
+                "ratio/mean": policy.ratio,
+                "clip_frac": policy.is_clipped,
+                "kl/old": kl_estimate(vectors["old_log_probs"], log_probs.detach(), "k3"),
+            },
+            maxima={"ratio/max": policy.ratio, "ratio/max_abs_log_ratio": policy.log_ratio.abs()},
+        )
+        if self.needs_reference:
+            terms.means["kl/reference"] = kl_estimate(log_probs.detach(), vectors["ref_log_probs"], "k3")
+            if settings.kl.placement == "loss":
+                kl = kl_estimate(log_probs, vectors["ref_log_probs"], settings.kl.estimator)
+                terms.loss = terms.loss + settings.kl.coef * kl
+        return terms
+
+
+def _has_contrast(group: RolloutGroup) -> bool:
+    """Equal rewards teach nothing: every advantage is zero."""
+    rewards = [rollout.score.reward for rollout in group.rollouts]
+    return any(reward != rewards[0] for reward in rewards)

@@ -1,0 +1,56 @@
+"""``megatron-rl``: the verbs of the project. Thin: every verb is one call into the package."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from megatron_rl.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+ConfigPath = Annotated[str, typer.Argument(help="YAML file; start from one in configs/", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", metavar="[KEY=VALUE]...")]
+
+
+@app.callback()
+def _verbs() -> None:
+    """Reinforcement-learning post-training on Megatron-Core."""
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train, or go on where the last run with this config stopped."""
+    from megatron_rl.config import check_files, load_config
+    from megatron_rl.launch import start
+
+    checked = load_config(config, overrides or [])
+    check_files(checked)
+    start(checked, config, overrides or [])
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check a config without loading torch, and print it with every default filled in."""
+    from dataclasses import asdict
+
+    from omegaconf import OmegaConf
+
+    from megatron_rl.config import load_config
+
+    print(OmegaConf.to_yaml(OmegaConf.create(asdict(load_config(config, overrides or [])))), end="")
+
+
+def main() -> None:
+    """Entry point of the console command; a ``UserError`` is one line and status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What a Hugging Face ``config.json`` says of a model, checked. Plain json: neither torch nor transformers is imported.
+
+A field that would change the computation and that we do not implement is an error, never ignored: a model that runs
+with the wrong attention trains without complaint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_rl.convert.fields import ConfigFields
+from megatron_rl.convert.rope import RopeScaling, read_rope
+
+Family = Literal["llama", "qwen2", "qwen3"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+ARCHITECTURES: dict[Family, str] = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense decoder, as ``config.json`` describes it. Hashable."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    """Megatron: ``num_query_groups``."""
+    head_dim: int
+    """Megatron: ``kv_channels``. Not always hidden_size / num_attention_heads (Qwen3)."""
+    intermediate_size: int
+    vocab_size: int
+    """Rows of the HF embedding, without Megatron's padding."""
+    tied: bool
+    """Output layer and embedding are one tensor: the checkpoint has no ``lm_head``."""
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    qkv_bias: bool
+    proj_bias: bool
+    """Bias of the attention's output projection."""
+    mlp_bias: bool
+    qk_norm: bool
+    """RMS norm over head_dim of each query and key head, before rotation."""
+    max_position_embeddings: int
+    dtype: Dtype
+    """Of the stored weights, as the config states it."""
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    """Of ``config.json`` only; ``generation_config.json`` may list more."""
+    pad_token_id: int | None
+
+    @property
+    def untied(self) -> bool:
+        """The checkpoint has an ``lm_head``."""
+        return not self.tied
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The named sizes that a weight table uses."""
+        return {
+            "hidden": self.hidden_size, "ffn": self.intermediate_size, "vocab": self.vocab_size,
+            "head": self.head_dim, "q": self.num_attention_heads * self.head_dim,
+            "kv": self.num_key_value_heads * self.head_dim,
+        }  # fmt: skip
+
+
+def read_shape(directory: str | Path) -> ModelShape:
+    """Read ``directory/config.json``, written by transformers 4 or 5.
+
+    Raises:
+        UserError: no such file, not json, a missing or ill-typed field, or a feature that we do not implement.
+    """
+    config = ConfigFields.read(Path(directory) / "config.json")
+    family = _family(config)
+    _refuse_unsupported(config)
+    hidden_size = config.positive_int("hidden_size")
+    num_heads = config.positive_int("num_attention_heads")
+    # Only Llama's class reads a missing count as "one per head"; for Qwen it would be a fixed 32, surely not meant.
+    num_key_value_heads = config.positive_int("num_key_value_heads", num_heads if family == "llama" else None)
+    if num_heads % num_key_value_heads:
+        raise config.error("num_key_value_heads", f"must divide num_attention_heads = {num_heads}")
+    rope_theta, rope_scaling = read_rope(config)
+    # Qwen2 has its q, k, v biases whatever attention_bias says; Llama and Qwen3 have all four or none.
+    attention_bias = family != "qwen2" and config.boolean("attention_bias", False)
+    return ModelShape(
+        family=family,
+        num_layers=config.positive_int("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=_head_dim(config, family, hidden_size, num_heads),
+        intermediate_size=config.positive_int("intermediate_size"),
+        vocab_size=config.positive_int("vocab_size"),
+        tied=config.boolean("tie_word_embeddings", False),
+        norm_eps=config.positive_float("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        qkv_bias=family == "qwen2" or attention_bias,
+        proj_bias=attention_bias,
+        mlp_bias=family == "llama" and config.boolean("mlp_bias", False),
+        qk_norm=family == "qwen3",
+        max_position_embeddings=config.positive_int("max_position_embeddings"),
+        dtype=_dtype(config),
+        bos_token_id=config.token_id("bos_token_id"),
+        eos_token_ids=config.token_ids("eos_token_id"),
+        pad_token_id=config.token_id("pad_token_id"),
+    )
+
+
+def _family(config: ConfigFields) -> Family:
+    for family, architecture in ARCHITECTURES.items():
+        if config.get("model_type") == family:
+            if config.get("architectures") not in (None, [architecture]):
+                raise config.error("architectures", f"must be [{architecture!r}] for model_type {family!r}")
+            return family
+    supported = ", ".join(ARCHITECTURES)
+    raise config.error("model_type", f"must be one of {supported}", "use a model of a supported family")
+
+
+def _refuse_unsupported(config: ConfigFields) -> None:
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise config.error("hidden_act", "only the gated silu MLP is implemented", "use a model with silu")
+    if config.boolean("use_sliding_window", False):
+        raise config.error("use_sliding_window", "sliding-window attention is not implemented",
+                           "use a model without it, or set it to false if sequences stay below the window")
+    if any(layer != "full_attention" for layer in config.get("layer_types") or []):
+        raise config.error("layer_types", "every layer must be 'full_attention'", "use a model with full attention")
+    if config.get("quantization_config"):
+        raise config.error("quantization_config", "quantized checkpoints cannot be trained", "use the original weights")
+    if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        raise config.error("auto_map", "a model with its own code is not implemented",
+                           "remove the field if the model is the standard one")
+
+
+def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
+    if family == "qwen3":
+        head_dim = config.positive_int("head_dim", 128)
+    elif config.get("head_dim") is None and hidden_size % num_heads:
+        raise config.error("hidden_size", f"must be a multiple of num_attention_heads = {num_heads}")
+    else:
+        head_dim = config.positive_int("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise config.error("head_dim", f"must be even for rotary embeddings, but it is {head_dim}")
+    return head_dim
+
+
+def _dtype(config: ConfigFields) -> Dtype:
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    text = str(config.get(key) or "float32").removeprefix("torch.")
+    for dtype in ("float32", "bfloat16", "float16"):
+        if text == dtype:
+            return dtype
+    raise config.error(key, "must be float32, bfloat16 or float16", "use a checkpoint in one of these types")

@@ -1,0 +1,187 @@
+"""Streaming writer of a Hugging Face checkpoint.
+
+All sizes are known from the model's shape, so the files' headers are written first, and each tensor then goes to its
+place as it arrives, in any order: memory is one tensor, and nothing is buffered that a caller could still change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from megatron_rl.convert.kinds import Extent
+from megatron_rl.convert.reader import INDEX_FILE, SINGLE_FILE
+from megatron_rl.convert.shape import Dtype, ModelShape
+from megatron_rl.convert.table import hf_tensors
+from megatron_rl.errors import UserError
+
+_FORMAT_NAMES: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor goes."""
+
+    file: str
+    offset: int
+    shape: Extent
+
+
+class HFWriter:
+    """Writes ``directory`` as a whole or not at all: under a temporary name beside it, renamed at the end.
+
+        with HFWriter(directory, shape, source=model_path) as writer:
+            for name in entries(shape):
+                for hf_name, tensor in merge_parameter(name, shards_of(name), shape).items():
+                    writer.add(hf_name, tensor)
+
+    Args:
+        directory: the new checkpoint; must not exist, or be empty.
+        shape: of the model.
+        source: the checkpoint that the model came from: config.json, tokenizer and generation_config are copied.
+        dtype: type of the written tensors, also set in config.json; by default the source's.
+        max_shard_bytes: limit of one file; a larger tensor has a file of its own.
+
+    Raises:
+        UserError: a non-empty ``directory``, a ``source`` without config.json, or not enough free disk space.
+    """
+
+    def __init__(
+        self, directory: str | Path, shape: ModelShape, *, source: str | Path, dtype: Dtype | None = None,
+        max_shard_bytes: int = 4 * 2**30,
+    ) -> None:  # fmt: skip
+        self.directory, self.source = Path(directory).absolute(), Path(source)
+        self._dtype: Dtype = dtype or shape.dtype
+        assert self._dtype in get_args(Dtype), self._dtype
+        self._torch_dtype: torch.dtype = getattr(torch, self._dtype)
+        self._partial = self.directory.with_name(f".{self.directory.name}.partial")
+        self._places, headers = _plan(hf_tensors(shape), self._dtype, max_shard_bytes)
+        self._missing = set(self._places)
+        self._total_bytes = sum(prod(place.shape) for place in self._places.values()) * self._torch_dtype.itemsize
+        self._check_target()
+        self._create(headers)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, converted to the writer's dtype; it may change again as soon as this returns."""
+        if name not in self._missing:
+            raise ValueError(f"{name} was already written" if name in self._places else f"{name} is not in this model")
+        place = self._places[name]
+        if tuple(tensor.shape) != place.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {place.shape}")
+        data = tensor.detach().to("cpu", self._torch_dtype).contiguous().view(torch.uint8)
+        with open(self._partial / place.file, "r+b") as file:
+            file.seek(place.offset)
+            file.write(data.numpy().data)
+        self._missing.remove(name)
+
+    def finish(self) -> None:
+        """Check that every tensor arrived, and give the checkpoint its final name."""
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were not written, for example {min(self._missing)}")
+        for path in self._partial.iterdir():
+            _sync(path)
+        _sync(self._partial)
+        os.replace(self._partial, self.directory)
+        _sync(self.directory.parent)
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __enter__(self) -> HFWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            self.abort()  # after a rename nothing is left under the temporary name
+
+    def _check_target(self) -> None:
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise UserError(str(self.directory), None, "already exists and is not an empty directory",
+                            "choose another output directory, or remove it")
+        if not (self.source / "config.json").is_file():
+            raise UserError(str(self.source / "config.json"), None, "is missing",
+                            "give the checkpoint that the model came from")
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._partial, ignore_errors=True)  # left by an export that was killed
+        free = shutil.disk_usage(self.directory.parent).free
+        needed = self._total_bytes + 2**26  # headers, tokenizer
+        if free < needed:
+            raise UserError(str(self.directory.parent), None,
+                            f"has {free / 2**30:.1f} GiB free, the checkpoint needs {needed / 2**30:.1f} GiB",
+                            "free disk space or choose another output directory")
+
+    def _create(self, headers: dict[str, bytes]) -> None:
+        self._partial.mkdir()
+        for file, header in headers.items():
+            (self._partial / file).write_bytes(header)
+        if SINGLE_FILE not in headers:
+            index = {"metadata": {"total_size": self._total_bytes},
+                     "weight_map": {name: place.file for name, place in self._places.items()}}
+            (self._partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for file in _COMPANIONS:
+            if (self.source / file).is_file():
+                shutil.copyfile(self.source / file, self._partial / file)
+        config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        # transformers 4 writes torch_dtype, 5 writes dtype; each reads its own, and 5 also the old one.
+        for key in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
+            config[key] = self._dtype
+        (self._partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan(
+    tensors: dict[str, Extent], dtype: Dtype, max_shard_bytes: int
+) -> tuple[dict[str, _Place], dict[str, bytes]]:
+    """Where each tensor goes, and the header of each file (8 bytes of length, then json)."""
+    itemsize = getattr(torch, dtype).itemsize
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, shape in tensors.items():
+        num_bytes = prod(shape) * itemsize
+        if groups[-1] and used + num_bytes > max_shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += num_bytes
+    places, headers = {}, {}
+    for number, names in enumerate(groups, start=1):
+        file = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            start, end = end, end + prod(tensors[name]) * itemsize
+            fields[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": tensors[name], "data_offsets": [start, end]}
+            places[name] = _Place(file, start, tensors[name])
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+        headers[file] = len(text).to_bytes(8, "little") + text
+        for name in names:
+            places[name] = _Place(file, places[name].offset + len(headers[file]), tensors[name])
+    return places, headers
+
+
+def _sync(path: Path) -> None:
+    """To disk, so that a rename never outlives the data it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Prompts in order, and rows packed into micro-batches."""

@@ -1,0 +1,125 @@
+"""TrainingSample -> MicroBatch and back. The only place where labels are shifted.
+
+Sequences are packed end to end without padding (THD). A row's response token j is the label of position ``P + j - 1``:
+
+    row        p0 p1 p2 | r0 r1        P = 3 prompt tokens, R = 2 response tokens
+    input_ids  p0 p1 p2   r0 r1
+    labels     p1 p2 r0   r1 0
+    mask        .  .  x    x  .        response_mask: the label is a response token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rl.types import MicroBatch, TrainingSample
+
+VECTOR_FIELDS = ("weights", "advantages", "old_log_probs", "ref_log_probs")
+"""Per-token fields of a sample that travel with a micro-batch where they are set."""
+
+
+def plan_micro_batches(num_tokens: Sequence[int], *, num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Deal rows to data-parallel ranks and micro-batches: balanced, deterministic, the same count on every rank.
+
+    Longest row first, each into the emptiest bin: the load of the fullest bin is then at most 4/3 of the best possible.
+
+    Args:
+        num_tokens: tokens of every row of the mini-batch, over all ranks.
+        num_ranks: data-parallel size.
+        max_tokens: budget of one micro-batch; a longer row gets one to itself.
+
+    Returns:
+        ``plan[rank][micro_batch]`` is a list of row indices in rising order. Every rank gets equally many micro-batches,
+        none of them empty.
+    """
+    assert len(num_tokens) >= num_ranks, "every data-parallel rank needs a row (the config check sees to it)"
+    longest_first = sorted(range(len(num_tokens)), key=lambda row: (-num_tokens[row], row))
+    per_rank = max(1, -(-sum(num_tokens) // (num_ranks * max_tokens)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(min(per_rank * num_ranks, len(num_tokens) // num_ranks * num_ranks))]
+        loads = [0] * len(bins)
+        for row in longest_first:
+            emptiest = loads.index(min(loads))
+            bins[emptiest].append(row)
+            loads[emptiest] += num_tokens[row]
+        fits = all(load <= max_tokens or len(rows) == 1 for load, rows in zip(loads, bins))
+        if fits or len(bins) < per_rank * num_ranks:
+            break
+        per_rank += 1
+    rank_bins = [bins[rank::num_ranks] for rank in range(num_ranks)]
+    return [[sorted(rows) for rows in bins_of_rank] for bins_of_rank in rank_bins]
+
+
+def pack(samples: Sequence[TrainingSample], rows: Sequence[int], *, multiple: int = 1) -> MicroBatch:
+    """Put the given rows of a mini-batch end to end.
+
+    Args:
+        samples: the whole mini-batch.
+        rows: which of them, in packing order.
+        multiple: the packed length is filled up to a multiple of this (sequence parallelism) with a sequence of zeros
+            that no mask selects.
+    """
+    chosen = [samples[row] for row in rows]
+    lengths = [sample.num_tokens for sample in chosen]
+    total = sum(lengths)
+    padding = -total % multiple
+    size = total + padding
+
+    input_ids = torch.zeros(size, dtype=torch.int64)
+    labels = torch.zeros(size, dtype=torch.int64)
+    position_ids = torch.zeros(size, dtype=torch.int64)
+    response_mask = torch.zeros(size, dtype=torch.bool)
+    names = [name for name in VECTOR_FIELDS if all(getattr(sample, name) is not None for sample in chosen)]
+    vectors = {name: torch.zeros(size) for name in names}
+
+    start = 0
+    for sample, length in zip(chosen, lengths):
+        ids = torch.cat([sample.prompt_ids, sample.response_ids])
+        input_ids[start : start + length] = ids
+        labels[start : start + length - 1] = ids[1:]
+        position_ids[start : start + length] = torch.arange(length)
+        where = response_slice(start, sample)
+        response_mask[where] = True
+        for name in names:
+            vectors[name][where] = getattr(sample, name)
+        start += length
+    position_ids[total:] = torch.arange(padding)
+
+    borders = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    if padding:
+        borders.append(size)
+    return MicroBatch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids,
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        max_seqlen=max(*lengths, padding),
+        response_mask=response_mask,
+        loss_mask=response_mask.clone(),
+        rows=list(rows),
+        vectors=vectors,
+    )
+
+
+def response_slice(start: int, sample: TrainingSample) -> slice:
+    """Positions whose labels are the response of a sample that starts at ``start`` in the pack."""
+    first = start + len(sample.prompt_ids) - 1
+    return slice(first, first + sample.num_response_tokens)
+
+
+def unpack(values: Mapping[str, Tensor], micro_batch: MicroBatch, samples: Sequence[TrainingSample]) -> None:
+    """Write packed per-token vectors back into their samples: the inverse of ``pack``.
+
+    Args:
+        values: field name -> [T] float32.
+        micro_batch: what ``pack`` made of ``samples``.
+        samples: the whole mini-batch; the rows of the micro-batch get the fields set to [R] float32.
+    """
+    starts = micro_batch.cu_seqlens.tolist()
+    for start, row in zip(starts, micro_batch.rows):
+        where = response_slice(start, samples[row])
+        for name, value in values.items():
+            setattr(samples[row], name, value[where].clone())

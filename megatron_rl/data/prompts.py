@@ -1,0 +1,95 @@
+"""Problems as token ids: prompts to sample on, and worked solutions to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_rl.config.schema import DataConfig
+from megatron_rl.errors import UserError
+from megatron_rl.types import Kind, Problem, Prompt, TrainingSample
+
+
+def tokenize_prompts(
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    config: DataConfig,
+    *,
+    context_length: int,
+    max_new_tokens: int,
+) -> tuple[list[Prompt], int]:
+    """Turn problems into prompts that leave room for a response.
+
+    Args:
+        problems: in file order.
+        tokenizer: a transformers tokenizer.
+        config: ``apply_chat_template``, ``max_prompt_tokens``, ``overlong_prompts``.
+        context_length: tokens that the model can hold.
+        max_new_tokens: tokens that a response may take.
+
+    Returns:
+        The prompts, and how many were dropped for their length.
+
+    Raises:
+        UserError: a prompt is empty, or is too long and ``overlong_prompts`` is ``error``.
+    """
+    limit = context_length - max_new_tokens
+    if config.max_prompt_tokens is not None:
+        limit = min(limit, config.max_prompt_tokens)
+    prompts: list[Prompt] = []
+    dropped = 0
+    for problem, ids in zip(problems, _encode(problems, tokenizer, config.apply_chat_template)):
+        if not ids:
+            raise UserError(problem.source, problem.prompt, "becomes no token at all", "give the prompt some text")
+        if len(ids) > limit:
+            if config.overlong_prompts == "drop":
+                dropped += 1
+                continue
+            raise UserError(
+                problem.source, f"{len(ids)} prompt tokens",
+                f"more than {limit}, so the prompt fills the context of {context_length} tokens with "
+                f"{max_new_tokens} new ones",
+                "shorten it, lower rollout.max_new_tokens, or set data.overlong_prompts=drop",
+            )
+        prompts.append(Prompt(problem, torch.tensor(ids, dtype=torch.int64)))
+    if not prompts:
+        raise UserError("data.train", None, "no prompt is left after dropping long ones", "raise the limits")
+    return prompts, dropped
+
+
+def demonstrations(prompts: Sequence[Prompt], tokenizer: Any, *, stop_id: int, context_length: int) -> list[TrainingSample]:
+    """Supervised rows: prompt, worked solution, end of sequence.
+
+    Raises:
+        UserError: a problem has no solution, or its row does not fit the context.
+    """
+    samples = []
+    for prompt in prompts:
+        problem = prompt.problem
+        if not problem.solution:
+            raise UserError(problem.source, None, "has no worked solution to learn from", "use a file that has solutions")
+        ids = [*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], stop_id]
+        if len(prompt.prompt_ids) + len(ids) > context_length:
+            raise UserError(
+                problem.source, f"{len(prompt.prompt_ids) + len(ids)} tokens",
+                f"prompt and solution exceed the context of {context_length} tokens", "remove or shorten the row",
+            )
+        samples.append(TrainingSample(prompt.prompt_ids, torch.tensor(ids, dtype=torch.int64), Kind.SFT))
+    return samples
+
+
+def _encode(problems: Sequence[Problem], tokenizer: Any, apply_chat_template: bool) -> list[list[int]]:
+    if apply_chat_template:
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "data.apply_chat_template", True, "the tokenizer has no chat template", "set it to false, or use another tokenizer"
+            )
+        return [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": p.prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            for p in problems
+        ]
+    return tokenizer([p.prompt for p in problems])["input_ids"]

@@ -1,0 +1,50 @@
+"""The tokenizer of a run, checked against the model that will read its ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.errors import UserError
+
+
+def load_tokenizer(directory: Path, shape: ModelShape) -> Any:
+    """A transformers tokenizer whose every id is a row of the model's embedding.
+
+    Raises:
+        UserError: it cannot be loaded, or has ids beyond the model's vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises many kinds; all mean the same to the user
+        raise UserError(
+            "policy.tokenizer_path", str(directory), f"holds no tokenizer that transformers can load ({error})",
+            "point it at a directory with tokenizer.json",
+        ) from error
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= shape.vocab_size:
+        raise UserError(
+            "policy.tokenizer_path", str(directory),
+            f"has token id {largest}, but the model's vocabulary ends at {shape.vocab_size - 1}",
+            "use the tokenizer that belongs to policy.model_path",
+        )
+    return tokenizer
+
+
+def stop_ids(tokenizer: Any, shape: ModelShape) -> list[int]:
+    """Ids that end a response: the tokenizer's and the model's; the first is the one that demonstrations end with.
+
+    Raises:
+        UserError: there is none, so no response could ever end.
+    """
+    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = list(dict.fromkeys([*first, *shape.eos_token_ids]))
+    if not ids:
+        raise UserError(
+            "policy.tokenizer_path", None, "neither tokenizer nor config.json names an end-of-sequence token",
+            "set eos_token in the tokenizer's files",
+        )
+    return ids

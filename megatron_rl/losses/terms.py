@@ -1,0 +1,19 @@
+"""What a loss returns: one term per token, and what to log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class TokenTerms:
+    """All vectors are [T] float32."""
+
+    loss: Tensor
+    """With gradient. The trainer multiplies it by the token's weight and sums."""
+    means: dict[str, Tensor] = field(default_factory=dict)
+    """Logged as the mean over the mini-batch's loss tokens."""
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    """Logged as the maximum over them."""

@@ -1,0 +1,80 @@
+"""The numbers of one step, from what the step produced. Names are those of DESIGN 4.12; shares are in [0, 1]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rl.rewards.correct import is_correct
+from megatron_rl.rewards.pass_at_k import pass_at_k
+from megatron_rl.types import RolloutGroup, TrainingSample
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str, float]:
+    """Rewards, accuracy, lengths and losses of data of the rollouts of one step.
+
+    Args:
+        groups: the step's groups.
+        version: publish counter of the current weights; older completions are stale by the difference.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = [len(r.completion.response_ids) for r in rollouts]
+    correct = [[is_correct(r.score) for r in group.rollouts] for group in groups]
+    size = len(groups[0].rollouts)
+    parts = sorted({name for r in rollouts for name in r.score.parts})
+    metrics = {
+        "reward/mean": _mean([r.score.reward for r in rollouts]),
+        "pass@1": _mean([_mean(c) for c in correct]),
+        f"pass@{size}": _mean([pass_at_k(size, int(sum(c)), size) for c in correct]),
+        "response_tokens/mean": _mean(lengths),
+        "response_tokens/max": float(max(lengths)),
+        "response_tokens/cut_frac": _mean([r.completion.finish_reason == "length" for r in rollouts]),
+        "rollout/staleness": _mean([version - r.completion.weight_version for r in rollouts]),
+    }
+    for part in parts:
+        metrics[f"reward/{part}"] = _mean([r.score.parts.get(part, 0.0) for r in rollouts])
+    failures = Counter(r.score.reason.split(":")[0] for r in rollouts if r.score.is_failure)
+    metrics |= {f"dropped/score_{reason}": float(count) for reason, count in failures.items()}
+    return metrics
+
+
+def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
+    """What the rows say: train/rollout mismatch, and the covariance that drives entropy (arXiv 2505.22617)."""
+    old = _joined(samples, "old_log_probs")
+    rollout = _joined(samples, "rollout_log_probs")
+    advantages = _joined(samples, "advantages")
+    difference = (old - rollout).abs()
+    covariance = (old - old.mean()) * (advantages - advantages.mean())
+    return {
+        "mismatch/log_prob_abs_diff": float(difference.mean()),
+        "mismatch/log_prob_abs_diff_max": float(difference.max()),
+        "cov/mean": float(covariance.mean()),
+        "advantages/abs_mean": float(advantages.abs().mean()),
+        "num_tokens": float(sum(sample.num_tokens for sample in samples)),
+        "num_response_tokens": float(len(old)),
+    }
+
+
+def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means (of ``*max*`` keys: maxima) over the optimizer updates of a step.
+
+    ``ratio/first_update_max_abs_log_ratio`` is that of the first update alone, where the policy is still the one that
+    ``old_log_probs`` came from: anything but 0.0 there means that two passes over the same rows differ.
+    """
+    metrics = {
+        key: max(u[key] for u in updates) if "max" in key else _mean([u[key] for u in updates]) for key in updates[0]
+    }
+    if "ratio/max_abs_log_ratio" in updates[0]:
+        metrics["ratio/first_update_max_abs_log_ratio"] = updates[0]["ratio/max_abs_log_ratio"]
+    return metrics
+
+
+def _joined(samples: Sequence[TrainingSample], name: str) -> Tensor:
+    return torch.cat([getattr(sample, name) for sample in samples]).double()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values)) if values else 0.0

@@ -1,0 +1,103 @@
+"""From a Hugging Face ``config.json`` to a Megatron model on this rank."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_rl.config import Config
+from megatron_rl.convert.kinds import padded_vocab_size
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.model.forward import PolicyModel
+from megatron_rl.model.specs import has_transformer_engine, layer_spec
+from megatron_rl.parallel.groups import Groups
+
+
+def transformer_config(config: Config, shape: ModelShape, device: torch.device) -> TransformerConfig:
+    """Megatron's config: shape from config.json, precision from ``trainer``, the rest from ``policy.megatron_cfg``."""
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
+    settings: dict[str, object] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_key_value_heads,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.intermediate_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype if config.policy.pipeline_parallel_size > 1 else None,
+        "bf16": dtype == torch.bfloat16,
+        # Gradients are divided once, by the token count of the whole mini-batch (DESIGN 4.2).
+        "calculate_per_token_loss": True,
+        # Packs differ in length; Megatron ties shape exchange to this dispatcher even for dense models.
+        "variable_seq_lengths": config.policy.pipeline_parallel_size > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "attention_softmax_in_fp32": True,
+    }
+    if device.type == "cpu":  # fused kernels that exist for GPUs only
+        settings |= {
+            "use_cpu_initialization": True,
+            "gradient_accumulation_fusion": False,
+            "masked_softmax_fusion": False,
+            "bias_activation_fusion": False,
+            "bias_dropout_fusion": False,
+            "apply_rope_fusion": False,
+            "persist_layer_norm": False,
+        }
+    else:
+        settings["gradient_accumulation_fusion"] = has_transformer_engine()
+    known = {field.name for field in fields(TransformerConfig)}
+    overrides = {name: value for name, value in config.policy.megatron_cfg.items() if name in known}
+    return TransformerConfig(**(settings | overrides))
+
+
+def build_stage(config: Config, shape: ModelShape, groups: Groups) -> PolicyModel:
+    """This rank's pipeline stage, with random weights (a checkpoint's weights are loaded over them)."""
+    megatron_config = transformer_config(config, shape, groups.device)
+    model = PolicyModel(
+        config=megatron_config,
+        transformer_layer_spec=layer_spec(megatron_config),
+        vocab_size=padded_vocab_size(shape.vocab_size, tp_size=groups.tp_size),
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=groups.pp_rank == 0,
+        post_process=groups.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+    )
+    model.true_vocab_size = shape.vocab_size
+    model.temperature = config.rollout.temperature if config.trainer.stage == "rl" else 1.0
+    # Megatron's own rope scaling fixes three of Llama 3's four parameters, so the frequencies are set from config.json.
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(groups.device)
+    return model.to(groups.device)
+
+
+def inverse_frequencies(shape: ModelShape) -> Tensor:
+    """Rotary frequencies, [head_dim / 2] float32, with Llama 3's scaling where config.json asks for it.
+
+    Llama 3 (arXiv 2407.21783, as in its released configuration): wavelengths above ``original / low_freq_factor`` are
+    stretched by ``factor``, those below ``original / high_freq_factor`` are kept, and those between are interpolated.
+    """
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    frequencies = 1.0 / (shape.rope_theta**exponents)
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return frequencies
+    original = scaling["original_max_position_embeddings"]
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    turns = original * frequencies / (2 * torch.pi)  # full turns within the original context
+    kept_share = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept_share * frequencies + (1 - kept_share) * frequencies / factor

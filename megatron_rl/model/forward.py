@@ -1,0 +1,80 @@
+"""GPTModel that ends in per-token log-probs instead of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_rl.parallel.vocab import vocab_parallel_log_probs
+from megatron_rl.types import MicroBatch
+
+
+class PolicyModel(GPTModel):
+    """One pipeline stage. The last one returns ``(log_probs, entropy)``, each [T] float32; others their hidden states.
+
+    Only positions in ``response_mask`` reach the output layer; the others are 0.0.
+    """
+
+    temperature: float = 1.0
+    """Sampling temperature of the rollouts that are scored; log-probs are always at it."""
+    true_vocab_size: int
+    """Vocabulary without Megatron's padding."""
+
+    def _postprocess(  # type: ignore[no-untyped-def]
+        self, hidden_states, input_ids=None, position_ids=None, labels=None, *_args, loss_mask=None, **_kwargs: Any
+    ):
+        if not self.post_process:
+            return hidden_states
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+        hidden = hidden[:, 0]  # [T, 1, H]: a pack is one row
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        labels, mask = labels[0], loss_mask[0]
+        where = mask.nonzero()[:, 0]
+        log_probs, entropy = vocab_parallel_log_probs(
+            hidden[where],
+            weight,
+            labels[where],
+            vocab_size=self.true_vocab_size,
+            temperature=self.temperature,
+            tp_group=tp_group,
+        )
+        return tuple(torch.zeros(len(mask), device=x.device).index_copy(0, where, x) for x in (log_probs, entropy))
+
+
+def run_model(model: torch.nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor] | Tensor:
+    """Forward one packed micro-batch through one (wrapped) pipeline stage.
+
+    Returns:
+        On the last stage ``(log_probs, entropy)``, each [T] float32; elsewhere the hidden states for the next stage.
+    """
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+    return model(
+        batch.input_ids[None],
+        batch.position_ids[None],
+        None,
+        labels=batch.labels[None],
+        loss_mask=batch.response_mask[None],
+        packed_seq_params=packed,
+    )

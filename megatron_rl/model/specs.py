@@ -1,0 +1,28 @@
+"""Layer specs: Transformer Engine's where it is installed, Megatron's local modules with our core attention elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rl.model.attention import PackedCausalAttention
+
+
+def has_transformer_engine() -> bool:
+    """Whether the torch bindings of Transformer Engine are installed (the meta package alone is not enough)."""
+    return importlib.util.find_spec("transformer_engine_torch") is not None
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """The spec of one decoder layer for this machine."""
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention
+    return spec

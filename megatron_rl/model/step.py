@@ -1,0 +1,271 @@
+"""The policy: model, optimizer and schedule behind three verbs: ``fill_log_probs``, ``train_step``, and state for others.
+
+Samples are the same on every rank; each data-parallel rank computes its share of the rows, and what comes out is shared
+again. So everything between two calls of this class is plain data, equal everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_rl.config import Config
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.data.pack import pack, plan_micro_batches, unpack
+from megatron_rl.errors import UserError
+from megatron_rl.losses.terms import TokenTerms
+from megatron_rl.model.build import build_stage
+from megatron_rl.model.forward import PolicyModel, run_model
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.types import MicroBatch, TrainingSample
+
+
+LossFunction = Callable[[Tensor, Tensor, MicroBatch], TokenTerms]
+"""(log_probs [T], entropy [T], micro_batch) -> terms."""
+
+
+class Policy:
+    """The trained model of this rank, its optimizer, and how rows flow through it."""
+
+    def __init__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        groups: Groups,
+        *,
+        fill_weights: Callable[[PolicyModel], None],
+        timer: Any,
+    ) -> None:
+        """Build model and optimizer.
+
+        Args:
+            config: of the run.
+            shape: of the model.
+            groups: process groups.
+            fill_weights: puts the initial weights into the bare stage; called before the optimizer copies them.
+            timer: ``PhaseTimer``.
+        """
+        self.config, self.shape, self.groups, self.timer = config, shape, groups, timer
+        self.stage: PolicyModel = build_stage(config, shape, groups)
+        fill_weights(self.stage)
+        self.megatron_config = self.stage.config
+        wrapped = Float16Module(self.megatron_config, self.stage) if config.trainer.precision == "bf16" else self.stage
+        self.model = DistributedDataParallel(self.megatron_config, self._ddp_config(), wrapped)
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
+        self.scheduler = self._scheduler()
+        self.megatron_config.finalize_model_grads_func = finalize_model_grads
+        self.megatron_config.grad_scale_func = self.optimizer.scale_loss
+        if self.model.ddp_config.overlap_grad_reduce:
+            self.megatron_config.no_sync_func = self.model.no_sync
+        self.num_updates = 0
+
+    # ------------------------------------------------------------------------------------------------ the two verbs
+
+    def fill_log_probs(self, samples: Sequence[TrainingSample], mini_batches: Sequence[Sequence[int]], name: str) -> None:
+        """Set ``name`` (``old_log_probs`` or ``ref_log_probs``, [R] float32) of every sample, by forward passes.
+
+        Args:
+            samples: all rows of the step, on every rank.
+            mini_batches: the row indices of each coming update. Rows run here in exactly the packs in which they will be
+                trained on, so that before the first update both passes give the same bits.
+            name: the field to fill.
+        """
+        for rows in mini_batches:
+            chosen = [samples[row] for row in rows]
+            micro_batches = self._micro_batches(chosen)
+            self.model.eval()
+            with torch.no_grad(), self.timer("log_probs"):
+                outputs = self._run(micro_batches, _return_log_probs, forward_only=True)
+            for batch, output in zip(micro_batches, outputs):
+                unpack({name: output["log_probs"].cpu()}, batch, chosen)
+            self._share(chosen, {row for batch in micro_batches for row in batch.rows} if outputs else set(), name)
+
+    def train_step(self, samples: Sequence[TrainingSample], loss_function: LossFunction) -> dict[str, float]:
+        """One optimizer update on one mini-batch; every sample carries its ``weights``.
+
+        Returns:
+            Metrics over the whole mini-batch, the same on every rank: ``loss``, ``grad_norm``, ``lr``, and what the loss
+            reports.
+
+        Raises:
+            UserError: the loss or a gradient is not finite; on all ranks, before any weight has changed.
+        """
+        # Megatron divides gradients by the integer number of loss tokens of the mini-batch; multiplying by it here leaves
+        # exactly sum(weight * term). Auxiliary losses of experts rely on true counts.
+        num_global_tokens = sum(sample.num_response_tokens for sample in samples)
+        micro_batches = self._micro_batches(samples)
+
+        def weighted_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:
+            terms = loss_function(log_probs, entropy, batch)
+            loss = (terms.loss * batch.vectors["weights"]).sum()
+            mask = batch.loss_mask
+            report = {"loss": loss.detach().double()}
+            report |= {key: value.detach()[mask].double().sum() / num_global_tokens for key, value in terms.means.items()}
+            maxima = {key: value.detach()[mask].double().max() for key, value in terms.maxima.items()}
+            return loss * num_global_tokens, mask.sum().int(), {"sums": report, "maxima": maxima}
+
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with self.timer("forward_backward"):
+            outputs = self._run(micro_batches, weighted_loss, forward_only=False)
+        metrics = self._reduce_reports(outputs)
+        self._check_finite(metrics["loss"])
+        with self.timer("optimizer"):
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(1)
+        self.num_updates += 1
+        return metrics | {"grad_norm": float(grad_norm or 0.0), "lr": float(self.optimizer.param_groups[0]["lr"])}
+
+    # ------------------------------------------------------------------------------------------------ other weights
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of this rank's weights, on the CPU."""
+        return [parameter.detach().to("cpu", copy=True) for parameter in self.stage.parameters()]
+
+    @contextmanager
+    def weights_of(self, snapshot: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+        """Compute with other weights inside the block; the trained ones are back, bit for bit, after it."""
+        trained = self.snapshot()
+        try:
+            self.copy_weights(snapshot)
+            yield
+        finally:
+            self.copy_weights(trained)
+
+    def copy_weights(self, weights: Sequence[Tensor]) -> None:
+        """Overwrite this rank's model weights in place (the optimizer's float32 copies are not touched)."""
+        with torch.no_grad():
+            for parameter, value in zip(self.stage.parameters(), weights, strict=True):
+                parameter.copy_(value)
+
+    # ------------------------------------------------------------------------------------------------ private
+
+    def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
+        """This data-parallel rank's packs: a pure function of the rows, so each pass over them sees the same packs."""
+        with self.timer("pack"):
+            plan = plan_micro_batches(
+                [sample.num_tokens for sample in samples],
+                num_ranks=self.groups.dp_size,
+                max_tokens=self.config.policy.train_micro_batch_tokens,
+            )
+            multiple = self.groups.tp_size if self.megatron_config.sequence_parallel else 1
+            packs = [pack(samples, rows, multiple=multiple) for rows in plan[self.groups.dp_rank]]
+            return [batch.to(self.groups.device) for batch in packs]
+
+    def _run(self, micro_batches: Sequence[MicroBatch], loss_function: Callable, *, forward_only: bool) -> list[dict]:
+        """Megatron's schedule over the packs. The last stage gets the loss function's reports; others an empty list."""
+
+        def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Any, Callable]:
+            batch = next(batches)
+            output = run_model(model, batch)
+            return output, lambda out: loss_function(*out, batch)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=self.model,
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(batch.input_ids) for batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _share(self, samples: Sequence[TrainingSample], mine: set[int], name: str) -> None:
+        """Give every rank the vectors that only the last stage of one data-parallel rank has computed."""
+        with self.timer("log_probs"):
+            is_owner = self.groups.is_last_stage and self.groups.tp_rank == 0
+            flat = torch.cat(
+                [
+                    getattr(sample, name) if is_owner and row in mine else torch.zeros(sample.num_response_tokens)
+                    for row, sample in enumerate(samples)
+                ]
+            )
+            dist.all_reduce(flat, group=self.groups.cpu_group)
+            for sample, values in zip(samples, flat.split([sample.num_response_tokens for sample in samples])):
+                setattr(sample, name, values.clone())
+
+    def _reduce_reports(self, outputs: Sequence[dict]) -> dict[str, float]:
+        """Sum (or take the maximum of) the reports of all micro-batches of all data-parallel ranks, in float64."""
+        sums: dict[str, Tensor] = {}
+        maxima: dict[str, Tensor] = {}
+        for output in outputs:
+            for key, value in output["sums"].items():
+                sums[key] = sums.get(key, 0.0) + value
+            for key, value in output["maxima"].items():
+                maxima[key] = torch.maximum(maxima[key], value) if key in maxima else value
+        is_owner = self.groups.is_last_stage and self.groups.tp_rank == 0
+        mine = ([float(v) for v in sums.values()], [float(v) for v in maxima.values()]) if is_owner else None
+        gathered: list[Any] = [None] * self.groups.world_size
+        dist.all_gather_object(gathered, (mine, list(sums), list(maxima)), group=self.groups.cpu_group)
+        reports = [values for values, _, _ in gathered if values is not None]
+        sum_keys, max_keys = next((s, m) for values, s, m in gathered if values is not None)
+        totals = dict(zip(sum_keys, map(math.fsum, zip(*(r[0] for r in reports)))))
+        return totals | dict(zip(max_keys, map(max, zip(*(r[1] for r in reports)))))
+
+    def _check_finite(self, loss: float) -> None:
+        finite = torch.tensor(float(all(bool(b.grad_data.isfinite().all()) for b in self.model.buffers)))
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.groups.cpu_group)
+        if not math.isfinite(loss) or not finite.item():
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            raise UserError(
+                f"{what} at optimizer update {self.num_updates + 1}",
+                loss if what == "loss" else None,
+                "is not finite; no weight was changed and the last checkpoint is intact",
+                "lower policy.optim.lr, check the data of this step, or use trainer.precision=fp32 to find the cause",
+            )
+
+    def _ddp_config(self) -> DistributedDataParallelConfig:
+        settings = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": True}
+        return DistributedDataParallelConfig(**(settings | self.config.policy.ddp_cfg))
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        optim = self.config.policy.optim
+        settings = {
+            "optimizer": optim.name,
+            "lr": optim.lr,
+            "min_lr": optim.min_lr,
+            "weight_decay": optim.weight_decay,
+            "clip_grad": optim.clip_grad,
+            "adam_beta1": optim.adam_beta1,
+            "adam_beta2": optim.adam_beta2,
+            "adam_eps": optim.adam_eps,
+            "bf16": self.config.trainer.precision == "bf16",
+            "params_dtype": self.megatron_config.params_dtype,
+            "use_distributed_optimizer": True,
+        }
+        known = {f.name for f in fields(OptimizerConfig)}
+        return OptimizerConfig(**({k: v for k, v in settings.items() if k in known} | optim.optimizer_cfg))
+
+    def _scheduler(self) -> OptimizerParamScheduler:
+        optim, sched = self.config.policy.optim, self.config.policy.optim.sched
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0 if sched.warmup_updates else optim.lr,
+            max_lr=optim.lr,
+            min_lr=optim.min_lr,
+            lr_warmup_steps=sched.warmup_updates,
+            lr_decay_steps=sched.decay_updates or max(sched.warmup_updates + 1, 1_000_000_000),
+            lr_decay_style=sched.name,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+
+def _return_log_probs(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:
+    """A loss function of a forward-only pass: nothing to minimise, the vectors are the report."""
+    return log_probs.sum(), batch.loss_mask.sum().int(), {"log_probs": log_probs, "entropy": entropy}

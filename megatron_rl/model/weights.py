@@ -1,0 +1,103 @@
+"""Weights in and out of a running model, through the weight table of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.convert.export import HFWriter, merge_parameter
+from megatron_rl.convert.load import TensorReader, check_coverage, load_parameter
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.table import entries, global_name
+from megatron_rl.model.forward import PolicyModel
+from megatron_rl.parallel.agree import all_ranks_agree
+from megatron_rl.parallel.groups import Groups
+
+
+def named_parameters(stage: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters under their global Megatron names (layers counted over the whole model)."""
+    layers = stage.decoder.layers
+    first_layer = layers[0].layer_number - 1 if len(layers) else 0
+    for name, parameter in stage.named_parameters():
+        yield global_name(name, first_layer), parameter
+
+
+def load_hf_weights(
+    stage: PolicyModel, shape: ModelShape, groups: Groups, open_reader: Callable[[], TensorReader]
+) -> None:
+    """Fill the stage; each rank reads only its slices.
+
+    Args:
+        stage: this rank's part of the model.
+        shape: of the whole model.
+        groups: process groups.
+        open_reader: opens the checkpoint (or what stands for one); its errors are raised on all ranks alike.
+
+    Raises:
+        UserError: on all ranks, before anything is filled, where files and config.json do not fit together.
+    """
+    with all_ranks_agree(groups.cpu_group):
+        reader = open_reader()
+        check_coverage(shape, reader)
+    with torch.no_grad(), all_ranks_agree(groups.cpu_group):
+        for name, parameter in named_parameters(stage):
+            load_parameter(name, reader, shape, groups.tp_rank, groups.tp_size, out=parameter.data)
+
+
+def iterate_hf_tensors(stage: PolicyModel, shape: ModelShape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor, whole, one after the other, on every rank. A collective: consume it to the end.
+
+    Yields:
+        (Hugging Face name, tensor in the model's dtype on the model's device).
+    """
+    mine = dict(named_parameters(stage))
+    stages: list[list[tuple[str, torch.Size]]] = [[] for _ in range(groups.pp_size)]
+    dist.all_gather_object(stages, [(name, p.shape) for name, p in mine.items()], group=groups.pp_group)
+    table = entries(shape)
+    for owner, parameters in enumerate(stages):
+        for name, size in parameters:
+            if table[name].is_copy:  # the last stage's copy of tied embeddings is the first stage's tensor
+                continue
+            shard = _from_stage(mine.get(name), size, owner, stage.config.params_dtype, groups)
+            yield from merge_parameter(name, _all_shards(shard, groups), shape).items()
+
+
+def export_hf(stage: PolicyModel, shape: ModelShape, groups: Groups, *, source: Path, target: Path) -> None:
+    """Write a Hugging Face checkpoint of the current weights. A collective; rank 0 writes.
+
+    Args:
+        stage: this rank's part of the model.
+        shape: of the whole model.
+        groups: process groups.
+        source: directory whose config and tokenizer files are carried over.
+        target: directory to write; an older export there is replaced once the new one is complete.
+    """
+    writer = HFWriter(target, source=source, dtype=stage.config.params_dtype) if groups.rank == 0 else None
+    for name, tensor in iterate_hf_tensors(stage, shape, groups):
+        if writer is not None:
+            writer.add(name, tensor.cpu())
+    with all_ranks_agree(groups.cpu_group):
+        if writer is not None:
+            writer.close()
+
+
+def _from_stage(mine: Tensor | None, size: torch.Size, owner: int, dtype: torch.dtype, groups: Groups) -> Tensor:
+    """The owner stage's shard, on the ranks of all stages that have the same tensor-parallel rank."""
+    if groups.pp_size == 1:
+        assert mine is not None
+        return mine.detach()
+    shard = mine.detach().contiguous() if groups.pp_rank == owner else torch.empty(size, dtype=dtype, device=groups.device)
+    dist.broadcast(shard, dist.get_global_rank(groups.pp_group, owner), group=groups.pp_group)
+    return shard
+
+
+def _all_shards(shard: Tensor, groups: Groups) -> list[Tensor]:
+    if groups.tp_size == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
+    dist.all_gather(shards, shard.contiguous(), group=groups.tp_group)
+    return shards

@@ -1,0 +1,1 @@
+"""What knows about process groups: the groups themselves, the sharded vocabulary, agreement between ranks."""

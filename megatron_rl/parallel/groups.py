@@ -1,0 +1,82 @@
+"""The one reader of Megatron's parallel state: everything else receives the groups that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's process groups. A group's name carries its axis."""
+
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    cpu_group: dist.ProcessGroup
+    """All ranks, over gloo: for host data (prompts, rollouts, flags)."""
+    device: torch.device
+
+    @property
+    def dp_size(self) -> int:
+        return dist.get_world_size(self.dp_group)
+
+    @property
+    def dp_rank(self) -> int:
+        return dist.get_rank(self.dp_group)
+
+    @property
+    def tp_size(self) -> int:
+        return dist.get_world_size(self.tp_group)
+
+    @property
+    def tp_rank(self) -> int:
+        return dist.get_rank(self.tp_group)
+
+    @property
+    def pp_size(self) -> int:
+        return dist.get_world_size(self.pp_group)
+
+    @property
+    def pp_rank(self) -> int:
+        return dist.get_rank(self.pp_group)
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+
+def build_groups(*, tensor_parallel_size: int, pipeline_parallel_size: int, device: torch.device, seed: int) -> Groups:
+    """Create Megatron's model-parallel groups and seed its generators. Needs an initialised ``torch.distributed``.
+
+    Args:
+        tensor_parallel_size: ranks that share each layer.
+        pipeline_parallel_size: ranks that share the layers out.
+        device: where this rank's model lives.
+        seed: of Megatron's model-parallel generators (dropout, random initialisation).
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size, pipeline_model_parallel_size=pipeline_parallel_size
+    )
+    model_parallel_cuda_manual_seed(seed)
+    is_gloo = dist.get_backend() == "gloo"
+    return Groups(
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        cpu_group=dist.group.WORLD if is_gloo else dist.new_group(backend="gloo"),
+        device=device,
+    )

@@ -1,0 +1,74 @@
+"""Prompts -> scored groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rl.rollout.engine import RolloutEngine
+from megatron_rl.rollout.score import Scorer
+from megatron_rl.types import Prompt, Request, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+
+
+@dataclass
+class Collector:
+    """Everything that turns prompts into scored groups. A collective: all ranks call it with equal arguments."""
+
+    engine: RolloutEngine
+    scorer: Scorer
+    seed: int
+    timer: Any
+    """``PhaseTimer``: ``generation`` and ``scoring``."""
+
+    def collect(
+        self, prompts: Sequence[Prompt], *, num_generations: int, sampling: Sampling, purpose: str
+    ) -> list[RolloutGroup]:
+        """Sample and score ``num_generations`` rollouts of each prompt.
+
+        Args:
+            prompts: P prompts.
+            num_generations: G.
+            sampling: temperature and limits.
+            purpose: names the draw (``train/step/round``, ``eval/step``): another purpose, other random numbers.
+
+        Returns:
+            P groups of G rollouts.
+        """
+        repeated = [prompt for prompt in prompts for _ in range(num_generations)]
+        requests = [
+            Request(
+                prompt_ids=prompt.prompt_ids,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=_request_seed(self.seed, purpose, index),
+            )
+            for index, prompt in enumerate(repeated)
+        ]
+        with self.timer("generation"):
+            completions = self.engine.generate(requests)
+        with self.timer("scoring"):
+            scores = self.scorer.score(repeated, completions)
+        rollouts = [Rollout(completion, score) for completion, score in zip(completions, scores)]
+        return [
+            RolloutGroup(prompt, rollouts[i * num_generations : (i + 1) * num_generations])
+            for i, prompt in enumerate(prompts)
+        ]
+
+
+def _request_seed(seed: int, purpose: str, index: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits

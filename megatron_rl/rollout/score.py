@@ -1,0 +1,63 @@
+"""Rewards for completions: rank 0 decodes and scores in killable workers, every rank gets the scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.rewards.pool import ScoringPool
+from megatron_rl.types import Completion, Prompt, Score
+
+
+class Scorer:
+    """A collective: all ranks call ``score`` with equal arguments."""
+
+    def __init__(self, task_name: str, tokenizer: Any, *, num_workers: int, timeout_s: float, cpu_group: dist.ProcessGroup):
+        """Start the workers (on rank 0).
+
+        Args:
+            task_name: whose ``score`` judges.
+            tokenizer: decodes responses, special tokens left out.
+            num_workers: processes.
+            timeout_s: deadline of one score.
+            cpu_group: all ranks, over gloo.
+        """
+        self._tokenizer, self._group = tokenizer, cpu_group
+        is_first = dist.get_rank(cpu_group) == 0
+        self._pool = ScoringPool(task_name, num_workers=num_workers, timeout_s=timeout_s) if is_first else None
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
+        """Judge each completion against its prompt's answer.
+
+        Returns:
+            One score per completion, the same on every rank.
+        """
+        scores: list[Score] = []
+        if self._pool is not None:
+            texts = self._tokenizer.batch_decode(
+                [c.response_ids.tolist() for c in completions], skip_special_tokens=True
+            )
+            scores = self._pool.score([(p.problem.answer, text) for p, text in zip(prompts, texts)])
+        return [Score(**fields) for fields in _broadcast([asdict(score) for score in scores], self._group)]
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _broadcast(value: Any, group: dist.ProcessGroup) -> Any:
+    """Plain data of rank 0, to all, as bytes of JSON: no pickles between ranks."""
+    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    size = torch.tensor([len(encoded)])
+    source = dist.get_global_rank(group, 0)
+    dist.broadcast(size, source, group=group)
+    if dist.get_rank(group) != 0:
+        encoded = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(encoded, source, group=group)
+    return json.loads(encoded.numpy().tobytes())

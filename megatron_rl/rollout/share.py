@@ -1,0 +1,69 @@
+"""Completions that each rank made, given to every rank, as flat tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.types import Completion
+
+FINISH_REASONS = ("stop", "length", "abort")
+
+
+def flatten(completions: Sequence[Completion]) -> dict[str, Tensor]:
+    """A list of completions as four flat tensors.
+
+    Returns:
+        ``meta`` [n, 3] int64 (tokens, finish reason, weight version), ``ids`` [sum of tokens] int64 and ``log_probs``
+        [sum of tokens] float32.
+    """
+    meta = [(len(c.response_ids), FINISH_REASONS.index(c.finish_reason), c.weight_version) for c in completions]
+    return {
+        "meta": torch.tensor(meta, dtype=torch.int64).reshape(-1, 3),
+        "ids": torch.cat([c.response_ids for c in completions] or [torch.empty(0, dtype=torch.int64)]),
+        "log_probs": torch.cat([c.log_probs for c in completions] or [torch.empty(0)]),
+    }
+
+
+def unflatten(flat: dict[str, Tensor]) -> list[Completion]:
+    """The inverse of ``flatten``."""
+    sizes = flat["meta"][:, 0].tolist()
+    parts = zip(flat["meta"].tolist(), flat["ids"].split(sizes), flat["log_probs"].split(sizes))
+    return [Completion(ids, log_probs, FINISH_REASONS[reason], version) for (_, reason, version), ids, log_probs in parts]
+
+
+def gather_completions(mine: Sequence[Completion], group: dist.ProcessGroup) -> list[list[Completion]]:
+    """Every rank's completions, on every rank.
+
+    Args:
+        mine: this rank's completions.
+        group: all ranks, over gloo.
+
+    Returns:
+        One list per rank.
+    """
+    flat = flatten(mine)
+    world_size = dist.get_world_size(group)
+    counts = torch.tensor([len(flat["meta"]), len(flat["ids"])])
+    all_counts = [torch.zeros_like(counts) for _ in range(world_size)]
+    dist.all_gather(all_counts, counts, group=group)
+    rows = [int(c[0]) for c in all_counts]
+    tokens = [int(c[1]) for c in all_counts]
+    gathered = {
+        "meta": _gather_uneven(flat["meta"], rows, group),
+        "ids": _gather_uneven(flat["ids"], tokens, group),
+        "log_probs": _gather_uneven(flat["log_probs"], tokens, group),
+    }
+    return [unflatten({name: parts[rank] for name, parts in gathered.items()}) for rank in range(world_size)]
+
+
+def _gather_uneven(values: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """gloo gathers equal sizes only: fill up to the largest, cut after."""
+    padded = values.new_zeros((max(sizes), *values.shape[1:]))
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:size].clone() for part, size in zip(parts, sizes)]

@@ -1,0 +1,190 @@
+"""Engine ``transformers``: an in-process Hugging Face model on every rank, each generating its share of the requests.
+
+Sampling happens in a logits processor of ``generate``: it sees every step's logits, so it can return log-probs without
+keeping ``[tokens, vocabulary]`` scores, and it draws from numbers that belong to the request, so that a completion does
+not depend on which rank or batch it was generated in (up to rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.rollout.share import gather_completions
+from megatron_rl.types import Completion, Request
+
+
+class TransformersEngine:
+    """Embedded generation; needs the whole model in the memory of every rank."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        max_batch_size: int,
+        cpu_group: dist.ProcessGroup,
+    ) -> None:
+        """Build the model without weights; the first ``update_weights`` fills it.
+
+        Args:
+            model_path: directory with config.json.
+            dtype: of weights and activations.
+            device: where to generate.
+            stop_ids: token ids that end a response (they are part of it).
+            pad_id: fills batches; never part of a response.
+            max_batch_size: sequences generated at once by this rank.
+            cpu_group: all ranks, over gloo.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.random.fork_rng():  # the random weights, soon overwritten, must not move the trainer's generators
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device, self.max_batch_size, self.cpu_group = device, max_batch_size, cpu_group
+        self.stop_ids, self.pad_id = list(stop_ids), pad_id
+        self.weight_version = -1
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """See ``RolloutEngine``. Rank r takes requests r, r + world size, ...: long and short prompts spread evenly."""
+        assert self.weight_version >= 0, "generate before the first update_weights"
+        rank, world_size = dist.get_rank(self.cpu_group), dist.get_world_size(self.cpu_group)
+        mine = self._generate_share(requests[rank::world_size])
+        by_rank = gather_completions(mine, self.cpu_group)
+        return [by_rank[index % world_size][index // world_size] for index in range(len(requests))]
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See ``RolloutEngine``.
+
+        Raises:
+            RuntimeError: a tensor is missing, unknown, or of another shape.
+        """
+        targets = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in named_tensors:
+                target = targets.pop(name, None)
+                if target is None or target.shape != tensor.shape:
+                    raise RuntimeError(f"weight sync: {name} {tuple(tensor.shape)} does not fit the rollout model")
+                target.copy_(tensor)
+        if targets:
+            raise RuntimeError(f"weight sync: nothing was sent for {sorted(targets)}")
+        self.weight_version = version
+
+    def release_memory(self) -> None:
+        """Key-value caches live only inside ``generate``; there is nothing to give up."""
+
+    def resume_memory(self) -> None:
+        """See ``release_memory``."""
+
+    def health(self) -> str | None:
+        """See ``RolloutEngine``."""
+        return None if self.weight_version >= 0 else "no weights yet"
+
+    def close(self) -> None:
+        """See ``RolloutEngine``."""
+
+    def _generate_share(self, requests: Sequence[Request]) -> list[Completion]:
+        # Similar prompt lengths share a batch, so little is spent on padding; requests of a batch share their settings.
+        order = sorted(range(len(requests)), key=lambda i: (_settings(requests[i]), len(requests[i].prompt_ids), i))
+        completions: list[Completion | None] = [None] * len(requests)
+        start = 0
+        while start < len(order):
+            settings = _settings(requests[order[start]])
+            batch = [
+                i for i in order[start : start + self.max_batch_size] if _settings(requests[i]) == settings
+            ]
+            for i, completion in zip(batch, self._generate_batch([requests[i] for i in batch])):
+                completions[i] = completion
+            start += len(batch)
+        assert all(c is not None for c in completions)
+        return completions  # type: ignore[return-value]
+
+    @torch.inference_mode()
+    def _generate_batch(self, requests: Sequence[Request]) -> list[Completion]:
+        from transformers import GenerationConfig
+
+        longest = max(len(r.prompt_ids) for r in requests)
+        input_ids = torch.full((len(requests), longest), self.pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, request in enumerate(requests):
+            input_ids[row, longest - len(request.prompt_ids) :] = request.prompt_ids
+            attention_mask[row, longest - len(request.prompt_ids) :] = 1
+        sampler = _Sampler(requests, self.device)
+        output = self.model.generate(
+            input_ids=input_ids.to(self.device),
+            attention_mask=attention_mask.to(self.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=requests[0].max_new_tokens,
+                do_sample=False,  # the processor has chosen; greedy search picks its choice up
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.pad_id,
+            ),
+            logits_processor=[sampler],
+        )
+        tokens = output[:, longest:].cpu()
+        log_probs = torch.stack(sampler.log_probs, dim=1).cpu()
+        return [self._completion(tokens[row], log_probs[row]) for row in range(len(requests))]
+
+    def _completion(self, tokens: Tensor, log_probs: Tensor) -> Completion:
+        is_stop = torch.isin(tokens, torch.tensor(self.stop_ids))
+        length = int(is_stop.int().argmax()) + 1 if bool(is_stop.any()) else len(tokens)
+        reason = "stop" if bool(is_stop.any()) else "length"
+        return Completion(tokens[:length].clone(), log_probs[:length].float().clone(), reason, self.weight_version)
+
+
+def _settings(request: Request) -> tuple[float, float, int, int]:
+    return request.temperature, request.top_p, request.top_k, request.max_new_tokens
+
+
+class _Sampler:
+    """Chooses every row's next token and remembers its log-prob. A logits processor of transformers."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+        first = requests[0]
+        self.temperature, self.top_p, self.top_k = first.temperature, first.top_p, first.top_k
+        self.log_probs: list[Tensor] = []
+        self._draws = torch.stack([_uniforms(r.seed, r.max_new_tokens) for r in requests]).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores.float()
+        log_probs = torch.log_softmax(logits / self.temperature if self.temperature > 0 else logits, dim=-1)
+        if self.temperature == 0:
+            chosen = log_probs.argmax(-1)
+        else:
+            chosen = self._draw(log_probs.exp(), self._draws[:, len(self.log_probs)])
+        # Log-probs are those of the full softmax at the sampling temperature: what the trainer recomputes.
+        self.log_probs.append(log_probs.gather(1, chosen[:, None])[:, 0])
+        choice = torch.full_like(scores, float("-inf"))
+        return choice.scatter_(1, chosen[:, None], 0.0)
+
+    def _draw(self, probabilities: Tensor, uniform: Tensor) -> Tensor:
+        """[B] tokens by inverse transform: the first whose cumulative probability exceeds the row's number."""
+        if self.top_k == 0 and self.top_p == 1.0:
+            cumulative = probabilities.double().cumsum(-1)
+            return _first_above(cumulative, uniform)
+        ordered, token_ids = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        is_kept = before < self.top_p
+        if self.top_k:
+            is_kept[:, self.top_k :] = False
+        cumulative = (ordered * is_kept).double().cumsum(-1)
+        return token_ids.gather(1, _first_above(cumulative, uniform)[:, None])[:, 0]
+
+
+def _first_above(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    total = cumulative[:, -1:]
+    return torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    """[count] float64 in [0, 1) that belong to one request."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+

@@ -1,0 +1,283 @@
+"""One run: builds what the loops of train.py use, and does what surrounds a step (metrics, evaluation, checkpoints)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.algorithms import build_algorithm
+from megatron_rl.config import Config, save_resolved
+from megatron_rl.convert.load import HFReader
+from megatron_rl.convert.random_weights import RandomReader
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.curves import plot_curves
+from megatron_rl.data.prompts import demonstrations, tokenize_prompts
+from megatron_rl.data.stream import Stream
+from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
+from megatron_rl.evaluate import Evaluator
+from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics
+from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
+from megatron_rl.model.checkpoint import Checkpoints
+from megatron_rl.model.step import Policy
+from megatron_rl.model.weights import export_hf, load_hf_weights
+from megatron_rl.parallel.agree import all_ranks_agree
+from megatron_rl.parallel.groups import build_groups
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.engine import RolloutEngine
+from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
+from megatron_rl.rollout.score import Scorer
+from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.runtime import Runtime
+from megatron_rl.summary import print_before_after, write_summary
+from megatron_rl.tasks import get_task
+from megatron_rl.types import Prompt, RolloutGroup, TrainingSample
+from megatron_rl.weight_sync.in_process import publish
+
+
+class Run:
+    """Everything of one run on this rank. Every rank builds the same; what is shared out is inside the parts."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.started = time.monotonic()
+        self.directory = config.exp_manager.run_dir
+        self.is_first = runtime.rank == 0
+        self.timer = PhaseTimer()
+        torch.manual_seed(config.trainer.seed)
+        self.groups = build_groups(
+            tensor_parallel_size=config.policy.tensor_parallel_size,
+            pipeline_parallel_size=config.policy.pipeline_parallel_size,
+            device=runtime.device,
+            seed=config.trainer.seed,
+        )
+        with all_ranks_agree(self.groups.cpu_group):
+            self.shape = ModelShape.from_directory(Path(config.policy.model_path))
+            self.tokenizer = load_tokenizer(self._tokenizer_dir, self.shape)
+            self._stop_ids = stop_ids(self.tokenizer, self.shape)
+            self._load_data()
+        self.algorithm = build_algorithm(config)
+        self.policy = Policy(config, self.shape, self.groups, fill_weights=self._fill_weights, timer=self.timer)
+        self.reference = self.policy.snapshot() if self.algorithm.needs_reference else []
+        self.checkpoints = Checkpoints(
+            self.directory / "checkpoints",
+            keep_last=config.exp_manager.checkpoint_callback_params.keep_last,
+            groups=self.groups,
+            say=self.say,
+        )
+        self.start_step = self._resume()
+        self.logger = self._build_logger()
+        self.engine = self._build_engine()
+        self.scorer = self._build_scorer()
+        self.collector = Collector(self.engine, self.scorer, config.trainer.seed, self.timer)
+        if self.engine is not None and config.trainer.stage == "rl":
+            self.publish(version=self.start_step)
+        self.timer.flush(0.0)
+
+    # ------------------------------------------------------------------------------------------------ around a step
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, counted from 0."""
+        for step in range(self.start_step, self.config.trainer.max_steps):
+            self._step_started = time.monotonic()
+            yield step
+
+    def finish_step(
+        self,
+        done: int,
+        updates: Sequence[Mapping[str, float]],
+        groups: Sequence[RolloutGroup] = (),
+        samples: Sequence[TrainingSample] = (),
+    ) -> None:
+        """Log a step; evaluate and save where it is time to.
+
+        Args:
+            done: steps done, this one included.
+            updates: what each ``train_step`` returned.
+            groups: the rollouts of an online step.
+            samples: its rows.
+        """
+        metrics = update_metrics(updates)
+        if groups:
+            metrics |= rollout_metrics(groups, version=done - 1) | sample_metrics(samples)
+            metrics |= self.algorithm.step_metrics()
+        seconds = time.monotonic() - self._step_started
+        metrics |= self.timer.flush(seconds)
+        if "num_tokens" in metrics:
+            metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
+        every, last = self.config.eval.every_n_steps, self.config.trainer.max_steps
+        if every and done % every == 0 and done < last:
+            metrics |= self._evaluate(done, self.config.eval.num_samples_during)
+        elif done == last and self.config.eval.after:
+            metrics |= self._evaluate(done, self.config.eval.num_samples)
+        self.logger.log(done, metrics)
+        self._save_if_due(done)
+
+    def evaluate_before(self) -> None:
+        """Evaluate the model as it comes, as step 0."""
+        if self.config.eval.before and self.start_step == 0:
+            self.logger.log(0, self._evaluate(0, self.config.eval.num_samples))
+
+    def publish(self, *, version: int) -> None:
+        """Give the engine the current weights."""
+        publish(self.policy, self.engine, version=version)
+
+    def finish(self) -> None:
+        """Export, plot, sum up."""
+        if self.config.exp_manager.export_hf:
+            source = Path(self.config.policy.model_path)
+            target = self.directory / "hf"
+            export_hf(self.policy.stage, self.shape, self.groups, source=source, target=target)
+            self.say(f"Hugging Face checkpoint: {target}")
+        if self.is_first:
+            self.logger.close()
+            plot_curves(self.logger.path, self.directory / "curves.png")
+            summary = self._summary()
+            write_summary(self.directory / "summary.json", summary)
+            if self.config.eval.before and self.config.eval.after:
+                print_before_after(summary, k_values=self.config.eval.k_values)
+
+    def say(self, message: str) -> None:
+        """One line for the user, from rank 0."""
+        if self.is_first:
+            print(message, flush=True)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.close()
+        if self.scorer is not None:
+            self.scorer.close()
+        if self.engine is not None:
+            self.engine.close()
+
+    # ------------------------------------------------------------------------------------------------ parts
+
+    @property
+    def _tokenizer_dir(self) -> Path:
+        return Path(self.config.policy.tokenizer_path or self.config.policy.model_path)
+
+    def _load_data(self) -> None:
+        data, context = self.config.data, self.shape.max_position_embeddings
+        task = get_task(data.task)
+
+        def load(file: str, max_new_tokens: int) -> list[Prompt]:
+            problems = task.load(Path(file), template=data.template)
+            prompts, dropped = tokenize_prompts(
+                problems, self.tokenizer, data, context_length=context, max_new_tokens=max_new_tokens
+            )
+            if dropped:
+                self.say(f"{file}: {dropped} of {len(problems)} problems left out, their prompts are too long")
+            return prompts
+
+        seed, new_tokens = self.config.trainer.seed, self.config.rollout.max_new_tokens
+        if self.config.trainer.stage == "rl":
+            self.prompts: Stream[Prompt] = Stream(load(data.train, new_tokens), seed, data.shuffle)
+            self.stream: Stream[Any] = self.prompts
+        else:
+            rows = demonstrations(
+                load(data.train, 1), self.tokenizer, stop_id=self._stop_ids[0], context_length=context
+            )
+            self.demonstrations: Stream[TrainingSample] = Stream(rows, seed, data.shuffle)
+            self.stream = self.demonstrations
+        if self.config.eval.is_used:
+            assert data.validation is not None
+            self.evaluator = Evaluator(
+                load(data.validation, new_tokens)[: self.config.eval.num_problems], self.config.eval, new_tokens
+            )
+
+    def _fill_weights(self, stage: Any) -> None:
+        policy, seed = self.config.policy, self.config.trainer.seed
+        is_random = policy.initialization == "random"
+        load_hf_weights(
+            stage,
+            self.shape,
+            self.groups,
+            lambda: RandomReader(self.shape, seed=seed) if is_random else HFReader(Path(policy.model_path)),
+        )
+
+    def _resume(self) -> int:
+        manager = self.config.exp_manager
+        if self.is_first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_resolved(self.config, self.directory / "config.yaml")
+        path = None
+        if manager.resume_if_exists or manager.resume_from_checkpoint:
+            path = self.checkpoints.find(manager.resume_from_checkpoint)
+        if path is None:
+            return 0
+        state = self.checkpoints.load(path, self.policy)
+        self.stream.cursor = state["cursor"]
+        self.say(f"resuming after step {state['step']}: {path}")
+        return int(state["step"])
+
+    def _save_if_due(self, done: int) -> None:
+        manager = self.config.exp_manager
+        is_due = done % manager.checkpoint_callback_params.every_n_train_steps == 0 or done == self.config.trainer.max_steps
+        if manager.create_checkpoint_callback and is_due:
+            with self.timer("checkpoint"):
+                self.checkpoints.save(done, self.policy, {"step": done, "cursor": self.stream.cursor})
+
+    def _build_logger(self) -> MetricsLogger:
+        sinks = build_sinks(self.config.exp_manager, self.directory) if self.is_first else ()
+        logger = MetricsLogger(
+            self.directory, total_steps=self.config.trainer.max_steps, sinks=sinks, is_writer=self.is_first
+        )
+        logger.resume_at(self.start_step)
+        return logger
+
+    def _build_engine(self) -> RolloutEngine | None:
+        rollout = self.config.rollout
+        if self.config.trainer.stage == "sft" and not self.config.eval.is_used:
+            return None
+        if rollout.engine == "recorded":
+            return RecordedEngine(Path(rollout.recorded_dir))
+        pad_id = self.tokenizer.pad_token_id
+        engine = TransformersEngine(
+            Path(self.config.policy.model_path),
+            dtype=self.policy.megatron_config.params_dtype,
+            device=self.runtime.device,
+            stop_ids=self._stop_ids,
+            pad_id=self._stop_ids[0] if pad_id is None else pad_id,
+            max_batch_size=rollout.max_batch_size,
+            cpu_group=self.groups.cpu_group,
+        )
+        return RecordingEngine(engine, self.directory / "rollouts", is_writer=self.is_first) if rollout.record else engine
+
+    def _build_scorer(self) -> Scorer | None:
+        if self.engine is None:
+            return None
+        data = self.config.data
+        return Scorer(
+            data.task,
+            self.tokenizer,
+            num_workers=data.num_scoring_workers,
+            timeout_s=data.scoring_timeout_s,
+            cpu_group=self.groups.cpu_group,
+        )
+
+    def _evaluate(self, done: int, num_samples: int) -> dict[str, float]:
+        started = time.monotonic()
+        if self.engine.weight_version != done:
+            self.publish(version=done)
+        metrics = self.evaluator.evaluate(self.collector, step=done, num_samples=num_samples)
+        self.timer.flush(0.0)  # evaluation has its own figure and does not count into the next step
+        return metrics | {"time/evaluation_s": time.monotonic() - started}
+
+    def _summary(self) -> dict[str, Any]:
+        rows = {row["step"]: row for row in self.logger.rows()}
+        before, after = rows.get(0, {}), rows.get(self.config.trainer.max_steps, {})
+        summary: dict[str, Any] = {"steps": self.config.trainer.max_steps, "engine": self.config.rollout.engine}
+        for when, row in (("before", before), ("after", after)):
+            names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in self.config.eval.k_values}
+            summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}
+        phases = sorted({key for row in rows.values() for key in row if key.startswith("time/")})
+        summary["seconds_by_phase"] = {
+            key[5:-2]: round(sum(row.get(key, 0.0) for row in rows.values()), 3) for key in phases
+        }
+        summary["seconds"] = round(time.monotonic() - self.started, 3)
+        return summary

@@ -1,0 +1,43 @@
+"""Tasks: where problems come from, how they are put to the model, and how an answer is scored. All of them, by name."""
+
+from __future__ import annotations
+
+import importlib
+
+from megatron_rl.errors import UserError
+from megatron_rl.tasks.base import Task
+from megatron_rl.tasks.gsm8k import Gsm8k
+from megatron_rl.tasks.word_problems import WordProblems
+
+TASKS: dict[str, Task] = {
+    "gsm8k": Gsm8k(),
+    "word_problems": WordProblems(),
+}
+
+
+def get_task(name: str) -> Task:
+    """The task called ``name``; ``package.module:ATTRIBUTE`` names a task outside this package.
+
+    Raises:
+        UserError: there is no such task, or what the import path names is not one.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if ":" not in name:
+        raise UserError(
+            "data.task", name, f"is no task; there are {', '.join(sorted(TASKS))}",
+            "use one of them, or give your own as package.module:ATTRIBUTE",
+        )
+    module_name, _, attribute = name.partition(":")
+    try:
+        task = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            "data.task", name, f"cannot be imported ({error})", "put its folder on PYTHONPATH and check the spelling"
+        ) from error
+    if isinstance(task, type) or not isinstance(task, Task):
+        raise UserError(
+            "data.task", name, "is not an object with name, preload, load and score",
+            "name an instance that has the members of megatron_rl.tasks.base.Task",
+        )
+    return task

@@ -1,0 +1,196 @@
+"""What a task is, and the reader of problem files that tasks share. Imports no torch: scoring workers import this."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Protocol, TextIO, runtime_checkable
+
+from megatron_rl.errors import UserError
+from megatron_rl.types import Problem, Score
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """One kind of problem."""
+
+    name: str
+    """Its name in a config."""
+    preload: Sequence[str]
+    """Modules that ``score`` imports; loaded once, before the scoring workers are forked. Empty where it imports none."""
+
+    def load(self, path: Path, *, template: str | None) -> list[Problem]:
+        """Read a problem file.
+
+        Args:
+            path: a ``.jsonl`` or ``.jsonl.gz`` file.
+            template: the prompt with ``{question}`` in it; None takes the task's own.
+
+        Raises:
+            UserError: the file or the template is wrong.
+        """
+        ...
+
+    def score(self, answer: str, response: str) -> Score:
+        """Judge one response; a pure function that runs in a worker process.
+
+        Args:
+            answer: ``Problem.answer``.
+            response: decoded, without special tokens; anything at all, since a model wrote it.
+        """
+        ...
+
+
+def read_rows(
+    path: Path, *, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file, with ``file:line`` of each.
+
+    Blank lines are skipped, fields that are not asked for are ignored, an ``optional`` field may be absent or null.
+
+    Args:
+        path: the file.
+        required: fields that every row holds as a non-empty string.
+        optional: fields that are strings where a row has them.
+
+    Raises:
+        UserError: at the first thing that is wrong with the file or a line of it; also when it has no row.
+    """
+    num_rows = 0
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        source = f"{path}:{number}"
+        yield source, _fields(_parse(line, source), source, required, optional)
+        num_rows += 1
+    if num_rows == 0:
+        raise UserError(str(path), None, "has no row", "give a file with one JSON object a line")
+
+
+def fill_template(template: str, question: str) -> str:
+    r"""Put the question in place of ``{question}``; other braces, as in ``\boxed{}``, stay as they are."""
+    return template.replace("{question}", question)
+
+
+def check_template(template: str) -> str:
+    """Return the template.
+
+    Raises:
+        UserError: it has no place for the question.
+    """
+    if "{question}" not in template:
+        raise UserError("data.template", template, "must contain {question}", "write {question} where the question goes")
+    return template
+
+
+def problem_id(task_name: str, question: str) -> str:
+    """16 hex digits that name a question of a task in every run, file and machine."""
+    return blake2b(f"{task_name}\n{question}".encode(), digest_size=8).hexdigest()
+
+
+def unique_problems(problems: Iterable[Problem]) -> list[Problem]:
+    """Problems in order, the first of each id; what is left out is logged.
+
+    Raises:
+        UserError: one question comes with two answers.
+    """
+    kept: dict[str, Problem] = {}
+    num_repeated = 0
+    for problem in problems:
+        first = kept.setdefault(problem.problem_id, problem)
+        if first.answer != problem.answer:
+            raise UserError(
+                problem.source, problem.answer,
+                f"answers the question of {first.source}, where the answer is {first.answer!r}", "remove the wrong one",
+            )
+        num_repeated += first is not problem
+    if num_repeated:
+        logger.warning("%d problems repeat an earlier one of the file and are left out", num_repeated)
+    return list(kept.values())
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """A value short enough for an error message."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(str(path), None, "must be a .jsonl or .jsonl.gz file", "name a problem file")
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):  # noqa: B007  (named in the error below)
+                yield line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number + 1}", None, "is not UTF-8 here or soon after", "save the file as UTF-8") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # before OSError: BadGzipFile is one
+        raise UserError(f"{path}:{number + 1}", None, f"is not whole gzip data ({error})", "compress it again") from error
+    except OSError as error:
+        raise UserError(str(path), None, f"cannot be read ({error.strerror})", "give the path of a readable file") from error
+
+
+def _open(path: Path) -> TextIO:
+    # utf-8-sig: editors on Windows put a byte-order mark first, which json refuses.
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _parse(line: str, source: str) -> dict[str, object]:
+    try:
+        row = json.loads(line, object_pairs_hook=lambda pairs: _without_repeats(pairs, source))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError also covers integers of more than 4300 digits
+        raise UserError(source, shorten(line.strip()), f"is not JSON ({error})", "write one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise UserError(source, shorten(row), "is not a JSON object", "write one object {...} a line")
+    return row
+
+
+def _without_repeats(pairs: list[tuple[str, object]], source: str) -> dict[str, object]:
+    """json keeps the last of two equal keys in silence."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UserError(source, repeated, "occurs twice in the row", "keep one of the two fields")
+    return row
+
+
+def _fields(
+    row: dict[str, object], source: str, required: Sequence[str], optional: Sequence[str]
+) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for name in (*required, *optional):
+        value = row.get(name)
+        if value is None and name in optional:
+            continue
+        if name not in row:
+            raise UserError(source, shorten(", ".join(row)), f"has no field {name!r}", f"add it; rows need {', '.join(required)}")
+        if not isinstance(value, str):
+            raise UserError(source, shorten(value), f"field {name!r} must be a string", "put it in quotes")
+        if name in required and not value.strip():
+            raise UserError(source, value, f"field {name!r} is empty", "fill it in or remove the row")
+        if not _is_encodable(value):
+            raise UserError(source, shorten(value), f"field {name!r} has half a surrogate pair", "write the whole character")
+        fields[name] = value
+    return fields
+
+
+def _is_encodable(text: str) -> bool:
+    """JSON may carry a lone surrogate such as "\\ud800", on which tokenizers crash later."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

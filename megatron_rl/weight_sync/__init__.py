@@ -1,0 +1,1 @@
+"""The only place where ``model`` and ``rollout`` meet: trained weights become the weights that sample."""
