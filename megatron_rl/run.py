@@ -11,9 +11,9 @@ import torch
 
 from megatron_rl.algorithms import build_algorithm
 from megatron_rl.config import Config, save_resolved
-from megatron_rl.convert.load import HFReader
+from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.random_weights import RandomReader
-from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.shape import read_shape
 from megatron_rl.curves import plot_curves
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
 from megatron_rl.data.stream import Stream
@@ -55,7 +55,7 @@ class Run:
             seed=config.trainer.seed,
         )
         with all_ranks_agree(self.groups.cpu_group):
-            self.shape = ModelShape.from_directory(Path(config.policy.model_path))
+            self.shape = read_shape(Path(config.policy.model_path))
             self.tokenizer = load_tokenizer(self._tokenizer_dir, self.shape)
             self._stop_ids = stop_ids(self.tokenizer, self.shape)
             self._load_data()

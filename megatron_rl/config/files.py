@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_rl.config.schema import Config
+from megatron_rl.convert.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
 
 
@@ -14,13 +15,11 @@ def check_files(config: Config) -> None:
     Raises:
         UserError: naming the config key whose path or size is wrong.
     """
-    from megatron_rl.convert.shape import ModelShape
-
     policy = config.policy
     directory = Path(policy.model_path)
     if not directory.is_dir():
         raise UserError("policy.model_path", policy.model_path, "is not a directory", "give a Hugging Face checkpoint directory")
-    shape = ModelShape.from_directory(directory)
+    shape = read_shape(directory)
     _check_layout(config, shape)
     tokenizer = Path(policy.tokenizer_path or directory)
     if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -39,7 +38,7 @@ def check_files(config: Config) -> None:
         raise UserError("rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run")
 
 
-def _check_layout(config: Config, shape: object) -> None:
+def _check_layout(config: Config, shape: ModelShape) -> None:
     policy = config.policy
     for size, what, length in (
         (policy.tensor_parallel_size, "num_attention_heads", shape.num_attention_heads),

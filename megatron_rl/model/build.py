@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_rl.config import Config
 from megatron_rl.convert.kinds import padded_vocab_size
 from megatron_rl.convert.shape import ModelShape
+from megatron_rl.errors import UserError
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.specs import has_transformer_engine, layer_spec
 from megatron_rl.parallel.groups import Groups
@@ -19,6 +20,11 @@ from megatron_rl.parallel.groups import Groups
 
 def transformer_config(config: Config, shape: ModelShape, device: torch.device) -> TransformerConfig:
     """Megatron's config: shape from config.json, precision from ``trainer``, the rest from ``policy.megatron_cfg``."""
+    if shape.proj_bias != shape.mlp_bias:
+        raise UserError(
+            "policy.model_path", config.policy.model_path,
+            "has a bias in only one of attention and MLP; Megatron's layers have both or none", "use another model",
+        )
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
     settings: dict[str, object] = {
         "num_layers": shape.num_layers,
@@ -31,7 +37,7 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
         "layernorm_epsilon": shape.norm_eps,
         "activation_func": F.silu,
         "gated_linear_unit": True,
-        "add_bias_linear": False,
+        "add_bias_linear": shape.proj_bias and shape.mlp_bias,
         "add_qkv_bias": shape.qkv_bias,
         "qk_layernorm": shape.qk_norm,
         "hidden_dropout": 0.0,
@@ -96,8 +102,8 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
     scaling = shape.rope_scaling
     if scaling is None:
         return frequencies
-    original = scaling["original_max_position_embeddings"]
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    original = scaling.original_max_position_embeddings
+    low, high, factor = scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor
     turns = original * frequencies / (2 * torch.pi)  # full turns within the original context
     kept_share = ((turns - low) / (high - low)).clamp(0, 1)
     return kept_share * frequencies + (1 - kept_share) * frequencies / factor

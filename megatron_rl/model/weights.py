@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.convert.export import HFWriter, merge_parameter
-from megatron_rl.convert.load import TensorReader, check_coverage, load_parameter
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import entries, global_name
+from megatron_rl.convert.export import merge_parameter
+from megatron_rl.convert.load import check_coverage, load_parameter
+from megatron_rl.convert.random_weights import RandomReader
+from megatron_rl.convert.reader import HFReader
+from megatron_rl.convert.shape import Dtype, ModelShape
+from megatron_rl.convert.table import find_entry, global_name
+from megatron_rl.convert.writer import HFWriter
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
@@ -27,7 +31,7 @@ def named_parameters(stage: PolicyModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_hf_weights(
-    stage: PolicyModel, shape: ModelShape, groups: Groups, open_reader: Callable[[], TensorReader]
+    stage: PolicyModel, shape: ModelShape, groups: Groups, open_reader: Callable[[], HFReader | RandomReader]
 ) -> None:
     """Fill the stage; each rank reads only its slices.
 
@@ -57,10 +61,9 @@ def iterate_hf_tensors(stage: PolicyModel, shape: ModelShape, groups: Groups) ->
     mine = dict(named_parameters(stage))
     stages: list[list[tuple[str, torch.Size]]] = [[] for _ in range(groups.pp_size)]
     dist.all_gather_object(stages, [(name, p.shape) for name, p in mine.items()], group=groups.pp_group)
-    table = entries(shape)
     for owner, parameters in enumerate(stages):
         for name, size in parameters:
-            if table[name].is_copy:  # the last stage's copy of tied embeddings is the first stage's tensor
+            if find_entry(name, shape).is_copy:  # the last stage's copy of tied embeddings is the first stage's tensor
                 continue
             shard = _from_stage(mine.get(name), size, owner, stage.config.params_dtype, groups)
             yield from merge_parameter(name, _all_shards(shard, groups), shape).items()
@@ -74,15 +77,26 @@ def export_hf(stage: PolicyModel, shape: ModelShape, groups: Groups, *, source: 
         shape: of the whole model.
         groups: process groups.
         source: directory whose config and tokenizer files are carried over.
-        target: directory to write; an older export there is replaced once the new one is complete.
+        target: directory to write; an older export there is replaced.
     """
-    writer = HFWriter(target, source=source, dtype=stage.config.params_dtype) if groups.rank == 0 else None
-    for name, tensor in iterate_hf_tensors(stage, shape, groups):
-        if writer is not None:
-            writer.add(name, tensor.cpu())
+    writer: HFWriter | None = None
     with all_ranks_agree(groups.cpu_group):
+        if groups.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            writer = HFWriter(target, shape, source=source, dtype=_dtype_name(stage.config.params_dtype))
+    try:
+        for name, tensor in iterate_hf_tensors(stage, shape, groups):
+            if writer is not None:
+                writer.add(name, tensor)
         if writer is not None:
-            writer.close()
+            writer.finish()
+    finally:
+        if writer is not None:
+            writer.abort()
+
+
+def _dtype_name(dtype: torch.dtype) -> Dtype:
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def _from_stage(mine: Tensor | None, size: torch.Size, owner: int, dtype: torch.dtype, groups: Groups) -> Tensor:

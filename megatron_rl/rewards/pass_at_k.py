@@ -26,7 +26,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         ``pass_at_k(10, 3, 5)`` is 0.916667.
     """
     if not 0 <= num_correct <= num_samples:
-        raise UserError("num_correct", num_correct, f"must be 0 to num_samples = {num_samples}", "count the samples again")
+        raise UserError(
+            "num_correct", num_correct, f"must be 0 to num_samples = {num_samples}", "count the samples again"
+        )
     if not 1 <= k <= num_samples:
         raise UserError("k", k, f"must be 1 to num_samples = {num_samples}", "draw more samples or lower k")
     if num_samples - num_correct < k:

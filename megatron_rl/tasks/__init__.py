@@ -25,7 +25,9 @@ def get_task(name: str) -> Task:
         return TASKS[name]
     if ":" not in name:
         raise UserError(
-            "data.task", name, f"is no task; there are {', '.join(sorted(TASKS))}",
+            "data.task",
+            name,
+            f"is no task; there are {', '.join(sorted(TASKS))}",
             "use one of them, or give your own as package.module:ATTRIBUTE",
         )
     module_name, _, attribute = name.partition(":")
@@ -37,7 +39,9 @@ def get_task(name: str) -> Task:
         ) from error
     if isinstance(task, type) or not isinstance(task, Task):
         raise UserError(
-            "data.task", name, "is not an object with name, preload, load and score",
+            "data.task",
+            name,
+            "is not an object with name, preload, load and score",
             "name an instance that has the members of megatron_rl.tasks.base.Task",
         )
     return task

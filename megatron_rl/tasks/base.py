@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol, TextIO, runtime_checkable
+from typing import BinaryIO, Protocol, cast, runtime_checkable
 
 from megatron_rl.errors import UserError
 from megatron_rl.types import Problem, Score
@@ -24,7 +24,7 @@ class Task(Protocol):
     name: str
     """Its name in a config."""
     preload: Sequence[str]
-    """Modules that ``score`` imports; loaded once, before the scoring workers are forked. Empty where it imports none."""
+    """Modules that ``score`` imports, loaded once before the scoring workers are forked; may be empty."""
 
     def load(self, path: Path, *, template: str | None) -> list[Problem]:
         """Read a problem file.
@@ -86,7 +86,9 @@ def check_template(template: str) -> str:
         UserError: it has no place for the question.
     """
     if "{question}" not in template:
-        raise UserError("data.template", template, "must contain {question}", "write {question} where the question goes")
+        raise UserError(
+            "data.template", template, "must contain {question}", "write {question} where the question goes"
+        )
     return template
 
 
@@ -107,8 +109,10 @@ def unique_problems(problems: Iterable[Problem]) -> list[Problem]:
         first = kept.setdefault(problem.problem_id, problem)
         if first.answer != problem.answer:
             raise UserError(
-                problem.source, problem.answer,
-                f"answers the question of {first.source}, where the answer is {first.answer!r}", "remove the wrong one",
+                problem.source,
+                problem.answer,
+                f"answers the question of {first.source}, where the answer is {first.answer!r}",
+                "remove the wrong one",
             )
         num_repeated += first is not problem
     if num_repeated:
@@ -128,21 +132,23 @@ def _lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):  # noqa: B007  (named in the error below)
-                yield line
+            for number, line in enumerate(file, start=1):
+                # Editors on Windows put a byte-order mark first, which json refuses.
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number + 1}", None, "is not UTF-8 here or soon after", "save the file as UTF-8") from error
+        raise UserError(f"{path}:{number}", None, f"is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # before OSError: BadGzipFile is one
-        raise UserError(f"{path}:{number + 1}", None, f"is not whole gzip data ({error})", "compress it again") from error
+        raise UserError(
+            f"{path}:{number + 1}", None, f"is not whole gzip data ({error})", "compress it again"
+        ) from error
     except OSError as error:
-        raise UserError(str(path), None, f"cannot be read ({error.strerror})", "give the path of a readable file") from error
+        raise UserError(
+            str(path), None, f"cannot be read ({error.strerror})", "give the path of a readable file"
+        ) from error
 
 
-def _open(path: Path) -> TextIO:
-    # utf-8-sig: editors on Windows put a byte-order mark first, which json refuses.
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")
 
 
 def _parse(line: str, source: str) -> dict[str, object]:
@@ -151,7 +157,9 @@ def _parse(line: str, source: str) -> dict[str, object]:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # ValueError also covers integers of more than 4300 digits
-        raise UserError(source, shorten(line.strip()), f"is not JSON ({error})", "write one JSON object a line") from error
+        raise UserError(
+            source, shorten(line.strip()), f"is not JSON ({error})", "write one JSON object a line"
+        ) from error
     if not isinstance(row, dict):
         raise UserError(source, shorten(row), "is not a JSON object", "write one object {...} a line")
     return row
@@ -167,22 +175,24 @@ def _without_repeats(pairs: list[tuple[str, object]], source: str) -> dict[str, 
     return row
 
 
-def _fields(
-    row: dict[str, object], source: str, required: Sequence[str], optional: Sequence[str]
-) -> dict[str, str]:
+def _fields(row: dict[str, object], source: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
     fields: dict[str, str] = {}
     for name in (*required, *optional):
         value = row.get(name)
         if value is None and name in optional:
             continue
         if name not in row:
-            raise UserError(source, shorten(", ".join(row)), f"has no field {name!r}", f"add it; rows need {', '.join(required)}")
+            raise UserError(
+                source, shorten(", ".join(row)), f"has no field {name!r}", f"add it; rows need {', '.join(required)}"
+            )
         if not isinstance(value, str):
             raise UserError(source, shorten(value), f"field {name!r} must be a string", "put it in quotes")
         if name in required and not value.strip():
             raise UserError(source, value, f"field {name!r} is empty", "fill it in or remove the row")
         if not _is_encodable(value):
-            raise UserError(source, shorten(value), f"field {name!r} has half a surrogate pair", "write the whole character")
+            raise UserError(
+                source, shorten(value), f"field {name!r} has half a surrogate pair", "write the whole character"
+            )
         fields[name] = value
     return fields
 

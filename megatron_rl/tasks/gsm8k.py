@@ -28,7 +28,7 @@ class Gsm8k:
     """Fields ``question`` and ``answer``; the answer is worked text and a last line ``#### 72``."""
 
     name: str = "gsm8k"
-    preload: Sequence[str] = ("megatron_rl.rewards.math_warm_up",)
+    preload: Sequence[str] = ("math_verify",)
 
     def load(self, path: Path, *, template: str | None) -> list[Problem]:
         """Read problems: reference ``72``, demonstration ``... The answer is \\boxed{72}.``"""
@@ -58,7 +58,9 @@ def _split_answer(text: str, source: str) -> tuple[str, str]:
     number = number.strip()
     if not mark or not _NUMBER.fullmatch(number):
         raise UserError(
-            source, shorten(text.strip().rpartition("\n")[2]), f"field 'answer' must end in {ANSWER_MARK} and a number",
+            source,
+            shorten(text.strip().rpartition("\n")[2]),
+            f"field 'answer' must end in {ANSWER_MARK} and a number",
             f"add a last line such as {ANSWER_MARK} 72",
         )
     return _CALCULATOR.sub("", steps).strip(), number.replace(",", "")

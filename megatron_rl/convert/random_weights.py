@@ -1,0 +1,53 @@
+"""Random weights that stand for a checkpoint: for models trained from scratch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.convert.kinds import Extent
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.table import hf_tensors
+
+INIT_STD = 0.02
+
+
+class RandomReader:
+    """Reads like ``HFReader``. Each tensor follows from (seed, its name), so every layout starts from the same weights.
+
+    Matrices are normal with standard deviation 0.02, norms one, biases zero: transformers' initialisation.
+    """
+
+    def __init__(self, shape: ModelShape, *, seed: int) -> None:
+        self.directory = Path("random initialization")
+        self._shapes = hf_tensors(shape)
+        self._seed = seed
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        return set(self._shapes)
+
+    def shape(self, name: str) -> Extent:
+        """Shape of a tensor."""
+        return self._shapes[name]
+
+    def check(self, name: str, shape: Extent) -> None:
+        """Both sides come from the same table."""
+        assert self._shapes[name] == shape
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
+        """One rectangle of a tensor, or all of it, float32."""
+        extent = self._shapes[name]
+        if name.endswith("norm.weight"):
+            tensor = torch.ones(extent)
+        elif name.endswith(".bias"):
+            tensor = torch.zeros(extent)
+        else:
+            digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            tensor = torch.randn(extent, generator=generator) * INIT_STD
+        return tensor if slices is None else tensor[slices]

@@ -1,0 +1,290 @@
+"""Generated word problems of several arithmetic steps, for small models trained from scratch.
+
+    question  Ana has 7 . Ben has 5 more than Ana . Cal has 3 times as many as Ben . How many has Cal ?
+    solution  Ana 7 . Ben 7 + 5 = 12 . Cal 12 * 3 = 36 . #### 36
+    answer    36
+
+A problem is a chain: one start value, then one operation a person. Every value lies in 0 to 99. The *chain*, which is
+the numbers and operations without names and sentence order, decides by its hash which split a problem belongs to, so
+splits share no chain whatever the seeds and settings they were generated with.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+from megatron_rl.errors import UserError
+from megatron_rl.tasks.base import check_template, fill_template, problem_id, read_rows, unique_problems
+from megatron_rl.types import Problem, Score
+
+NAMES = (
+    "Ana", "Ben", "Cal", "Dan", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon",
+    "Kim", "Leo", "Mia", "Ned", "Oli", "Pam", "Ray", "Sue", "Tom", "Zoe",
+)  # fmt: skip
+MAX_VALUE = 99
+MAX_ADDEND = 20
+MAX_FACTOR = 5
+ANSWER_MARK = "####"
+
+Split = Literal["train", "held_out", "warm_start"]
+HASH_CLASSES: dict[Split, range] = {"held_out": range(0, 1), "warm_start": range(1, 6), "train": range(6, 16)}
+"""Classes of a chain's hash modulo 16: 1/16 of all chains is held out, 5/16 is for demonstrations, 10/16 for RL."""
+NUM_HASH_CLASSES = 16
+
+Row = dict[str, str | int]
+MAX_FRUITLESS_TRIES = 20_000
+"""Draws without a new problem of the split after which the space counts as used up."""
+
+_PHRASES = {"+": "{name} has {number} more than {other} .", "-": "{name} has {number} fewer than {other} .",
+            "*": "{name} has {number} times as many as {other} ."}  # fmt: skip
+_FINAL_NUMBER = re.compile(r"-?\d(?: ?\d)*")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a chain."""
+
+    operator: Literal["+", "-", "*"]
+    number: int
+
+    def apply(self, value: int) -> int:
+        """The next value."""
+        if self.operator == "+":
+            return value + self.number
+        return value - self.number if self.operator == "-" else value * self.number
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A problem without names and sentence order: what decides its split."""
+
+    start: int
+    steps: tuple[Step, ...]
+
+    @property
+    def canonical(self) -> str:
+        """``7 +5 *3``."""
+        return " ".join([str(self.start), *(f"{step.operator}{step.number}" for step in self.steps)])
+
+    @property
+    def hash_class(self) -> int:
+        """0 to 15."""
+        return int.from_bytes(blake2b(self.canonical.encode(), digest_size=8).digest(), "little") % NUM_HASH_CLASSES
+
+
+def generate(
+    num_problems: int,
+    *,
+    seed: int,
+    num_operations: Sequence[int] = (1, 2, 3),
+    slip_share: float = 0.0,
+    split: Split = "train",
+    shuffle_statements: bool = False,
+) -> Iterator[Row]:
+    """Distinct problems of one split, a pure function of the arguments.
+
+    Args:
+        num_problems: rows to yield.
+        seed: any integer. Other seeds give other problems, of the same split.
+        num_operations: how many operations a problem has; drawn uniformly from these.
+        slip_share: chance, in [0, 1), that a step of a *solution* states a wrong result, which the later steps carry on
+            consistently. ``answer`` is right all the same. Two slips may cancel.
+        split: which hash classes of chains to draw from.
+        shuffle_statements: give the statements in random order; the solution keeps the order of the chain.
+
+    Yields:
+        Rows with ``question``, ``answer``, ``solution`` (strings), ``num_operations``, ``num_slips`` (integers).
+
+    Raises:
+        UserError: an argument is out of range, or there are not so many problems.
+    """
+    _check(num_problems, num_operations, slip_share, split)
+    return _generate(num_problems, random.Random(seed), tuple(num_operations), slip_share, split, shuffle_statements)
+
+
+def _generate(
+    num_problems: int,
+    rng: random.Random,
+    num_operations: tuple[int, ...],
+    slip_share: float,
+    split: Split,
+    shuffle: bool,
+) -> Iterator[Row]:
+    seen: set[tuple[Chain, tuple[str, ...]]] = set()
+    while len(seen) < num_problems:
+        chain, names = _draw_new(rng, num_operations, split, seen)
+        seen.add((chain, names))
+        results, num_slips = _worked_results(chain, slip_share, rng)
+        yield {
+            "question": _question(chain, names, rng if shuffle else None),
+            "answer": str(_values(chain.start, chain.steps)[-1]),
+            "solution": _solution(chain, names, results),
+            "num_operations": len(chain.steps),
+            "num_slips": num_slips,
+        }
+
+
+def _draw_new(
+    rng: random.Random, num_operations: tuple[int, ...], split: Split, seen: set[tuple[Chain, tuple[str, ...]]]
+) -> tuple[Chain, tuple[str, ...]]:
+    for _ in range(MAX_FRUITLESS_TRIES):
+        chain = _draw_chain(rng, rng.choice(num_operations))
+        names = tuple(rng.sample(NAMES, len(chain.steps) + 1))
+        if chain.hash_class in HASH_CLASSES[split] and (chain, names) not in seen:
+            return chain, names
+    raise UserError(
+        "num_problems",
+        len(seen) + 1,
+        f"no further {split} problem with {list(num_operations)} operations was found",
+        "ask for fewer, or allow more operations",
+    )
+
+
+def _draw_chain(rng: random.Random, num_steps: int) -> Chain:
+    start = value = rng.randint(1, MAX_ADDEND)
+    steps: list[Step] = []
+    while len(steps) < num_steps:
+        operator = rng.choice("+-*")
+        low, high = _operand_range(operator, value)
+        if low <= high:
+            steps.append(Step(operator, rng.randint(low, high)))
+            value = steps[-1].apply(value)
+    return Chain(start, tuple(steps))
+
+
+def _operand_range(operator: str, value: int) -> tuple[int, int]:
+    """Operands that keep the next value in range; empty (low > high) where there is none."""
+    if operator == "+":
+        return 1, min(MAX_ADDEND, MAX_VALUE - value)
+    if operator == "-":
+        return 1, min(MAX_ADDEND, value)
+    return 2, (min(MAX_FACTOR, MAX_VALUE // value) if value else 1)  # 0 times anything teaches nothing
+
+
+def _values(start: int, steps: Sequence[Step]) -> list[int]:
+    """The start value and the result of each step."""
+    values = [start]
+    for step in steps:
+        values.append(step.apply(values[-1]))
+    return values
+
+
+def _worked_results(chain: Chain, slip_share: float, rng: random.Random) -> tuple[list[int], int]:
+    """(start value and the results that a solution states, number of slips among them)."""
+    results, num_slips = [chain.start], 0
+    for index, step in enumerate(chain.steps):
+        result = step.apply(results[-1])
+        if rng.random() < slip_share:
+            wrong = _slips(result, chain.steps[index + 1 :])
+            if wrong:
+                result, num_slips = rng.choice(wrong), num_slips + 1
+        results.append(result)
+    return results, num_slips
+
+
+def _slips(result: int, later_steps: Sequence[Step]) -> list[int]:
+    """Wrong results from which every later step stays in range: near misses, else (next to a border) any."""
+    possible = [
+        value for value in range(MAX_VALUE + 1)
+        if value != result and all(0 <= v <= MAX_VALUE for v in _values(value, later_steps))
+    ]  # fmt: skip
+    return [value for value in possible if abs(value - result) in (1, 2, 10)] or possible
+
+
+def _question(chain: Chain, names: Sequence[str], rng: random.Random | None) -> str:
+    statements = [f"{names[0]} has {chain.start} ."]
+    for step, name, other in zip(chain.steps, names[1:], names):
+        statements.append(_PHRASES[step.operator].format(name=name, number=step.number, other=other))
+    if rng is not None:
+        rng.shuffle(statements)
+    return " ".join([*statements, f"How many has {names[-1]} ?"])
+
+
+def _solution(chain: Chain, names: Sequence[str], results: Sequence[int]) -> str:
+    parts = [f"{names[0]} {chain.start} ."]
+    for step, name, before, after in zip(chain.steps, names[1:], results, results[1:]):
+        parts.append(f"{name} {before} {step.operator} {step.number} = {after} .")
+    return " ".join([*parts, f"{ANSWER_MARK} {results[-1]}"])
+
+
+def _check(num_problems: int, num_operations: Sequence[int], slip_share: float, split: str) -> None:
+    if num_problems < 1:
+        raise UserError("num_problems", num_problems, "must be at least 1", "ask for one problem or more")
+    if not num_operations or not all(1 <= n < len(NAMES) for n in num_operations):
+        raise UserError(
+            "num_operations",
+            list(num_operations),
+            f"must be numbers from 1 to {len(NAMES) - 1}",
+            "give for example 1 2 3",
+        )
+    if not 0 <= slip_share < 1:
+        raise UserError("slip_share", slip_share, "must be at least 0 and below 1", "give a share such as 0.2")
+    if split not in HASH_CLASSES:
+        raise UserError("split", split, f"must be one of {', '.join(HASH_CLASSES)}", "choose a split")
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write a ``.jsonl`` or ``.jsonl.gz`` file, complete or not at all; returns the number of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    num_rows = 0
+    with gzip.open(unfinished, "wt") if path.name.endswith(".gz") else unfinished.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            num_rows += 1
+    unfinished.replace(path)
+    return num_rows
+
+
+@dataclass(frozen=True)
+class WordProblems:
+    """Fields ``question``, ``answer`` (an integer) and, for demonstrations, ``solution``."""
+
+    name: str = "word_problems"
+    preload: Sequence[str] = ()
+
+    def load(self, path: Path, *, template: str | None) -> list[Problem]:
+        """Read problems; the prompt is the question alone unless a template says otherwise."""
+        template = check_template("{question}" if template is None else template)
+        problems = []
+        for source, row in read_rows(path, required=("question", "answer"), optional=("solution",)):
+            if not re.fullmatch(r"-?\d+", row["answer"]):
+                raise UserError(source, row["answer"], "field 'answer' must be an integer", "write digits only")
+            problems.append(
+                Problem(
+                    problem_id=problem_id(self.name, row["question"]),
+                    prompt=fill_template(template, row["question"]),
+                    answer=row["answer"],
+                    solution=row.get("solution"),
+                    source=source,
+                )
+            )
+        return unique_problems(problems)
+
+    def score(self, answer: str, response: str) -> Score:
+        """1.0 where the integer after the last ``####`` is the answer; nothing may follow it.
+
+        Digits may be apart by one space each: a word-level tokenizer has a token a digit.
+        """
+        _, mark, rest = response.rpartition(ANSWER_MARK)
+        number = rest.strip()
+        if not mark or not _FINAL_NUMBER.fullmatch(number):
+            return Score(0.0, {"correct": 0.0, "format": 0.0}, "no answer")
+        is_correct = _digits(number) == _digits(answer)
+        return Score(
+            float(is_correct), {"correct": float(is_correct), "format": 1.0}, "correct" if is_correct else "wrong"
+        )
+
+
+def _digits(number: str) -> str:
+    """``0 3 6`` -> ``36``. As strings: ``int`` refuses the 5,000 digits that a broken model may write."""
+    negative, digits = number.startswith("-"), number.lstrip("-").replace(" ", "").lstrip("0")
+    return f"-{digits}" if negative and digits else digits or "0"

@@ -1,0 +1,122 @@
+"""The directory of a tiny model for word problems: a word-level tokenizer and a Qwen2 ``config.json``, no weights.
+
+One token a word, sign or digit. Decoding joins the digits of a number, so ``#### 36`` comes back as it was written.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_rl.errors import UserError
+from megatron_rl.tasks.word_problems import ANSWER_MARK, NAMES
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
+WORDS = ("has", "more", "fewer", "than", "times", "as", "many", "How", "+", "-", "*", "=", ".", "?", ANSWER_MARK)
+VOCABULARY = (PAD, END, UNKNOWN, *"0123456789", *WORDS, *NAMES)
+"""48 entries: an even share for 2, 4, 8 or 16 tensor-parallel ranks."""
+
+
+def build_tokenizer() -> Tokenizer:
+    """Split at spaces and between digits, then look up."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, END, UNKNOWN)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(Regex("^"), " "),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r"(?<=\d) (?=\d)"), ""),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Write the files that ``AutoTokenizer.from_pretrained`` reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    build_tokenizer().save(str(directory / "tokenizer.json"))
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": PAD,
+            "eos_token": END,
+            "unk_token": UNKNOWN,
+            "clean_up_tokenization_spaces": False,  # it would join "." to the word before
+        },
+    )
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A Qwen2-style decoder."""
+
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 384
+    is_tied: bool = True
+    """Output layer and embedding are one tensor."""
+    max_positions: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1 and name != "is_tied":
+                raise UserError(name, value, "must be at least 1", "give a positive number")
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(
+                "hidden_size",
+                self.hidden_size,
+                f"must be an even multiple of num_heads = {self.num_heads}",
+                "rotary embeddings turn pairs, so each head needs an even width",
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                "num_kv_heads", self.num_kv_heads, f"must divide num_heads = {self.num_heads}", "use 1 or num_heads"
+            )
+
+
+def save_model(directory: Path, size: ModelSize) -> None:
+    """Write tokenizer and ``config.json``, in the spelling of the published Qwen2 checkpoints; no weights."""
+    save_tokenizer(directory)
+    _write_json(
+        directory / "config.json",
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_size": size.hidden_size,
+            "intermediate_size": size.intermediate_size,
+            "num_hidden_layers": size.num_layers,
+            "num_attention_heads": size.num_heads,
+            "num_key_value_heads": size.num_kv_heads,
+            "tie_word_embeddings": size.is_tied,
+            "max_position_embeddings": size.max_positions,
+            "vocab_size": len(VOCABULARY),
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "initializer_range": 0.02,
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "torch_dtype": "float32",
+            "bos_token_id": None,
+            "eos_token_id": VOCABULARY.index(END),
+            "pad_token_id": VOCABULARY.index(PAD),
+        },
+    )
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
