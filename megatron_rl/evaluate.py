@@ -29,7 +29,7 @@ class Evaluator:
             num_samples: per problem; values of k above it are left out.
 
         Returns:
-            ``eval/greedy``, ``eval/pass@k`` for each k, ``eval/avg@n``, ``eval/response_tokens``, shares in [0, 1].
+            ``eval/greedy``, ``eval/pass@k`` for each k, ``eval/avg@n``, ``eval/response_length``, shares in [0, 1].
         """
         config = self.config
         sampled = collector.collect(
@@ -45,7 +45,7 @@ class Evaluator:
             if k <= num_samples
         }
         metrics[f"eval/avg@{num_samples}"] = _mean([c / num_samples for c in correct])
-        metrics["eval/response_tokens"] = _mean([float(n) for n in _response_lengths(sampled)])
+        metrics["eval/response_length"] = _mean([float(n) for n in _response_lengths(sampled)])
         if config.greedy:
             greedy = collector.collect(
                 self.prompts,

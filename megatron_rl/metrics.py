@@ -6,7 +6,7 @@
                                                         +-> StepConsole live bar, or plain lines off a terminal
 
 A row's ``step`` is the number of training steps done: training writes rows 1, 2, ...; row 0 holds the evaluation before
-training. One row a step: an evaluation is merged into the row of its step, under ``eval/...``.
+training. One row a step: an evaluation is in the row of its step, under ``eval/...``.
 
 JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinity", "-Infinity": still told apart, every
 line stays valid JSON, and ``float(...)`` (also JavaScript's ``Number``) reads them back. ``read_metrics`` does it.
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Row = dict[str, float]
 
-REWARD, PASS_1, ENTROPY, LENGTH = "reward/mean", "pass@1", "entropy/mean", "response_length/mean"
+REWARD, PASS_1, ENTROPY, LENGTH = "reward/mean", "pass@1", "entropy/mean", "response_tokens/mean"
 """Names under which the console and the curves look for what they show."""
 EVAL_PREFIX = "eval/"
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -98,7 +98,7 @@ def _parse(raw: bytes) -> tuple[list[Row], list[int]]:
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append({key: NOT_FINITE.get(x, x) if isinstance(x, str) else x for key, x in row.items()})
+            rows.append({key: NOT_FINITE[x] if isinstance(x, str) and x in NOT_FINITE else x for key, x in row.items()})
         else:
             bad.append(number)
     return rows, bad
@@ -133,7 +133,7 @@ class MetricsFile:
         last_line = len(raw.rstrip(b"\n").split(b"\n"))
         for number in bad:
             if number != last_line:
-                raise UserError(f"{path}:{number}", None, "is not a metrics row", "delete the line, or move the file away")
+                raise UserError(f"{path}:{number}", None, "is not a metrics row", "delete the line or move the file")
         if bad:
             logger.warning("%s: dropped a half-written last line", path)
         if bad or (raw and not raw.endswith(b"\n")):
@@ -151,10 +151,6 @@ class MetricsFile:
         self._file.write(_encode(row))
         self._file.flush()
         self._steps.add(int(row["step"]))
-
-    def read(self) -> list[Row]:
-        """All rows."""
-        return read_metrics(self.path)
 
     def rewrite(self, rows: list[Row]) -> None:
         """Replace the content, in the order of steps."""
@@ -251,10 +247,10 @@ class TensorBoardSink:
 class WandbSink:
     """Weights & Biases. The arguments are ``wandb.init``'s; ``WANDB_MODE=offline`` or ``mode: offline`` work as ever.
 
-    ``step`` is an ordinary metric that all others are plotted over, not W&B's own step: W&B silently drops a value whose
-    own step is not above the last one, which would lose every repeated step after a resume and every evaluation. The
-    price: values of lost steps stay in W&B beside the repeated ones. Offline, a resume writes a second ``offline-run-*``
-    folder with the same id; ``wandb sync`` joins them.
+    ``step`` is an ordinary metric that all others are plotted over, not W&B's own step: W&B drops a value whose own
+    step is not above the last one, which would lose every repeated step after a resume and every late evaluation. The
+    price: values of lost steps stay in W&B beside the repeated ones. Offline, a resume writes a second
+    ``offline-run-*`` folder with the same id; ``wandb sync`` joins them.
     """
 
     name = "wandb"
@@ -320,7 +316,7 @@ class MLflowSink:
             run = self._client.create_run(
                 experiment_id, run_name=kwargs.get("run_name", run_dir.name), tags=kwargs.get("tags")
             )
-            # Parameters can be written once only, so they belong to the creation, not to a resume. 6000: MLflow's limit.
+            # Here and not at a resume, because parameters can be written only once. 6000 is MLflow's limit.
             params = [Param(key, str(value)[:6000]) for key, value in _flatten(run_config or {})]
             for start in range(0, len(params), 100):  # MLflow's limit of one call
                 self._client.log_batch(run.info.run_id, params=params[start : start + 100])
@@ -588,7 +584,8 @@ def progress(work: Iterable[T] | int | None, description: str) -> ProgressTask[T
     """
     if work is None or isinstance(work, int):
         return ProgressTask(_current_display(), description, total=work)
-    return ProgressTask(_current_display(), description, items=work, total=len(work) if isinstance(work, Sized) else None)
+    total = len(work) if isinstance(work, Sized) else None
+    return ProgressTask(_current_display(), description, items=work, total=total)
 
 
 def _thousands(value: float) -> str:
@@ -638,10 +635,11 @@ class StepConsole:
             self._printed_s = now
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show an evaluation: greedy and pass@k in percent; the other numbers are in the row."""
-        shown = [(key.removeprefix(EVAL_PREFIX), value) for key, value in metrics.items()]
-        numbers = "  ".join(f"{k} {value:.1%}" for k, value in shown if k == "greedy" or k.startswith("pass@"))
-        self._display.print(f"eval at step {step}  {numbers}".rstrip())
+        """Show the evaluation among the metrics, if any: greedy and pass@k in percent; the row has the rest."""
+        shown = {key.removeprefix(EVAL_PREFIX): x for key, x in metrics.items() if key.startswith(EVAL_PREFIX)}
+        numbers = [f"{key} {x:.1%}" for key, x in shown.items() if key == "greedy" or key.startswith("pass@")]
+        if shown:
+            self._display.print("  ".join((f"eval at step {step}", *numbers)))
 
     def close(self) -> None:
         """End the bar and leave its last numbers on the screen."""
@@ -663,50 +661,49 @@ class MetricsLogger:
     Args:
         run_dir: holds ``metrics.jsonl``; made if missing. Rows of an earlier start stay until ``resume_at``.
         total_steps: the last step, for the bar; None where open-ended.
-        console: also becomes the one that ``progress`` draws on; None prints nothing.
+        console: also becomes the one that ``progress`` draws on; None shows nothing.
 
     Raises:
         UserError: the file holds a line, not the last, that is no row.
     """
 
     def __init__(
-        self, run_dir: Path, *, total_steps: int | None, sinks: Sequence[Sink] = (), console: Console | None
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int | None,
+        sinks: Sequence[Sink] = (),
+        console: Console | None,
     ) -> None:
-        self._file = MetricsFile(run_dir / "metrics.jsonl")
+        self.path = run_dir / "metrics.jsonl"
+        self._file = MetricsFile(self.path)
         self._sinks = [_GuardedSink(sink) for sink in sinks]
-        self._display = use_console(console)
-        self._console = StepConsole(self._display, total_steps=total_steps)
-
-    @property
-    def path(self) -> Path:
-        """``metrics.jsonl``."""
-        return self._file.path
-
-    @property
-    def last_step(self) -> int | None:
-        """The highest step that has a row."""
-        return self._file.last_step
+        self._console = StepConsole(use_console(console), total_steps=total_steps)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the row of training step ``step`` (from 1).
+        """Write the row after ``step`` training steps; a second call for the last step adds to its row.
 
         Values are plain numbers, or anything ``float`` takes (a tensor of one element waits for its device).
         """
-        dropped = {f"dropped/sink_{guard.sink.name}": guard.num_missed for guard in self._sinks if guard.num_missed}
-        row = self._put(step, {**metrics, **dropped})
-        self._console.step(step, row)
+        last = self._file.last_step
+        assert last is None or step >= last, f"step {step} after step {last}: call resume_at before repeating steps"
+        self._put(step, metrics)
+        if step > 0:
+            self._console.step(step, metrics)
+        self._console.evaluation(step, metrics)
 
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Merge an evaluation of the weights after ``step`` steps into that step's row; 0 is before training.
+        """Add an evaluation of the weights after ``step`` steps to that step's row, which may be an earlier one.
 
-        Keys get the prefix ``eval/`` where they lack it. Earlier steps may come late; a repeated evaluation replaces.
+        Keys get the prefix ``eval/`` where they lack it; a repeated evaluation replaces.
         """
-        row = self._put(step, {EVAL_PREFIX + key.removeprefix(EVAL_PREFIX): x for key, x in metrics.items()})
-        self._console.evaluation(step, row)
+        metrics = {EVAL_PREFIX + key.removeprefix(EVAL_PREFIX): value for key, value in metrics.items()}
+        self._put(step, metrics)
+        self._console.evaluation(step, metrics)
 
     def resume_at(self, step: int) -> int:
         """Forget the rows after ``step`` steps, which will be repeated; -1 forgets all. Returns how many there were."""
-        rows = self._file.read()
+        rows = read_metrics(self.path)
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             self._file.rewrite(kept)
@@ -716,10 +713,11 @@ class MetricsLogger:
         return len(rows) - len(kept)
 
     def close(self) -> None:
-        """Finish sinks and console; the rows are on disk already."""
+        """Finish sinks and console; the rows are on disk already. A second call does nothing."""
         self._console.close()
         for guard in self._sinks:
             guard.close()
+        self._sinks = []
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -730,23 +728,19 @@ class MetricsLogger:
     ) -> None:
         self.close()
 
-    def _put(self, step: int, metrics: Mapping[str, float]) -> Row:
+    def _put(self, step: int, metrics: Mapping[str, float]) -> None:
         assert "step" not in metrics, "`step` is the row's own key"
         values = {key: _as_number(key, value) for key, value in metrics.items()}
-        last = self._file.last_step
-        if last is None or step > last:
+        values |= {f"dropped/sink_{guard.sink.name}": guard.num_missed for guard in self._sinks if guard.num_missed}
+        if self._file.last_step is None or step > self._file.last_step:
             self._file.append({"step": step, **values})
         else:
-            # Rare (once an evaluation), so the whole file is rewritten: one row a step, and no moment without the row.
-            rows = {int(row["step"]): row for row in self._file.read()}
-            known = rows.get(step, {"step": step})
-            again = [key for key in values if key in known and not key.startswith(EVAL_PREFIX)]
-            assert not again, f"step {step} was logged before ({again[0]}): call resume_at before repeating steps"
-            rows[step] = known | values
+            # Rare (at most once an evaluation), so the whole file is rewritten: one row a step, never a moment without.
+            rows = {int(row["step"]): row for row in read_metrics(self.path)}
+            rows[step] = rows.get(step, {"step": step}) | values
             self._file.rewrite(list(rows.values()))
         for guard in self._sinks:
             guard.log(step, values)
-        return values
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------------
@@ -759,40 +753,29 @@ class MemoryMeter(Protocol):
         """Highest number of bytes since the last call."""
 
 
-class CudaMemory:
-    """Peak bytes allocated by torch on the current device. Owns torch's peak counter: it is reset at each reading."""
+class ProcessMemory:
+    """Peak bytes that torch allocated on the current device once it uses CUDA, else the resident size of this process.
 
-    def peak_bytes(self) -> int:
-        """See ``MemoryMeter``; 0 before the first CUDA call, which reading must not cause."""
-        import torch
-
-        if not torch.cuda.is_initialized():
-            return 0
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-
-
-class ResidentMemory:
-    """Resident set size of this process, sampled at the two ends only: what a phase frees before its end is missed."""
+    On CUDA it owns torch's peak counter: each reading resets it. Resident size has no counter that can be reset, so it
+    is sampled, and what a phase frees before its end is missed.
+    """
 
     def __init__(self) -> None:
         import psutil
 
         self._process = psutil.Process()
-        self._last = self._process.memory_info().rss
+        self._resident = 0
 
     def peak_bytes(self) -> int:
         """See ``MemoryMeter``."""
-        before, self._last = self._last, self._process.memory_info().rss
-        return max(before, self._last)
+        import torch
 
-
-def default_memory_meter() -> MemoryMeter:
-    """CUDA memory where torch sees a device, else resident memory."""
-    import torch
-
-    return CudaMemory() if torch.cuda.is_available() else ResidentMemory()
+        if torch.cuda.is_initialized():  # not is_available: a run on the CPU of a GPU machine has its data in memory
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return peak
+        before, self._resident = self._resident, self._process.memory_info().rss
+        return max(before, self._resident)
 
 
 class PhaseTimer:
@@ -803,7 +786,7 @@ class PhaseTimer:
     For one thread, and not across an ``await``: phases must end in the reverse order of their start.
 
     Args:
-        memory: None takes ``default_memory_meter``.
+        memory: None takes ``ProcessMemory``.
         synchronize: called at every border, such as ``torch.cuda.synchronize``.
 
     Example:
@@ -819,7 +802,7 @@ class PhaseTimer:
         synchronize: Callable[[], None] | None = None,
     ) -> None:
         self._clock = clock
-        self._memory = memory or default_memory_meter()
+        self._memory = memory or ProcessMemory()
         self._synchronize = synchronize
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,14 @@ class Run:
         self.collector = Collector(self.engine, self.scorer, config.trainer.seed, self.timer)
         if self.engine is not None and config.trainer.stage == "rl":
             self.publish(version=self.start_step)
-        self.timer.flush(0.0)
+        self.timer.flush()
 
     # ------------------------------------------------------------------------------------------------ around a step
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, counted from 0."""
         for step in range(self.start_step, self.config.trainer.max_steps):
+            self.timer.flush()
             self._step_started = time.monotonic()
             yield step
 
@@ -108,18 +110,18 @@ class Run:
         metrics |= self.timer.flush(seconds)
         if "num_tokens" in metrics:
             metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
-        every, last = self.config.eval.every_n_steps, self.config.trainer.max_steps
-        if every and done % every == 0 and done < last:
-            metrics |= self._evaluate(done, self.config.eval.num_samples_during)
-        elif done == last and self.config.eval.after:
-            metrics |= self._evaluate(done, self.config.eval.num_samples)
         self.logger.log(done, metrics)
+        every, last = self.config.eval.every_n_steps, self.config.trainer.max_steps
+        if done == last and self.config.eval.after:
+            self._evaluate(done, self.config.eval.num_samples)
+        elif every and done % every == 0:
+            self._evaluate(done, self.config.eval.num_samples_during)
         self._save_if_due(done)
 
     def evaluate_before(self) -> None:
         """Evaluate the model as it comes, as step 0."""
         if self.config.eval.before and self.start_step == 0:
-            self.logger.log(0, self._evaluate(0, self.config.eval.num_samples))
+            self._evaluate(0, self.config.eval.num_samples)
 
     def publish(self, *, version: int) -> None:
         """Give the engine the current weights."""
@@ -132,13 +134,10 @@ class Run:
             target = self.directory / "hf"
             export_hf(self.policy.stage, self.shape, self.groups, source=source, target=target)
             self.say(f"Hugging Face checkpoint: {target}")
+        self.logger.close()
         if self.is_first:
-            self.logger.close()
             plot_curves(self.logger.path, self.directory / "curves.png")
-            summary = self._summary()
-            write_summary(self.directory / "summary.json", summary)
-            if self.config.eval.before and self.config.eval.after:
-                print_before_after(summary, k_values=self.config.eval.k_values)
+            self._sum_up(self.logger.rows())
 
     def say(self, message: str) -> None:
         """One line for the user, from rank 0."""
@@ -223,11 +222,12 @@ class Run:
                 self.checkpoints.save(done, self.policy, {"step": done, "cursor": self.stream.cursor})
 
     def _build_logger(self) -> MetricsLogger:
-        sinks = build_sinks(self.config.exp_manager, self.directory) if self.is_first else ()
-        logger = MetricsLogger(
-            self.directory, total_steps=self.config.trainer.max_steps, sinks=sinks, is_writer=self.is_first
-        )
-        logger.resume_at(self.start_step)
+        with all_ranks_agree(self.groups.cpu_group):
+            manager, steps = self.config.exp_manager, self.config.trainer.max_steps
+            sinks = build_sinks(manager, self.directory, run_config=asdict(self.config)) if self.is_first else ()
+            logger = MetricsLogger(self.directory, total_steps=steps, sinks=sinks, is_writer=self.is_first)
+            # A fresh run starts without rows; a resumed one keeps those up to its checkpoint.
+            logger.resume_at(self.start_step if self.start_step else -1)
         return logger
 
     def _build_engine(self) -> RolloutEngine | None:
@@ -260,24 +260,24 @@ class Run:
             cpu_group=self.groups.cpu_group,
         )
 
-    def _evaluate(self, done: int, num_samples: int) -> dict[str, float]:
+    def _evaluate(self, done: int, num_samples: int) -> None:
         started = time.monotonic()
         if self.engine.weight_version != done:
             self.publish(version=done)
         metrics = self.evaluator.evaluate(self.collector, step=done, num_samples=num_samples)
-        self.timer.flush(0.0)  # evaluation has its own figure and does not count into the next step
-        return metrics | {"time/evaluation_s": time.monotonic() - started}
+        self.timer.flush()  # evaluation has its own figure and does not count into a step
+        self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
 
-    def _summary(self) -> dict[str, Any]:
-        rows = {row["step"]: row for row in self.logger.rows()}
-        before, after = rows.get(0, {}), rows.get(self.config.trainer.max_steps, {})
-        summary: dict[str, Any] = {"steps": self.config.trainer.max_steps, "engine": self.config.rollout.engine}
+    def _sum_up(self, rows: Sequence[Mapping[str, float]]) -> None:
+        by_step = {int(row["step"]): row for row in rows}
+        before, after = by_step.get(0, {}), by_step.get(self.config.trainer.max_steps, {})
+        names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in self.config.eval.k_values}
+        summary: dict[str, Any] = {"engine": self.config.rollout.engine, "steps": self.config.trainer.max_steps}
         for when, row in (("before", before), ("after", after)):
-            names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in self.config.eval.k_values}
             summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}
-        phases = sorted({key for row in rows.values() for key in row if key.startswith("time/")})
-        summary["seconds_by_phase"] = {
-            key[5:-2]: round(sum(row.get(key, 0.0) for row in rows.values()), 3) for key in phases
-        }
+        phases = sorted({key for row in rows for key in row if key.startswith("time/")} | {"eval/seconds"})
+        summary["seconds_by_phase"] = {key: round(sum(row.get(key, 0.0) for row in rows), 3) for key in phases}
         summary["seconds"] = round(time.monotonic() - self.started, 3)
-        return summary
+        write_summary(self.directory / "summary.json", summary)
+        if before and after:
+            print_before_after(before, after, self.config.eval.k_values)

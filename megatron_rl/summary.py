@@ -23,28 +23,25 @@ def print_before_after(
     """Print greedy accuracy and pass@k before and after training, with the change in percentage points.
 
     Args:
-        before: fractions in [0, 1] under ``greedy`` and ``pass@<k>``, with or without ``eval/`` in front; what is not
+        before: a row of ``metrics.jsonl``: fractions in [0, 1] under ``eval/greedy`` and ``eval/pass@<k>``; what is not
             there shows as a dash.
         after: the same, of the trained weights.
         k_values: which pass@k to show.
+        console: None takes standard output.
     """
     table = Table(title="Evaluation before and after training")
     table.add_column("")
     for heading in ("before", "after", "change (points)"):
         table.add_column(heading, justify="right")
-    for key in ("greedy", *(f"pass@{k}" for k in k_values)):
-        old, new = (_find(values, key) for values in (before, after))
+    for name in ("greedy", *(f"pass@{k}" for k in k_values)):
+        old, new = before.get(EVAL_PREFIX + name), after.get(EVAL_PREFIX + name)
         change = "-"
         if old is not None and new is not None:
             points = 100 * (new - old)
             colour = "green" if points > 0 else "red" if points < 0 else "dim"
             change = f"[{colour}]{points:+.1f}[/]"
-        table.add_row("greedy accuracy" if key == "greedy" else key, _percent(old), _percent(new), change)
+        table.add_row("greedy accuracy" if name == "greedy" else name, _percent(old), _percent(new), change)
     (console or Console()).print(table)
-
-
-def _find(values: Mapping[str, float], key: str) -> float | None:
-    return values.get(key, values.get(EVAL_PREFIX + key))
 
 
 def _percent(value: float | None) -> str:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import re
 from itertools import combinations
+from math import prod
 
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.kinds import (
-    DEFAULT_VOCAB_MULTIPLE,
-    Box,
-    Extent,
-    Kind,
-    boxes,
-    hf_shapes,
-    shard_shape,
-)
+from megatron_rl.convert.kinds import DEFAULT_VOCAB_MULTIPLE, Extent, Kind, boxes, hf_shapes, shard_shape
 from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.convert.table import entries, find_entry, hf_tensors
 from megatron_rl.errors import UserError
+
+__all__ = ["HFReader", "check_coverage", "check_shard", "check_tiling", "load_parameter"]
 
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints store although config.json determines them."""
@@ -70,7 +65,8 @@ def check_coverage(
 ) -> None:
     """Everything in the checkpoint has a use, and every element of every shard a source, exactly once.
 
-    Call it before the first ``load_parameter``. It reads headers only, and the output layer where a tied model stores it.
+    Call it before the first ``load_parameter``. It reads headers, and the output layer where a tied model
+    stores it.
 
     Raises:
         UserError: a tensor is missing, has the wrong shape or type, or nothing uses it.
@@ -116,10 +112,10 @@ def _assert_tiles(rectangles: list[tuple[Extent, Extent]], extent: Extent) -> No
     area = 0
     for start, size in rectangles:
         assert all(a >= 0 and n > 0 and a + n <= d for a, n, d in zip(start, size, extent, strict=True)), "outside"
-        area += Box(0, start, start, size).num_elements
+        area += prod(size)
     for (start, size), (other, other_size) in combinations(rectangles, 2):
         assert any(a + n <= b or b + m <= a for a, n, b, m in zip(start, size, other, other_size)), "overlap"
-    assert area == Box(0, extent, extent, extent).num_elements, "gap"
+    assert area == prod(extent), "gap"
 
 
 def _check_stored_copy(reader: HFReader, extent: Extent) -> None:

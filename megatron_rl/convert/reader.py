@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,6 +17,14 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _DTYPES = {"F32", "BF16", "F16"}
 _DOWNLOAD_AGAIN = "download or export the checkpoint again"
+
+
+class _Slice(Protocol):
+    """What safetensors' ``get_slice`` returns; its class has no public name."""
+
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor: ...
 
 
 class HFReader:
@@ -71,14 +80,15 @@ class HFReader:
             raise UserError(f"{path}: {name}", self._slice(name).get_dtype(), "must be F32, BF16 or F16",
                             "use the original, unquantized weights")
 
-    def _slice(self, name: str):  # noqa: ANN202 - safetensors' PySafeSlice has no public type
+    def _slice(self, name: str) -> _Slice:
         return self._files[self._file_of[name]].get_slice(name)
 
     def _read_index(self) -> dict[str, str] | None:
         """Tensor name -> file, or None where the checkpoint is one file."""
         path, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
         if path.exists() and single.exists():
-            raise UserError(str(self.directory), None, f"has both {SINGLE_FILE} and {INDEX_FILE}", "remove the stale one")
+            raise UserError(str(self.directory), None, f"has both {SINGLE_FILE} and {INDEX_FILE}",
+                            "remove the stale one")
         if single.exists():
             return None
         if not path.exists():

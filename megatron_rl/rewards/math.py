@@ -31,8 +31,8 @@ _PLAIN = re.compile(
 )
 _ONE_LETTER_UNITS = frozenset("adghlms")
 _NOT_UNITS = frozenset(
-    ["and", "or", "to", "by", "plus", "minus", "times", "over", "divided", "mod", "squared", "cubed", "pi", "sqrt"]
-    + ["percent", "dozen", "hundred", "thousand", "million", "billion", "trillion"]
+    {"and", "or", "to", "by", "plus", "minus", "times", "over", "divided", "mod", "squared", "cubed", "pi", "sqrt"}
+    | {"percent", "dozen", "hundred", "thousand", "million", "billion", "trillion"}
 )
 """Words that change a number instead of naming what is counted."""
 

@@ -1,19 +1,23 @@
 """Scores in worker processes that can be killed: a response that never finishes costs its deadline, not the run.
 
-    score(jobs) -> chunks -> pebble -> worker: task.score for each job, at most a fraction of the deadline in one go
-                      ^                   |
-                      |                   +-- scores of the first jobs of the chunk; the rest is sent again
-                      +-- killed or dead: its jobs are sent again one by one, each with the whole deadline to itself
+    score(jobs) -> chunks -> pebble -> worker: task.score, job by job, for a part of the deadline
+         ^                     |          |
+         |                     |          +-- out of time: scores so far; the rest of the chunk is sent again
+         +---------------------+------------- stuck or dead: its jobs are sent again one by one, each with the whole
+                                              deadline, so that a failure has exactly one culprit
 
-Sending one job takes as long as hundreds of cheap scores, hence chunks. A job that fails on its own is the culprit and
-becomes a failed Score with a reason. Ties of life: the trainer holds a pipe to each worker (multiprocessing's parent
-sentinel). When the trainer dies, however it dies, the kernel closes the pipe and kills the worker; when the last worker
-is gone, the fork server ends by itself.
+Sending one job takes as long as scoring a hundred cheap ones, hence chunks.
+
+Ties of life: the trainer holds a pipe to each worker (multiprocessing's parent sentinel). However the trainer dies, the
+kernel closes that pipe and kills the worker; the fork server, which lives as long as its children, then ends as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import importlib
+import math
 import multiprocessing
 import multiprocessing.spawn
 import os
@@ -21,15 +25,16 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, TimeoutError, wait
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_rl.errors import UserError
 from megatron_rl.types import Score
@@ -38,9 +43,9 @@ CHUNKS_PER_WORKER = 4
 """More even out unequal jobs, fewer cost less traffic."""
 MAX_CHUNK_JOBS = 256
 MAX_ATTEMPTS = 3
-"""Tries of a job whose pool broke without telling which job did it."""
+"""How often a chunk is sent when pools break without telling which job did it."""
 STALL_S = 60.0
-"""Beyond its deadlines, so long may a pool give no sign (workers start in this time as well) before it is replaced."""
+"""Beyond the deadline of a job, so long may the pool give no sign before it is replaced; workers start in this time."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +56,37 @@ class _Chunk:
     """Positions in the caller's list."""
     attempt: int = 1
     is_single: bool = False
-    """One job with the whole deadline: if it fails, this job is to blame."""
+    """One job with the whole deadline to itself: if it fails, this job is to blame."""
+
+    def singles(self) -> list[_Chunk]:
+        return [_Chunk((index,), is_single=True) for index in self.indices]
 
 
 class ScoringPool:
-    """Scores (answer, response) pairs with a task's ``score``. Not for use from two threads at once."""
+    """Scores (answer, response) pairs with a task's ``score``, from one thread at a time."""
 
     def __init__(self, task_name: str, *, num_workers: int, timeout_s: float) -> None:
-        """Start the workers in the background.
+        """Start the workers; they are ready by the time the trainer has loaded its model.
 
         Args:
             task_name: a name that ``megatron_rl.tasks.get_task`` knows.
             num_workers: processes.
-            timeout_s: deadline of one score, in seconds, enforced to about 0.2 s by killing the worker.
+            timeout_s: deadline of one score in seconds, kept to about 0.2 s by killing the worker. A job that meets it
+                costs up to 1.25 times as long: once with the others of its chunk, once alone.
 
         Raises:
             UserError: no such task, or a number is not positive.
         """
-        # Inside the function: tasks import rewards, and only this class looks the other way.
-        from megatron_rl.tasks import get_task
+        from megatron_rl.tasks import get_task  # not above: tasks import rewards, only this class looks the other way
 
         for name, value in (("data.num_scoring_workers", num_workers), ("data.scoring_timeout_s", timeout_s)):
             if not value > 0:
                 raise UserError(name, value, "must be above 0", "give a positive number")
+        _hide_main()
+        self._context = _WorkerContext()
+        self._preload = tuple(get_task(task_name).preload)
+        self._context.set_forkserver_preload(["megatron_rl.tasks", __name__, *self._preload])
         self._task_name, self._num_workers, self._timeout_s = task_name, num_workers, timeout_s
-        self._context = _context(["pebble", "megatron_rl.tasks", __name__, *get_task(task_name).preload])
         self._has_answered = False
         self._pool: ProcessPool | None = self._start()
 
@@ -83,45 +94,35 @@ class ScoringPool:
         """Judge each (answer, response) pair.
 
         Returns:
-            One score per job, in order. A job that outlives the deadline has reason ``timeout``, one that kills its worker
-            or raises has ``crash: ...``; both have ``is_failure`` and touch no other job.
+            One score per job, in order. A job beyond the deadline has reason ``timeout``; one that raises or brings its
+            worker down has ``crash: ...``. Both have ``is_failure``, reward 0, and touch no other job.
 
         Raises:
-            RuntimeError: workers cannot be started at all, or the pool is closed.
+            RuntimeError: the workers cannot be started at all, or the pool is closed.
         """
-        if self._pool is None:
-            raise RuntimeError("the scoring pool is closed")
-        scores: list[Score | None] = [None] * len(jobs)
-        todo = [_Chunk(indices) for indices in _split(range(len(jobs)), self._num_workers)]
-        running: dict[Any, _Chunk] = {}
+        scores: dict[int, Score] = {}
+        todo = _split(len(jobs), self._num_workers)
+        running: dict[ProcessFuture, _Chunk] = {}
         while todo or running:
             try:
-                for chunk in todo:
-                    running[self._send(chunk, jobs)] = chunk
-                todo = []
-                finished, _ = wait(running, timeout=self._timeout_s + STALL_S, return_when=FIRST_COMPLETED)
-                is_broken = not finished
-            except RuntimeError:  # pebble found the pool broken, for example by a worker that died idle
-                finished, is_broken = set(), True
-            for future in finished:
-                chunk, error = running.pop(future), _exception(future)
-                if error is None:
-                    self._has_answered = True
-                    done = future.result()
-                    for index, score in zip(chunk.indices, done):
-                        scores[index] = score
-                    rest = chunk.indices[len(done) :]
-                    todo += [_Chunk(rest)] if rest else []
-                elif isinstance(error, BrokenProcessPool):
-                    running[future], is_broken = chunk, True  # back, to be treated below with all the others
-                elif chunk.is_single:
-                    scores[chunk.indices[0]] = _failure(_reason(error))
-                else:
-                    todo += [_Chunk((index,), chunk.attempt, is_single=True) for index in chunk.indices]
-            if is_broken:
-                todo = self._replace(scores, {*todo, *running.values()})
+                while todo:
+                    running[self._send(todo[-1], jobs)] = todo[-1]
+                    todo.pop()
+            except BrokenProcessPool:
+                todo = self._replace_pool([*todo, *running.values()], scores)
                 running = {}
-        return [score if score is not None else _failure("crash: lost") for score in scores]
+                continue
+            finished, _ = wait(running, timeout=self._timeout_s + STALL_S, return_when=FIRST_COMPLETED)
+            broken = [] if finished else list(running)
+            for future in finished:
+                if isinstance(future.exception(), BrokenProcessPool):
+                    broken.append(future)
+                else:
+                    todo += self._take(future, running.pop(future), scores)
+            if broken:
+                todo = self._replace_pool([*todo, *running.values()], scores)
+                running = {}
+        return [scores[index] for index in range(len(jobs))]
 
     def close(self) -> None:
         """Kill the workers; jobs under way are lost. Harmless when repeated."""
@@ -139,15 +140,179 @@ class ScoringPool:
         self.close()
 
     def _start(self) -> ProcessPool:
-        pool = ProcessPool(max_workers=self._num_workers, initializer=_prepare_worker, context=self._context)
-        pool.schedule(_score_chunk, args=(self._task_name, [], 0.0))  # workers start now, while the trainer loads its model
+        pool = ProcessPool(
+            max_workers=self._num_workers,
+            initializer=_prepare_worker,
+            initargs=(self._preload,),
+            context=self._context,
+        )
+        pool.schedule(_score_chunk, args=(self._task_name, [], 0.0))  # pebble starts workers at the first task
         return pool
 
-    def _send(self, chunk: _Chunk, jobs: Sequence[tuple[str, str]]) -> Any:
-        # A chunk gets a part of the deadline, of which it should use half: losing it costs little, and a job that needs
-        # longer gets the whole deadline on its own afterwards.
+    def _send(self, chunk: _Chunk, jobs: Sequence[tuple[str, str]]) -> ProcessFuture:
+        if self._pool is None:
+            raise RuntimeError("the scoring pool is closed")
+        # A chunk may take a part of the deadline and should use half of that: little is lost when one of its jobs is
+        # stuck, and a job that is only slow gets the whole deadline afterwards.
         limit_s = self._timeout_s if chunk.is_single else max(0.2, self._timeout_s / 4)
-        budget_s = limit_s / 2
-        return self._pool.schedule(
-            _score_chunk, args=(self._task_name, [jobs[i] for i in chunk.indices], budget_s), timeout=limit_s
-        )
+        args = (self._task_name, [jobs[index] for index in chunk.indices], limit_s / 2)
+        try:
+            return self._pool.schedule(_score_chunk, args=args, timeout=limit_s)
+        except RuntimeError as error:  # how pebble reports a pool that broke since the last call
+            raise BrokenProcessPool from error
+
+    def _take(self, future: ProcessFuture, chunk: _Chunk, scores: dict[int, Score]) -> list[_Chunk]:
+        """Note what a finished chunk brought; returns what is still to do for it."""
+        error = future.exception()
+        if error is None:
+            self._has_answered = True
+            done = future.result()
+            scores.update(zip(chunk.indices, done))
+            rest = chunk.indices[len(done) :]
+            return [_Chunk(rest)] if rest else []
+        if not chunk.is_single:
+            return chunk.singles()
+        scores[chunk.indices[0]] = _failure(_reason(error))
+        return []
+
+    def _replace_pool(self, chunks: Iterable[_Chunk], scores: dict[int, Score]) -> list[_Chunk]:
+        """Start again after the pool as a whole broke; returns the chunks to send again, none of them for ever."""
+        self.close()
+        todo: list[_Chunk] = []
+        for chunk in chunks:
+            if chunk.attempt < MAX_ATTEMPTS:
+                todo.append(replace(chunk, attempt=chunk.attempt + 1))
+            elif not self._has_answered:
+                raise RuntimeError(
+                    f"scoring workers for task {self._task_name} do not start: {MAX_ATTEMPTS} pools broke before the "
+                    "first score. What the workers wrote to stderr says why"
+                )
+            elif chunk.is_single:
+                scores[chunk.indices[0]] = _failure("crash: the scoring pool broke")
+            else:
+                todo += chunk.singles()
+        self._pool = self._start()
+        return todo
+
+
+def _split(num_jobs: int, num_workers: int) -> list[_Chunk]:
+    size = min(MAX_CHUNK_JOBS, math.ceil(num_jobs / (num_workers * CHUNKS_PER_WORKER)))
+    return [_Chunk(tuple(range(i, min(i + size, num_jobs)))) for i in range(0, num_jobs, max(size, 1))]
+
+
+def _failure(reason: str) -> Score:
+    return Score(0.0, reason=reason, is_failure=True)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ProcessExpired):
+        code = error.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return f"crash: the worker {how}"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    return f"crash: {_describe(error)}"
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
+
+
+# In the workers
+
+
+def _score_chunk(task_name: str, jobs: Sequence[tuple[str, str]], budget_s: float) -> list[Score]:
+    """Scores of the first jobs, at least one of them, until ``budget_s`` is used up."""
+    from megatron_rl.tasks import get_task
+
+    task = get_task(task_name)
+    start = time.monotonic()
+    scores: list[Score] = []
+    for answer, response in jobs:
+        scores.append(_score(task, answer, response))
+        if time.monotonic() - start > budget_s:
+            break
+    return scores
+
+
+def _score(task: Any, answer: str, response: str) -> Score:
+    """The task's score; whatever goes wrong in it is a Score as well."""
+    try:
+        score = task.score(answer, response)
+    except BaseException as error:  # SystemExit too: the pool must not lose the rest of the chunk to it
+        return _failure(f"crash: {_describe(error)}")
+    if not isinstance(score, Score):
+        return _failure(f"crash: score returned {type(score).__name__}, not Score")
+    if not all(math.isfinite(value) for value in (score.reward, *score.parts.values())):
+        return _failure("crash: a reward is not finite")
+    return score
+
+
+def _prepare_worker(preload: Sequence[str]) -> None:
+    """Runs once in each worker, before its first deadline starts to count."""
+    _die_with_trainer()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
+    # pebble asks with SIGTERM and installs a Python handler, which never runs inside a big-integer power: for 3 s the
+    # kill would wait with the locks of all workers held.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(OSError):  # when memory runs out, the kernel takes a worker, not the trainer
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    for name in preload:  # already there, unless somebody else had started the process's only fork server
+        importlib.import_module(name)
+
+
+def _die_with_trainer() -> None:
+    """Ask the kernel for SIGKILL when the trainer's end of the parent sentinel closes.
+
+    PR_SET_PDEATHSIG is no help here: the parent is the fork server, which waits for its children to end. A thread that
+    watches the pipe is none either: it does not run while a big-integer power holds the GIL.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    pipe = trainer.sentinel
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:  # it closed before the request: no signal will come
+        os._exit(1)
+
+
+# Workers that do not run the trainer's script
+
+_is_scoring_worker = threading.local()
+
+
+class _WorkerProcess(ForkServerProcess):
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        _is_scoring_worker.value = True
+        try:
+            return ForkServerProcess._Popen(process)
+        finally:
+            _is_scoring_worker.value = False
+
+
+class _WorkerContext(ForkServerContext):
+    Process = _WorkerProcess
+
+
+def _hide_main() -> None:
+    """Keep multiprocessing from importing the caller's ``__main__`` in scoring workers (and in no other process).
+
+    Without this, each worker runs the top level of the training script: at best it imports torch (2 s and 200 MB a
+    worker), at worst, without an ``if __name__ == "__main__"``, it starts another training run. Workers need nothing
+    from there. Upstream: ``multiprocessing.spawn.get_preparation_data``, which has no argument for it (Python 3.11 to
+    3.14). Remove when it gets one.
+    """
+    original = multiprocessing.spawn.get_preparation_data
+    if original.__module__ == __name__:
+        return
+
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        data = original(name)
+        if getattr(_is_scoring_worker, "value", False):
+            data.pop("init_main_from_name", None)
+            data.pop("init_main_from_path", None)
+        return data
+
+    multiprocessing.spawn.get_preparation_data = get_preparation_data

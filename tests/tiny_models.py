@@ -1,0 +1,85 @@
+"""Random Hugging Face checkpoints, small enough for any test and made to show mistakes.
+
+A norm of ones, a bias of zeros or a flat distribution would hide a dropped norm, a lost bias or a wrong head order:
+so norm weights are drawn from U(0.5, 1.5), biases are not zero, there are fewer key than query heads, Qwen3's head_dim
+is not hidden_size / heads, the vocabulary fills no multiple of 128, and logits have a standard deviation of about 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+_CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 256, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
+}  # fmt: skip
+
+
+def make_tiny_model(
+    directory: str | Path,
+    family: Literal["llama", "qwen2", "qwen3"],
+    *,
+    tied: bool,
+    seed: int,
+    dtype: str = "float32",
+    tokenizer: bool = False,
+    **overrides: Any,
+) -> Path:
+    """Write config.json and model.safetensors (and a tokenizer of one id per character) into ``directory``.
+
+    Args:
+        directory: created where it does not exist.
+        family: model_type.
+        tied: whether output layer and embedding are one tensor.
+        seed: of the weights; equal arguments give equal files.
+        dtype: "float32" or "bfloat16".
+        tokenizer: also write a tokenizer: printable ASCII and newline, ids 0, 1, 2 = pad, bos, eos.
+        overrides: fields of the transformers config, such as ``num_hidden_layers=4`` or ``attention_bias=True``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {**_DEFAULTS, "tie_word_embeddings": tied, **({"head_dim": 16} if family == "qwen3" else {}), **overrides}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            parameter.copy_(_random(name, parameter.shape, generator))
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    if tokenizer:
+        assert fields["vocab_size"] >= 3 + len(_CHARACTERS), "the vocabulary does not cover the tokenizer"
+        write_tokenizer(directory)
+    return Path(directory)
+
+
+def write_tokenizer(directory: str | Path) -> None:
+    """One id per character, without special tokens added on encoding."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": PAD_ID, "<s>": BOS_ID, "</s>": EOS_ID}
+    vocabulary |= {character: 3 + i for i, character in enumerate(_CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(directory)  # fmt: skip
+
+
+def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    if "norm" in name:
+        return torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
+    values = torch.randn(shape, generator=generator)
+    if name.endswith("bias"):
+        return 0.5 * values
+    # Vocabulary: the final norm gives vectors of length sqrt(hidden), hence logits with a deviation of about 2.
+    scale = 2.0 if "embed_tokens" in name or "lm_head" in name else 1.0
+    return values * scale / shape[-1] ** 0.5

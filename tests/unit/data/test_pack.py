@@ -1,0 +1,68 @@
+import random
+
+import pytest
+import torch
+
+from megatron_rl.data.pack import pack, plan_micro_batches, unpack
+from megatron_rl.types import Kind, TrainingSample
+
+
+def sample(prompt: list[int], response: list[int]) -> TrainingSample:
+    row = TrainingSample(torch.tensor(prompt), torch.tensor(response), Kind.RL)
+    row.weights = torch.arange(1.0, len(response) + 1) + 10 * prompt[0]
+    return row
+
+
+def test_labels_are_shifted_inside_each_sequence() -> None:
+    batch = pack([sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9])], [0, 1])
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert batch.labels.tolist() == [2, 3, 4, 5, 0, 7, 8, 9, 0]
+    assert batch.response_mask.int().tolist() == [0, 0, 1, 1, 0, 1, 1, 1, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 5, 9] and batch.max_seqlen == 5
+    assert batch.vectors["weights"].tolist() == [0, 0, 11, 12, 0, 61, 62, 63, 0]
+
+
+def test_every_selected_label_is_a_response_token() -> None:
+    samples = [sample([1, 2], [3]), sample([4], [5, 6])]
+    batch = pack(samples, [1, 0])
+    assert batch.labels[batch.response_mask].tolist() == [5, 6, 3]
+
+
+def test_padding_is_a_sequence_that_no_mask_selects() -> None:
+    batch = pack([sample([1, 2, 3], [4, 5])], [0], multiple=4)
+    assert len(batch.input_ids) == 8 and batch.cu_seqlens.tolist() == [0, 5, 8]
+    assert not batch.response_mask[5:].any() and batch.vectors["weights"][5:].eq(0).all()
+
+
+def test_unpack_is_the_inverse() -> None:
+    samples = [sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9]), sample([2, 2], [1])]
+    batch = pack(samples, [2, 0, 1], multiple=4)
+    unpack({"old_log_probs": batch.vectors["weights"]}, batch, samples)
+    assert all(torch.equal(s.old_log_probs, s.weights) for s in samples)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("max_tokens", [64, 200, 5000])
+def test_plan_deals_every_row_once_and_evenly(num_ranks: int, max_tokens: int) -> None:
+    lengths = [random.Random(seed).randint(1, 90) for seed in range(50)]
+    plan = plan_micro_batches(lengths, num_ranks=num_ranks, max_tokens=max_tokens)
+    rows = [row for rank in plan for batch in rank for row in batch]
+    assert sorted(rows) == list(range(50))
+    assert len({len(rank) for rank in plan}) == 1 and all(batch for rank in plan for batch in rank)
+    for rank in plan:
+        for batch in rank:
+            assert len(batch) == 1 or sum(lengths[row] for row in batch) <= max_tokens
+    loads = [sum(lengths[row] for batch in rank for row in batch) for rank in plan]
+    assert max(loads) <= 4 / 3 * sum(lengths) / num_ranks + max(lengths)
+
+
+def test_a_row_above_the_budget_goes_alone() -> None:
+    plan = plan_micro_batches([500, 10, 10], num_ranks=1, max_tokens=100)
+    assert [0] in plan[0]
+
+
+def test_plan_survives_fewer_rows_than_bins() -> None:
+    plan = plan_micro_batches([500, 400, 300], num_ranks=2, max_tokens=100)
+    assert sorted(row for rank in plan for batch in rank for row in batch) == [0, 1, 2]
+    assert len(plan[0]) == len(plan[1]) == 1
