@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -45,12 +45,15 @@ from rich.text import Text
 
 from megatron_rl.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron_rl.config.schema import ExpManagerConfig
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Row = dict[str, float]
 
-REWARD, PASS_1, ENTROPY, LENGTH = "reward/mean", "pass@1", "entropy/mean", "response_tokens/mean"
+REWARD, PASS_1, ENTROPY, LENGTH = "reward/mean", "pass@1", "entropy/mean", "response_length/mean"
 """Names under which the console and the curves look for what they show."""
 EVAL_PREFIX = "eval/"
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -348,18 +351,10 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, o
             yield f"{prefix}{key}", value
 
 
-def make_sinks(
-    run_dir: Path,
-    *,
-    create_tensorboard_logger: bool = False,
-    summary_writer_kwargs: Mapping[str, Any] | None = None,
-    create_wandb_logger: bool = False,
-    wandb_logger_kwargs: Mapping[str, Any] | None = None,
-    create_mlflow_logger: bool = False,
-    mlflow_logger_kwargs: Mapping[str, Any] | None = None,
-    run_config: Mapping[str, Any] | None = None,
+def build_sinks(
+    config: ExpManagerConfig, run_dir: Path, *, run_config: Mapping[str, Any] | None = None
 ) -> list[Sink]:
-    """The sinks that ``exp_manager`` asks for; the arguments are its fields. On rank 0 only.
+    """The sinks that ``exp_manager`` asks for. On rank 0 only.
 
     Args:
         run_config: the resolved config as nested dicts, shown beside the run in W&B and MLflow.
@@ -368,12 +363,12 @@ def make_sinks(
         UserError: a package is missing, or an argument is not one of the library's.
     """
     sinks: list[Sink] = []
-    if create_tensorboard_logger:
-        sinks.append(TensorBoardSink(run_dir, summary_writer_kwargs or {}))
-    if create_wandb_logger:
-        sinks.append(WandbSink(run_dir, wandb_logger_kwargs or {}, run_config=run_config))
-    if create_mlflow_logger:
-        sinks.append(MLflowSink(run_dir, mlflow_logger_kwargs or {}, run_config=run_config))
+    if config.create_tensorboard_logger:
+        sinks.append(TensorBoardSink(run_dir, config.summary_writer_kwargs))
+    if config.create_wandb_logger:
+        sinks.append(WandbSink(run_dir, config.wandb_logger_kwargs, run_config=run_config))
+    if config.create_mlflow_logger:
+        sinks.append(MLflowSink(run_dir, config.mlflow_logger_kwargs, run_config=run_config))
     return sinks
 
 
@@ -473,6 +468,7 @@ class Display:
                 TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
                 TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(compact=True),
                 console=self.console, transient=True, refresh_per_second=4,
+                speed_estimate_period=3600.0,  # rich's 30 s would never see two of our steps, so never a time left
             )
             self._live.start()
             atexit.register(self.close)  # a live area hides the cursor: give it back after an uncaught error
@@ -606,7 +602,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {
 class StepConsole:
     """The steps of a run: a bar with the last numbers on a terminal, else one line a step, ``min_interval_s`` apart.
 
-    The first line and that of the last step are always printed, and so is every evaluation.
+    The first line and the last are always printed, and so is every evaluation.
     """
 
     def __init__(self, display: Display, *, total_steps: int | None, min_interval_s: float = 5.0) -> None:
@@ -615,13 +611,14 @@ class StepConsole:
         self._display = display
         self._task: ProgressTask[None] | None = None
         self._printed_s = -math.inf
-        self._last_line = ""
+        self._unsaid = ""
+        """The line of the last step, while it is not printed."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished training step."""
         of = "" if self.total_steps is None else f"/{self.total_steps}"
         numbers = "  ".join(show(metrics[key]) for key, show in COLUMNS.items() if key in metrics)
-        self._last_line = f"step {step}{of}  {numbers}".rstrip()
+        self._unsaid = f"step {step}{of}  {numbers}".rstrip()
         if self._display.is_live:
             if self._task is None:
                 self._task = ProgressTask(self._display, "train", total=self.total_steps)
@@ -631,7 +628,7 @@ class StepConsole:
             return
         now = self._display.clock()
         if now - self._printed_s >= self.min_interval_s or step == self.total_steps:
-            self._display.print(self._last_line)
+            self._say()
             self._printed_s = now
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -642,26 +639,32 @@ class StepConsole:
             self._display.print("  ".join((f"eval at step {step}", *numbers)))
 
     def close(self) -> None:
-        """End the bar and leave its last numbers on the screen."""
+        """End the bar and leave the last step's line, also that of a run which ends early."""
         if self._task is not None:
             self._display.set_status("")
             self._task.__exit__(None, None, None)
             self._task = None
-            self._display.print(self._last_line)
+        self._say()
+
+    def _say(self) -> None:
+        if self._unsaid:
+            self._display.print(self._unsaid)
+            self._unsaid = ""
 
 
 # -- the logger --------------------------------------------------------------------------------------------------------
 
 
 class MetricsLogger:
-    """Rows of a run: ``metrics.jsonl`` first, then the sinks and the console. On rank 0 only.
+    """Rows of a run: ``metrics.jsonl`` first, then the sinks and the console.
 
     Log a step before its checkpoint is written: then the checkpoint to resume from always has its row.
 
     Args:
         run_dir: holds ``metrics.jsonl``; made if missing. Rows of an earlier start stay until ``resume_at``.
         total_steps: the last step, for the bar; None where open-ended.
-        console: also becomes the one that ``progress`` draws on; None shows nothing.
+        console: also becomes the one that ``progress`` draws on; None takes standard output.
+        is_writer: False on every rank but 0: nothing is written, shown or read.
 
     Raises:
         UserError: the file holds a line, not the last, that is no row.
@@ -673,21 +676,28 @@ class MetricsLogger:
         *,
         total_steps: int | None,
         sinks: Sequence[Sink] = (),
-        console: Console | None,
+        console: Console | None = None,
+        is_writer: bool = True,
     ) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self._file = MetricsFile(self.path)
+        self._file = MetricsFile(self.path) if is_writer else None
         self._sinks = [_GuardedSink(sink) for sink in sinks]
-        self._console = StepConsole(use_console(console), total_steps=total_steps)
+        self._console = StepConsole(use_console((console or Console()) if is_writer else None), total_steps=total_steps)
+
+    def rows(self) -> list[Row]:
+        """What the file holds, in the order of steps; nothing on ranks that do not write."""
+        return [] if self._file is None else read_metrics(self.path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the row after ``step`` training steps; a second call for the last step adds to its row.
 
         Values are plain numbers, or anything ``float`` takes (a tensor of one element waits for its device).
         """
+        if self._file is None:
+            return
         last = self._file.last_step
         assert last is None or step >= last, f"step {step} after step {last}: call resume_at before repeating steps"
-        self._put(step, metrics)
+        self._put(self._file, step, metrics)
         if step > 0:
             self._console.step(step, metrics)
         self._console.evaluation(step, metrics)
@@ -697,13 +707,17 @@ class MetricsLogger:
 
         Keys get the prefix ``eval/`` where they lack it; a repeated evaluation replaces.
         """
+        if self._file is None:
+            return
         metrics = {EVAL_PREFIX + key.removeprefix(EVAL_PREFIX): value for key, value in metrics.items()}
-        self._put(step, metrics)
+        self._put(self._file, step, metrics)
         self._console.evaluation(step, metrics)
 
     def resume_at(self, step: int) -> int:
         """Forget the rows after ``step`` steps, which will be repeated; -1 forgets all. Returns how many there were."""
-        rows = read_metrics(self.path)
+        if self._file is None:
+            return 0
+        rows = self.rows()
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             self._file.rewrite(kept)
@@ -718,7 +732,8 @@ class MetricsLogger:
         for guard in self._sinks:
             guard.close()
         self._sinks = []
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -728,17 +743,17 @@ class MetricsLogger:
     ) -> None:
         self.close()
 
-    def _put(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _put(self, file: MetricsFile, step: int, metrics: Mapping[str, float]) -> None:
         assert "step" not in metrics, "`step` is the row's own key"
         values = {key: _as_number(key, value) for key, value in metrics.items()}
         values |= {f"dropped/sink_{guard.sink.name}": guard.num_missed for guard in self._sinks if guard.num_missed}
-        if self._file.last_step is None or step > self._file.last_step:
-            self._file.append({"step": step, **values})
+        if file.last_step is None or step > file.last_step:
+            file.append({"step": step, **values})
         else:
             # Rare (at most once an evaluation), so the whole file is rewritten: one row a step, never a moment without.
-            rows = {int(row["step"]): row for row in read_metrics(self.path)}
+            rows = {int(row["step"]): row for row in self.rows()}
             rows[step] = rows.get(step, {"step": step}) | values
-            self._file.rewrite(list(rows.values()))
+            file.rewrite(list(rows.values()))
         for guard in self._sinks:
             guard.log(step, values)
 
@@ -764,7 +779,7 @@ class ProcessMemory:
         import psutil
 
         self._process = psutil.Process()
-        self._resident = 0
+        self._resident = self._process.memory_info().rss
 
     def peak_bytes(self) -> int:
         """See ``MemoryMeter``."""
@@ -818,8 +833,9 @@ class PhaseTimer:
             yield
         finally:
             self._charge()
-            ended = self._open.pop()
-            assert ended == phase, f"phase {phase!r} ended while {ended!r} was open: interleaved tasks share a timer"
+            inner = self._open[-1]
+            assert inner == phase, f"phase {phase!r} ended while {inner!r} was open: interleaved tasks share a timer"
+            self._open.pop()
 
     def flush(self, total_s: float | None = None) -> Row:
         """Seconds and bytes since the last flush, and start anew; phases still open go on.

@@ -53,6 +53,8 @@ def make_tiny_model(
             parameter.copy_(_random(name, parameter.shape, generator))
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     if tokenizer:
+        # transformers 5 reads any tokenizer beside model_type qwen2 with Qwen2's splitting rules: spaces would vanish.
+        assert family != "qwen2", "use llama or qwen3 where a test needs a tokenizer"
         assert fields["vocab_size"] >= 3 + len(_CHARACTERS), "the vocabulary does not cover the tokenizer"
         write_tokenizer(directory)
     return Path(directory)

@@ -112,7 +112,8 @@ def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
     for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if tp_size < 1 or getattr(shape, what) % tp_size:
             raise UserError(
-                "tensor_model_parallel_size", tp_size, f"must divide the model's {what} = {getattr(shape, what)}",
+                "policy.megatron_cfg.tensor_model_parallel_size", tp_size,
+                f"must divide the model's {what} = {getattr(shape, what)}",
                 "choose a smaller tensor_model_parallel_size",
             )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.convert.kinds import DEFAULT_VOCAB_MULTIPLE, Extent, Kind, boxes, hf_shapes, shard_shape
-from megatron_rl.convert.reader import HFReader
+from megatron_rl.convert.reader import HFReader, TensorReader
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.convert.table import entries, find_entry, hf_tensors
 from megatron_rl.errors import UserError
@@ -20,11 +20,14 @@ __all__ = ["HFReader", "check_coverage", "check_shard", "check_tiling", "load_pa
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints store although config.json determines them."""
 
+_BLOCK_ELEMENTS = 2**24
+"""Compared at a time: a few tens of MB."""
+
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_parameter(
-    name: str, reader: HFReader, shape: ModelShape, tp_rank: int, tp_size: int, out: Tensor, *,
+    name: str, reader: TensorReader, shape: ModelShape, tp_rank: int, tp_size: int, out: Tensor, *,
     vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE,
 ) -> None:  # fmt: skip
     """Fill one parameter of one rank. Padding rows of the vocabulary become zero.
@@ -61,7 +64,7 @@ def check_shard(name: str, shard: Tensor, expected: Extent) -> None:
 
 
 def check_coverage(
-    shape: ModelShape, reader: HFReader, *, tp_size: int = 1, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
+    shape: ModelShape, reader: TensorReader, *, tp_size: int = 1, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
 ) -> None:
     """Everything in the checkpoint has a use, and every element of every shard a source, exactly once.
 
@@ -118,10 +121,10 @@ def _assert_tiles(rectangles: list[tuple[Extent, Extent]], extent: Extent) -> No
     assert area == prod(extent), "gap"
 
 
-def _check_stored_copy(reader: HFReader, extent: Extent) -> None:
+def _check_stored_copy(reader: TensorReader, extent: Extent) -> None:
     """A tied model's checkpoint may store the output layer again, if it is the embedding bit for bit."""
     reader.check(_OUTPUT, extent)
-    step = max(1, 2**24 // extent[1])  # rows at a time: a few tens of MB
+    step = max(1, _BLOCK_ELEMENTS // extent[1])
     for start in range(0, extent[0], step):
         rows = (slice(start, min(start + step, extent[0])), slice(0, extent[1]))
         output, embedding = reader.read(_OUTPUT, rows), reader.read(_EMBEDDING, rows)

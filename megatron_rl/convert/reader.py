@@ -27,6 +27,26 @@ class _Slice(Protocol):
     def __getitem__(self, slices: tuple[slice, ...]) -> Tensor: ...
 
 
+class TensorReader(Protocol):
+    """Where weights come from: a checkpoint, or what stands for one."""
+
+    directory: Path
+    """For messages."""
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        ...
+
+    def check(self, name: str, shape: Extent) -> None:
+        """Raise UserError unless the tensor exists with this shape."""
+        ...
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
+        """One rectangle of a tensor, or all of it."""
+        ...
+
+
 class HFReader:
     """Opens every file of ``directory`` at once, so that a damaged checkpoint is refused before anything is filled.
 

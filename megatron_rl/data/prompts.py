@@ -65,18 +65,20 @@ def demonstrations(prompts: Sequence[Prompt], tokenizer: Any, *, stop_id: int, c
     Raises:
         UserError: a problem has no solution, or its row does not fit the context.
     """
-    samples = []
     for prompt in prompts:
-        problem = prompt.problem
-        if not problem.solution:
-            raise UserError(problem.source, None, "has no worked solution to learn from", "use a file that has solutions")
-        ids = [*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], stop_id]
-        if len(prompt.prompt_ids) + len(ids) > context_length:
+        if not prompt.problem.solution:
+            source = prompt.problem.source
+            raise UserError(source, None, "has no worked solution to learn from", "use a file that has solutions")
+    encoded = tokenizer([prompt.problem.solution for prompt in prompts], add_special_tokens=False)["input_ids"]
+    samples = []
+    for prompt, ids in zip(prompts, encoded):
+        length = len(prompt.prompt_ids) + len(ids) + 1
+        if length > context_length:
             raise UserError(
-                problem.source, f"{len(prompt.prompt_ids) + len(ids)} tokens",
+                prompt.problem.source, f"{length} tokens",
                 f"prompt and solution exceed the context of {context_length} tokens", "remove or shorten the row",
             )
-        samples.append(TrainingSample(prompt.prompt_ids, torch.tensor(ids, dtype=torch.int64), Kind.SFT))
+        samples.append(TrainingSample(prompt.prompt_ids, torch.tensor([*ids, stop_id]), Kind.SFT))
     return samples
 
 

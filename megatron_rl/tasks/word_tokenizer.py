@@ -1,6 +1,10 @@
-"""The directory of a tiny model for word problems: a word-level tokenizer and a Qwen2 ``config.json``, no weights.
+"""The directory of a tiny model for word problems: a word-level tokenizer and a Qwen3 ``config.json``, no weights.
 
 One token a word, sign or digit. Decoding joins the digits of a number, so ``#### 36`` comes back as it was written.
+
+Qwen3 and not Qwen2, because transformers 5 takes ``model_type: qwen2`` to mean Qwen2's own tokenizer whatever
+tokenizer_config.json says (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS): it would read our words with Qwen2's splitting
+rules, and most of them would vanish without an error.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ def save_tokenizer(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A Qwen2-style decoder."""
+    """A Qwen3-style decoder: grouped-query attention with normalised queries and keys, gated MLP, RMS norm."""
 
     hidden_size: int = 128
     num_layers: int = 4
@@ -89,18 +93,20 @@ class ModelSize:
 
 
 def save_model(directory: Path, size: ModelSize) -> None:
-    """Write tokenizer and ``config.json``, in the spelling of the published Qwen2 checkpoints; no weights."""
+    """Write tokenizer and ``config.json``, in the spelling of the published Qwen3 checkpoints; no weights."""
     save_tokenizer(directory)
     _write_json(
         directory / "config.json",
         {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
             "hidden_size": size.hidden_size,
             "intermediate_size": size.intermediate_size,
             "num_hidden_layers": size.num_layers,
             "num_attention_heads": size.num_heads,
             "num_key_value_heads": size.num_kv_heads,
+            "head_dim": size.hidden_size // size.num_heads,
+            "attention_bias": False,
             "tie_word_embeddings": size.is_tied,
             "max_position_embeddings": size.max_positions,
             "vocab_size": len(VOCABULARY),

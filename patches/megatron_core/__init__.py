@@ -1,0 +1,50 @@
+"""Megatron-Core on CPU and gloo. The order matters: see ``apply``."""
+
+from __future__ import annotations
+
+import importlib
+
+# Everything a training or checkpointing process uses. ``device`` reaches only modules that are loaded when it runs, so
+# those that Megatron would import later, from inside a function, are named too.
+_MODULES = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed",
+    "megatron.core.models.common.embeddings.rope_utils",
+    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer_param_scheduler",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.rerun_state_machine",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.moe.token_dispatcher",
+    "megatron.core.transformer.torch_norm",
+)
+
+
+def apply() -> list[str]:
+    """Import Megatron-Core without its compiler, then apply every topic. Returns the topics in order."""
+    from . import checkpoint, collectives, device, jit, moe, norm, optimizer, rng
+
+    with jit.without_compiler():
+        for module in _MODULES:
+            importlib.import_module(module)
+    # ``rng`` adds to the view of torch.cuda that ``device`` hands out; the others are independent of each other.
+    device.apply()
+    rng.apply()
+    norm.apply()
+    moe.apply()
+    collectives.apply()
+    optimizer.apply()
+    checkpoint.apply()
+    return ["jit", "device", "rng", "norm", "moe", "collectives", "optimizer", "checkpoint"]

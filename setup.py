@@ -1,0 +1,54 @@
+"""The build. ``patches/`` stands at the top of the repository and ships as ``megatron_rl.patches``."""
+
+from pathlib import Path
+from re import search
+
+from setuptools import find_packages, setup
+
+VERSION = search(r'__version__ = "(.+)"', Path("megatron_rl/__init__.py").read_text()).group(1)
+
+RUNTIME = [
+    "torch",
+    "megatron-core>=0.16.1,<0.20",
+    "numpy",
+    "safetensors",
+    "transformers>=5.17",
+    "tokenizers",
+    "psutil",  # megatron-core needs it without saying so
+    "tqdm",  # likewise
+    "omegaconf>=2.4",
+    "pydantic>=2.14",
+    "PyYAML",
+    "typer",
+    "math-verify[antlr4_13_2]==0.9.0",
+    "pebble>=5.2",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+]
+
+EXTRAS = {
+    # NVIDIA Apex is used where it is installed from source; PyPI's `apex` is another project.
+    "gpu": ["transformer-engine[pytorch,core_cu13]"],
+    "sglang": ["sglang"],  # pulls torch of its own choice: prefer the project's requirement file for servers
+    "nemo": ["nemo-toolkit>=2.7,<3"],  # readers of NeMo 2 checkpoints; 3.0 is speech only
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow"],
+    "dev": ["pytest", "pytest-timeout", "ruff", "mypy"],
+}
+
+setup(
+    name="megatron-rl",
+    version=VERSION,
+    description="Reinforcement-learning post-training of language models on Megatron-Core",
+    python_requires=">=3.11,<3.13",
+    packages=[
+        *find_packages(include=["megatron_rl", "megatron_rl.*"]),
+        "megatron_rl.patches",
+        *(f"megatron_rl.patches.{name}" for name in find_packages("patches")),
+    ],
+    package_dir={"megatron_rl.patches": "patches"},
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
+)

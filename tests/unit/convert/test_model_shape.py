@@ -1,0 +1,178 @@
+"""config.json -> ModelShape."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.convert.rope import RopeScaling
+from megatron_rl.convert.shape import read_shape
+from megatron_rl.errors import UserError
+
+LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# The fields of three published checkpoints, as transformers 4 wrote them.
+LLAMA_V4: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
+    "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu",
+    "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 131072, "num_attention_heads": 32,
+    "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "vocab_size": 128256,
+}  # fmt: skip
+QWEN2_V4: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
+    "max_window_layers": 21, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 151936,
+}  # fmt: skip
+QWEN3_V4: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128,
+    "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 1024,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "num_attention_heads": 16, "num_hidden_layers": 28,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}  # fmt: skip
+ALL_V4 = {"llama": LLAMA_V4, "qwen2": QWEN2_V4, "qwen3": QWEN3_V4}
+
+
+def write(directory: Path, config: dict[str, Any]) -> Path:
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def to_v5(config: dict[str, Any]) -> dict[str, Any]:
+    """The same model in transformers 5's spelling."""
+    new = dict(config)
+    theta, scaling = new.pop("rope_theta"), new.pop("rope_scaling", None)
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **(scaling or {})}
+    new["dtype"] = new.pop("torch_dtype")
+    return new
+
+
+def test_llama_with_scaled_rope(tmp_path: Path) -> None:
+    shape = read_shape(write(tmp_path, LLAMA_V4))
+    assert (shape.family, shape.num_layers, shape.hidden_size, shape.head_dim) == ("llama", 16, 2048, 64)
+    assert (shape.num_attention_heads, shape.num_key_value_heads, shape.vocab_size) == (32, 8, 128256)
+    assert (shape.rope_theta, shape.rope_scaling) == (500000.0, RopeScaling(32.0, 1.0, 4.0, 8192))
+    assert (shape.tied, shape.qkv_bias, shape.proj_bias, shape.mlp_bias, shape.qk_norm) == (True, *4 * (False,))
+    assert (shape.bos_token_id, shape.eos_token_ids, shape.pad_token_id) == (128000, (128001, 128008, 128009), None)
+    assert (shape.norm_eps, shape.dtype, shape.max_position_embeddings) == (1e-5, "bfloat16", 131072)
+
+
+def test_qwen2_has_biases_without_saying_so(tmp_path: Path) -> None:
+    shape = read_shape(write(tmp_path, QWEN2_V4))
+    assert (shape.head_dim, shape.qkv_bias, shape.proj_bias, shape.qk_norm) == (64, True, False, False)
+    assert shape.eos_token_ids == (151645,)
+
+
+def test_qwen3_has_its_own_head_dim_and_qk_norm(tmp_path: Path) -> None:
+    shape = read_shape(write(tmp_path, QWEN3_V4))
+    assert (shape.head_dim, shape.qkv_bias, shape.proj_bias, shape.qk_norm) == (128, False, False, True)
+    assert shape.head_dim != shape.hidden_size // shape.num_attention_heads
+
+
+@pytest.mark.parametrize("family", ALL_V4)
+def test_both_spellings_give_one_shape(family: str, tmp_path: Path) -> None:
+    old = read_shape(write(tmp_path, ALL_V4[family]))
+    assert read_shape(write(tmp_path, to_v5(ALL_V4[family]))) == old
+    both = {**ALL_V4[family], **to_v5(ALL_V4[family])}  # a file written for both is fine while it agrees
+    assert read_shape(write(tmp_path, both)) == old
+    hash(old)
+
+
+@pytest.mark.parametrize("family", ALL_V4)
+def test_what_transformers_writes_is_read_back(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, **{k: v for k, v in to_v5(ALL_V4[family]).items() if k != "model_type"})
+    config.save_pretrained(tmp_path)
+    assert read_shape(tmp_path) == read_shape(write(tmp_path, ALL_V4[family]))
+
+
+def test_biases_follow_the_config(tmp_path: Path) -> None:
+    llama = read_shape(write(tmp_path, LLAMA_V4 | {"attention_bias": True, "mlp_bias": True}))
+    assert (llama.qkv_bias, llama.proj_bias, llama.mlp_bias) == (True, True, True)
+    qwen3 = read_shape(write(tmp_path, QWEN3_V4 | {"attention_bias": True}))
+    assert (qwen3.qkv_bias, qwen3.proj_bias, qwen3.mlp_bias) == (True, True, False)
+
+
+def test_absent_fields_have_the_class_defaults(tmp_path: Path) -> None:
+    absent = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
+              "torch_dtype", "eos_token_id", "hidden_act", "architectures")  # fmt: skip
+    shape = read_shape(write(tmp_path, {k: v for k, v in LLAMA_V4.items() if k not in absent}))
+    assert (shape.num_key_value_heads, shape.head_dim, shape.rope_theta, shape.norm_eps) == (32, 64, 1e4, 1e-6)
+    assert (shape.rope_scaling, shape.tied, shape.dtype, shape.eos_token_ids) == (None, False, "float32", ())
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("qwen2", {"model_type": "mixtral"}, "model_type"),
+    ("qwen2", {"model_type": None}, "model_type"),
+    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+    ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map"),
+    ("qwen2", {"rope_scaling": YARN}, "rope_scaling.rope_type"),
+    ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type"),
+    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters.rope_type"),
+    ("qwen3", {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "rope_parameters.mrope_section"),
+    ("qwen3", {"rope_parameters": {"rope_theta": 5.0}}, "rope_theta"),
+    ("qwen3", {"rope_parameters": [1]}, "rope_parameters"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": "8"}}, "rope_scaling.factor"),
+    ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("qwen3", {"rope_theta": 0}, "rope_theta"),
+    ("qwen3", {"head_dim": 63}, "head_dim"),
+    ("qwen2", {"hidden_size": 900}, "hidden_size"),
+    ("qwen3", {"hidden_size": None}, "hidden_size"),
+    ("qwen3", {"num_hidden_layers": 0}, "num_hidden_layers"),
+    ("qwen3", {"vocab_size": "151936"}, "vocab_size"),
+    ("qwen3", {"intermediate_size": True}, "intermediate_size"),
+    ("qwen3", {"num_key_value_heads": 5}, "num_key_value_heads"),
+    ("qwen3", {"num_key_value_heads": None}, "num_key_value_heads"),
+    ("qwen3", {"max_position_embeddings": None}, "max_position_embeddings"),
+    ("qwen3", {"rms_norm_eps": -1.0}, "rms_norm_eps"),
+    ("qwen3", {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ("qwen3", {"torch_dtype": "float8_e4m3fn"}, "torch_dtype"),
+    ("qwen3", {"dtype": "int8"}, "dtype"),
+    ("qwen3", {"eos_token_id": "</s>"}, "eos_token_id"),
+    ("qwen3", {"bos_token_id": [1, 2]}, "bos_token_id"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "field"), WRONG, ids=[f"{f}-{'-'.join(c)}-{n}" for f, c, n in WRONG])
+def test_wrong_field_is_named(family: str, changes: dict[str, Any], field: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_shape(write(tmp_path, ALL_V4[family] | changes))
+    assert caught.value.field.startswith(str(tmp_path / "config.json"))
+    assert caught.value.field.endswith(field)
+    assert caught.value.rule and caught.value.fix
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", "\x80"])
+def test_unreadable_file(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        read_shape(tmp_path)
+
+
+def test_shape_kinds_and_table_do_not_import_torch() -> None:
+    code = """
+import sys
+import megatron_rl.convert.shape, megatron_rl.convert.kinds, megatron_rl.convert.table
+sys.exit(any(name in sys.modules for name in ("torch", "transformers", "safetensors", "megatron.core")))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,45 @@
+"""A task whose score does what the response says; imported by scoring workers, found by import path."""
+
+import os
+import time
+
+from megatron_rl.types import Score
+
+
+class MisbehavingTask:
+    name = "misbehaving"
+    preload = ()
+
+    def load(self, path, *, template):
+        return []
+
+    def score(self, answer, response):
+        verb, _, argument = response.partition(" ")
+        if verb == "sleep":
+            time.sleep(float(argument))
+        elif verb == "raise":
+            raise RuntimeError(argument)
+        elif verb == "quit":
+            raise SystemExit(3)
+        elif verb == "exit":
+            os._exit(int(argument))
+        elif verb == "kill":
+            os.kill(os.getpid(), int(argument))
+        elif verb == "recurse":
+            return self.score(answer, response)
+        elif verb == "memory":
+            raise MemoryError
+        elif verb == "none":
+            return None
+        elif verb == "nan":
+            return Score(float("nan"))
+        elif verb == "pid":
+            return Score(float(os.getpid()))
+        elif verb == "modules":
+            import sys
+
+            return Score(float(sum(name in sys.modules for name in argument.split())))
+        return Score(float(answer == response), reason="correct" if answer == response else "wrong")
+
+
+TASK = MisbehavingTask()

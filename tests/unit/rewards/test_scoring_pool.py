@@ -1,0 +1,257 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.errors import UserError
+from megatron_rl.rewards.pool import ScoringPool
+from megatron_rl.tasks import TASKS
+from megatron_rl.types import Score
+
+HERE = Path(__file__).parent
+TASK = "misbehaving_task:TASK"  # next to this file, so pytest has its folder on sys.path
+GOOD = ("yes", "yes")
+CORRECT = Score(1.0, reason="correct")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ScoringPool(TASK, num_workers=2, timeout_s=1.0) as pool:
+        pool.score([GOOD])  # workers are up: times below are without their start
+        yield pool
+
+
+def parent_of(pid):
+    """0 where there is no such process, or only its exit status is left."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except FileNotFoundError:
+        return 0
+    return 0 if state == "Z" else int(parent)
+
+
+def worker_pids(pool):
+    """Ask often enough that every worker answers."""
+    return {int(score.reward) for score in pool.score([("", "pid")] * 200)}
+
+
+def wait_until(condition, *, limit_s=5.0):
+    start = time.monotonic()
+    while not condition() and time.monotonic() - start < limit_s:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_order_is_kept(pool):
+    jobs = [(str(i), str(i % 7)) for i in range(1000)]
+    assert [score.reward for score in pool.score(jobs)] == [float(i == i % 7) for i in range(1000)]
+
+
+@pytest.mark.parametrize("num_jobs", [0, 1, 2, 3, 257])
+def test_any_number_of_jobs(pool, num_jobs):
+    assert pool.score([GOOD] * num_jobs) == [CORRECT] * num_jobs
+
+
+def test_pool_agrees_with_the_task_itself():
+    jobs = [("12", f"#### {i}" if i % 3 else "nothing") for i in range(100)]
+    with ScoringPool("word_problems", num_workers=1, timeout_s=5) as pool:
+        assert pool.score(jobs) == [TASKS["word_problems"].score(*job) for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("sleep 60", "timeout"),
+        ("raise no luck", "crash: RuntimeError: no luck"),
+        ("quit", "crash: SystemExit: 3"),
+        ("memory", "crash: MemoryError: "),
+        ("none", "crash: score returned NoneType, not Score"),
+        ("nan", "crash: a reward is not finite"),
+        ("exit 3", "crash: the worker exited with status 3"),
+        ("kill 9", "crash: the worker was killed by SIGKILL"),
+        ("kill 11", "crash: the worker was killed by SIGSEGV"),
+    ],
+)
+def test_failure_has_a_reason_and_touches_no_other_job(pool, response, reason):
+    jobs = [GOOD] * 40
+    jobs[17] = ("yes", response)
+    scores = pool.score(jobs)
+    assert scores[17] == Score(0.0, reason=reason, is_failure=True)
+    assert scores[:17] + scores[18:] == [CORRECT] * 39
+
+
+def test_endless_recursion_is_a_crash(pool):
+    (score,) = pool.score([("yes", "recurse")])
+    assert score.is_failure and score.reason.startswith("crash: RecursionError")
+
+
+def test_slow_job_within_the_deadline_is_scored(pool):
+    """0.6 s is more than a chunk gets (0.25 s) and less than a job gets (1 s)."""
+    assert [score.is_failure for score in pool.score([("", "sleep 0.6"), GOOD, GOOD])] == [False] * 3
+
+
+def test_many_slow_jobs_do_not_add_up_to_a_timeout(pool):
+    assert not any(score.is_failure for score in pool.score([("", "sleep 0.1")] * 30))
+
+
+def test_deadline_is_kept(pool):
+    start = time.monotonic()
+    pool.score([("yes", "sleep 60")])
+    assert time.monotonic() - start < 2.5  # 0.25 s in the chunk, 1 s alone, up to 0.2 s of pebble's polling each
+
+
+def test_all_jobs_stuck_still_ends(pool):
+    assert [score.reason for score in pool.score([("yes", "sleep 60")] * 6)] == ["timeout"] * 6
+
+
+def test_power_tower_is_killed_although_it_holds_the_gil():
+    with ScoringPool("gsm8k", num_workers=1, timeout_s=1.0) as pool:
+        pool.score([("1", "\\boxed{1}")])
+        start = time.monotonic()
+        scores = pool.score([("3", "\\boxed{9^{9^{9^9}}}"), ("3", "\\boxed{3}"), ("3", "it is 10**10**10**10")])
+        assert [score.reason for score in scores][:2] == ["timeout", "correct"]
+        assert scores[2].reason in ("timeout", "wrong", "no answer")
+        assert time.monotonic() - start < 10  # four deadlines, and a start of the worker after each
+
+
+def test_worker_killed_between_calls_is_replaced(pool):
+    before = worker_pids(pool)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: not any(map(parent_of, before)))
+    assert pool.score([GOOD] * 50) == [CORRECT] * 50
+    assert not worker_pids(pool) & before
+
+
+def test_worker_killed_long_before_the_next_call_is_replaced(pool):
+    os.kill(next(iter(worker_pids(pool))), signal.SIGKILL)
+    time.sleep(0.5)  # pebble has looked meanwhile, and given the pool up
+    assert pool.score([GOOD] * 50) == [CORRECT] * 50
+
+
+def test_fork_server_killed_is_replaced(pool):
+    server = parent_of(next(iter(worker_pids(pool))))
+    os.kill(server, signal.SIGKILL)
+    assert wait_until(lambda: not parent_of(server))
+    assert pool.score([GOOD] * 50) == [CORRECT] * 50
+    assert pool.score([("yes", "kill 9"), GOOD])[1] == CORRECT
+
+
+def test_interrupt_key_does_not_reach_workers(pool):
+    before = worker_pids(pool)
+    for pid in before:
+        os.kill(pid, signal.SIGINT)
+    assert worker_pids(pool) == before
+
+
+def test_workers_import_no_torch(pool):
+    assert pool.score([("", "modules torch numpy pytest")]) == [Score(0.0)]
+
+
+def test_2000_cheap_scores_take_a_tenth_of_a_second():
+    jobs = [(str(i % 100), f"Ana 7 . Ben 7 + 5 = 12 . #### {i % 90}") for i in range(2000)]
+    with ScoringPool("word_problems", num_workers=2, timeout_s=5) as pool:
+        pool.score(jobs)
+        times = []
+        for _ in range(5):
+            start = time.monotonic()
+            pool.score(jobs)
+            times.append(time.monotonic() - start)
+    assert min(times) < 0.1  # 0.02 s on two idle cores; the best of five, since the cores may be busy
+
+
+def test_close_is_quick_with_a_stuck_worker_and_may_be_repeated():
+    pool = ScoringPool("gsm8k", num_workers=2, timeout_s=60)
+    pool.score([("1", "\\boxed{1}")])
+    pids = {worker.pid for worker in pool._pool._pool_manager.worker_manager.workers.values()}
+    pool._send(pool_chunk(), [("3", "\\boxed{9^{9^{9^9}}}")])
+    time.sleep(0.5)
+    start = time.monotonic()
+    pool.close()
+    pool.close()
+    assert time.monotonic() - start < 2
+    assert pids and not any(map(parent_of, pids))
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.score([GOOD])
+
+
+def pool_chunk():
+    from megatron_rl.rewards.pool import _Chunk
+
+    return _Chunk((0,), is_single=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"num_workers": 0}, "data.num_scoring_workers"),
+        ({"timeout_s": 0.0}, "data.scoring_timeout_s"),
+        ({"timeout_s": float("nan")}, "data.scoring_timeout_s"),
+        ({"task_name": "gsm9k"}, "data.task"),
+    ],
+)
+def test_wrong_arguments_are_errors(arguments, field):
+    with pytest.raises(UserError) as caught:
+        ScoringPool(**({"task_name": "gsm8k", "num_workers": 1, "timeout_s": 1.0} | arguments))
+    assert caught.value.field == field
+
+
+def test_workers_that_cannot_start_are_an_error_not_a_hang(tmp_path, monkeypatch):
+    (tmp_path / "unloadable_task.py").write_text(
+        "from megatron_rl.tasks.word_problems import WordProblems\nTASK = WordProblems(preload=('no_such_module',))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pool = ScoringPool("unloadable_task:TASK", num_workers=1, timeout_s=1.0)
+    with pytest.raises(RuntimeError, match="do not start"):
+        pool.score([GOOD])
+    pool.close()
+
+
+SCRIPT = """
+import os, sys, time
+print("top level", flush=True)           # no __main__ guard: workers must not run this
+from megatron_rl.rewards.pool import ScoringPool
+pool = ScoringPool("gsm8k", num_workers=2, timeout_s=600)
+pool.score([("1", "\\\\boxed{1}")])
+print(*[w.pid for w in pool._pool._pool_manager.worker_manager.workers.values()], flush=True)
+if sys.argv[1] == "stuck":
+    pool.score([("3", "\\\\boxed{9^{9^{9^9}}}")] * 2)
+"""
+
+
+def start_script(tmp_path, mode):
+    """(process, worker pids, fork server pid) of a trainer that has scored once."""
+    script = tmp_path / "trainer.py"
+    script.write_text(SCRIPT)
+    pipe = subprocess.PIPE
+    trainer = subprocess.Popen([sys.executable, script, mode], stdout=pipe, stderr=pipe, text=True)
+    assert trainer.stdout.readline() == "top level\n", trainer.stderr.read()
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    return trainer, workers, parent_of(workers[0])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_survives_the_trainer_even_with_workers_that_hold_the_gil(tmp_path, how):
+    trainer, workers, server = start_script(tmp_path, "stuck")
+    time.sleep(1)  # both workers are inside the power now
+    assert all(map(parent_of, [*workers, server])) and len(workers) == 2
+    trainer.send_signal(how)
+    trainer.wait(10)
+    assert wait_until(lambda: not any(map(parent_of, [*workers, server])))
+
+
+def test_program_that_forgets_to_close_ends_and_workers_do_not_run_it(tmp_path):
+    trainer, workers, server = start_script(tmp_path, "idle")
+    output, errors = trainer.communicate(timeout=10)
+    assert (trainer.returncode, output, errors) == (0, "", "")
+    assert wait_until(lambda: not any(map(parent_of, [*workers, server])))
+
+
+def test_failed_score_travels():
+    score = Score(0.0, reason="timeout", is_failure=True)
+    assert pickle.loads(pickle.dumps(score)) == score

@@ -1,0 +1,106 @@
+import json
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from megatron_rl import curves
+from megatron_rl.curves import plot_curves, smooth
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Plots rows, or raw text, and returns the four panels; the picture must be there and readable."""
+
+    def draw(rows):
+        figures = []
+
+        class Kept(curves.Figure):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                figures.append(self)
+
+        monkeypatch.setattr(curves, "Figure", Kept)
+        jsonl = tmp_path / "run" / "metrics.jsonl"
+        jsonl.parent.mkdir(exist_ok=True)
+        if rows is not None:
+            jsonl.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+        plot_curves(jsonl, tmp_path / "plots" / "curves.png")
+        picture = matplotlib.image.imread(tmp_path / "plots" / "curves.png")
+        assert picture.shape[0] > 600 and picture.shape[1] > 1000 and picture.std() > 0
+        return {panel.get_title(): panel for panel in figures[0].axes}
+
+    return draw
+
+
+def points(line):
+    return list(zip(line.get_xdata(), line.get_ydata()))
+
+
+def notes(panel):
+    return [text.get_text() for text in panel.texts]
+
+
+FULL = [
+    {
+        "step": step, "reward/mean": step / 10, "pass@1": step / 20, "entropy/mean": 1 / step,
+        "response_length/mean": 10.0 * step,
+    }
+    for step in range(1, 11)
+]
+
+
+def test_raw_line_is_faint_and_exact_and_the_smoothed_one_strong(draw):
+    panels = draw(FULL)
+    assert list(panels) == ["Reward", "Accuracy", "Entropy", "Response length"]
+    for panel, key in zip(panels.values(), ("reward/mean", "pass@1", "entropy/mean", "response_length/mean")):
+        raw, strong = panel.lines
+        assert points(raw) == [(row["step"], row[key]) for row in FULL]
+        assert raw.get_alpha() < 0.5 and strong.get_alpha() is None
+        assert strong.get_linewidth() > raw.get_linewidth()
+        assert panel.get_xlabel() == "training step" and panel.get_ylabel()
+        assert notes(panel) == []
+
+
+def test_evaluations_are_points_at_their_steps(draw):
+    rows = [{"step": 0, "eval/greedy": 0.1, "eval/pass@16": 0.6, "eval/pass@1": 0.05, "eval/pass@8": 0.5}, *FULL]
+    rows[-1] = rows[-1] | {"eval/greedy": 0.7}
+    accuracy = draw(rows)["Accuracy"]
+    lines = {line.get_label(): line for line in accuracy.lines}
+    assert points(lines["eval greedy"]) == [(0, 0.1), (10, 0.7)]
+    assert points(lines["eval pass@8"]) == [(0, 0.5)]
+    labels = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert labels == ["train pass@1", "eval greedy", "eval pass@1", "eval pass@8", "eval pass@16"]
+
+
+def test_missing_metrics_leave_an_empty_panel_with_a_note(draw):
+    panels = draw([{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": 0.6}])
+    assert points(panels["Reward"].lines[0]) == [(1, 0.5), (2, 0.6)] and notes(panels["Reward"]) == []
+    for title in ("Accuracy", "Entropy", "Response length"):
+        assert not panels[title].lines and notes(panels[title]) == ["not in the metrics"]
+
+
+@pytest.mark.parametrize("text", [None, "", "\n", '{"step": 1, "rew', "nonsense\n[]\n3\n"], ids=repr)
+def test_file_without_a_row_gives_four_notes(draw, text):
+    assert all(notes(panel) == ["not in the metrics"] for panel in draw(text).values())
+
+
+def test_torn_and_not_finite_values_are_left_out(draw):
+    text = '{"step": 1, "reward/mean": 0.5}\n{"step": 2, "reward/mean": "NaN"}\nbroken\n'
+    text += '{"step": 3, "reward/mean": null}\n{"step": 4, "reward/mean": 0.7}\n{"step": 5, "rew'
+    assert points(draw(text)["Reward"].lines[0]) == [(1, 0.5), (4, 0.7)]
+
+
+def test_smooth_keeps_constants_and_inner_lines():
+    assert np.allclose(smooth([2.0] * 7, 1.5), 2.0)
+    assert smooth([5.0], 1.0).tolist() == [5.0]
+    straight = np.arange(50.0)
+    assert np.allclose(smooth(straight, 2.0)[6:-6], straight[6:-6])
+
+
+def test_smooth_exact_value():
+    # At width 1 the points at distance 0, 1, 2 weigh 1, exp(-1/2), exp(-2).
+    near, far = math.exp(-0.5), math.exp(-2)
+    expected = [far / (1 + near + far), near / (1 + 2 * near), 1 / (1 + near + far)]
+    assert smooth([0.0, 0.0, 1.0], 1.0).tolist() == pytest.approx(expected)
