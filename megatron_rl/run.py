@@ -218,8 +218,9 @@ class Run:
         manager = self.config.exp_manager
         is_due = done % manager.checkpoint_callback_params.every_n_train_steps == 0 or done == self.config.trainer.max_steps
         if manager.create_checkpoint_callback and is_due:
-            with self.timer("checkpoint"):
-                self.checkpoints.save(done, self.policy, {"step": done, "cursor": self.stream.cursor})
+            started = time.monotonic()
+            path = self.checkpoints.save(done, self.policy, {"step": done, "cursor": self.stream.cursor})
+            self.say(f"checkpoint {path} ({time.monotonic() - started:.1f} s)")
 
     def _build_logger(self) -> MetricsLogger:
         with all_ranks_agree(self.groups.cpu_group):

@@ -15,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
 import random
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.errors import UserError
 from megatron_rl.model.step import Policy
@@ -66,8 +66,8 @@ class Checkpoints:
                     shutil.rmtree(temporary, ignore_errors=True)
                     (temporary / "model").mkdir(parents=True)
                     _check_space(self.directory, _bytes_to_write(policy))
-            self._write_model(temporary / "model", policy)
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
+                dist_checkpointing.save(_sharded_state(policy), str(temporary / "model"))
                 torch.save(_random_state(), temporary / f"rng_rank_{self.groups.rank}.pt")
                 if self.groups.rank == 0:
                     (temporary / "state.json").write_text(json.dumps(state, indent=1))
@@ -83,23 +83,6 @@ class Checkpoints:
             for old in self._steps()[: -self.keep_last]:
                 shutil.rmtree(old, ignore_errors=True)
         return final
-
-    def _write_model(self, directory: Path, policy: Policy) -> None:
-        """Megatron's torch_dist format, written by this very process.
-
-        Megatron's own writer forks children and a queue server, which outlive a killed rank. So its plan is taken
-        (``async_sharded_save``), and each of its buckets is written here, with its own function.
-        """
-        filesystem_async._results_queue = queue.SimpleQueue()  # else a server process is started to hold it
-        request = dist_checkpointing.save(_sharded_state(policy), str(directory), async_sharded_save=True)
-        with all_ranks_agree(self.groups.cpu_group), _as_user_error(directory):
-            if request.async_fn is not None:
-                transforms = request.async_fn.args[0]
-                rank, _, results = request.async_fn_args
-                buckets = request.preload_fn() if request.preload_fn else request.async_fn_args[1]
-                results.put({i: _write_bucket(transforms, i, bucket) for i, bucket in enumerate(buckets)})
-        for finalize in request.finalize_fns:
-            finalize()
 
     def _digests(self, directory: Path, final: Path) -> dict[str, dict[str, Any]]:
         """Size and digest of every file; the files are shared out over the ranks."""
@@ -203,28 +186,6 @@ def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any
     }
 
 
-def _write_bucket(transforms: Sequence[Any], index: int, bucket: Any) -> list[Any]:
-    """One file of the plan.
-
-    Raises:
-        OSError: as the file system does (disk full, no permission).
-    """
-    results, count = queue.SimpleQueue(), _Countdown()
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, results, count, use_fsync=True)
-    _, outcome = results.get()
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
-class _Countdown:
-    """Stands for the queue with which forked writers report that they are done."""
-
-    def get(self) -> None: ...
-
-    def task_done(self) -> None: ...
-
-
 def _random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
@@ -256,20 +217,21 @@ def _check_space(directory: Path, needed: int) -> None:
         raise OSError(28, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
 
 
-class _as_user_error:
-    """File-system errors while writing a checkpoint, as one sentence."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, UserError):
-            raise UserError(
-                "exp_manager.exp_dir", str(self.path), f"the checkpoint could not be written ({error})",
-                "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes",
-            ) from error
+@contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    """Failures to write a checkpoint, as one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:  # what went wrong on the rank where it did
+            cause = next(iter(error.failures.values()))[0]
+        raise UserError(
+            "exp_manager.exp_dir", str(path), f"the checkpoint could not be written ({cause})",
+            "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes",
+        ) from error
 
 
 def _digest(path: Path) -> str:

@@ -41,17 +41,19 @@ def vocab_parallel_log_probs(
     """
     start = dist.get_rank(tp_group) * weight.shape[0]
     valid = max(0, min(weight.shape[0], vocab_size - start))
-    return _LogProbs.apply(hidden, weight[:valid], labels, start, temperature, tp_group)
+    # From the padded width, which all ranks share: they must cut the tokens into the same chunks.
+    chunk_size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    return _LogProbs.apply(hidden, weight[:valid], labels, start, temperature, chunk_size, tp_group)
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, start, temperature, tp_group):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, labels, start, temperature, chunk_size, tp_group):  # type: ignore[no-untyped-def]
         tokens = hidden.shape[0]
         log_probs = hidden.new_empty(tokens, dtype=torch.float32)
         entropy = torch.empty_like(log_probs)
         log_sum_exp = torch.empty_like(log_probs)
-        for chunk in _chunks(tokens, weight.shape[0]):
+        for chunk in _chunks(tokens, chunk_size):
             logits = _logits(hidden[chunk], weight, temperature)
             largest = _all_reduce(_row_max(logits), dist.ReduceOp.MAX, tp_group)
             logits.sub_(largest[:, None])
@@ -67,7 +69,7 @@ class _LogProbs(torch.autograd.Function):
             entropy[chunk] = log_sum - exp_dot / exp_sum
             log_sum_exp[chunk] = largest + log_sum
         ctx.save_for_backward(hidden, weight, labels, log_sum_exp, entropy)
-        ctx.start, ctx.temperature = start, temperature
+        ctx.start, ctx.temperature, ctx.chunk_size = start, temperature, chunk_size
         return log_probs, entropy
 
     @staticmethod
@@ -75,7 +77,7 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, labels, log_sum_exp, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+        for chunk in _chunks(hidden.shape[0], ctx.chunk_size):
             # With l = log p: d log p[y] / dz = 1[y] - p and d entropy / dz = -p (l + entropy).
             log_p = _logits(hidden[chunk], weight, ctx.temperature).sub_(log_sum_exp[chunk, None])
             p = log_p.exp()
@@ -87,11 +89,10 @@ class _LogProbs(torch.autograd.Function):
             grad = grad.div_(ctx.temperature).to(weight.dtype)
             grad_hidden[chunk] = grad @ weight
             grad_weight.add_(grad.t() @ hidden[chunk])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
-def _chunks(tokens: int, columns: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // max(1, columns))
+def _chunks(tokens: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 

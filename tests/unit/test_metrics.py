@@ -264,10 +264,10 @@ def test_failing_sink_warns_once_rests_is_counted_and_recovers(open_logger, capl
     log = open_logger(sinks=[sink])
     for step in range(1, 12):
         log.log(step, {"a": 1.0})
-    # 2 fails: rest for one row (3). 4 fails again: rest for three (5, 6, 7). 8 works. So 9 rests for one row (10) again.
+    # 2 fails: rest for one row (3). 4 fails again: rest for three (5, 6, 7). 8 works, so 9 costs one row (10) again.
     assert sink.calls == [1, 2, 4, 8, 9, 11]
-    assert [record.getMessage() for record in caplog.records if "server away" in record.getMessage()] != []
-    assert len(caplog.records) == 1
+    (warning,) = caplog.records
+    assert "server away" in warning.getMessage()
     # Each row says what was missed before it.
     assert [row.get("dropped/sink_list", 0) for row in log.rows()] == [0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 8]
     log.close()
@@ -438,14 +438,15 @@ def test_cuda_peak_is_that_of_the_phase():
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     timer = PhaseTimer()
-    base = torch.zeros(1, device="cuda").element_size() and torch.cuda.memory_allocated()
+    kept = torch.zeros(1, device="cuda")  # from here on CUDA is in use
     with timer("large"):
         torch.empty(64 << 20, dtype=torch.uint8, device="cuda")  # freed at once: only a peak can see it
     with timer("small"):
         torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
     row = timer.flush()
-    assert row["memory/large_bytes"] >= base + (64 << 20)
+    assert row["memory/large_bytes"] >= 64 << 20
     assert row["memory/small_bytes"] < 32 << 20
+    del kept
 
 
 # -- terminal

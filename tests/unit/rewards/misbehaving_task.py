@@ -34,6 +34,7 @@ class MisbehavingTask:
         elif verb == "nan":
             return Score(float("nan"))
         elif verb == "pid":
+            time.sleep(0.001)
             return Score(float(os.getpid()))
         elif verb == "modules":
             import sys

@@ -1,0 +1,27 @@
+"""Every YAML that we ship loads, and the big ones say what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config import load_config
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
+GIVEN = ["policy.model_path=m", "data.train=t.jsonl", "data.task=gsm8k"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_loads(path: Path) -> None:
+    load_config(path, GIVEN)
+
+
+def test_the_32b_layout_divides() -> None:
+    config = load_config(ROOT / "configs/grpo_qwen2.5_32b.yaml", GIVEN)
+    assert config.data_parallel_size == 2 and config.num_updates_per_step == 16
+
+
+def test_there_are_exemplars() -> None:
+    assert {"grpo.yaml", "grpo_gsm8k.yaml", "grpo_qwen2.5_32b.yaml", "sft.yaml"} <= {p.name for p in FILES}

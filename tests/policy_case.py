@@ -1,0 +1,81 @@
+"""A policy on a tiny model, for tests: built under any layout inside a forked rank."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from megatron_rl.config import Config, load_config
+from megatron_rl.convert.reader import HFReader
+from megatron_rl.convert.shape import read_shape
+from megatron_rl.types import Kind, TrainingSample
+
+CONFIG = Path(__file__).parent / "tiny.yaml"
+
+
+def tiny_config(model: Path, *overrides: str, tp: int = 1, pp: int = 1, dp: int = 1, sp: bool = False) -> Config:
+    return load_config(
+        CONFIG,
+        [
+            f"policy.model_path={model}",
+            f"trainer.devices={tp * pp * dp}",
+            f"policy.megatron_cfg.tensor_model_parallel_size={tp}",
+            f"policy.megatron_cfg.pipeline_model_parallel_size={pp}",
+            *(["policy.megatron_cfg.sequence_parallel=true"] if sp else []),
+            *overrides,
+        ],
+    )
+
+
+def build_policy(config: Config):  # noqa: ANN201 - Policy needs the patches before it is imported
+    from megatron_rl.model.step import Policy
+    from megatron_rl.model.weights import load_hf_weights
+    from megatron_rl.parallel.groups import build_groups
+
+    groups = build_groups(
+        tensor_parallel_size=config.policy.tensor_parallel_size,
+        pipeline_parallel_size=config.policy.pipeline_parallel_size,
+        device=torch.device("cpu"),
+        seed=config.trainer.seed,
+    )
+    directory = Path(config.policy.model_path)
+    shape = read_shape(directory)
+    return Policy(
+        config,
+        shape,
+        groups,
+        fill_weights=lambda stage: load_hf_weights(stage, shape, groups, lambda: HFReader(directory)),
+        timer=lambda _phase: nullcontext(),
+    )
+
+
+def random_samples(count: int = 8, vocab_size: int = 131) -> list[TrainingSample]:
+    """Rows of very unequal lengths, with advantages of both signs and token-mean weights."""
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for _ in range(count):
+        prompt, response = (int(torch.randint(1, limit, (1,), generator=generator)) for limit in (9, 40))
+        row = TrainingSample(
+            torch.randint(0, vocab_size, (prompt,), generator=generator),
+            torch.randint(0, vocab_size, (response,), generator=generator),
+            Kind.RL,
+        )
+        row.advantages = torch.randn(1, generator=generator).expand(response).clone()
+        samples.append(row)
+    total = sum(row.num_response_tokens for row in samples)
+    for row in samples:
+        row.weights = torch.full((row.num_response_tokens,), 1 / total)
+    return samples
+
+
+def log_probs_of(model: torch.nn.Module, samples: list[TrainingSample]) -> list[torch.Tensor]:
+    """The same quantity from a transformers model, one row at a time, in float64."""
+    found = []
+    for row in samples:
+        ids = torch.cat([row.prompt_ids, row.response_ids])[None]
+        with torch.no_grad():
+            log_p = model(ids).logits[0].double().log_softmax(-1)
+        found.append(log_p[len(row.prompt_ids) - 1 : -1].gather(1, row.response_ids[:, None])[:, 0])
+    return found

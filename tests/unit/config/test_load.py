@@ -1,0 +1,115 @@
+"""Bad configs: one error, the dotted key, the value, the rule, the fix. And none of it loads torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config import load_config, save_resolved
+from megatron_rl.errors import UserError
+
+TINY = Path(__file__).parents[2] / "tiny.yaml"
+
+
+def load(*overrides: str):  # noqa: ANN201
+    return load_config(TINY, ["policy.model_path=model", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "words"),
+    [
+        (["trainer.max_step=3"], "trainer.max_step", "did you mean max_steps"),
+        (["trainr.max_steps=3"], "trainr", "did you mean trainer"),
+        (["algorithm.kl.coeff=1"], "algorithm.kl.coeff", "did you mean coef"),
+        (["algorithm.clip=1"], "algorithm.clip", "is not a known key"),
+        (["algorithm.name=gpro"], "algorithm.name", "must be one of 'grpo', 'sft'"),
+        (["trainer.max_steps=many"], "trainer.max_steps", "valid integer"),
+        (["trainer.max_steps=0"], "trainer.max_steps", "greater than 0"),
+        (["trainer.precision=fp16"], "trainer.precision", "'fp32' or 'bf16'"),
+        (["trainer.stage=sft"], "algorithm.name", "belongs to trainer.stage rl"),
+        (["policy.megatron_cfg.tensor_parallel_size=2"], "policy.megatron_cfg.tensor_parallel_size", "tensor_model_"),
+        (["policy.megatron_cfg.num_layers=2"], "policy.megatron_cfg.num_layers", "config.json"),
+        (["policy.megatron_cfg.bf16=true"], "policy.megatron_cfg.bf16", "trainer.precision"),
+        (["policy.megatron_cfg.context_parallel_size=2"], "policy.megatron_cfg.context_parallel_size", "with 1"),
+        (["policy.megatron_cfg.sequence_parallel=true"], "policy.megatron_cfg.sequence_parallel", "above 1"),
+        (["policy.ddp_cfg.average_in_collective=true"], "policy.ddp_cfg.average_in_collective", "layout"),
+        (["policy.optim.optimizer_cfg.lr=1"], "policy.optim.optimizer_cfg.lr", "has its own field"),
+        (["trainer.devices=3", "policy.megatron_cfg.tensor_model_parallel_size=2"], "trainer.devices", "multiple of"),
+        (["policy.train_global_batch_size=6"], "policy.train_global_batch_size", "must divide"),
+        (["policy.train_global_batch_size=1", "trainer.devices=2"], "policy.train_global_batch_size", "needs a row"),
+        (["rollout.temperature=0"], "rollout.temperature", "must be above 0"),
+        (["rollout.top_p=0"], "rollout.top_p", "greater than 0"),
+        (["rollout.engine=recorded"], "rollout.recorded_dir", "exactly when"),
+        (["algorithm.num_generations_per_prompt=1"], "algorithm.num_generations_per_prompt", "at least 2"),
+        (["algorithm.ratio_clip_c=1.1"], "algorithm.ratio_clip_c", "must exceed"),
+        (["algorithm.kl.estimator=k1"], "algorithm.kl.estimator", "no gradient"),
+        (["algorithm.kl.placement=reward"], "algorithm.kl.estimator", "k1 only"),
+        (["algorithm.overlong.buffer=99"], "algorithm.overlong.buffer", "must not exceed"),
+        (["eval.after=true"], "data.validation", "problems to evaluate on"),
+        (["eval.k_values=[1,16]"], "eval.k_values", "k <= num_samples"),
+        (["policy.optim.sched.name=cosine"], "policy.optim.sched.decay_updates", "number of updates"),
+        (["policy.optim.min_lr=1"], "policy.optim.min_lr", "must not exceed"),
+        (["policy.tokenizer_path=${nowhere}"], "policy.tokenizer_path", "cannot be resolved"),
+        (["trainer"], "override", "section.field=value"),
+    ],
+)
+def test_one_error_says_it_all(overrides: list[str], field: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(*overrides)
+    assert caught.value.field == field
+    assert words in str(caught.value) and "Fix: " in str(caught.value)
+
+
+def test_a_value_that_only_the_user_knows_must_be_given() -> None:
+    with pytest.raises(UserError, match=r"policy.model_path: has no default"):
+        load_config(TINY)
+
+
+def test_defaults_are_inherited_and_overridden_in_order(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(TINY.read_text())
+    (tmp_path / "b.yaml").write_text("defaults: a.yaml\ntrainer: {max_steps: 9, seed: 1}\npolicy: {model_path: m}\n")
+    (tmp_path / "c.yaml").write_text("defaults: [b.yaml]\ntrainer: {seed: \"${trainer.max_steps}\"}\n")
+    config = load_config(tmp_path / "c.yaml", ["trainer.max_steps=5"])
+    assert (config.trainer.max_steps, config.trainer.seed, config.trainer.precision) == (5, 5, "fp32")
+
+
+def test_a_circle_of_defaults_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("defaults: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("defaults: a.yaml\n")
+    with pytest.raises(UserError, match=r"a.yaml -> b.yaml -> a.yaml"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["trainer: [", "- a\n- b\n", "trainer: {max_steps: ???}"])
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"x\.yaml"):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
+    config = load("algorithm.ratio_clip_max=0.28")
+    save_resolved(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        load().trainer.max_steps = 3
+
+
+def test_updates_per_step() -> None:
+    assert load("algorithm.num_epochs=3").num_updates_per_step == 6
+
+
+def test_neither_config_nor_command_line_loads_torch() -> None:
+    code = (
+        "import sys\nfrom megatron_rl.config import load_config\nimport megatron_rl.cli\n"
+        f"load_config({str(TINY)!r}, ['policy.model_path=m', 'policy.megatron_cfg.fp8=hybrid'])\n"
+        "assert not {'torch', 'megatron.core', 'transformers'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
