@@ -42,21 +42,15 @@ def rank_process(config: Config) -> Iterator[Runtime]:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         _log_to_file(config.exp_manager.run_dir / "logs" / f"rank_{rank}.log")
-    device = _device(config)
-    runtime = Runtime(rank, world_size, device)
+    runtime = Runtime(rank, world_size, torch.device("cpu"))
     try:
+        runtime.device = device = _device(config)
         _check_world_size(config, world_size)
         if device.type == "cpu":
             torch.set_num_threads(threads_per_rank(config))
         megatron_rl.patches.apply()
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=config.trainer.timeout_s),
-        )
+        if not dist.is_initialized():  # a test may bring ranks of its own
+            _join_others(config, runtime)
         yield runtime
     except UserError as error:
         if rank == 0:
@@ -70,6 +64,17 @@ def rank_process(config: Config) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized() and runtime.exit_status == 0:
             dist.destroy_process_group()
+
+
+def _join_others(config: Config, runtime: Runtime) -> None:
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo",
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        timeout=timedelta(seconds=config.trainer.timeout_s),
+    )
 
 
 def threads_per_rank(config: Config) -> int:

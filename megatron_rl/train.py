@@ -52,12 +52,12 @@ def split(num_rows: int, size: int) -> list[list[int]]:
     return [list(range(start, start + size)) for start in range(0, num_rows, size)]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """One rank, from its command line to its exit status: 0 done, 2 something the user can fix."""
     parser = argparse.ArgumentParser(prog="megatron_rl.train")
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
         check_files(config)

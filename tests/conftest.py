@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))  # forked, tiny_gpt
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
 

@@ -149,8 +149,9 @@ def _raise_failures(outcomes: list[Any], exit_codes: dict[int, int], timeout_s: 
     failures = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)}
     if failures:
         first = min(failures, key=lambda rank: failures[rank].time_s)
-        others = [f"rank {rank}: {f.traceback.splitlines()[-1]}" for rank, f in failures.items() if rank != first]
-        raise AssertionError("\n".join([f"rank {first} of {world_size} failed", failures[first].traceback, *others]))
+        lines = [f"rank {first} of {world_size} failed", failures.pop(first).traceback]
+        lines += [f"rank {rank}: {failure.traceback.strip().splitlines()[-1]}" for rank, failure in failures.items()]
+        raise AssertionError("\n".join(lines))
     died = {rank: code for rank, code in exit_codes.items() if code != 0}
     if died:
         how = ", ".join(f"rank {rank} by {_name_of_exit(code)}" for rank, code in died.items())

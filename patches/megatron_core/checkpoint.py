@@ -8,7 +8,7 @@ Upstream: ``FileSystemWriterAsync.write_preloaded_data_multiproc`` and ``_get_wr
     called ``get_write_results_queue``)
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
 Remove when: a synchronous save needs neither a process nor a queue server.
-Tested by: tests/unit/patches/test_checkpoint.py
+Tested by: tests/unit/patches/test_patch_checkpoint.py
 
 Saves with ``async_sharded_save=True`` are not for this: their writer is another process, and its results would not
 arrive ("results_queue should not be empty", raised on all ranks).
@@ -56,7 +56,8 @@ def _in_process_of(original: Callable[..., None]) -> Callable[..., None]:
         transform_list: list[Any], use_msc: bool, rank: int, write_buckets: list[Any], results_queue: queue.Queue[Any]
     ) -> None:
         """Write one file after the other; an exception becomes the result, and the caller tells the other ranks."""
-        results: dict[int, Any] | Exception = {}
+        results: dict[int, Any] = {}
+        error: Exception | None = None
         for index, bucket in enumerate(write_buckets):
             done: queue.Queue[Any] = queue.Queue()
             pending: queue.Queue[int] = queue.Queue()
@@ -72,9 +73,9 @@ def _in_process_of(original: Callable[..., None]) -> Callable[..., None]:
             )
             _, outcome = done.get_nowait()
             if isinstance(outcome, Exception):
-                results = outcome
+                error = outcome
                 break
             results[index] = outcome
-        results_queue.put(results)
+        results_queue.put(error or results)
 
     return write

@@ -6,7 +6,7 @@ Upstream: ``_gather_along_first_dim`` and ``_reduce_scatter_along_first_dim`` in
     megatron/core/tensor_parallel/mappings.py
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
 Remove when: torch's gloo backend takes lists of different shapes in ``all_gather`` and ``reduce_scatter``.
-Tested by: tests/unit/patches/test_collectives.py
+Tested by: tests/unit/patches/test_patch_collectives.py
 
 Even splits go to the original functions. Uneven ones are padded to the longest part, or summed in full and cut: up to
 world-size times the traffic, which a host can afford at the sizes that run on CPU.

@@ -9,7 +9,7 @@ Upstream: ``torch.cuda.current_device`` and ``device="cuda"`` throughout megatro
     functions of ``_FUNCTIONS_THAT_READ_TYPE_NAMES``
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
 Remove when: Megatron takes the device from its config or from ``torch.accelerator``.
-Tested by: tests/unit/patches/test_device.py
+Tested by: tests/unit/patches/test_patch_device.py
 
 How: each loaded megatron.core module gets another value for its global name ``torch``: a view of the real module in
 which the tensor factories and ``cuda`` are ours. The real ``torch`` and ``torch.cuda`` stay as they are for everybody

@@ -6,7 +6,7 @@ Upstream: ``megatron.core.jit.enable_jit_fuser``, called at import; ``disable_ji
     before ``megatron.core`` has imported, and decorated, everything.
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
 Remove when: the fuser can be switched off before the import, by an environment variable or per call.
-Tested by: tests/unit/patches/test_jit.py
+Tested by: tests/unit/patches/test_patch_jit.py
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Upstream: ``RouterGatingLinearFunction`` and ``maybe_move_tensor_to_cpu`` in
     megatron/core/transformer/moe/moe_utils.py, the latter imported by name in token_dispatcher.py
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; in 0.19.0 the name is defined, which is detected, the split sizes are not)
 Remove when: ``maybe_move_tensor_to_cpu(as_numpy=True)`` returns an array for a CPU tensor, and 0.16 is out of range.
-Tested by: tests/unit/patches/test_moe.py
+Tested by: tests/unit/patches/test_patch_moe.py
 """
 
 from __future__ import annotations

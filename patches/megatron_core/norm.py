@@ -8,7 +8,7 @@ Upstream: ``WrappedTorchNorm.__new__`` in megatron/core/transformer/torch_norm.p
     ``_allreduce_non_tensor_model_parallel_grads`` in megatron/core/distributed/finalize_model_grads.py
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
 Remove when: ``WrappedTorchNorm`` accepts ``config.sequence_parallel`` and marks its parameters.
-Tested by: tests/unit/patches/test_norm.py
+Tested by: tests/unit/patches/test_patch_norm.py
 """
 
 from __future__ import annotations

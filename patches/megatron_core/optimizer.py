@@ -9,7 +9,7 @@ Upstream: ``DistributedOptimizer.state_dict``, ``.load_state_dict``, ``.sharded_
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read: still one tensor for all)
 Remove when: upstream clones the step for each parameter (as it does for ``HybridDeviceOptimizer``) and allocates the
     state before it builds the sharded state dict.
-Tested by: tests/unit/patches/test_optimizer.py
+Tested by: tests/unit/patches/test_patch_optimizer.py
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Upstream: ``_get_cuda_rng_state``, ``_set_cuda_rng_state``, ``CudaRNGStatesTrack
     ``model_parallel_cuda_manual_seed`` in megatron/core/tensor_parallel/random.py
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
 Remove when: the tracker is built on ``torch.Generator`` of any device.
-Tested by: tests/unit/patches/test_rng.py
+Tested by: tests/unit/patches/test_patch_rng.py
 """
 
 from __future__ import annotations

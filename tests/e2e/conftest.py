@@ -1,0 +1,81 @@
+"""A tiny model with a tokenizer, a few real-looking problems, and two ways to run the training program on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.forked import run_ranks
+from tests.tiny_models import make_tiny_model
+
+CONFIG = Path(__file__).parents[1] / "tiny.yaml"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A place to train in."""
+
+    model: Path
+    train: Path
+    root: Path
+
+    def arguments(self, *overrides: str) -> list[str]:
+        return [
+            str(CONFIG),
+            f"policy.model_path={self.model}",
+            f"data.train={self.train}",
+            f"exp_manager.exp_dir={self.root}",
+            "exp_manager.export_hf=false",
+            *overrides,
+        ]
+
+    def run(self, *overrides: str, ranks: int = 1) -> list[int]:
+        """Exit statuses of forked ranks: quick, everything is imported already."""
+        overrides = (f"trainer.devices={ranks}", *overrides)
+        return run_ranks(_main, ranks, self.arguments(*overrides), timeout_s=120)
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        """The documented command, as a user types it."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_rl.cli", "train", *self.arguments(*overrides)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )
+
+    def rows(self, name: str = "tiny") -> list[dict[str, float]]:
+        """Of ``metrics.jsonl``, times and memory left out."""
+        text = (self.root / name / "metrics.jsonl").read_text()
+        unsteady = ("time/", "memory/", "tokens_per_s", "eval/seconds")
+        return [
+            {key: value for key, value in json.loads(line).items() if not key.startswith(unsteady)}
+            for line in text.splitlines()
+        ]
+
+
+def _main(arguments: list[str]) -> int:
+    from megatron_rl.train import main
+
+    return main(["--config", *arguments])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(
+        tmp_path_factory.mktemp("model"), "qwen3", tied=True, seed=3, tokenizer=True, max_position_embeddings=512
+    )
+
+
+@pytest.fixture
+def case(tiny_model: Path, tmp_path: Path) -> Case:
+    train = tmp_path / "train.jsonl"
+    rows = [{"question": f"What is {n} plus {n % 7}?", "answer": f"{n} + {n % 7} = {n + n % 7}\n#### {n + n % 7}"} for n in range(24)]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Case(tiny_model, train, tmp_path)

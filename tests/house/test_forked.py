@@ -1,0 +1,57 @@
+"""The harness that other tests trust: results in order, failures with their rank, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.forked import run_ranks
+
+
+def test_results_come_in_rank_order() -> None:
+    def total(factor: int) -> tuple[int, int]:
+        everyone = torch.tensor(factor * (dist.get_rank() + 1))
+        dist.all_reduce(everyone)
+        return dist.get_rank(), int(everyone)
+
+    assert run_ranks(total, 3, factor=10) == [(0, 60), (1, 60), (2, 60)]
+
+
+def test_failing_rank_is_named_with_its_traceback() -> None:
+    def fail_on_rank_1() -> None:
+        if dist.get_rank() == 1:
+            raise KeyError("needle")
+        dist.barrier()
+
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 failed(.|\n)*fail_on_rank_1(.|\n)*KeyError: 'needle'"):
+        run_ranks(fail_on_rank_1, 2)
+
+
+def test_result_that_cannot_be_sent_is_a_failure() -> None:
+    with pytest.raises(AssertionError, match="rank 0 of 1 failed"):
+        run_ranks(lambda: lambda: None, 1)
+
+
+@pytest.mark.parametrize(("end", "how"), [(lambda: os._exit(3), "exit code 3"), (os.abort, "signal SIGABRT")])
+def test_rank_that_dies_is_named(end: object, how: str) -> None:
+    with pytest.raises(AssertionError, match=f"died without a result, of 2 ranks: rank 1 by {how}"):
+        run_ranks(lambda: end() if dist.get_rank() == 1 else time.sleep(60), 2)  # type: ignore[operator]
+
+
+def test_time_limit_names_who_is_running_and_leaves_nobody() -> None:
+    before = set(psutil.Process().children(recursive=True))
+
+    def fork_and_sleep() -> None:
+        if dist.get_rank() == 1:
+            return
+        os.fork()
+        time.sleep(60)
+
+    with pytest.raises(AssertionError, match=r"ranks \[0, 2\] of 3 were still running after 1 s"):
+        run_ranks(fork_and_sleep, 3, timeout_s=1)
+    assert set(psutil.Process().children(recursive=True)) <= before

@@ -1,0 +1,82 @@
+"""The machinery around the patches: explicit, once, loud."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from megatron_rl import patches
+from megatron_rl.errors import UserError
+from megatron_rl.patches.megatron_core.upstream import replace, require, restore
+
+
+def test_import_patches_nothing() -> None:
+    program = (
+        "import sys, torch; before = torch.compile, torch.Tensor.cuda\n"
+        "import megatron_rl.patches.megatron_core.device, megatron_rl.patches.megatron_core.rng\n"
+        "assert (torch.compile, torch.Tensor.cuda) == before\n"
+        "assert not any(name.split('.')[0] == 'megatron' for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_second_apply_changes_nothing() -> None:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    constructor = WrappedTorchNorm.__new__
+    assert patches.apply() == patches.apply()
+    assert "megatron_core.norm" in patches.apply()
+    assert WrappedTorchNorm.__new__ is constructor
+
+
+def test_each_patch_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from megatron_rl.patches import megatron_core
+
+    monkeypatch.setattr(patches, "_applied", None)
+    monkeypatch.setattr(megatron_core, "apply", lambda: ["rope", "rng"])
+    with caplog.at_level(logging.INFO, logger="megatron_rl.patches"):
+        assert patches.apply() == ["megatron_core.rope", "megatron_core.rng"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "applied patch megatron_core.rope",
+        "applied patch megatron_core.rng",
+    ]
+
+
+def test_nothing_is_patched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "_applied", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert patches.apply() == []
+
+
+@pytest.mark.parametrize("package", ["psutil", "tqdm"])
+def test_missing_package_is_named_before_anything_hangs(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(patches, "_applied", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(UserError, match=f"{package}: must be installed"):
+        patches.apply()
+
+
+def test_what_upstream_has_removed_is_named() -> None:
+    upstream = types.ModuleType("megatron.core.somewhere")
+    with pytest.raises(RuntimeError, match=r"megatron\.core\.somewhere has no fork in megatron-core \d"):
+        require(upstream, "fork")
+
+
+def test_replace_wraps_once_and_restore_undoes_it() -> None:
+    class Upstream:
+        @staticmethod
+        def answer() -> int:
+            return 1
+
+    for _ in range(2):
+        replace(Upstream, "answer", lambda original: lambda: original() + 1)
+    assert Upstream().answer() == 2
+    restore(Upstream, "answer")
+    assert Upstream().answer() == 1
