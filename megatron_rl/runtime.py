@@ -7,8 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,49 +20,52 @@ from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Runtime:
     """This rank among the others."""
 
     rank: int
     world_size: int
     device: torch.device
-    exit_status: int = 0
 
 
-@contextmanager
-def rank_process(config: Config) -> Iterator[Runtime]:
-    """Set a rank up, run the block, and end it cleanly: one message for the user, a status, nothing left behind.
+def run_rank(config: Config, work: Callable[[Runtime], None]) -> int:
+    """Set a rank up, do its work, and end it cleanly: one message for the user, a status, nothing left behind.
 
     A ``UserError`` is raised by all ranks alike; rank 0 prints it. Anything else is a defect: its traceback goes to the
     rank's log (rank 0: the console), and the launcher ends the other ranks.
+
+    Args:
+        config: of the run.
+        work: what the rank is for; called with the process group in place.
+
+    Returns:
+        Exit status: 0, or 2 for something that the user can fix.
     """
     _die_with_parent()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         _log_to_file(config.exp_manager.run_dir / "logs" / f"rank_{rank}.log")
-    runtime = Runtime(rank, world_size, torch.device("cpu"))
     try:
-        runtime.device = device = _device(config)
         _check_world_size(config, world_size)
-        if device.type == "cpu":
+        runtime = Runtime(rank, world_size, _device(config))
+        if runtime.device.type == "cpu":
             torch.set_num_threads(threads_per_rank(config))
         megatron_rl.patches.apply()
         if not dist.is_initialized():  # a test may bring ranks of its own
             _join_others(config, runtime)
-        yield runtime
+        work(runtime)
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        runtime.exit_status = 2
+        return 2
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
         # Leave at once: the others may wait for this rank in a collective, and torch's own clean-up would wait for them.
         os._exit(1)
-    finally:
-        if dist.is_initialized() and runtime.exit_status == 0:
-            dist.destroy_process_group()
+    dist.destroy_process_group()
+    return 0
 
 
 def _join_others(config: Config, runtime: Runtime) -> None:

@@ -10,11 +10,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_rl.config import check_files, load_config
+from megatron_rl.config import Config, check_files, load_config
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_rl.run import Run
+    from megatron_rl.runtime import Runtime
 
 
 def run_online(run: Run) -> None:
@@ -65,16 +66,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    from megatron_rl.runtime import rank_process  # from here on torch is loaded
+    from megatron_rl.runtime import run_rank  # from here on torch is loaded
 
-    with rank_process(config) as runtime:
-        from megatron_rl.run import Run
+    return run_rank(config, lambda runtime: train(config, runtime))
 
-        with Run(config, runtime) as run:
-            run.evaluate_before()
-            (run_online if config.trainer.stage == "rl" else run_offline)(run)
-            run.finish()
-    return runtime.exit_status
+
+def train(config: Config, runtime: Runtime) -> None:
+    """The whole run of one rank whose process group stands."""
+    from megatron_rl.run import Run
+
+    with Run(config, runtime) as run:
+        run.evaluate_before()
+        (run_online if config.trainer.stage == "rl" else run_offline)(run)
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RUN = Path("runs/quickstart")
+PROBLEMS = f"{RUN}/data --num-warm-start 32000 --num-train 4000 --num-held-out 300 --slip-share 0.3".split()
+"""Slips make demonstrations that are right in the middle and wrong at the edges: what RL then sharpens."""
 
 
 def main() -> int:
     """Run the three parts in turn; the status of the first that fails."""
     started = time.monotonic()
     parts = (
-        ("problems", [sys.executable, "tools/make_word_problems.py", str(RUN / "data")], RUN / "data" / "model"),
+        ("problems", [sys.executable, "tools/make_word_problems.py", *PROBLEMS], RUN / "data" / "model"),
         ("warm start", train("warm_start.yaml"), RUN / "warm_start" / "hf"),
         ("reinforcement", train("grpo.yaml"), RUN / "hf"),
     )

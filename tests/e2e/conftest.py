@@ -38,7 +38,7 @@ class Case:
     def run(self, *overrides: str, ranks: int = 1) -> list[int]:
         """Exit statuses of forked ranks: quick, everything is imported already."""
         overrides = (f"trainer.devices={ranks}", *overrides)
-        return run_ranks(_main, ranks, self.arguments(*overrides), timeout_s=120)
+        return run_ranks(run_main, ranks, self.arguments(*overrides), timeout_s=120)
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
         """The documented command, as a user types it."""
@@ -60,7 +60,7 @@ class Case:
         ]
 
 
-def _main(arguments: list[str]) -> int:
+def run_main(arguments: list[str]) -> int:
     from megatron_rl.train import main
 
     return main(["--config", *arguments])

@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.conftest import Case
-from tests.policy_case import log_probs_of
+from tests.e2e.conftest import Case, run_main
+from tests.forked import run_ranks
+from tests.policy_case import build_policy, log_probs_of, random_samples, tiny_config
 
 
 def test_a_run_leaves_what_it_promises(case: Case) -> None:
@@ -36,8 +38,6 @@ def test_a_run_leaves_what_it_promises(case: Case) -> None:
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
     assert list(run.glob("**/events.out.tfevents*"))
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(run / "hf")
     assert AutoTokenizer.from_pretrained(run / "hf")("2+2")["input_ids"]
     before = AutoModelForCausalLM.from_pretrained(case.model)
@@ -46,7 +46,6 @@ def test_a_run_leaves_what_it_promises(case: Case) -> None:
 
 def _megatron_log_probs(case: Case) -> list[torch.Tensor]:
     from megatron_rl.model.checkpoint import Checkpoints
-    from tests.policy_case import build_policy, random_samples, tiny_config
 
     policy = build_policy(tiny_config(case.model))
     checkpoints = Checkpoints(case.root / "tiny/checkpoints", keep_last=1, groups=policy.groups, say=print)
@@ -59,11 +58,6 @@ def _megatron_log_probs(case: Case) -> list[torch.Tensor]:
 
 
 def test_exported_log_probs_are_the_trained_models(case: Case) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from tests.forked import run_ranks
-    from tests.policy_case import random_samples
-
     assert case.run("exp_manager.export_hf=true", "policy.optim.lr=1e-2") == [0]
     mine = run_ranks(_megatron_log_probs, 1, case)[0]
     exported = log_probs_of(AutoModelForCausalLM.from_pretrained(case.root / "tiny/hf"), random_samples())
@@ -157,22 +151,17 @@ def test_variants_run(case: Case, name: str) -> None:
 
 
 def test_supervised_stage_lowers_the_loss(case: Case) -> None:
-    overrides = ["trainer.stage=sft", "algorithm={name: sft}", "trainer.max_steps=6", "policy.initialization=random"]
     config = case.root / "sft.yaml"
     config.write_text(
-        "trainer: {stage: sft, precision: fp32, max_steps: 6, accelerator: cpu}\n"
+        "trainer: {stage: sft, precision: fp32, max_steps: 16, accelerator: cpu}\n"
         f"exp_manager: {{exp_dir: {case.root}, name: sft, export_hf: false}}\n"
         f"policy: {{model_path: {case.model}, initialization: random, train_global_batch_size: 8, optim: {{lr: 1.0e-2}}}}\n"
         f"algorithm: {{name: sft}}\ndata: {{task: gsm8k, train: {case.train}}}\n"
     )
-    del overrides
-    from tests.e2e.conftest import _main
-    from tests.forked import run_ranks
-
-    assert run_ranks(_main, 1, [str(config)]) == [0]
+    assert run_ranks(run_main, 1, [str(config)]) == [0]
     losses = [row["loss"] for row in case.rows("sft")]
     assert losses[0] == pytest.approx(torch.tensor(131.0).log().item(), abs=0.3)  # a random model knows nothing
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 1
 
 
 def test_random_initialization_does_not_depend_on_the_layout(case: Case) -> None:

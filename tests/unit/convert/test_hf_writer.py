@@ -52,6 +52,7 @@ def test_transformers_loads_what_is_written(
     for file in files:
         with safe_open(file, "pt") as handle:
             assert handle.metadata() == {"format": "pt"}
+            assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0  # the data is aligned
             assert len(list(handle.keys())) == 1 or file.stat().st_size <= max_shard_bytes + 10_000
     assert HFReader(out).names == set(expected)
     if len(files) == 1:

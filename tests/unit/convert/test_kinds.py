@@ -129,3 +129,10 @@ def test_check_tiling_finds_wrong_boxes(kind: Kind, how: str, monkeypatch: pytes
     monkeypatch.setattr(load, "boxes", lambda *args, **kwargs: broken(boxes(*args, **kwargs), how))
     with pytest.raises(AssertionError):
         load.check_tiling(kind, SHAPE, 2)
+
+
+@pytest.mark.parametrize(("starts", "complaint"), [((0, 2, 2), "overlap"), ((0, 2), "gap"), ((0, 2, 5), "outside")])
+def test_tiling_of_six_by_pieces_of_two(starts: tuple[int, ...], complaint: str) -> None:
+    load._assert_tiles([((start,), (2,)) for start in (0, 2, 4)], (6,))
+    with pytest.raises(AssertionError, match=complaint):
+        load._assert_tiles([((start,), (2,)) for start in starts], (6,))
