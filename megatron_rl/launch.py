@@ -58,7 +58,10 @@ def main() -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode != 2:  # 2 is a UserError, which rank 0 has printed
-            print(f"error: rank {rank} ended with status {failure.exitcode}; see logs/ in the run's folder", file=sys.stderr)
+            print(
+                f"error: rank {rank} ended with status {failure.exitcode}; see logs/ in the run's folder",
+                file=sys.stderr,
+            )
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0
 

@@ -351,9 +351,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, o
             yield f"{prefix}{key}", value
 
 
-def build_sinks(
-    config: ExpManagerConfig, run_dir: Path, *, run_config: Mapping[str, Any] | None = None
-) -> list[Sink]:
+def build_sinks(config: ExpManagerConfig, run_dir: Path, *, run_config: Mapping[str, Any] | None = None) -> list[Sink]:
     """The sinks that ``exp_manager`` asks for. On rank 0 only.
 
     Args:
@@ -397,7 +395,11 @@ class _GuardedSink:
             if self.num_missed == 0:
                 logger.warning(
                     "%s failed at step %d (%s: %s); training goes on, metrics.jsonl has every row, "
-                    "further failures are only counted", self.sink.name, step, type(error).__name__, error,
+                    "further failures are only counted",
+                    self.sink.name,
+                    step,
+                    type(error).__name__,
+                    error,
                 )
             self.num_missed += 1
             self._failures_in_row = min(self._failures_in_row + 1, 6)
@@ -465,9 +467,15 @@ class Display:
             return None
         if self._live is None:
             self._live = _Live(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(compact=True),
-                console=self.console, transient=True, refresh_per_second=4,
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+                transient=True,
+                refresh_per_second=4,
                 speed_estimate_period=3600.0,  # rich's 30 s would never see two of our steps, so never a time left
             )
             self._live.start()

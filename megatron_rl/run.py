@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from megatron_rl.algorithms import build_algorithm
+from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.config import Config, save_resolved
-from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.random_weights import RandomReader
+from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.curves import plot_curves
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
@@ -71,12 +72,11 @@ class Run:
         )
         self.start_step = self._resume()
         self.logger = self._build_logger()
-        self.engine = self._build_engine()
-        self.scorer = self._build_scorer()
-        self.collector = Collector(self.engine, self.scorer, config.trainer.seed, self.timer)
-        if self.engine is not None and config.trainer.stage == "rl":
+        self.collector: Collector | None = None
+        if config.trainer.stage == "rl" or config.eval.is_used:
+            self.collector = Collector(self._build_engine(), self._build_scorer(), config.trainer.seed, self.timer)
+        if config.trainer.stage == "rl":
             self.publish(version=self.start_step)
-        self.timer.flush()
 
     # ------------------------------------------------------------------------------------------------ around a step
 
@@ -105,7 +105,7 @@ class Run:
         metrics = update_metrics(updates)
         if groups:
             metrics |= rollout_metrics(groups, version=done - 1) | sample_metrics(samples)
-            metrics |= self.algorithm.step_metrics()
+            metrics |= self.online_algorithm.step_metrics()
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds)
         if "num_tokens" in metrics:
@@ -118,6 +118,18 @@ class Run:
             self._evaluate(done, self.config.eval.num_samples_during)
         self._save_if_due(done)
 
+    @property
+    def online_algorithm(self) -> OnlineAlgorithm:
+        """The algorithm of an online run."""
+        assert isinstance(self.algorithm, OnlineAlgorithm)
+        return self.algorithm
+
+    @property
+    def rollouts(self) -> Collector:
+        """What samples and scores; there is none in a supervised run without evaluation."""
+        assert self.collector is not None
+        return self.collector
+
     def evaluate_before(self) -> None:
         """Evaluate the model as it comes, as step 0."""
         if self.config.eval.before and self.start_step == 0:
@@ -125,7 +137,7 @@ class Run:
 
     def publish(self, *, version: int) -> None:
         """Give the engine the current weights."""
-        publish(self.policy, self.engine, version=version)
+        publish(self.policy, self.rollouts.engine, version=version)
 
     def finish(self) -> None:
         """Export, plot, sum up."""
@@ -149,10 +161,8 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.logger.close()
-        if self.scorer is not None:
-            self.scorer.close()
-        if self.engine is not None:
-            self.engine.close()
+        if self.collector is not None:
+            self.collector.close()
 
     # ------------------------------------------------------------------------------------------------ parts
 
@@ -216,7 +226,9 @@ class Run:
 
     def _save_if_due(self, done: int) -> None:
         manager = self.config.exp_manager
-        is_due = done % manager.checkpoint_callback_params.every_n_train_steps == 0 or done == self.config.trainer.max_steps
+        is_due = (
+            done % manager.checkpoint_callback_params.every_n_train_steps == 0 or done == self.config.trainer.max_steps
+        )
         if manager.create_checkpoint_callback and is_due:
             started = time.monotonic()
             path = self.checkpoints.save(done, self.policy, {"step": done, "cursor": self.stream.cursor})
@@ -231,11 +243,9 @@ class Run:
             logger.resume_at(self.start_step if self.start_step else -1)
         return logger
 
-    def _build_engine(self) -> RolloutEngine | None:
+    def _build_engine(self) -> RolloutEngine:
         rollout = self.config.rollout
-        if self.config.trainer.stage == "sft" and not self.config.eval.is_used:
-            return None
-        if rollout.engine == "recorded":
+        if rollout.recorded_dir is not None:
             return RecordedEngine(Path(rollout.recorded_dir))
         pad_id = self.tokenizer.pad_token_id
         engine = TransformersEngine(
@@ -247,11 +257,11 @@ class Run:
             max_batch_size=rollout.max_batch_size,
             cpu_group=self.groups.cpu_group,
         )
-        return RecordingEngine(engine, self.directory / "rollouts", is_writer=self.is_first) if rollout.record else engine
+        return (
+            RecordingEngine(engine, self.directory / "rollouts", is_writer=self.is_first) if rollout.record else engine
+        )
 
-    def _build_scorer(self) -> Scorer | None:
-        if self.engine is None:
-            return None
+    def _build_scorer(self) -> Scorer:
         data = self.config.data
         return Scorer(
             data.task,
@@ -263,9 +273,9 @@ class Run:
 
     def _evaluate(self, done: int, num_samples: int) -> None:
         started = time.monotonic()
-        if self.engine.weight_version != done:
+        if self.rollouts.engine.weight_version != done:
             self.publish(version=done)
-        metrics = self.evaluator.evaluate(self.collector, step=done, num_samples=num_samples)
+        metrics = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples)
         self.timer.flush()  # evaluation has its own figure and does not count into a step
         self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,6 +52,8 @@ def run_rank(config: Config, work: Callable[[Runtime], None]) -> int:
         runtime = Runtime(rank, world_size, _device(config))
         if runtime.device.type == "cpu":
             torch.set_num_threads(threads_per_rank(config))
+        for package in ("megatron", "torch"):  # what they lack or deprecate is not news to our users
+            warnings.filterwarnings("ignore", module=package)
         megatron_rl.patches.apply()
         if not dist.is_initialized():  # a test may bring ranks of its own
             _join_others(config, runtime)
@@ -98,7 +101,8 @@ def _device(config: Config) -> torch.device:
 def _check_world_size(config: Config, world_size: int) -> None:
     if world_size != config.trainer.world_size:
         raise UserError(
-            "trainer.devices", config.trainer.devices,
+            "trainer.devices",
+            config.trainer.devices,
             f"devices * num_nodes = {config.trainer.world_size}, but torchrun started {world_size} processes",
             "start with megatron-rl train, or make --nproc-per-node and --nnodes agree with the config",
         )

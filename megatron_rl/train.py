@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 def run_online(run: Run) -> None:
     """Learn from the policy's own rollouts."""
-    policy, algorithm, config = run.policy, run.algorithm, run.config
+    policy, algorithm = run.policy, run.online_algorithm
     for step in run.steps():
-        groups = algorithm.collect(run.prompts, run.collector, step)
+        groups = algorithm.collect(run.prompts, run.rollouts, step)
         samples = algorithm.samples(groups)
-        mini_batches = split(len(samples), config.policy.train_global_batch_size)
+        mini_batches = split(len(samples), run.config.policy.train_global_batch_size)
         policy.fill_log_probs(samples, mini_batches, "old_log_probs")
         if algorithm.needs_reference:
             with policy.weights_of(run.reference):
                 policy.fill_log_probs(samples, mini_batches, "ref_log_probs")
         algorithm.assign_advantages(samples)
         updates = []
-        for rows in mini_batches * config.algorithm.num_epochs:
+        for rows in mini_batches * algorithm.num_epochs:
             mini_batch = [samples[row] for row in rows]
             algorithm.assign_weights(mini_batch)
             updates.append(policy.train_step(mini_batch, algorithm.loss))

@@ -139,10 +139,12 @@ class TrainingSample:
 
     @property
     def num_tokens(self) -> int:
+        """Prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
     def num_response_tokens(self) -> int:
+        """R."""
         return len(self.response_ids)
 
 
@@ -173,10 +175,19 @@ class MicroBatch:
     """``weights``, ``advantages``, ``old_log_probs``, ... each [T] float32."""
 
     def to(self, device: torch.device) -> MicroBatch:
+        """A copy on another device."""
+
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
         return MicroBatch(
-            move(self.input_ids), move(self.labels), move(self.position_ids), move(self.cu_seqlens), self.max_seqlen,
-            move(self.response_mask), move(self.loss_mask), self.rows, {k: move(v) for k, v in self.vectors.items()},
+            move(self.input_ids),
+            move(self.labels),
+            move(self.position_ids),
+            move(self.cu_seqlens),
+            self.max_seqlen,
+            move(self.response_mask),
+            move(self.loss_mask),
+            self.rows,
+            {k: move(v) for k, v in self.vectors.items()},
         )

@@ -29,7 +29,7 @@ def tiny_config(model: Path, *overrides: str, tp: int = 1, pp: int = 1, dp: int 
     )
 
 
-def build_policy(config: Config):  # noqa: ANN201 - Policy needs the patches before it is imported
+def build_policy(config: Config):
     from megatron_rl.model.step import Policy
     from megatron_rl.model.weights import load_hf_weights
     from megatron_rl.parallel.groups import build_groups

@@ -49,6 +49,9 @@ class Algorithm(ABC):
 class OnlineAlgorithm(Algorithm):
     """An algorithm that learns from its own rollouts."""
 
+    num_epochs: int = 1
+    """Passes over each rollout batch."""
+
     @abstractmethod
     def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
         """The groups of one step."""

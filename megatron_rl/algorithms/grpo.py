@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_rl.advantages.group import group_advantages
 from megatron_rl.advantages.shaping import overlong_penalty
 from megatron_rl.algorithms.base import OnlineAlgorithm
-from megatron_rl.config import Config
+from megatron_rl.config import Config, GRPOConfig
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
 from megatron_rl.losses.clipped_policy import clipped_policy_loss
@@ -34,7 +34,9 @@ class GRPO(OnlineAlgorithm):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        assert isinstance(config.algorithm, GRPOConfig)
         self.settings = config.algorithm
+        self.num_epochs = self.settings.num_epochs
         self.needs_reference = self.settings.kl.coef > 0
         self.num_dropped_groups = 0
 
@@ -58,7 +60,8 @@ class GRPO(OnlineAlgorithm):
             if len(groups) >= settings.num_prompts_per_step:
                 return groups[: settings.num_prompts_per_step]
         raise UserError(
-            "algorithm.max_generation_batches", settings.max_generation_batches,
+            "algorithm.max_generation_batches",
+            settings.max_generation_batches,
             f"gave only {len(groups)} of {settings.num_prompts_per_step} groups with unequal rewards in step {step + 1}",
             "raise it, or train on problems that are neither always nor never solved",
         )
@@ -110,6 +113,7 @@ class GRPO(OnlineAlgorithm):
         kl = self.settings.kl
         if kl.coef == 0 or kl.placement == "loss":
             return sample.reward
+        assert sample.old_log_probs is not None and sample.ref_log_probs is not None
         return sample.reward - kl.coef * float(kl_estimate(sample.old_log_probs, sample.ref_log_probs, "k1").sum())
 
     # ---- loss

@@ -30,12 +30,16 @@ class KLConfig:
     def __post_init__(self) -> None:
         if self.coef > 0 and self.placement == "reward" and self.estimator != "k1":
             raise UserError(
-                "algorithm.kl.estimator", self.estimator, "KL in the reward is defined for k1 only",
+                "algorithm.kl.estimator",
+                self.estimator,
+                "KL in the reward is defined for k1 only",
                 "set algorithm.kl.estimator=k1, or algorithm.kl.placement=loss",
             )
         if self.coef > 0 and self.placement == "loss" and self.estimator == "k1":
             raise UserError(
-                "algorithm.kl.estimator", self.estimator, "k1 added to the loss has no gradient in expectation",
+                "algorithm.kl.estimator",
+                self.estimator,
+                "k1 added to the loss has no gradient in expectation",
                 "use k2 (reverse KL), k3 (forward KL), or algorithm.kl.placement=reward",
             )
 
@@ -84,16 +88,23 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         if self.num_generations_per_prompt < 2:
             raise UserError(
-                "algorithm.num_generations_per_prompt", self.num_generations_per_prompt,
-                "a group needs at least 2 rollouts to have a baseline", "use 2 or more; 8 and 16 are common",
+                "algorithm.num_generations_per_prompt",
+                self.num_generations_per_prompt,
+                "a group needs at least 2 rollouts to have a baseline",
+                "use 2 or more; 8 and 16 are common",
             )
         if self.ratio_clip_min >= 1:
             raise UserError(
-                "algorithm.ratio_clip_min", self.ratio_clip_min, "1 - ratio_clip_min must stay above 0", "0.2 is common",
+                "algorithm.ratio_clip_min",
+                self.ratio_clip_min,
+                "1 - ratio_clip_min must stay above 0",
+                "0.2 is common",
             )
         if self.ratio_clip_c is not None and self.ratio_clip_c <= 1 + self.ratio_clip_max:
             raise UserError(
-                "algorithm.ratio_clip_c", self.ratio_clip_c, "must exceed 1 + ratio_clip_max, else it cuts the ordinary range",
+                "algorithm.ratio_clip_c",
+                self.ratio_clip_c,
+                "must exceed 1 + ratio_clip_max, else it cuts the ordinary range",
                 "use 3 or 10, or null to switch dual clip off",
             )
 

@@ -18,16 +18,22 @@ def check_files(config: Config) -> None:
     policy = config.policy
     directory = Path(policy.model_path)
     if not directory.is_dir():
-        raise UserError("policy.model_path", policy.model_path, "is not a directory", "give a Hugging Face checkpoint directory")
+        raise UserError(
+            "policy.model_path", policy.model_path, "is not a directory", "give a Hugging Face checkpoint directory"
+        )
     shape = read_shape(directory)
     _check_layout(config, shape)
     tokenizer = Path(policy.tokenizer_path or directory)
     if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         key = "policy.tokenizer_path" if policy.tokenizer_path else "policy.model_path"
-        raise UserError(key, str(tokenizer), "holds no tokenizer", "point policy.tokenizer_path at a directory that has one")
+        raise UserError(
+            key, str(tokenizer), "holds no tokenizer", "point policy.tokenizer_path at a directory that has one"
+        )
     if policy.initialization == "pretrained" and not any(directory.glob("*.safetensors")):
         raise UserError(
-            "policy.model_path", str(directory), "holds no *.safetensors weights",
+            "policy.model_path",
+            str(directory),
+            "holds no *.safetensors weights",
             "give a directory with weights, or set policy.initialization=random to start from nothing",
         )
     for key, file in (("data.train", config.data.train), ("data.validation", config.data.validation)):
@@ -35,7 +41,9 @@ def check_files(config: Config) -> None:
             raise UserError(key, file, "is not a file", "give the path of a .jsonl file")
     recorded = config.rollout.recorded_dir
     if recorded is not None and not Path(recorded).is_dir():
-        raise UserError("rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run")
+        raise UserError(
+            "rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run"
+        )
 
 
 def _check_layout(config: Config, shape: ModelShape) -> None:
@@ -49,11 +57,15 @@ def _check_layout(config: Config, shape: ModelShape) -> None:
         if length % size:
             name = "pipeline" if what == "num_hidden_layers" else "tensor"
             raise UserError(
-                f"policy.megatron_cfg.{name}_model_parallel_size", size, f"must divide the model's {what} = {length}",
+                f"policy.megatron_cfg.{name}_model_parallel_size",
+                size,
+                f"must divide the model's {what} = {length}",
                 f"choose a divisor of {length}",
             )
     if config.rollout.max_new_tokens >= shape.max_position_embeddings and config.trainer.stage == "rl":
         raise UserError(
-            "rollout.max_new_tokens", config.rollout.max_new_tokens,
-            f"leaves no room for a prompt in the model's context of {shape.max_position_embeddings} tokens", "lower it",
+            "rollout.max_new_tokens",
+            config.rollout.max_new_tokens,
+            f"leaves no room for a prompt in the model's context of {shape.max_position_embeddings} tokens",
+            "lower it",
         )

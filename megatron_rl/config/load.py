@@ -33,13 +33,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         data = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or str(path)
-        raise UserError(key, None, f"cannot be resolved ({str(error).splitlines()[0]})", "correct the interpolation") from None
+        raise UserError(
+            key, None, f"cannot be resolved ({str(error).splitlines()[0]})", "correct the interpolation"
+        ) from None
     assert isinstance(data, dict)
     _check_given(data, ())
     try:
         return TypeAdapter(Config).validate_python(data)
     except ValidationError as error:
-        raise _explain(error, data) from None
+        raise _explain(error, {str(key): value for key, value in data.items()}) from None
 
 
 def save_resolved(config: Config, path: Path) -> None:
@@ -53,11 +55,15 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     path = path.resolve()
     if path in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
-        raise UserError("defaults", path.name, f"files inherit from each other in a circle: {chain}", "break the circle")
+        raise UserError(
+            "defaults", path.name, f"files inherit from each other in a circle: {chain}", "break the circle"
+        )
     try:
         loaded = OmegaConf.load(path)
     except OSError as error:
-        raise UserError("config", str(path), f"cannot be read ({error.strerror})", "give the path of a YAML file") from None
+        raise UserError(
+            "config", str(path), f"cannot be read ({error.strerror})", "give the path of a YAML file"
+        ) from None
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError("config", str(path), f"is not valid YAML ({error})", "correct the file") from None
     if not isinstance(loaded, DictConfig):
@@ -83,7 +89,9 @@ def _check_given(data: object, where: tuple[str, ...]) -> None:
             _check_given(value, (*where, str(key)))
     elif data == "???":
         key = ".".join(where)
-        raise UserError(key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file")
+        raise UserError(
+            key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file"
+        )
 
 
 def _explain(error: ValidationError, data: dict[str, Any]) -> UserError:
@@ -97,7 +105,9 @@ def _explain(error: ValidationError, data: dict[str, Any]) -> UserError:
     if first["type"] == "unexpected_keyword_argument":
         return UserError(key, first["input"], "is not a known key", nearest(keys[-1], _siblings(keys[:-1], data)))
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return UserError(key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file")
+        return UserError(
+            key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file"
+        )
     if first["type"].startswith("union_tag"):
         expected = first.get("ctx", {}).get("expected_tags", "")
         tag = data.get(keys[0], {}).get("name") if isinstance(data.get(keys[0]), dict) else None
@@ -128,8 +138,11 @@ def _siblings(keys: Sequence[str], data: dict[str, Any]) -> list[str]:
         hint = get_type_hints(cls, include_extras=True).get(key)
         options = [option for option in (get_args(get_args(hint)[0]) if key == "algorithm" else [hint]) if option]
         tag = data.get(key, {}).get("name") if position == 0 else None
-        matching = [o for o in options if getattr(o, "__dataclass_fields__", {}).get("name") and tag in get_args(
-            get_type_hints(o)["name"])]
+        matching = [
+            o
+            for o in options
+            if getattr(o, "__dataclass_fields__", {}).get("name") and tag in get_args(get_type_hints(o)["name"])
+        ]
         cls = (matching or options or [None])[0]
         if not hasattr(cls, "__dataclass_fields__"):
             return []

@@ -37,6 +37,7 @@ class TrainerConfig:
 
     @property
     def world_size(self) -> int:
+        """Processes of the run."""
         return self.devices * self.num_nodes
 
 
@@ -72,6 +73,7 @@ class ExpManagerConfig:
 
     @property
     def run_dir(self) -> Path:
+        """Folder of the run."""
         return Path(self.exp_dir) / self.name
 
 
@@ -87,13 +89,17 @@ class SchedConfig:
     def __post_init__(self) -> None:
         if self.name in ("linear", "cosine") and self.decay_updates is None:
             raise UserError(
-                "policy.optim.sched.decay_updates", None, f"{self.name} needs the number of updates until min_lr",
+                "policy.optim.sched.decay_updates",
+                None,
+                f"{self.name} needs the number of updates until min_lr",
                 "set it, usually to trainer.max_steps times the updates of a step",
             )
         if self.decay_updates is not None and self.warmup_updates >= self.decay_updates:
             raise UserError(
-                "policy.optim.sched.warmup_updates", self.warmup_updates,
-                f"must be below decay_updates = {self.decay_updates}", "shorten the warm-up or lengthen the decay",
+                "policy.optim.sched.warmup_updates",
+                self.warmup_updates,
+                f"must be below decay_updates = {self.decay_updates}",
+                "shorten the warm-up or lengthen the decay",
             )
 
 
@@ -143,10 +149,12 @@ class PolicyConfig:
 
     @property
     def tensor_parallel_size(self) -> int:
+        """Ranks that share each layer."""
         return int(self.megatron_cfg.get("tensor_model_parallel_size", 1))
 
     @property
     def pipeline_parallel_size(self) -> int:
+        """Ranks that share the layers out."""
         return int(self.megatron_cfg.get("pipeline_model_parallel_size", 1))
 
     def __post_init__(self) -> None:
@@ -156,13 +164,17 @@ class PolicyConfig:
         upstream.check_names("policy.ddp_cfg", self.ddp_cfg, upstream.DDP, owned=upstream.DDP_OWNED)
         if self.megatron_cfg.get("sequence_parallel") and self.tensor_parallel_size == 1:
             raise UserError(
-                "policy.megatron_cfg.sequence_parallel", True, "needs tensor_model_parallel_size above 1",
+                "policy.megatron_cfg.sequence_parallel",
+                True,
+                "needs tensor_model_parallel_size above 1",
                 "leave it out, or raise the tensor-parallel size",
             )
         for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
             if (self.megatron_cfg.get(name) or 1) != 1:
                 raise UserError(
-                    f"policy.megatron_cfg.{name}", self.megatron_cfg[name], "this version trains with 1 here",
+                    f"policy.megatron_cfg.{name}",
+                    self.megatron_cfg[name],
+                    "this version trains with 1 here",
                     "use tensor, pipeline and data parallelism",
                 )
 
@@ -187,12 +199,16 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise UserError(
-                "rollout.temperature", self.temperature, "training samples, so it must be above 0",
+                "rollout.temperature",
+                self.temperature,
+                "training samples, so it must be above 0",
                 "use 1.0 (greedy decoding belongs to eval.greedy)",
             )
         if (self.engine == "recorded") != (self.recorded_dir is not None):
             raise UserError(
-                "rollout.recorded_dir", self.recorded_dir, "is given exactly when rollout.engine is recorded",
+                "rollout.recorded_dir",
+                self.recorded_dir,
+                "is given exactly when rollout.engine is recorded",
                 "set both or neither",
             )
 
@@ -240,12 +256,15 @@ class EvalConfig:
 
     @property
     def is_used(self) -> bool:
+        """Whether the run evaluates at all."""
         return self.before or self.after or self.every_n_steps > 0
 
     def __post_init__(self) -> None:
         if max(self.k_values) > self.num_samples:
             raise UserError(
-                "eval.k_values", self.k_values, f"pass@k needs k <= num_samples = {self.num_samples}",
+                "eval.k_values",
+                self.k_values,
+                f"pass@k needs k <= num_samples = {self.num_samples}",
                 "raise eval.num_samples or drop the larger k",
             )
 
@@ -270,6 +289,7 @@ class Config:
 
     @property
     def data_parallel_size(self) -> int:
+        """Copies of the model."""
         return self.trainer.world_size // (self.policy.tensor_parallel_size * self.policy.pipeline_parallel_size)
 
     @property
@@ -284,7 +304,9 @@ class Config:
         self._check_batch_arithmetic()
         if self.eval.is_used and self.data.validation is None:
             raise UserError(
-                "data.validation", None, "eval is on, so there must be problems to evaluate on",
+                "data.validation",
+                None,
+                "eval is on, so there must be problems to evaluate on",
                 "give data.validation=FILE, or switch eval.before, eval.after and eval.every_n_steps off",
             )
 
@@ -293,7 +315,9 @@ class Config:
         if stage != self.trainer.stage:
             names = [name for name, of in STAGE_OF_ALGORITHM.items() if of == self.trainer.stage]
             raise UserError(
-                "algorithm.name", self.algorithm.name, f"belongs to trainer.stage {stage}, not {self.trainer.stage}",
+                "algorithm.name",
+                self.algorithm.name,
+                f"belongs to trainer.stage {stage}, not {self.trainer.stage}",
                 f"set trainer.stage={stage}, or choose an algorithm of this stage: {', '.join(names)}",
             )
 
@@ -302,25 +326,31 @@ class Config:
         world_size = self.trainer.world_size
         if world_size % model_size:
             raise UserError(
-                "trainer.devices", self.trainer.devices,
+                "trainer.devices",
+                self.trainer.devices,
                 f"devices * num_nodes = {world_size} must be a multiple of tensor * pipeline parallel size = {model_size}",
                 f"use a multiple of {model_size}, or smaller parallel sizes in policy.megatron_cfg",
             )
         rows, batch = self.algorithm.num_rows, self.policy.train_global_batch_size
         if rows is not None and rows % batch:
             raise UserError(
-                "policy.train_global_batch_size", batch,
+                "policy.train_global_batch_size",
+                batch,
                 f"must divide the rows of a step: num_prompts_per_step * num_generations_per_prompt = {rows}",
                 f"use a divisor of {rows}: {rows} makes one update a step",
             )
         if batch < self.data_parallel_size:
             raise UserError(
-                "policy.train_global_batch_size", batch,
-                f"every one of the {self.data_parallel_size} data-parallel ranks needs a row", "raise it",
+                "policy.train_global_batch_size",
+                batch,
+                f"every one of the {self.data_parallel_size} data-parallel ranks needs a row",
+                "raise it",
             )
         overlong = getattr(self.algorithm, "overlong", None)
         if overlong is not None and overlong.buffer > self.rollout.max_new_tokens:
             raise UserError(
-                "algorithm.overlong.buffer", overlong.buffer,
-                f"must not exceed rollout.max_new_tokens = {self.rollout.max_new_tokens}", "shorten the buffer",
+                "algorithm.overlong.buffer",
+                overlong.buffer,
+                f"must not exceed rollout.max_new_tokens = {self.rollout.max_new_tokens}",
+                "shorten the buffer",
             )

@@ -24,13 +24,26 @@ _EXACTNESS = "is fixed: with it off, gradients depend on the data-parallel layou
 TRANSFORMER_OWNED: dict[str, str] = {
     **dict.fromkeys(
         (
-            "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
-            "normalization", "layernorm_epsilon", "activation_func", "gated_linear_unit", "add_bias_linear",
-            "add_qkv_bias", "qk_layernorm", "rotary_interleaved",
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "ffn_hidden_size",
+            "kv_channels",
+            "normalization",
+            "layernorm_epsilon",
+            "activation_func",
+            "gated_linear_unit",
+            "add_bias_linear",
+            "add_qkv_bias",
+            "qk_layernorm",
+            "rotary_interleaved",
         ),
         _SHAPE,
     ),
-    **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16", "autocast_dtype", "enable_autocast"), _PRECISION),
+    **dict.fromkeys(
+        ("params_dtype", "pipeline_dtype", "bf16", "fp16", "autocast_dtype", "enable_autocast"), _PRECISION
+    ),
     "calculate_per_token_loss": _EXACTNESS,
     "variable_seq_lengths": "is fixed: packed micro-batches differ in length",
 }
@@ -102,5 +115,8 @@ def check_names(
         if name not in known:
             classes = " or ".join(name for _, name in sources)
             raise UserError(
-                f"{section}.{name}", value, f"is not a field of megatron-core's {classes}", nearest(name, known - set(owned))
+                f"{section}.{name}",
+                value,
+                f"is not a field of megatron-core's {classes}",
+                nearest(name, known - set(owned)),
             )

@@ -130,9 +130,7 @@ def hf_shapes(kind: Kind, shape: ModelShape) -> list[Extent]:
             return [rest]
 
 
-def shard_shape(
-    kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
-) -> Extent:
+def shard_shape(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE) -> Extent:
     """Shape of each rank's parameter."""
     check_tensor_parallel(shape, tp_size)
     tensors = hf_shapes(kind, shape)

@@ -59,8 +59,12 @@ def load_parameter(
 def check_shard(name: str, shard: Tensor, expected: Extent) -> None:
     """A shard has the shape that the table gives it."""
     if tuple(shard.shape) != expected:
-        raise UserError(f"Megatron parameter {name}", tuple(shard.shape), f"the weight table expects shape {expected}",
-                        "build the model from the same config.json, tensor-parallel size and vocabulary multiple")
+        raise UserError(
+            f"Megatron parameter {name}",
+            tuple(shard.shape),
+            f"the weight table expects shape {expected}",
+            "build the model from the same config.json, tensor-parallel size and vocabulary multiple",
+        )
 
 
 def check_coverage(
@@ -82,16 +86,17 @@ def check_coverage(
         _check_stored_copy(reader, expected[_EMBEDDING])
         unused.remove(_OUTPUT)
     if unused:
-        raise UserError(f"{reader.directory}: {min(unused)}", None,
-                        f"nothing in a {shape.family} model uses this tensor ({len(unused)} such tensors)",
-                        "check that config.json describes these weights (bias fields, num_hidden_layers, model_type)")
+        raise UserError(
+            f"{reader.directory}: {min(unused)}",
+            None,
+            f"nothing in a {shape.family} model uses this tensor ({len(unused)} such tensors)",
+            "check that config.json describes these weights (bias fields, num_hidden_layers, model_type)",
+        )
     for kind in {entry.kind for entry in entries(shape).values()}:
         check_tiling(kind, shape, tp_size, vocab_multiple=vocab_multiple)
 
 
-def check_tiling(
-    kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
-) -> None:
+def check_tiling(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE) -> None:
     """The boxes of all ranks cover each HF tensor once, and those of each rank its shard once, padding apart.
 
     Raises:
@@ -129,6 +134,9 @@ def _check_stored_copy(reader: TensorReader, extent: Extent) -> None:
         rows = (slice(start, min(start + step, extent[0])), slice(0, extent[1]))
         output, embedding = reader.read(_OUTPUT, rows), reader.read(_EMBEDDING, rows)
         if output.dtype != embedding.dtype or not torch.equal(output, embedding):
-            raise UserError(f"{reader.directory}: {_OUTPUT}", None,
-                            f"differs from {_EMBEDDING}, but config.json says that the two are tied",
-                            "set tie_word_embeddings to false in config.json, or remove the tensor")
+            raise UserError(
+                f"{reader.directory}: {_OUTPUT}",
+                None,
+                f"differs from {_EMBEDDING}, but config.json says that the two are tied",
+                "set tie_word_embeddings to false in config.json, or remove the tensor",
+            )

@@ -65,8 +65,9 @@ class HFReader:
             self._open(file)
         for name, file in (index or {}).items():
             if self._file_of.get(name) != file:
-                raise UserError(str(self.directory / file), None, f"lacks {name}, which {INDEX_FILE} places there",
-                                _DOWNLOAD_AGAIN)
+                raise UserError(
+                    str(self.directory / file), None, f"lacks {name}, which {INDEX_FILE} places there", _DOWNLOAD_AGAIN
+                )
 
     @property
     def names(self) -> set[str]:
@@ -90,15 +91,27 @@ class HFReader:
             UserError: otherwise.
         """
         if name not in self._file_of:
-            raise UserError(f"{self.directory}: {name}", None, "is required by config.json but not in the checkpoint",
-                            "check tie_word_embeddings and the bias fields, or " + _DOWNLOAD_AGAIN)
+            raise UserError(
+                f"{self.directory}: {name}",
+                None,
+                "is required by config.json but not in the checkpoint",
+                "check tie_word_embeddings and the bias fields, or " + _DOWNLOAD_AGAIN,
+            )
         path = self.directory / self._file_of[name]
         if self.shape(name) != shape:
-            raise UserError(f"{path}: {name}", self.shape(name), f"config.json gives the shape {shape}",
-                            "use the config.json that belongs to these weights")
+            raise UserError(
+                f"{path}: {name}",
+                self.shape(name),
+                f"config.json gives the shape {shape}",
+                "use the config.json that belongs to these weights",
+            )
         if self._slice(name).get_dtype() not in _DTYPES:
-            raise UserError(f"{path}: {name}", self._slice(name).get_dtype(), "must be F32, BF16 or F16",
-                            "use the original, unquantized weights")
+            raise UserError(
+                f"{path}: {name}",
+                self._slice(name).get_dtype(),
+                "must be F32, BF16 or F16",
+                "use the original, unquantized weights",
+            )
 
     def _slice(self, name: str) -> _Slice:
         return self._files[self._file_of[name]].get_slice(name)
@@ -107,13 +120,18 @@ class HFReader:
         """Tensor name -> file, or None where the checkpoint is one file."""
         path, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
         if path.exists() and single.exists():
-            raise UserError(str(self.directory), None, f"has both {SINGLE_FILE} and {INDEX_FILE}",
-                            "remove the stale one")
+            raise UserError(
+                str(self.directory), None, f"has both {SINGLE_FILE} and {INDEX_FILE}", "remove the stale one"
+            )
         if single.exists():
             return None
         if not path.exists():
-            raise UserError(str(self.directory), None, f"has neither {SINGLE_FILE} nor {INDEX_FILE}",
-                            "point model_path at a checkpoint in safetensors format")
+            raise UserError(
+                str(self.directory),
+                None,
+                f"has neither {SINGLE_FILE} nor {INDEX_FILE}",
+                "point model_path at a checkpoint in safetensors format",
+            )
         try:
             index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             # A file name with a folder in it would read outside the checkpoint.
@@ -132,8 +150,12 @@ class HFReader:
         except FileNotFoundError as error:
             raise UserError(str(path), None, f"is named in {INDEX_FILE} but missing", _DOWNLOAD_AGAIN) from error
         except (SafetensorError, OSError) as error:
-            raise UserError(str(path), None, f"is not a complete safetensors file ({error})",
-                            _DOWNLOAD_AGAIN + " (a git-lfs pointer is not the file)") from error
+            raise UserError(
+                str(path),
+                None,
+                f"is not a complete safetensors file ({error})",
+                _DOWNLOAD_AGAIN + " (a git-lfs pointer is not the file)",
+            ) from error
         self._files[file] = handle
         for name in names:
             if name in self._file_of:

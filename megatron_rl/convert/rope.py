@@ -1,7 +1,7 @@
 """Rotary embedding parameters of a ``config.json``, in the transformers 4 and 5 spellings.
 
-    4: {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, ...}}    ("type" in older files)
-    5: {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, ...}}
+4: {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, ...}}    ("type" in older files)
+5: {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, ...}}
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ def read_rope(config: ConfigFields) -> tuple[float, RopeScaling | None]:
             raise config.error(section, "must be an object or null")
         if set(values) - _KNOWN_KEYS:
             unknown = sorted(set(values) - _KNOWN_KEYS)[0]
-            raise config.error(f"{section}.{unknown}", "this rotary parameter is not implemented",
-                               "use a model with plain or llama3 rotary embeddings")
+            raise config.error(
+                f"{section}.{unknown}",
+                "this rotary parameter is not implemented",
+                "use a model with plain or llama3 rotary embeddings",
+            )
         for key, value in values.items():
             _add(config, found, "rope_type" if key == "type" else key, f"{section}.{key}", value)
     for key in ("rope_theta", "partial_rotary_factor"):
@@ -42,8 +45,11 @@ def read_rope(config: ConfigFields) -> tuple[float, RopeScaling | None]:
 
     rope_type_field, rope_type = found.get("rope_type", ("rope_parameters.rope_type", "default"))
     if rope_type not in ("default", "llama3"):
-        raise config.error(rope_type_field, "only the rope types 'default' and 'llama3' are implemented",
-                           "use a model without context extension")
+        raise config.error(
+            rope_type_field,
+            "only the rope types 'default' and 'llama3' are implemented",
+            "use a model without context extension",
+        )
     partial_field, partial = found.get("partial_rotary_factor", ("partial_rotary_factor", 1.0))
     if partial != 1:
         raise config.error(partial_field, "rotating a part of each head is not implemented", "use another model")
@@ -51,9 +57,7 @@ def read_rope(config: ConfigFields) -> tuple[float, RopeScaling | None]:
     return theta, _read_llama3(config, found, rope_type_field) if rope_type == "llama3" else None
 
 
-def _add(
-    config: ConfigFields, found: dict[str, tuple[str, object]], key: str, field: str, value: object
-) -> None:
+def _add(config: ConfigFields, found: dict[str, tuple[str, object]], key: str, field: str, value: object) -> None:
     """Note one parameter. A file that carries both spellings is fine as long as they agree."""
     if value is None:
         return

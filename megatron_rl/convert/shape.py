@@ -17,7 +17,9 @@ Family = Literal["llama", "qwen2", "qwen3"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 ARCHITECTURES: dict[Family, str] = {
-    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 
 
@@ -127,15 +129,21 @@ def _refuse_unsupported(config: ConfigFields) -> None:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise config.error("hidden_act", "only the gated silu MLP is implemented", "use a model with silu")
     if config.boolean("use_sliding_window", False):
-        raise config.error("use_sliding_window", "sliding-window attention is not implemented",
-                           "use a model without it, or set it to false if sequences stay below the window")
+        raise config.error(
+            "use_sliding_window",
+            "sliding-window attention is not implemented",
+            "use a model without it, or set it to false if sequences stay below the window",
+        )
     if any(layer != "full_attention" for layer in config.get("layer_types") or []):
         raise config.error("layer_types", "every layer must be 'full_attention'", "use a model with full attention")
     if config.get("quantization_config"):
         raise config.error("quantization_config", "quantized checkpoints cannot be trained", "use the original weights")
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
-        raise config.error("auto_map", "a model with its own code is not implemented",
-                           "remove the field if the model is the standard one")
+        raise config.error(
+            "auto_map",
+            "a model with its own code is not implemented",
+            "remove the field if the model is the standard one",
+        )
 
 
 def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:

@@ -115,27 +115,37 @@ class HFWriter:
 
     def _check_target(self) -> None:
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-            raise UserError(str(self.directory), None, "already exists and is not an empty directory",
-                            "choose another output directory, or remove it")
+            raise UserError(
+                str(self.directory),
+                None,
+                "already exists and is not an empty directory",
+                "choose another output directory, or remove it",
+            )
         if not (self.source / "config.json").is_file():
-            raise UserError(str(self.source / "config.json"), None, "is missing",
-                            "give the checkpoint that the model came from")
+            raise UserError(
+                str(self.source / "config.json"), None, "is missing", "give the checkpoint that the model came from"
+            )
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._partial, ignore_errors=True)  # left by an export that was killed
         free = shutil.disk_usage(self.directory.parent).free
         needed = self._total_bytes + 2**26  # headers, tokenizer
         if free < needed:
-            raise UserError(str(self.directory.parent), None,
-                            f"has {free / 2**30:.1f} GiB free, the checkpoint needs {needed / 2**30:.1f} GiB",
-                            "free disk space or choose another output directory")
+            raise UserError(
+                str(self.directory.parent),
+                None,
+                f"has {free / 2**30:.1f} GiB free, the checkpoint needs {needed / 2**30:.1f} GiB",
+                "free disk space or choose another output directory",
+            )
 
     def _create(self, headers: dict[str, bytes]) -> None:
         self._partial.mkdir()
         for file, header in headers.items():
             (self._partial / file).write_bytes(header)
         if SINGLE_FILE not in headers:
-            index = {"metadata": {"total_size": self._total_bytes},
-                     "weight_map": {name: place.file for name, place in self._places.items()}}
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": {name: place.file for name, place in self._places.items()},
+            }
             (self._partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for file in _COMPANIONS:
             if (self.source / file).is_file():
@@ -147,9 +157,7 @@ class HFWriter:
         (self._partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _plan(
-    tensors: dict[str, Extent], dtype: Dtype, max_shard_bytes: int
-) -> tuple[dict[str, _Place], dict[str, bytes]]:
+def _plan(tensors: dict[str, Extent], dtype: Dtype, max_shard_bytes: int) -> tuple[dict[str, _Place], dict[str, bytes]]:
     """Where each tensor goes, and the header of each file (8 bytes of length, then json)."""
     itemsize = getattr(torch, dtype).itemsize
     groups: list[list[str]] = [[]]

@@ -48,7 +48,8 @@ def tokenize_prompts(
                 dropped += 1
                 continue
             raise UserError(
-                problem.source, f"{len(ids)} prompt tokens",
+                problem.source,
+                f"{len(ids)} prompt tokens",
                 f"more than {limit}, so the prompt fills the context of {context_length} tokens with "
                 f"{max_new_tokens} new ones",
                 "shorten it, lower rollout.max_new_tokens, or set data.overlong_prompts=drop",
@@ -59,7 +60,9 @@ def tokenize_prompts(
     return prompts, dropped
 
 
-def demonstrations(prompts: Sequence[Prompt], tokenizer: Any, *, stop_id: int, context_length: int) -> list[TrainingSample]:
+def demonstrations(
+    prompts: Sequence[Prompt], tokenizer: Any, *, stop_id: int, context_length: int
+) -> list[TrainingSample]:
     """Supervised rows: prompt, worked solution, end of sequence.
 
     Raises:
@@ -75,8 +78,10 @@ def demonstrations(prompts: Sequence[Prompt], tokenizer: Any, *, stop_id: int, c
         length = len(prompt.prompt_ids) + len(ids) + 1
         if length > context_length:
             raise UserError(
-                prompt.problem.source, f"{length} tokens",
-                f"prompt and solution exceed the context of {context_length} tokens", "remove or shorten the row",
+                prompt.problem.source,
+                f"{length} tokens",
+                f"prompt and solution exceed the context of {context_length} tokens",
+                "remove or shorten the row",
             )
         samples.append(TrainingSample(prompt.prompt_ids, torch.tensor([*ids, stop_id]), Kind.SFT))
     return samples
@@ -86,7 +91,10 @@ def _encode(problems: Sequence[Problem], tokenizer: Any, apply_chat_template: bo
     if apply_chat_template:
         if tokenizer.chat_template is None:
             raise UserError(
-                "data.apply_chat_template", True, "the tokenizer has no chat template", "set it to false, or use another tokenizer"
+                "data.apply_chat_template",
+                True,
+                "the tokenizer has no chat template",
+                "set it to false, or use another tokenizer",
             )
         return [
             tokenizer.apply_chat_template(

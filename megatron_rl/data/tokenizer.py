@@ -21,13 +21,16 @@ def load_tokenizer(directory: Path, shape: ModelShape) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises many kinds; all mean the same to the user
         raise UserError(
-            "policy.tokenizer_path", str(directory), f"holds no tokenizer that transformers can load ({error})",
+            "policy.tokenizer_path",
+            str(directory),
+            f"holds no tokenizer that transformers can load ({error})",
             "point it at a directory with tokenizer.json",
         ) from error
     largest = max(tokenizer.get_vocab().values())
     if largest >= shape.vocab_size:
         raise UserError(
-            "policy.tokenizer_path", str(directory),
+            "policy.tokenizer_path",
+            str(directory),
             f"has token id {largest}, but the model's vocabulary ends at {shape.vocab_size - 1}",
             "use the tokenizer that belongs to policy.model_path",
         )
@@ -44,7 +47,9 @@ def stop_ids(tokenizer: Any, shape: ModelShape) -> list[int]:
     ids = list(dict.fromkeys([*first, *shape.eos_token_ids]))
     if not ids:
         raise UserError(
-            "policy.tokenizer_path", None, "neither tokenizer nor config.json names an end-of-sequence token",
+            "policy.tokenizer_path",
+            None,
+            "neither tokenizer nor config.json names an end-of-sequence token",
             "set eos_token in the tokenizer's files",
         )
     return ids

@@ -22,8 +22,10 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     """Megatron's config: shape from config.json, precision from ``trainer``, the rest from ``policy.megatron_cfg``."""
     if shape.proj_bias != shape.mlp_bias:
         raise UserError(
-            "policy.model_path", config.policy.model_path,
-            "has a bias in only one of attention and MLP; Megatron's layers have both or none", "use another model",
+            "policy.model_path",
+            config.policy.model_path,
+            "has a bias in only one of attention and MLP; Megatron's layers have both or none",
+            "use another model",
         )
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
     settings: dict[str, object] = {

@@ -116,7 +116,9 @@ class Checkpoints:
             path = Path(explicit)
             if problem := self._problem(path):
                 raise UserError(
-                    "exp_manager.resume_from_checkpoint", explicit, problem,
+                    "exp_manager.resume_from_checkpoint",
+                    explicit,
+                    problem,
                     "give a complete checkpoint, or leave it out to take the last complete one of the run",
                 )
             return path
@@ -229,7 +231,9 @@ def _as_user_error(path: Path) -> Iterator[None]:
         if isinstance(error, CheckpointException) and error.failures:  # what went wrong on the rank where it did
             cause = next(iter(error.failures.values()))[0]
         raise UserError(
-            "exp_manager.exp_dir", str(path), f"the checkpoint could not be written ({cause})",
+            "exp_manager.exp_dir",
+            str(path),
+            f"the checkpoint could not be written ({cause})",
             "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes",
         ) from error
 

@@ -35,7 +35,9 @@ class PolicyModel(GPTModel):
             return hidden_states
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=tp_group)
+            hidden = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=tp_group
+            )
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
         hidden = hidden[:, 0]  # [T, 1, H]: a pack is one row

@@ -31,7 +31,6 @@ from megatron_rl.model.forward import PolicyModel, run_model
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import MicroBatch, TrainingSample
 
-
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], TokenTerms]
 """(log_probs [T], entropy [T], micro_batch) -> terms."""
 
@@ -73,7 +72,9 @@ class Policy:
 
     # ------------------------------------------------------------------------------------------------ the two verbs
 
-    def fill_log_probs(self, samples: Sequence[TrainingSample], mini_batches: Sequence[Sequence[int]], name: str) -> None:
+    def fill_log_probs(
+        self, samples: Sequence[TrainingSample], mini_batches: Sequence[Sequence[int]], name: str
+    ) -> None:
         """Set ``name`` (``old_log_probs`` or ``ref_log_probs``, [R] float32) of every sample, by forward passes.
 
         Args:
@@ -112,7 +113,9 @@ class Policy:
             loss = (terms.loss * batch.vectors["weights"]).sum()
             mask = batch.loss_mask
             report = {"loss": loss.detach().double()}
-            report |= {key: value.detach()[mask].double().sum() / num_global_tokens for key, value in terms.means.items()}
+            report |= {
+                key: value.detach()[mask].double().sum() / num_global_tokens for key, value in terms.means.items()
+            }
             maxima = {key: value.detach()[mask].double().max() for key, value in terms.maxima.items()}
             return loss * num_global_tokens, mask.sum().int(), {"sums": report, "maxima": maxima}
 

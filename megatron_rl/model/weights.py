@@ -101,11 +101,13 @@ def _dtype_name(dtype: torch.dtype) -> Dtype:
 
 def _from_stage(mine: Tensor | None, size: torch.Size, owner: int, dtype: torch.dtype, groups: Groups) -> Tensor:
     """The owner stage's shard, on the ranks of all stages that have the same tensor-parallel rank."""
-    if groups.pp_size == 1:
+    if groups.pp_rank == owner:
         assert mine is not None
-        return mine.detach()
-    shard = mine.detach().contiguous() if groups.pp_rank == owner else torch.empty(size, dtype=dtype, device=groups.device)
-    dist.broadcast(shard, dist.get_global_rank(groups.pp_group, owner), group=groups.pp_group)
+        shard = mine.detach().contiguous()
+    else:
+        shard = torch.empty(size, dtype=dtype, device=groups.device)
+    if groups.pp_size > 1:
+        dist.broadcast(shard, dist.get_global_rank(groups.pp_group, owner), group=groups.pp_group)
     return shard
 
 

@@ -29,6 +29,6 @@ def all_ranks_agree(cpu_group: dist.ProcessGroup) -> Iterator[None]:
         mine = error
     everyone: list[UserError | None] = [None] * dist.get_world_size(cpu_group)
     dist.all_gather_object(everyone, mine, group=cpu_group)
-    for error in everyone:
-        if error is not None:
-            raise error from (mine.__cause__ if mine else None)
+    first = next((error for error in everyone if error is not None), None)
+    if first is not None:
+        raise first from (mine.__cause__ if mine else None)

@@ -21,38 +21,47 @@ class Groups:
 
     @property
     def dp_size(self) -> int:
+        """Copies of the model."""
         return dist.get_world_size(self.dp_group)
 
     @property
     def dp_rank(self) -> int:
+        """This rank's copy."""
         return dist.get_rank(self.dp_group)
 
     @property
     def tp_size(self) -> int:
+        """Ranks that share each layer."""
         return dist.get_world_size(self.tp_group)
 
     @property
     def tp_rank(self) -> int:
+        """Rank among them."""
         return dist.get_rank(self.tp_group)
 
     @property
     def pp_size(self) -> int:
+        """Pipeline stages."""
         return dist.get_world_size(self.pp_group)
 
     @property
     def pp_rank(self) -> int:
+        """This rank's stage."""
         return dist.get_rank(self.pp_group)
 
     @property
     def is_last_stage(self) -> bool:
+        """Losses are computed there."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def rank(self) -> int:
+        """Rank among all."""
         return dist.get_rank()
 
     @property
     def world_size(self) -> int:
+        """All ranks."""
         return dist.get_world_size()
 
 
@@ -72,11 +81,12 @@ def build_groups(*, tensor_parallel_size: int, pipeline_parallel_size: int, devi
         tensor_model_parallel_size=tensor_parallel_size, pipeline_model_parallel_size=pipeline_parallel_size
     )
     model_parallel_cuda_manual_seed(seed)
-    is_gloo = dist.get_backend() == "gloo"
+    cpu_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    assert cpu_group is not None
     return Groups(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
-        cpu_group=dist.group.WORLD if is_gloo else dist.new_group(backend="gloo"),
+        cpu_group=cpu_group,
         device=device,
     )

@@ -61,9 +61,7 @@ class _LogProbs(torch.autograd.Function):
             exp = logits.exp()
             exp_sum = exp.sum(-1)
             exp_dot = exp.mul_(logits).sum(-1)
-            target, exp_sum, exp_dot = _all_reduce(
-                torch.stack([target, exp_sum, exp_dot]), dist.ReduceOp.SUM, tp_group
-            )
+            target, exp_sum, exp_dot = _all_reduce(torch.stack([target, exp_sum, exp_dot]), dist.ReduceOp.SUM, tp_group)
             log_sum = exp_sum.log()
             log_probs[chunk] = target - log_sum
             entropy[chunk] = log_sum - exp_dot / exp_sum

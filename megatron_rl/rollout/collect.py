@@ -68,6 +68,11 @@ class Collector:
             for i, prompt in enumerate(prompts)
         ]
 
+    def close(self) -> None:
+        """Stop engine and scorer."""
+        self.scorer.close()
+        self.engine.close()
+
 
 def _request_seed(seed: int, purpose: str, index: int) -> int:
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()

@@ -13,8 +13,10 @@ from megatron_rl.types import Completion, Request
 class RolloutEngine(Protocol):
     """Every method is a collective: all ranks call it, in the same order, with equal arguments."""
 
-    weight_version: int
-    """Publish counter of the weights that ``generate`` samples from."""
+    @property
+    def weight_version(self) -> int:
+        """Publish counter of the weights that ``generate`` samples from; -1 before the first ``update_weights``."""
+        ...
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Complete every request.

@@ -25,8 +25,10 @@ class RecordingEngine:
         self._engine, self._directory, self._is_writer = engine, directory, is_writer
         directory.mkdir(parents=True, exist_ok=True)
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._engine, name)
+    @property
+    def weight_version(self) -> int:
+        """See ``RolloutEngine``."""
+        return self._engine.weight_version
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """See ``RolloutEngine``."""
@@ -37,6 +39,26 @@ class RecordingEngine:
             save_file(flatten(completions), temporary)
             temporary.replace(path)
         return completions
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See ``RolloutEngine``."""
+        self._engine.update_weights(named_tensors, version)
+
+    def release_memory(self) -> None:
+        """See ``RolloutEngine``."""
+        self._engine.release_memory()
+
+    def resume_memory(self) -> None:
+        """See ``RolloutEngine``."""
+        self._engine.resume_memory()
+
+    def health(self) -> str | None:
+        """See ``RolloutEngine``."""
+        return self._engine.health()
+
+    def close(self) -> None:
+        """See ``RolloutEngine``."""
+        self._engine.close()
 
 
 class RecordedEngine:
@@ -55,7 +77,9 @@ class RecordedEngine:
         path = self._directory / file_name(requests)
         if not path.is_file():
             raise UserError(
-                "rollout.recorded_dir", str(self._directory), f"has no record of these requests ({path.name})",
+                "rollout.recorded_dir",
+                str(self._directory),
+                f"has no record of these requests ({path.name})",
                 "replay with the data, seed and sampling settings of the recorded run",
             )
         return unflatten(load_file(path))
@@ -83,11 +107,8 @@ class RecordedEngine:
 def file_name(requests: Sequence[Request]) -> str:
     """Named by a digest of the requests (ids, limits, seeds), so that a replay finds its own and no other's."""
 
-
     digest = hashlib.blake2b(digest_size=12)
     for r in requests:
         digest.update(r.prompt_ids.numpy().tobytes())
         digest.update(repr((r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.seed)).encode())
     return f"rollouts_{digest.hexdigest()}.safetensors"
-
-

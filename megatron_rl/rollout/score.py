@@ -17,7 +17,9 @@ from megatron_rl.types import Completion, Prompt, Score
 class Scorer:
     """A collective: all ranks call ``score`` with equal arguments."""
 
-    def __init__(self, task_name: str, tokenizer: Any, *, num_workers: int, timeout_s: float, cpu_group: dist.ProcessGroup):
+    def __init__(
+        self, task_name: str, tokenizer: Any, *, num_workers: int, timeout_s: float, cpu_group: dist.ProcessGroup
+    ):
         """Start the workers (on rank 0).
 
         Args:

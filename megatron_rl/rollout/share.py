@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.types import Completion
+from megatron_rl.types import Completion, FinishReason
 
-FINISH_REASONS = ("stop", "length", "abort")
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 
 
 def flatten(completions: Sequence[Completion]) -> dict[str, Tensor]:
@@ -32,7 +32,9 @@ def unflatten(flat: dict[str, Tensor]) -> list[Completion]:
     """The inverse of ``flatten``."""
     sizes = flat["meta"][:, 0].tolist()
     parts = zip(flat["meta"].tolist(), flat["ids"].split(sizes), flat["log_probs"].split(sizes))
-    return [Completion(ids, log_probs, FINISH_REASONS[reason], version) for (_, reason, version), ids, log_probs in parts]
+    return [
+        Completion(ids, log_probs, FINISH_REASONS[reason], version) for (_, reason, version), ids, log_probs in parts
+    ]
 
 
 def gather_completions(mine: Sequence[Completion], group: dist.ProcessGroup) -> list[list[Completion]]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.rollout.share import gather_completions
-from megatron_rl.types import Completion, Request
+from megatron_rl.types import Completion, FinishReason, Request
 
 
 class TransformersEngine:
@@ -97,9 +97,7 @@ class TransformersEngine:
         start = 0
         while start < len(order):
             settings = _settings(requests[order[start]])
-            batch = [
-                i for i in order[start : start + self.max_batch_size] if _settings(requests[i]) == settings
-            ]
+            batch = [i for i in order[start : start + self.max_batch_size] if _settings(requests[i]) == settings]
             for i, completion in zip(batch, self._generate_batch([requests[i] for i in batch])):
                 completions[i] = completion
             start += len(batch)
@@ -135,7 +133,7 @@ class TransformersEngine:
     def _completion(self, tokens: Tensor, log_probs: Tensor) -> Completion:
         is_stop = torch.isin(tokens, torch.tensor(self.stop_ids))
         length = int(is_stop.int().argmax()) + 1 if bool(is_stop.any()) else len(tokens)
-        reason = "stop" if bool(is_stop.any()) else "length"
+        reason: FinishReason = "stop" if bool(is_stop.any()) else "length"
         return Completion(tokens[:length].clone(), log_probs[:length].float().clone(), reason, self.weight_version)
 
 
@@ -186,5 +184,3 @@ def _first_above(cumulative: Tensor, uniform: Tensor) -> Tensor:
 def _uniforms(seed: int, count: int) -> Tensor:
     """[count] float64 in [0, 1) that belong to one request."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-

@@ -34,17 +34,13 @@ _MODULES = (
 
 def apply() -> list[str]:
     """Import Megatron-Core without its compiler, then apply every topic. Returns the topics in order."""
-    from . import checkpoint, collectives, device, jit, moe, norm, optimizer, rng
+    from . import checkpoint, checkpoint_errors, collectives, device, jit, moe, norm, optimizer, rng
 
     with jit.without_compiler():
         for module in _MODULES:
             importlib.import_module(module)
     # ``rng`` adds to the view of torch.cuda that ``device`` hands out; the others are independent of each other.
-    device.apply()
-    rng.apply()
-    norm.apply()
-    moe.apply()
-    collectives.apply()
-    optimizer.apply()
-    checkpoint.apply()
-    return ["jit", "device", "rng", "norm", "moe", "collectives", "optimizer", "checkpoint"]
+    topics = (device, rng, norm, moe, collectives, optimizer, checkpoint, checkpoint_errors)
+    for topic in topics:
+        topic.apply()
+    return ["jit", *(topic.__name__.rpartition(".")[2] for topic in topics)]

@@ -76,6 +76,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def case(tiny_model: Path, tmp_path: Path) -> Case:
     train = tmp_path / "train.jsonl"
-    rows = [{"question": f"What is {n} plus {n % 7}?", "answer": f"{n} + {n % 7} = {n + n % 7}\n#### {n + n % 7}"} for n in range(24)]
+    rows = [
+        {"question": f"What is {n} plus {n % 7}?", "answer": f"{n} + {n % 7} = {n + n % 7}\n#### {n + n % 7}"}
+        for n in range(24)
+    ]
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Case(tiny_model, train, tmp_path)

@@ -94,7 +94,9 @@ def test_disk_full_on_save(
     left = [path.name for path in (small_disk / "tiny/checkpoints").iterdir()]
     assert left == [f"step_{len(left):08d}"], left
     (small_disk / "tiny/metrics.jsonl").read_text()
-    case.run(f"exp_manager.resume_from_checkpoint={small_disk}/tiny/checkpoints/{left[0]}", "trainer.max_steps=2", ranks=2)
+    case.run(
+        f"exp_manager.resume_from_checkpoint={small_disk}/tiny/checkpoints/{left[0]}", "trainer.max_steps=2", ranks=2
+    )
     assert case.rows()[-1]["step"] == 2
 
 
@@ -163,7 +165,7 @@ def main_with_nan(arguments: list[str]) -> int:
 
     plain = GRPO.loss
 
-    def poisoned(self: GRPO, *args):  # noqa: ANN002, ANN202
+    def poisoned(self: GRPO, *args):
         terms = plain(self, *args)
         poisoned.calls += 1
         if poisoned.calls == 9:

@@ -20,8 +20,16 @@ from tests.policy_case import build_policy, log_probs_of, random_samples, tiny_c
 
 
 def test_a_run_leaves_what_it_promises(case: Case) -> None:
-    overrides = ["exp_manager.export_hf=true", f"data.validation={case.train}", "eval.before=true", "eval.after=true",
-                 "eval.num_problems=6", "eval.num_samples=4", "eval.k_values=[1,4]", "exp_manager.create_tensorboard_logger=true"]
+    overrides = [
+        "exp_manager.export_hf=true",
+        f"data.validation={case.train}",
+        "eval.before=true",
+        "eval.after=true",
+        "eval.num_problems=6",
+        "eval.num_samples=4",
+        "eval.k_values=[1,4]",
+        "exp_manager.create_tensorboard_logger=true",
+    ]
     assert case.run(*overrides, ranks=2) == [0, 0]
     run = case.root / "tiny"
     rows = case.rows()
@@ -29,11 +37,29 @@ def test_a_run_leaves_what_it_promises(case: Case) -> None:
     for row in rows[1:]:
         assert row["ratio/first_update_max_abs_log_ratio"] == 0.0
         assert row["mismatch/log_prob_abs_diff_max"] < 1e-3
-        assert {"reward/mean", "reward/correct", "pass@1", "pass@4", "entropy/mean", "kl/reference", "clip_frac", "cov/mean",
-                "grad_norm", "rollout/staleness"} <= row.keys()
+        assert {
+            "reward/mean",
+            "reward/correct",
+            "pass@1",
+            "pass@4",
+            "entropy/mean",
+            "kl/reference",
+            "clip_frac",
+            "cov/mean",
+            "grad_norm",
+            "rollout/staleness",
+        } <= row.keys()
         assert row["rollout/staleness"] == 0.0
     summary = json.loads((run / "summary.json").read_text())
-    assert {"greedy_before", "greedy_after", "pass1_before", "pass1_after", "pass4_after", "seconds", "engine"} <= summary.keys()
+    assert {
+        "greedy_before",
+        "greedy_after",
+        "pass1_before",
+        "pass1_after",
+        "pass4_after",
+        "seconds",
+        "engine",
+    } <= summary.keys()
     assert (run / "config.yaml").exists() and (run / "curves.png").stat().st_size > 10_000
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000002", "step_00000004"]
     assert list(run.glob("**/events.out.tfevents*"))
@@ -135,7 +161,12 @@ def test_a_checkpoint_loads_under_another_layout(case: Case) -> None:
 
 VARIANTS = {
     "rloo": ["algorithm.use_leave_one_out_baseline=true", "algorithm.normalize_rewards=false"],
-    "dapo": ["algorithm.ratio_clip_max=0.28", "algorithm.ratio_clip_c=10", "algorithm.overlong.buffer=4", "algorithm.kl.coef=0"],
+    "dapo": [
+        "algorithm.ratio_clip_max=0.28",
+        "algorithm.ratio_clip_c=10",
+        "algorithm.overlong.buffer=4",
+        "algorithm.kl.coef=0",
+    ],
     "dr_grpo": ["algorithm.normalize_rewards=false", "algorithm.loss_aggregation=seq-mean-token-sum-norm"],
     "kl_in_reward": ["algorithm.kl.placement=reward", "algorithm.kl.estimator=k1", "algorithm.kl.coef=0.1"],
     "epochs": ["algorithm.num_epochs=2", "algorithm.loss_aggregation=seq-mean-token-mean"],
@@ -168,7 +199,9 @@ def test_random_initialization_does_not_depend_on_the_layout(case: Case) -> None
     overrides = ["policy.initialization=random", "rollout.record=true", "trainer.max_steps=1"]
     case.run("exp_manager.name=one", *overrides)
     replay = ["rollout.engine=recorded", f"rollout.recorded_dir={case.root}/one/rollouts"]
-    case.run("exp_manager.name=two", "policy.initialization=random", "trainer.max_steps=1", *replay, *LAYOUTS["pp2"], ranks=2)
+    case.run(
+        "exp_manager.name=two", "policy.initialization=random", "trainer.max_steps=1", *replay, *LAYOUTS["pp2"], ranks=2
+    )
     assert case.rows("two")[0]["grad_norm"] == pytest.approx(case.rows("one")[0]["grad_norm"], rel=1e-5)
 
 

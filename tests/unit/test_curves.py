@@ -44,7 +44,10 @@ def notes(panel):
 
 FULL = [
     {
-        "step": step, "reward/mean": step / 10, "pass@1": step / 20, "entropy/mean": 1 / step,
+        "step": step,
+        "reward/mean": step / 10,
+        "pass@1": step / 20,
+        "entropy/mean": 1 / step,
         "response_length/mean": 10.0 * step,
     }
     for step in range(1, 11)

@@ -83,9 +83,12 @@ def open_logger(tmp_path):
 
 def exp_manager(**fields):
     off = {
-        "create_tensorboard_logger": False, "summary_writer_kwargs": {},
-        "create_wandb_logger": False, "wandb_logger_kwargs": {},
-        "create_mlflow_logger": False, "mlflow_logger_kwargs": {},
+        "create_tensorboard_logger": False,
+        "summary_writer_kwargs": {},
+        "create_wandb_logger": False,
+        "wandb_logger_kwargs": {},
+        "create_mlflow_logger": False,
+        "mlflow_logger_kwargs": {},
     }
     return SimpleNamespace(**off | fields)
 
@@ -363,8 +366,12 @@ def test_nested_phase_is_taken_out_of_the_outer_one():
     with timer("optimizer"):
         clock.now += 32
     assert timer.flush() == {
-        "time/update_s": 26.0, "time/optimizer_s": 36.0, "time/other_s": 1.0, "time/step_s": 63.0,
-        "memory/update_bytes": 0, "memory/optimizer_bytes": 0,
+        "time/update_s": 26.0,
+        "time/optimizer_s": 36.0,
+        "time/other_s": 1.0,
+        "time/step_s": 63.0,
+        "memory/update_bytes": 0,
+        "memory/optimizer_bytes": 0,
     }
 
 
@@ -491,7 +498,9 @@ def test_progress_off_a_terminal_is_silent_when_short_and_sparse_when_long():
             clock.now += 20
             bar.advance()
     assert console.file.getvalue().splitlines() == [
-        "generation: 2/4 (50%), 40 s", "generation: 4/4 (100%), 80 s", "generation: 4/4 (100%), 80 s",
+        "generation: 2/4 (50%), 40 s",
+        "generation: 4/4 (100%), 80 s",
+        "generation: 4/4 (100%), 80 s",
     ]
 
 

@@ -16,7 +16,9 @@ def rewards(*counts: int) -> torch.Tensor:
 )
 def test_unbiased_standard_deviation(right: int, wrong: int, high: float, low: float) -> None:
     advantages = group_advantages(rewards(right, wrong), normalize=True, leave_one_out=False)
-    torch.testing.assert_close(advantages, torch.tensor([high] * right + [low] * wrong), atol=2e-5, rtol=0)  # the 1e-6 beside the std shows
+    torch.testing.assert_close(
+        advantages, torch.tensor([high] * right + [low] * wrong), atol=2e-5, rtol=0
+    )  # the 1e-6 beside the std shows
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])

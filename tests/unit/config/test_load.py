@@ -15,7 +15,7 @@ from megatron_rl.errors import UserError
 TINY = Path(__file__).parents[2] / "tiny.yaml"
 
 
-def load(*overrides: str):  # noqa: ANN201
+def load(*overrides: str):
     return load_config(TINY, ["policy.model_path=model", *overrides])
 
 
@@ -72,7 +72,7 @@ def test_a_value_that_only_the_user_knows_must_be_given() -> None:
 def test_defaults_are_inherited_and_overridden_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(TINY.read_text())
     (tmp_path / "b.yaml").write_text("defaults: a.yaml\ntrainer: {max_steps: 9, seed: 1}\npolicy: {model_path: m}\n")
-    (tmp_path / "c.yaml").write_text("defaults: [b.yaml]\ntrainer: {seed: \"${trainer.max_steps}\"}\n")
+    (tmp_path / "c.yaml").write_text('defaults: [b.yaml]\ntrainer: {seed: "${trainer.max_steps}"}\n')
     config = load_config(tmp_path / "c.yaml", ["trainer.max_steps=5"])
     assert (config.trainer.max_steps, config.trainer.seed, config.trainer.precision) == (5, 5, "fp32")
 

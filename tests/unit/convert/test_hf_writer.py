@@ -67,9 +67,7 @@ def test_transformers_loads_what_is_written(
 
 
 @pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
-def test_dtype_is_converted_and_stated(
-    keys: tuple[str, ...], source: Path, shape: ModelShape, tmp_path: Path
-) -> None:
+def test_dtype_is_converted_and_stated(keys: tuple[str, ...], source: Path, shape: ModelShape, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     del config["dtype"]
     (source / "config.json").write_text(json.dumps(config | dict.fromkeys(keys, "float32")))

@@ -62,8 +62,10 @@ def test_vocabulary_is_cut_after_padding() -> None:
     assert boxes(vocab("hidden"), SHAPE, 1, 2, vocab_multiple=16) == []  # nothing but padding
 
 
-@pytest.mark.parametrize(("vocab_size", "tp_size", "multiple", "padded"),
-                         [(128, 1, 128, 128), (129, 1, 128, 256), (131, 2, 128, 256), (151936, 4, 128, 152064)])
+@pytest.mark.parametrize(
+    ("vocab_size", "tp_size", "multiple", "padded"),
+    [(128, 1, 128, 128), (129, 1, 128, 256), (131, 2, 128, 256), (151936, 4, 128, 152064)],
+)
 def test_padded_vocab_size(vocab_size: int, tp_size: int, multiple: int, padded: int) -> None:
     assert padded_vocab_size(vocab_size, tp_size, multiple) == padded
 
@@ -106,7 +108,7 @@ def test_random_shapes_are_tiled_exactly_once_on_both_sides(kind: Kind) -> None:
                 assert counts[box.tensor][box.hf_slices].numel() == shard[box.shard_slices].numel() == box.num_elements
             expected = torch.ones_like(shard)
             if kind.name == "vocab":
-                expected[max(0, shape.vocab_size - rank * shard.shape[0]):] = 0  # rows of padding
+                expected[max(0, shape.vocab_size - rank * shard.shape[0]) :] = 0  # rows of padding
             assert torch.equal(shard, expected)
         readers = tp_size if kind.name == "replicated" else 1
         assert all((count == readers).all() for count in counts)

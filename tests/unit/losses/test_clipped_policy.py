@@ -41,5 +41,7 @@ def test_dual_clip_bounds_bad_tokens_only() -> None:
 
 
 def test_extreme_log_ratio_stays_finite() -> None:
-    terms = clipped_policy_loss(torch.tensor([1000.0]), torch.zeros(1), torch.tensor([-1.0]), clip_min=0.2, clip_max=0.2)
+    terms = clipped_policy_loss(
+        torch.tensor([1000.0]), torch.zeros(1), torch.tensor([-1.0]), clip_min=0.2, clip_max=0.2
+    )
     assert torch.isfinite(terms.loss).all()

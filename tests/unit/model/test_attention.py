@@ -15,16 +15,26 @@ HEADS, GROUPS, SIZE = 6, 2, 8
 
 def packed(lengths: list[int]) -> tuple[PackedCausalAttention, list[torch.Tensor], PackedSeqParams]:
     config = TransformerConfig(
-        num_layers=1, hidden_size=HEADS * SIZE, num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=SIZE,
-        attention_dropout=0.0, use_cpu_initialization=True,
+        num_layers=1,
+        hidden_size=HEADS * SIZE,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        kv_channels=SIZE,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
     )
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     generator = torch.Generator().manual_seed(1)
     tensors = [
-        torch.randn(sum(lengths), heads, SIZE, generator=generator).requires_grad_() for heads in (HEADS, GROUPS, GROUPS)
+        torch.randn(sum(lengths), heads, SIZE, generator=generator).requires_grad_()
+        for heads in (HEADS, GROUPS, GROUPS)
     ]
     params = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths)
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
     )
     return PackedCausalAttention(config, 1, AttnMaskType.causal, "self"), tensors, params
 

@@ -22,9 +22,7 @@ def gradients(**overrides: Any) -> tuple[float, dict]:
 def test_sequence_parallel_gives_the_gradients_of_one_rank(normalization: str) -> None:
     [(expected_loss, grads)] = run_ranks(gradients, 1, normalization=normalization)
     expected = join_grads([grads])
-    ranks = run_ranks(
-        gradients, 2, normalization=normalization, tensor_model_parallel_size=2, sequence_parallel=True
-    )
+    ranks = run_ranks(gradients, 2, normalization=normalization, tensor_model_parallel_size=2, sequence_parallel=True)
     assert [loss for loss, _ in ranks] == pytest.approx([expected_loss] * 2, rel=1e-6)
     joined = join_grads([grads for _, grads in ranks])
     assert joined.keys() == expected.keys()

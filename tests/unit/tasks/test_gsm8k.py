@@ -22,9 +22,7 @@ def write(path, *rows):
 def test_answer_and_solution_are_taken_apart(tmp_path):
     (problem,) = get_task("gsm8k").load(write(tmp_path / "a.jsonl", NATALIA), template=None)
     assert problem.answer == "1072"
-    assert problem.solution == (
-        "She sold 48/2 = 24 clips in May.\nIn all 48+24 = 1,072.\nThe answer is \\boxed{1072}."
-    )
+    assert problem.solution == ("She sold 48/2 = 24 clips in May.\nIn all 48+24 = 1,072.\nThe answer is \\boxed{1072}.")
     assert problem.prompt.startswith("How many clips?\n") and "\\boxed{}" in problem.prompt
     assert problem.source.endswith("a.jsonl:1")
 

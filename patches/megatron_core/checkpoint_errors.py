@@ -1,0 +1,80 @@
+"""When rank 0 cannot write its own files of a checkpoint, all ranks hear of it.
+
+Why: every rank writes its shards, and a failure there is told to all. But rank 0 alone writes ``common.pt``,
+    ``.metadata`` and ``metadata.json``; when the disk is full just then, it raises alone, and the others wait in the
+    next collective until the process group times out, half an hour by default.
+Upstream: ``TorchCommonSaveStrategy.save_common``, ``FileSystemWriterAsync.finish`` and ``save_config``, which
+    ``dist_checkpointing.save`` calls
+Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
+Remove when: ``dist_checkpointing.save`` raises on all ranks when one of these fails on rank 0.
+Tested by: tests/unit/patches/test_patch_checkpoint_errors.py
+
+While a synchronous save runs, the first failure of these three is kept instead of raised, what would follow on rank 0
+is not written (so that the directory never looks complete), and at its end all ranks raise ``OSError``. A save with
+``async_sharded_save=True`` is as upstream made it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from .upstream import replace
+
+
+class _Save:
+    """The synchronous save in progress, if there is one."""
+
+    is_running = False
+    error: Exception | None = None
+
+
+def apply() -> None:
+    """Wrap the three writers of rank 0, and ``save`` in both places where it is looked up."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    replace(TorchCommonSaveStrategy, "save_common", _keep_error)
+    replace(FileSystemWriterAsync, "finish", _keep_error)
+    replace(serialization, "save_config", _keep_error)
+    replace(serialization, "save", _raise_on_all_ranks)
+    replace(dist_checkpointing, "save", lambda _original: serialization.save)
+
+
+def _keep_error(write: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(write)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        if not _Save.is_running:
+            write(*args, **kwargs)
+        elif _Save.error is None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:  # whatever it is, the other ranks would wait for us
+                _Save.error = error
+
+    return wrapper
+
+
+def _raise_on_all_ranks(save: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def wrapper(*args: Any, async_sharded_save: bool = False, **kwargs: Any) -> Any:
+        if async_sharded_save:
+            return save(*args, async_sharded_save=True, **kwargs)
+        _Save.is_running, _Save.error = True, None
+        try:
+            save(*args, **kwargs)
+            mine = _Save.error
+        finally:
+            _Save.is_running, _Save.error = False, None
+        told = [None if mine is None else f"{type(mine).__name__}: {mine}"]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise OSError(f"rank 0 could not write its part of the checkpoint: {told[0]}") from mine
+        return None
+
+    return wrapper
