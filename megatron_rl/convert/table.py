@@ -89,7 +89,7 @@ def hf_tensors(shape: ModelShape) -> dict[str, Extent]:
     """Every tensor of the HF checkpoint and its shape, in the order of ``entries``."""
     return {
         name: extent
-        for entry in entries(shape).values() if not entry.is_copy
+        for entry in entries(shape).values()
         for name, extent in zip(entry.hf_names, hf_shapes(entry.kind, shape), strict=True)
     }  # fmt: skip
 

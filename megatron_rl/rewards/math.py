@@ -27,7 +27,8 @@ _SPACING = re.compile(r"\\[,;:! ]|~")
 _PLAIN = re.compile(
     r"(?P<sign>[+-]?)\s*"
     r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+)"
-    r"(?P<unit>\s+[A-Za-z][A-Za-z .'/-]*|[A-Za-z]{2,}[A-Za-z .'/-]*)?(?:\^\{?[23]\}?|[²³])?"
+    r"(?:(?P<unit>\s+[A-Za-z][A-Za-z .'/-]*|[A-Za-z]{2,}[A-Za-z .'/-]*)(?:\^\{?[23]\}?|[²³])?)?",
+    re.ASCII,
 )
 _ONE_LETTER_UNITS = frozenset("adghlms")
 _NOT_UNITS = frozenset(

@@ -207,7 +207,8 @@ def _failure(reason: str) -> Score:
 def _reason(error: BaseException) -> str:
     if isinstance(error, ProcessExpired):
         code = error.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        names = {known.value: known.name for known in signal.Signals}  # real-time signals have none
+        how = f"was killed by {names.get(-code, f'signal {-code}')}" if code < 0 else f"exited with status {code}"
         return f"crash: the worker {how}"
     if isinstance(error, TimeoutError):
         return "timeout"

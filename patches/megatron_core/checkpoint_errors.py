@@ -3,7 +3,7 @@
 Why: every rank writes its shards, and a failure there is told to all. But rank 0 alone writes ``common.pt``,
     ``.metadata`` and ``metadata.json``; when the disk is full just then, it raises alone, and the others wait in the
     next collective until the process group times out, half an hour by default.
-Upstream: ``TorchCommonSaveStrategy.save_common``, ``FileSystemWriterAsync.finish`` and ``save_config``, which
+Upstream: ``TorchCommonSaveStrategy.save_common`` (``save_common`` in 0.17 and 0.18, none from 0.19 on), ``FileSystemWriterAsync.finish`` and ``save_config``, which
     ``dist_checkpointing.save`` calls
 Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
 Remove when: ``dist_checkpointing.save`` raises on all ranks when one of these fails on rank 0.
@@ -36,10 +36,13 @@ def apply() -> None:
     """Wrap the three writers of rank 0, and ``save`` in both places where it is looked up."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing.strategies import common
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    replace(TorchCommonSaveStrategy, "save_common", _keep_error)
+    if hasattr(common, "TorchCommonSaveStrategy"):  # 0.16
+        replace(common.TorchCommonSaveStrategy, "save_common", _keep_error)
+    elif hasattr(serialization, "save_common"):  # 0.17 and 0.18; from 0.19 on plain data goes the way of the shards
+        replace(serialization, "save_common", _keep_error)
     replace(FileSystemWriterAsync, "finish", _keep_error)
     replace(serialization, "save_config", _keep_error)
     replace(serialization, "save", _raise_on_all_ranks)

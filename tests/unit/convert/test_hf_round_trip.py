@@ -109,6 +109,23 @@ def mlp_outputs(x: Tensor, source: Path, shape: ModelShape, tp_size: int) -> tup
     return total, (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
+def attention_outputs(x: Tensor, source: Path, shape: ModelShape, tp_size: int) -> tuple[Tensor, Tensor]:
+    """(Megatron, HF): each rank projects its own heads, the bias is added once after the sum over ranks."""
+    reader, prefix = HFReader(source), "decoder.layers.1.self_attention.linear_proj."
+    heads = x.chunk(tp_size, dim=-1)
+    weights, biases = (shards_of(prefix + name, reader, shape, tp_size) for name in ("weight", "bias"))
+    total = sum(part @ weight.T for part, weight in zip(heads, weights, strict=True)) + biases[-1]
+    weight, bias = (reader.read(f"model.layers.1.self_attn.o_proj.{name}") for name in ("weight", "bias"))
+    return total, x @ weight.T + bias
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_output_projection_computes_what_hf_computes(tp_size: int, tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path, "qwen3", tied=False, seed=0, attention_bias=True)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))  # 8 heads of 16, unlike hidden_size
+    torch.testing.assert_close(*attention_outputs(x, source, read_shape(source), tp_size), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_fused_layout_computes_what_hf_computes(tp_size: int, tmp_path: Path) -> None:
     source = make_tiny_model(tmp_path, "qwen2", tied=False, seed=0)

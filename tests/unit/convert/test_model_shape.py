@@ -71,6 +71,7 @@ def test_qwen2_has_biases_without_saying_so(tmp_path: Path) -> None:
     shape = read_shape(write(tmp_path, QWEN2_V4))
     assert (shape.head_dim, shape.qkv_bias, shape.proj_bias, shape.qk_norm) == (64, True, False, False)
     assert shape.eos_token_ids == (151645,)
+    assert read_shape(write(tmp_path, QWEN2_V4 | {"attention_bias": True})) == shape  # its class has no such switch
 
 
 def test_qwen3_has_its_own_head_dim_and_qk_norm(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_pool_agrees_with_the_task_itself():
         ("exit 3", "crash: the worker exited with status 3"),
         ("kill 9", "crash: the worker was killed by SIGKILL"),
         ("kill 11", "crash: the worker was killed by SIGSEGV"),
+        ("kill 40", "crash: the worker was killed by signal 40"),
     ],
 )
 def test_failure_has_a_reason_and_touches_no_other_job(pool, response, reason):
@@ -98,8 +99,8 @@ def test_endless_recursion_is_a_crash(pool):
 
 
 def test_slow_job_within_the_deadline_is_scored(pool):
-    """0.6 s is more than a chunk gets (0.25 s) and less than a job gets (1 s)."""
-    assert [score.is_failure for score in pool.score([("", "sleep 0.6"), GOOD, GOOD])] == [False] * 3
+    """0.4 s is more than a chunk gets (0.25 s) and less than a job gets (1 s)."""
+    assert [score.is_failure for score in pool.score([("", "sleep 0.4"), GOOD, GOOD])] == [False] * 3
 
 
 def test_many_slow_jobs_do_not_add_up_to_a_timeout(pool):
@@ -123,7 +124,7 @@ def test_power_tower_is_killed_although_it_holds_the_gil():
         scores = pool.score([("3", "\\boxed{9^{9^{9^9}}}"), ("3", "\\boxed{3}"), ("3", "it is 10**10**10**10")])
         assert [score.reason for score in scores][:2] == ["timeout", "correct"]
         assert scores[2].reason in ("timeout", "wrong", "no answer")
-        assert time.monotonic() - start < 10  # four deadlines, and a start of the worker after each
+        assert time.monotonic() - start < 20  # four deadlines, and a start of the worker after each
 
 
 def test_worker_killed_between_calls_is_replaced(pool):

@@ -1,0 +1,78 @@
+"""Who may import whom (the rooms of the house), and that importing the package does nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "megatron_rl"
+
+# room -> rooms it may import. Everything may import errors and types.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "types": set(),
+    "config": {"convert.shape"},
+    "convert": set(),
+    "parallel": set(),
+    "advantages": set(),
+    "losses": {"config"},
+    "rewards": {"tasks"},  # the pool looks a task up by name inside its workers
+    "tasks": {"rewards"},
+    "data": {"config", "convert"},
+    "metrics": {"config"},
+    "curves": {"metrics"},
+    "summary": {"metrics"},
+    "rollout": {"config", "rewards", "data"},
+    "model": {"config", "convert", "data", "losses", "parallel"},
+    "weight_sync": {"config", "convert", "parallel", "model", "rollout"},
+    "algorithms": {"advantages", "config", "data", "losses", "rollout"},
+    "evaluate": {"config", "rewards", "rollout"},
+    "measure": {"rewards"},
+}  # fmt: skip
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("megatron_rl."):
+            found.add(node.module.removeprefix("megatron_rl."))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downward(path: Path) -> None:
+    mine = room(path)
+    if mine not in ALLOWED:
+        return  # run, train, runtime, launch, cli: they wire the rooms
+    allowed = ALLOWED[mine] | {mine, "errors", "types"}
+    wrong = {name for name in imports(path) if name.split(".")[0] not in allowed and name not in allowed}
+    assert not wrong, f"{mine} must not import {wrong}"
+
+
+def test_megatron_is_imported_by_few_rooms() -> None:
+    users = {
+        room(path)
+        for path in ROOT.rglob("*.py")
+        if "from megatron.core" in path.read_text() or "import megatron.core" in path.read_text()
+    }
+    assert users == {"model", "parallel"}
+
+
+def test_importing_the_package_has_no_effect() -> None:
+    code = "import sys; before = set(sys.modules); import megatron_rl; print(sorted(set(sys.modules) - before))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "['megatron_rl']"
+
+
+def test_the_training_loop_stays_on_one_screen() -> None:
+    tree = ast.parse((ROOT / "train.py").read_text())
+    loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run_online")
+    assert loop.end_lineno - loop.lineno < 40
