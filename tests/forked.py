@@ -6,6 +6,7 @@ must not have threads of its own (OMP_NUM_THREADS=1, see conftest.py) nor a proc
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import signal
@@ -25,8 +26,12 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
-_POLL_S = 0.01
-_GRACE_S = 2.0
+_PR_SET_PDEATHSIG = 1
+_LEAVE = "leave"
+"""The file that says that all ranks have their results."""
+_NO_RESULT = object()
+_POLL_S = 0.005
+_GRACE_S = 1.0
 """How long the others may go on once a rank has failed: mostly they fail too, or wait for it for ever."""
 
 
@@ -65,7 +70,7 @@ def run_ranks(
                 if pid == 0:
                     _run_rank(function, args, kwargs, rank, world_size, directory, timeout_s)
                 pids.append(pid)
-            exit_codes = _wait(pids, timeout_s)
+            exit_codes = _wait(pids, directory, timeout_s)
         finally:
             _kill(pids)
         outcomes = [_read(directory, rank) for rank in range(world_size)]
@@ -86,6 +91,7 @@ def _run_rank(
     code = 1
     try:
         os.setsid()  # so that its children can be ended with it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # and itself with its parent
         outcome: Any
         try:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
@@ -104,15 +110,20 @@ def _run_rank(
         partial.rename(directory / f"rank_{rank}")
         sys.stdout.flush()
         sys.stderr.flush()
+        # Who is done stays: gloo takes a closed connection for a failure of whatever the others are still doing.
+        while code == 0 and not (directory / _LEAVE).exists():
+            time.sleep(_POLL_S)
     finally:
         os._exit(code)
 
 
-def _wait(pids: list[int], timeout_s: float) -> dict[int, int]:
+def _wait(pids: list[int], directory: Path, timeout_s: float) -> dict[int, int]:
     """Exit codes (negative: signal) of the ranks that ended in time, or within the grace after the first failure."""
     deadline = time.monotonic() + timeout_s
     exit_codes: dict[int, int] = {}
     while len(exit_codes) < len(pids) and time.monotonic() < deadline:
+        if all((directory / f"rank_{rank}").exists() for rank in range(len(pids))):
+            (directory / _LEAVE).touch()
         for rank, pid in enumerate(pids):
             if rank not in exit_codes and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 _kill_session(pid)  # before the rank is reaped, while its number cannot be anybody else's
@@ -141,7 +152,7 @@ def _kill_session(pid: int) -> None:
 
 def _read(directory: Path, rank: int) -> Any:
     path = directory / f"rank_{rank}"
-    return pickle.loads(path.read_bytes()) if path.exists() else None
+    return pickle.loads(path.read_bytes()) if path.exists() else _NO_RESULT
 
 
 def _raise_failures(outcomes: list[Any], exit_codes: dict[int, int], timeout_s: float) -> None:
@@ -156,7 +167,7 @@ def _raise_failures(outcomes: list[Any], exit_codes: dict[int, int], timeout_s: 
     if died:
         how = ", ".join(f"rank {rank} by {_name_of_exit(code)}" for rank, code in died.items())
         raise AssertionError(f"died without a result, of {world_size} ranks: {how}")
-    running = [rank for rank in range(world_size) if rank not in exit_codes]
+    running = [rank for rank, outcome in enumerate(outcomes) if outcome is _NO_RESULT]
     if running:
         raise AssertionError(f"ranks {running} of {world_size} were still running after {timeout_s:g} s")
 

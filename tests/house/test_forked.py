@@ -25,6 +25,15 @@ def test_results_come_in_rank_order() -> None:
     assert run_ranks(total, 3, factor=10) == [(0, 60), (1, 60), (2, 60)]
 
 
+def test_rank_that_is_done_waits_for_the_others() -> None:
+    """Its connections must not close while another rank still builds its own; and nothing is a result, too."""
+
+    def return_at_once() -> None: ...
+
+    for _ in range(5):
+        assert run_ranks(return_at_once, 4) == [None] * 4
+
+
 def test_failing_rank_is_named_with_its_traceback() -> None:
     def fail_on_rank_1() -> None:
         if dist.get_rank() == 1:
