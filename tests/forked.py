@@ -100,6 +100,9 @@ def _run_rank(
             store = dist.FileStore(str(directory / "store"), world_size)
             timeout = timedelta(seconds=timeout_s)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+            store.add("num_connected", 1)
+            while store.add("num_connected", 0) < world_size:  # a rank may end as soon as it starts: see below
+                time.sleep(_POLL_S)
             outcome = function(*args, **kwargs)
             data = pickle.dumps(outcome)
             code = 0

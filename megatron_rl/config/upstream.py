@@ -45,6 +45,7 @@ TRANSFORMER_OWNED: dict[str, str] = {
         ("params_dtype", "pipeline_dtype", "bf16", "fp16", "autocast_dtype", "enable_autocast"), _PRECISION
     ),
     "calculate_per_token_loss": _EXACTNESS,
+    "layernorm_zero_centered_gamma": "is not how Hugging Face stores norms",
     "variable_seq_lengths": "is fixed: packed micro-batches differ in length",
 }
 DDP_OWNED: dict[str, str] = {

@@ -12,19 +12,18 @@ from megatron_rl.convert.kinds import Extent
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.convert.table import hf_tensors
 
-INIT_STD = 0.02
-
 
 class RandomReader:
     """Reads like ``HFReader``. Each tensor follows from (seed, its name), so every layout starts from the same weights.
 
-    Matrices are normal with standard deviation 0.02, norms one, biases zero: transformers' initialisation.
+    Matrices are normal with config.json's ``initializer_range`` as standard deviation, norms one, biases zero: what
+    transformers does.
     """
 
     def __init__(self, shape: ModelShape, *, seed: int) -> None:
         self.directory = Path("random initialization")
         self._shapes = hf_tensors(shape)
-        self._seed = seed
+        self._seed, self._std = seed, shape.initializer_range
 
     @property
     def names(self) -> set[str]:
@@ -49,5 +48,5 @@ class RandomReader:
         else:
             digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            tensor = torch.randn(extent, generator=generator) * INIT_STD
+            tensor = torch.randn(extent, generator=generator) * self._std
         return tensor if slices is None else tensor[slices]

@@ -50,6 +50,8 @@ class ModelShape:
     qk_norm: bool
     """RMS norm over head_dim of each query and key head, before rotation."""
     max_position_embeddings: int
+    initializer_range: float
+    """Standard deviation of random weights."""
     dtype: Dtype
     """Of the stored weights, as the config states it."""
     bos_token_id: int | None
@@ -108,6 +110,7 @@ def read_shape(directory: str | Path) -> ModelShape:
         mlp_bias=family == "llama" and config.boolean("mlp_bias", False),
         qk_norm=family == "qwen3",
         max_position_embeddings=config.positive_int("max_position_embeddings"),
+        initializer_range=config.positive_float("initializer_range", 0.02),
         dtype=_dtype(config),
         bos_token_id=config.token_id("bos_token_id"),
         eos_token_ids=config.token_ids("eos_token_id"),

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_rl.convert.export import merge_parameter
 from megatron_rl.convert.load import check_coverage, load_parameter
-from megatron_rl.convert.random_weights import RandomReader
-from megatron_rl.convert.reader import HFReader
+from megatron_rl.convert.reader import TensorReader
 from megatron_rl.convert.shape import Dtype, ModelShape
 from megatron_rl.convert.table import find_entry, global_name
 from megatron_rl.convert.writer import HFWriter
+from megatron_rl.errors import UserError
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
@@ -31,7 +31,7 @@ def named_parameters(stage: PolicyModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_hf_weights(
-    stage: PolicyModel, shape: ModelShape, groups: Groups, open_reader: Callable[[], HFReader | RandomReader]
+    stage: PolicyModel, shape: ModelShape, groups: Groups, open_reader: Callable[[], TensorReader]
 ) -> None:
     """Fill the stage; each rank reads only its slices.
 
@@ -46,7 +46,7 @@ def load_hf_weights(
     """
     with all_ranks_agree(groups.cpu_group):
         reader = open_reader()
-        check_coverage(shape, reader)
+        check_coverage(shape, reader, tp_size=groups.tp_size)
     with torch.no_grad(), all_ranks_agree(groups.cpu_group):
         for name, parameter in named_parameters(stage):
             load_parameter(name, reader, shape, groups.tp_rank, groups.tp_size, out=parameter.data)
@@ -79,20 +79,40 @@ def export_hf(stage: PolicyModel, shape: ModelShape, groups: Groups, *, source: 
         source: directory whose config and tokenizer files are carried over.
         target: directory to write; an older export there is replaced.
     """
+    fresh = target.with_name(target.name + ".new")
     writer: HFWriter | None = None
     with all_ranks_agree(groups.cpu_group):
         if groups.rank == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            writer = HFWriter(target, shape, source=source, dtype=_dtype_name(stage.config.params_dtype))
-    try:
-        for name, tensor in iterate_hf_tensors(stage, shape, groups):
-            if writer is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+            writer = HFWriter(fresh, shape, source=source, dtype=_dtype_name(stage.config.params_dtype))
+    failure: OSError | None = None  # the other ranks still need this one in the coming collectives
+    for name, tensor in iterate_hf_tensors(stage, shape, groups):
+        try:
+            if writer is not None and failure is None:
                 writer.add(name, tensor)
+        except OSError as error:
+            failure = error
+    with all_ranks_agree(groups.cpu_group):
         if writer is not None:
+            _finish_export(writer, failure, fresh, target)
+
+
+def _finish_export(writer: HFWriter, failure: OSError | None, fresh: Path, target: Path) -> None:
+    try:
+        if failure is None:
             writer.finish()
-    finally:
-        if writer is not None:
-            writer.abort()
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.rename(target)
+    except OSError as error:
+        failure = error
+    if failure is not None:
+        writer.abort()
+        raise UserError(
+            "exp_manager.exp_dir",
+            str(target),
+            f"the Hugging Face checkpoint could not be written ({failure})",
+            "free some disk space and give the same command again; the training checkpoint is intact",
+        ) from failure
 
 
 def _dtype_name(dtype: torch.dtype) -> Dtype:

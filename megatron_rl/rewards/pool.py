@@ -95,7 +95,8 @@ class ScoringPool:
 
         Returns:
             One score per job, in order. A job beyond the deadline has reason ``timeout``; one that raises or brings its
-            worker down has ``crash: ...``. Both have ``is_failure``, reward 0, and touch no other job.
+            worker down has ``crash: ...`` (or ``timeout``, after the deadline, where it does so in the first instant and
+            pebble misses whose job it was). Both have ``is_failure``, reward 0, and touch no other job.
 
         Raises:
             RuntimeError: the workers cannot be started at all, or the pool is closed.

@@ -22,8 +22,10 @@ class MisbehavingTask:
         elif verb == "quit":
             raise SystemExit(3)
         elif verb == "exit":
+            time.sleep(0.2)  # see ScoringPool.score: a death at once may pass for a timeout
             os._exit(int(argument))
         elif verb == "kill":
+            time.sleep(0.2)
             os.kill(os.getpid(), int(argument))
         elif verb == "recurse":
             return self.score(answer, response)
