@@ -22,7 +22,7 @@ _REQUIRED_BY_CHECKPOINTS = ("psutil", "tqdm")
 def apply() -> list[str]:
     """Patch upstream for this machine, once; later calls change nothing and return the same names.
 
-    On a machine with CUDA nothing is patched (yet): everything here is about running on CPU and gloo.
+    On a machine with CUDA only what concerns checkpoints is patched; the rest is about running on CPU and gloo.
 
     Returns:
         Names of the applied patches, as ``upstream.topic``, in order of application.
@@ -34,11 +34,10 @@ def apply() -> list[str]:
     global _applied
     if _applied is None:
         _check_packages()
-        names: list[str] = []
-        if not torch.cuda.is_available():
-            from . import megatron_core
+        from . import megatron_core
 
-            names = [f"megatron_core.{topic}" for topic in megatron_core.apply()]
+        topics = [] if torch.cuda.is_available() else megatron_core.apply_cpu()
+        names = [f"megatron_core.{topic}" for topic in topics + megatron_core.apply_everywhere()]
         for name in names:
             logger.info("applied patch %s", name)
         _applied = names

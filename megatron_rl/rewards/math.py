@@ -138,8 +138,8 @@ def _verify(reference: list[Any], found: list[Any]) -> bool:
 def _math_verify() -> Any:
     """The module, imported at the first use: it takes half a second, which reading a problem file need not pay.
 
-    Its own time limits are switched off in every call. They use ``signal.alarm``, which works in the main thread only
-    and cannot interrupt a big-integer power; it warns of the missing limits on every process, hence the log level.
+    Its own time limits are switched off in every call: they use ``signal.alarm``, which works in the main thread only and
+    not in C code that never looks for signals. It warns of that in every process, hence the log level.
     """
     import math_verify
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -103,7 +103,7 @@ class ScoringPool:
         """
         scores: dict[int, Score] = {}
         todo = _split(len(jobs), self._num_workers)
-        running: dict[ProcessFuture, _Chunk] = {}
+        running: dict[Any, _Chunk] = {}  # pebble's futures; ``wait`` knows only their base class
         while todo or running:
             try:
                 while todo:
@@ -115,7 +115,7 @@ class ScoringPool:
                 continue
             finished, _ = wait(running, timeout=self._timeout_s + STALL_S, return_when=FIRST_COMPLETED)
             broken = [] if finished else list(running)
-            for future in finished:
+            for future in cast("set[ProcessFuture]", finished):
                 if isinstance(future.exception(), BrokenProcessPool):
                     broken.append(future)
                 else:
@@ -254,8 +254,8 @@ def _prepare_worker(preload: Sequence[str]) -> None:
     """Runs once in each worker, before its first deadline starts to count."""
     _die_with_trainer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
-    # pebble asks with SIGTERM and installs a Python handler, which never runs inside a big-integer power: for 3 s the
-    # kill would wait with the locks of all workers held.
+    # pebble asks with SIGTERM and installs a Python handler, which waits for C code to look for signals; some never does
+    # (``sum(range(10**12))``). The kill would take 3 s, with the locks of all workers held.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(OSError):  # when memory runs out, the kernel takes a worker, not the trainer
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -267,7 +267,7 @@ def _die_with_trainer() -> None:
     """Ask the kernel for SIGKILL when the trainer's end of the parent sentinel closes.
 
     PR_SET_PDEATHSIG is no help here: the parent is the fork server, which waits for its children to end. A thread that
-    watches the pipe is none either: it does not run while a big-integer power holds the GIL.
+    watches the pipe is none either: it does not run while a power of big integers holds the GIL.
     """
     trainer = multiprocessing.parent_process()
     assert trainer is not None

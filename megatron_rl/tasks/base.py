@@ -21,10 +21,15 @@ logger = logging.getLogger(__name__)
 class Task(Protocol):
     """One kind of problem."""
 
-    name: str
-    """Its name in a config."""
-    preload: Sequence[str]
-    """Modules that ``score`` imports, loaded once before the scoring workers are forked; may be empty."""
+    @property
+    def name(self) -> str:
+        """Its name in a config."""
+        ...
+
+    @property
+    def preload(self) -> Sequence[str]:
+        """Modules that ``score`` imports; loaded once, before the scoring workers are forked. Often none."""
+        ...
 
     def load(self, path: Path, *, template: str | None) -> list[Problem]:
         """Read a problem file.

@@ -29,6 +29,8 @@ NAMES = (
     "Ana", "Ben", "Cal", "Dan", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon",
     "Kim", "Leo", "Mia", "Ned", "Oli", "Pam", "Ray", "Sue", "Tom", "Zoe",
 )  # fmt: skip
+Operator = Literal["+", "-", "*"]
+OPERATORS: tuple[Operator, ...] = ("+", "-", "*")
 MAX_VALUE = 99
 MAX_ADDEND = 20
 MAX_FACTOR = 5
@@ -52,7 +54,7 @@ _FINAL_NUMBER = re.compile(r"-?\d(?: ?\d)*")
 class Step:
     """One operation of a chain."""
 
-    operator: Literal["+", "-", "*"]
+    operator: Operator
     number: int
 
     def apply(self, value: int) -> int:
@@ -152,7 +154,7 @@ def _draw_chain(rng: random.Random, num_steps: int) -> Chain:
     start = value = rng.randint(1, MAX_ADDEND)
     steps: list[Step] = []
     while len(steps) < num_steps:
-        operator = rng.choice("+-*")
+        operator = rng.choice(OPERATORS)
         low, high = _operand_range(operator, value)
         if low <= high:
             steps.append(Step(operator, rng.randint(low, high)))

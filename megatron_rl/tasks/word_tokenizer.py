@@ -113,7 +113,7 @@ def save_model(directory: Path, size: ModelSize) -> None:
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
             "rope_theta": 10000.0,
-            "initializer_range": 0.02,
+            "initializer_range": 0.06,
             "attention_dropout": 0.0,
             "use_sliding_window": False,
             "torch_dtype": "float32",

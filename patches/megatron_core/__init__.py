@@ -1,4 +1,4 @@
-"""Megatron-Core on CPU and gloo. The order matters: see ``apply``."""
+"""Megatron-Core on CPU and gloo, and its checkpoints anywhere. The order matters: see ``apply_cpu``."""
 
 from __future__ import annotations
 
@@ -32,15 +32,24 @@ _MODULES = (
 )
 
 
-def apply() -> list[str]:
-    """Import Megatron-Core without its compiler, then apply every topic. Returns the topics in order."""
-    from . import checkpoint, checkpoint_errors, collectives, device, jit, moe, norm, optimizer, rng
+def apply_everywhere() -> list[str]:
+    """What a GPU machine needs too: checkpoints that leave no process behind and fail on all ranks alike."""
+    from . import checkpoint, checkpoint_errors
+
+    checkpoint.apply()
+    checkpoint_errors.apply()
+    return ["checkpoint", "checkpoint_errors"]
+
+
+def apply_cpu() -> list[str]:
+    """Import Megatron-Core without its compiler, then apply what CPU and gloo need. Returns the topics in order."""
+    from . import collectives, device, jit, moe, norm, optimizer, rng
 
     with jit.without_compiler():
         for module in _MODULES:
             importlib.import_module(module)
     # ``rng`` adds to the view of torch.cuda that ``device`` hands out; the others are independent of each other.
-    topics = (device, rng, norm, moe, collectives, optimizer, checkpoint, checkpoint_errors)
+    topics = (device, rng, norm, moe, collectives, optimizer)
     for topic in topics:
         topic.apply()
     return ["jit", *(topic.__name__.rpartition(".")[2] for topic in topics)]

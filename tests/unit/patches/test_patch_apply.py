@@ -39,19 +39,20 @@ def test_each_patch_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     from megatron_rl.patches import megatron_core
 
     monkeypatch.setattr(patches, "_applied", None)
-    monkeypatch.setattr(megatron_core, "apply", lambda: ["rope", "rng"])
+    monkeypatch.setattr(megatron_core, "apply_cpu", lambda: ["rope"])
+    monkeypatch.setattr(megatron_core, "apply_everywhere", lambda: ["checkpoint"])
     with caplog.at_level(logging.INFO, logger="megatron_rl.patches"):
-        assert patches.apply() == ["megatron_core.rope", "megatron_core.rng"]
+        assert patches.apply() == ["megatron_core.rope", "megatron_core.checkpoint"]
     assert [record.getMessage() for record in caplog.records] == [
         "applied patch megatron_core.rope",
-        "applied patch megatron_core.rng",
+        "applied patch megatron_core.checkpoint",
     ]
 
 
-def test_nothing_is_patched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_checkpoints_are_patched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches, "_applied", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert patches.apply() == []
+    assert patches.apply() == ["megatron_core.checkpoint", "megatron_core.checkpoint_errors"]
 
 
 @pytest.mark.parametrize("package", ["psutil", "tqdm"])

@@ -17,6 +17,8 @@ class MisbehavingTask:
         verb, _, argument = response.partition(" ")
         if verb == "sleep":
             time.sleep(float(argument))
+        elif verb == "hold":  # the GIL, in C code that looks for no signal
+            sum(range(10**12))
         elif verb == "raise":
             raise RuntimeError(argument)
         elif verb == "quit":

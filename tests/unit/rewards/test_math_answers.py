@@ -18,7 +18,9 @@ from megatron_rl.rewards.math import find_marked_answer, score_math
         ("-3", "$-3"), ("-3", "\N{MINUS SIGN}3 clips"), ("0.75", r"\frac{3}{4}."),
         ("0.75", "3/4"), ("0.75", r"\frac{3}{4}"), ("0.75", r"\dfrac34"), ("0.75", ".75"), ("0.75", r"75\%"),
         ("0.5", "0.5000000001"), ("2.5", r"2\frac{1}{2}"), (r"\frac{1}{3}", "1/3"), (r"\frac{1}{2}", "0.5"),
-        ("50", "50%"), ("x+1", "1+x"), ("x+1", "1+x."), (r"\text{east}", r"\text{east}"), (r"(1,2)", r"(1, 2)"), ("100000", "10^5"),
+        ("50", "50%"), ("x+1", "1+x"),
+        ("x+1", "1+x."), (r"\text{east}", r"\text{east}"), (r"(1,2)", r"(1, 2)"),
+        ("100000", "10^5"),
     ],
 )  # fmt: skip
 def test_equal_answers(answer, marked):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.rewards.pool import ScoringPool
+from megatron_rl.rewards.pool import ScoringPool, _Chunk
 from megatron_rl.tasks import TASKS
 from megatron_rl.types import Score
 
@@ -30,7 +30,7 @@ def parent_of(pid):
     """0 where there is no such process, or only its exit status is left."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it went between opening and reading
         return 0
     return 0 if state == "Z" else int(parent)
 
@@ -74,6 +74,7 @@ def test_pool_agrees_with_the_task_itself():
     ("response", "reason"),
     [
         ("sleep 60", "timeout"),
+        ("hold", "timeout"),
         ("raise no luck", "crash: RuntimeError: no luck"),
         ("quit", "crash: SystemExit: 3"),
         ("memory", "crash: MemoryError: "),
@@ -177,11 +178,11 @@ def test_2000_cheap_scores_take_a_tenth_of_a_second():
 
 
 def test_close_is_quick_with_a_stuck_worker_and_may_be_repeated():
-    pool = ScoringPool("gsm8k", num_workers=2, timeout_s=60)
-    pool.score([("1", "\\boxed{1}")])
+    pool = ScoringPool(TASK, num_workers=2, timeout_s=60)
+    pool.score([GOOD])
     pids = {worker.pid for worker in pool._pool._pool_manager.worker_manager.workers.values()}
-    pool._send(pool_chunk(), [("3", "\\boxed{9^{9^{9^9}}}")])
-    time.sleep(2)  # the worker is inside the power now, where no Python signal handler runs
+    pool._send(_Chunk((0,), is_single=True), [("yes", "hold")])
+    time.sleep(1)  # the worker is inside the sum now, where no Python signal handler runs
     start = time.monotonic()
     pool.close()
     pool.close()
@@ -189,12 +190,6 @@ def test_close_is_quick_with_a_stuck_worker_and_may_be_repeated():
     assert pids and not any(map(parent_of, pids))
     with pytest.raises(RuntimeError, match="closed"):
         pool.score([GOOD])
-
-
-def pool_chunk():
-    from megatron_rl.rewards.pool import _Chunk
-
-    return _Chunk((0,), is_single=True)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +221,7 @@ def test_workers_that_cannot_start_are_an_error_not_a_hang(tmp_path, monkeypatch
 SCRIPT = """
 import os, sys, time
 print("top level", flush=True)           # no __main__ guard: workers must not run this
-from megatron_rl.rewards.pool import ScoringPool
+from megatron_rl.rewards.pool import ScoringPool, _Chunk
 pool = ScoringPool("gsm8k", num_workers=2, timeout_s=600)
 pool.score([("1", "\\\\boxed{1}")])
 print(*[w.pid for w in pool._pool._pool_manager.worker_manager.workers.values()], flush=True)
