@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RUN = Path("runs/quickstart")
-PROBLEMS = f"{RUN}/data --num-warm-start 32000 --num-train 4000 --num-held-out 300 --slip-share 0.3".split()
+PROBLEMS = f"{RUN}/data --num-warm-start 32000 --num-train 4000 --num-held-out 300 --slip-share 0.35".split()
 """Slips make demonstrations that are right in the middle and wrong at the edges: what RL then sharpens."""
 
 
