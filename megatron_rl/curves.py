@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from megatron_rl.metrics import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD, Row, read_metrics, write_atomic
+from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD, Row, read_metrics, write_atomic
 
 LINE, NOTE = "#2563a8", "#6b7280"
 EVAL_STYLES = (("#c2410c", "o"), ("#15803d", "s"), ("#7e22ce", "^"), ("#a16207", "D"), ("#0e7490", "v"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.metrics import EVAL_PREFIX, json_safe, write_atomic
+from megatron_rl.metrics.rows import EVAL_PREFIX, json_safe, write_atomic
 
 
 def write_summary(path: Path, summary: Mapping[str, object]) -> None:

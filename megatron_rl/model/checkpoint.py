@@ -31,6 +31,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.errors import UserError
+from megatron_rl.metrics import progress
 from megatron_rl.model.step import Policy
 from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
@@ -90,7 +91,7 @@ class Checkpoints:
         mine: dict[str, dict[str, Any]] = {}
         with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
             names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
-            for name in names[self.groups.rank :: self.groups.world_size]:
+            for name in progress(names[self.groups.rank :: self.groups.world_size], "checkpoint digests"):
                 mine[name] = {"bytes": (directory / name).stat().st_size, "blake2b": _digest(directory / name)}
         parts: list[Any] = [None] * self.groups.world_size
         dist.all_gather_object(parts, mine, group=self.groups.cpu_group)

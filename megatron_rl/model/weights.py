@@ -17,6 +17,7 @@ from megatron_rl.convert.shape import Dtype, ModelShape
 from megatron_rl.convert.table import find_entry, global_name
 from megatron_rl.convert.writer import HFWriter
 from megatron_rl.errors import UserError
+from megatron_rl.metrics import progress
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
@@ -48,7 +49,7 @@ def load_hf_weights(
         reader = open_reader()
         check_coverage(shape, reader, tp_size=groups.tp_size)
     with torch.no_grad(), all_ranks_agree(groups.cpu_group):
-        for name, parameter in named_parameters(stage):
+        for name, parameter in progress(list(named_parameters(stage)), "loading weights"):
             load_parameter(name, reader, shape, groups.tp_rank, groups.tp_size, out=parameter.data)
 
 
@@ -86,7 +87,7 @@ def export_hf(stage: PolicyModel, shape: ModelShape, groups: Groups, *, source: 
             shutil.rmtree(fresh, ignore_errors=True)
             writer = HFWriter(fresh, shape, source=source, dtype=_dtype_name(stage.config.params_dtype))
     failure: OSError | None = None  # the other ranks still need this one in the coming collectives
-    for name, tensor in iterate_hf_tensors(stage, shape, groups):
+    for name, tensor in progress(iterate_hf_tensors(stage, shape, groups), "writing weights"):
         try:
             if writer is not None and failure is None:
                 writer.add(name, tensor)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.metrics import progress
 from megatron_rl.rollout.share import gather_completions
 from megatron_rl.types import Completion, FinishReason, Request
 
@@ -95,12 +96,14 @@ class TransformersEngine:
         order = sorted(range(len(requests)), key=lambda i: (_settings(requests[i]), len(requests[i].prompt_ids), i))
         completions: list[Completion | None] = [None] * len(requests)
         start = 0
-        while start < len(order):
-            settings = _settings(requests[order[start]])
-            batch = [i for i in order[start : start + self.max_batch_size] if _settings(requests[i]) == settings]
-            for i, completion in zip(batch, self._generate_batch([requests[i] for i in batch])):
-                completions[i] = completion
-            start += len(batch)
+        with progress(len(order), "generation") as bar:
+            while start < len(order):
+                settings = _settings(requests[order[start]])
+                batch = [i for i in order[start : start + self.max_batch_size] if _settings(requests[i]) == settings]
+                for i, completion in zip(batch, self._generate_batch([requests[i] for i in batch])):
+                    completions[i] = completion
+                start += len(batch)
+                bar.advance_to(start)
         assert all(c is not None for c in completions)
         return completions  # type: ignore[return-value]
 

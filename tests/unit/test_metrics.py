@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from megatron_rl import metrics
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import (
     Display,
@@ -24,6 +23,7 @@ from megatron_rl.metrics import (
     use_console,
     write_atomic,
 )
+from megatron_rl.metrics import terminal as display_module
 
 
 class Clock:
@@ -69,7 +69,7 @@ class ListSink:
 def _no_display_left_behind():
     yield
     use_console(None)
-    metrics._display = None
+    display_module._display = None
 
 
 @pytest.fixture
@@ -534,7 +534,7 @@ def test_live_bar_starts_at_the_resumed_step_and_leaves_its_last_line(open_logge
 
 
 def test_other_ranks_are_silent_without_asking_torch(monkeypatch):
-    monkeypatch.setattr(metrics, "_display", None)
+    monkeypatch.setattr(display_module, "_display", None)
     monkeypatch.setenv("RANK", "1")
     assert list(progress([1], "scoring")) == [1]
-    assert metrics._display.console is None
+    assert display_module._display.console is None

@@ -1,0 +1,117 @@
+"""The rows of a run, written first and shown after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+
+from megatron_rl.metrics.rows import EVAL_PREFIX, MetricsFile, Row, as_number, read_metrics
+from megatron_rl.metrics.sinks import GuardedSink, Sink
+from megatron_rl.metrics.terminal import StepConsole, use_console
+
+
+class MetricsLogger:
+    """Rows of a run: ``metrics.jsonl`` first, then the sinks and the console.
+
+    Log a step before its checkpoint is written: then the checkpoint to resume from always has its row.
+
+    Args:
+        run_dir: holds ``metrics.jsonl``; made if missing. Rows of an earlier start stay until ``resume_at``.
+        total_steps: the last step, for the bar; None where open-ended.
+        console: also becomes the one that ``progress`` draws on; None takes standard output.
+        is_writer: False on every rank but 0: nothing is written, shown or read.
+
+    Raises:
+        UserError: the file holds a line, not the last, that is no row.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int | None,
+        sinks: Sequence[Sink] = (),
+        console: Console | None = None,
+        is_writer: bool = True,
+    ) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self._file = MetricsFile(self.path) if is_writer else None
+        self._sinks = [GuardedSink(sink) for sink in sinks]
+        self._console = StepConsole(use_console((console or Console()) if is_writer else None), total_steps=total_steps)
+
+    def rows(self) -> list[Row]:
+        """What the file holds, in the order of steps; nothing on ranks that do not write."""
+        return [] if self._file is None else read_metrics(self.path)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the row after ``step`` training steps; a second call for the last step adds to its row.
+
+        Values are plain numbers, or anything ``float`` takes (a tensor of one element waits for its device).
+        """
+        if self._file is None:
+            return
+        last = self._file.last_step
+        assert last is None or step >= last, f"step {step} after step {last}: call resume_at before repeating steps"
+        self._put(self._file, step, metrics)
+        if step > 0:
+            self._console.step(step, metrics)
+        self._console.evaluation(step, metrics)
+
+    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add an evaluation of the weights after ``step`` steps to that step's row, which may be an earlier one.
+
+        Keys get the prefix ``eval/`` where they lack it; a repeated evaluation replaces.
+        """
+        if self._file is None:
+            return
+        metrics = {EVAL_PREFIX + key.removeprefix(EVAL_PREFIX): value for key, value in metrics.items()}
+        self._put(self._file, step, metrics)
+        self._console.evaluation(step, metrics)
+
+    def resume_at(self, step: int) -> int:
+        """Forget the rows after ``step`` steps, which will be repeated; -1 forgets all. Returns how many there were."""
+        if self._file is None:
+            return 0
+        rows = self.rows()
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            self._file.rewrite(kept)
+        # Not guarded: the run is just starting, where a broken sink should still stop it.
+        for guard in self._sinks:
+            guard.sink.resume_at(step)
+        return len(rows) - len(kept)
+
+    def close(self) -> None:
+        """Finish sinks and console; the rows are on disk already. A second call does nothing."""
+        self._console.close()
+        for guard in self._sinks:
+            guard.close()
+        self._sinks = []
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _put(self, file: MetricsFile, step: int, metrics: Mapping[str, float]) -> None:
+        assert "step" not in metrics, "`step` is the row's own key"
+        values = {key: as_number(key, value) for key, value in metrics.items()}
+        values |= {f"dropped/sink_{guard.sink.name}": guard.num_missed for guard in self._sinks if guard.num_missed}
+        if file.last_step is None or step > file.last_step:
+            file.append({"step": step, **values})
+        else:
+            # Rare (at most once an evaluation), so the whole file is rewritten: one row a step, never a moment without.
+            rows = {int(row["step"]): row for row in self.rows()}
+            rows[step] = rows.get(step, {"step": step}) | values
+            file.rewrite(list(rows.values()))
+        for guard in self._sinks:
+            guard.log(step, values)

@@ -1,0 +1,126 @@
+"""``metrics.jsonl``: one JSON object a step, valid whatever the numbers, whole whatever kills the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_rl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, float]
+
+REWARD, PASS_1, ENTROPY, LENGTH = "reward/mean", "pass@1", "entropy/mean", "response_length/mean"
+"""Names under which the console and the curves look for what they show."""
+EVAL_PREFIX = "eval/"
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def json_safe(value: object) -> object:
+    """The same value with each NaN or infinity, at any depth, as its string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: json_safe(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(inner) for inner in value]
+    return value
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader, or a crash at any moment, finds the old content or the new, never a mixture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # same directory: a rename is atomic only inside one file system
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes behind it
+    temporary.replace(path)
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a ``metrics.jsonl``, numbers restored, in file order. Lines that do not parse are left out."""
+    return _parse(path.read_bytes())[0]
+
+
+def _parse(raw: bytes) -> tuple[list[Row], list[int]]:
+    """Rows, and the numbers (from 1) of the lines that are none."""
+    rows: list[Row] = []
+    bad: list[int] = []
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append({key: NOT_FINITE[x] if isinstance(x, str) and x in NOT_FINITE else x for key, x in row.items()})
+        else:
+            bad.append(number)
+    return rows, bad
+
+
+def _encode(row: Row) -> bytes:
+    return json.dumps(json_safe(row), allow_nan=False).encode() + b"\n"
+
+
+def as_number(key: str, value: float) -> float:
+    """A plain number out of whatever holds one (numpy scalar, tensor of one element)."""
+    if isinstance(value, str):
+        raise TypeError(f"metric {key!r} is the text {value!r}, not a number")
+    return int(value) if isinstance(value, int) else float(value)
+
+
+class MetricsFile:
+    """``metrics.jsonl``: appended line by line, repaired on open, rewritten only by an atomic rename.
+
+    A process killed while it writes leaves a last line without its end; opening drops that line. A broken line anywhere
+    else is not something a crash of ours can cause, so it is an error rather than a silent loss.
+
+    Raises:
+        UserError: a line before the last one is not a row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = path.read_bytes() if path.exists() else b""
+        rows, bad = _parse(raw)
+        last_line = len(raw.rstrip(b"\n").split(b"\n"))
+        for number in bad:
+            if number != last_line:
+                raise UserError(f"{path}:{number}", None, "is not a metrics row", "delete the line or move the file")
+        if bad:
+            logger.warning("%s: dropped a half-written last line", path)
+        if bad or (raw and not raw.endswith(b"\n")):
+            write_atomic(path, b"".join(map(_encode, rows)))
+        self._steps = {int(row["step"]) for row in rows}
+        self._file = path.open("ab")
+
+    @property
+    def last_step(self) -> int | None:
+        """The highest step that has a row; None in an empty file."""
+        return max(self._steps, default=None)
+
+    def append(self, row: Row) -> None:
+        """Add the row of a new highest step; it is with the operating system when this returns."""
+        self._file.write(_encode(row))
+        self._file.flush()
+        self._steps.add(int(row["step"]))
+
+    def rewrite(self, rows: list[Row]) -> None:
+        """Replace the content, in the order of steps."""
+        self._file.close()
+        write_atomic(self.path, b"".join(_encode(row) for row in sorted(rows, key=lambda row: row["step"])))
+        self._steps = {int(row["step"]) for row in rows}
+        self._file = self.path.open("ab")
+
+    def close(self) -> None:
+        """Close the file; rows are on disk already."""
+        self._file.close()

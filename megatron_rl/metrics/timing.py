@@ -1,0 +1,117 @@
+"""Seconds and peak memory of the phases of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from megatron_rl.metrics.rows import Row
+
+
+class MemoryMeter(Protocol):
+    """Measures the peak of memory between two calls."""
+
+    def peak_bytes(self) -> int:
+        """Highest number of bytes since the last call."""
+
+
+class ProcessMemory:
+    """Peak bytes that torch allocated on the current device once it uses CUDA, else the resident size of this process.
+
+    On CUDA it owns torch's peak counter: each reading resets it. Resident size has no counter that can be reset, so it
+    is sampled, and what a phase frees before its end is missed.
+    """
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process = psutil.Process()
+        self._resident = self._process.memory_info().rss
+
+    def peak_bytes(self) -> int:
+        """See ``MemoryMeter``."""
+        import torch
+
+        if torch.cuda.is_initialized():  # not is_available: a run on the CPU of a GPU machine has its data in memory
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return peak
+        before, self._resident = self._resident, self._process.memory_info().rss
+        return max(before, self._resident)
+
+
+class PhaseTimer:
+    """Seconds and peak memory of each phase of a step. A nested phase is taken out of the one around it.
+
+    So the phases and ``other`` add up to the step. Seconds are the host's: CUDA work still queued at the end of a phase
+    is counted where the host waits for it, unless ``synchronize`` waits at every border (which costs overlap).
+    For one thread, and not across an ``await``: phases must end in the reverse order of their start.
+
+    Args:
+        memory: None takes ``ProcessMemory``.
+        synchronize: called at every border, such as ``torch.cuda.synchronize``.
+
+    Example:
+        ``with timer("update"): a(); with timer("optimizer"): b()`` gives the seconds of a to ``update``, of b to
+        ``optimizer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        memory: MemoryMeter | None = None,
+        synchronize: Callable[[], None] | None = None,
+    ) -> None:
+        self._clock = clock
+        self._memory = memory or ProcessMemory()
+        self._synchronize = synchronize
+        self._open: list[str] = []
+        self._seconds: dict[str, float] = {}
+        self._bytes: dict[str, int] = {}
+        self._border_s = self._flushed_s = clock()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time a phase; repeated phases add up, and their peak is the highest."""
+        self._charge()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            inner = self._open[-1]
+            assert inner == phase, f"phase {phase!r} ended while {inner!r} was open: interleaved tasks share a timer"
+            self._open.pop()
+
+    def flush(self, total_s: float | None = None) -> Row:
+        """Seconds and bytes since the last flush, and start anew; phases still open go on.
+
+        Args:
+            total_s: length of the step in seconds; None takes the time since the last flush.
+
+        Returns:
+            ``time/<phase>_s``, ``memory/<phase>_bytes``, ``time/step_s`` and ``time/other_s`` = step minus phases.
+        """
+        self._charge()
+        if total_s is None:
+            total_s = self._border_s - self._flushed_s
+        row: Row = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        row["time/other_s"] = max(0.0, total_s - sum(self._seconds.values()))
+        row["time/step_s"] = total_s
+        row |= {f"memory/{phase}_bytes": peak for phase, peak in self._bytes.items()}
+        self._seconds, self._bytes, self._flushed_s = {}, {}, self._border_s
+        return row
+
+    def _charge(self) -> None:
+        """Give what passed since the last border to the innermost open phase."""
+        if self._synchronize is not None:
+            self._synchronize()
+        now, peak = self._clock(), self._memory.peak_bytes()
+        if self._open:
+            phase = self._open[-1]
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._border_s
+            self._bytes[phase] = max(self._bytes.get(phase, 0), peak)
+        self._border_s = now
