@@ -126,11 +126,12 @@ class Policy:
             outputs = self._run(micro_batches, weighted_loss, forward_only=False)
         metrics = self._reduce_reports(outputs)
         self._check_finite(metrics["loss"])
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with self.timer("optimizer"):
             _, grad_norm, _ = self.optimizer.step()
             self.scheduler.step(1)
         self.num_updates += 1
-        return metrics | {"grad_norm": float(grad_norm or 0.0), "lr": float(self.optimizer.param_groups[0]["lr"])}
+        return metrics | {"grad_norm": float(grad_norm or 0.0), "lr": learning_rate}
 
     # ------------------------------------------------------------------------------------------------ other weights
 
@@ -254,7 +255,7 @@ class Policy:
 
     def _scheduler(self) -> OptimizerParamScheduler:
         optim, sched = self.config.policy.optim, self.config.policy.optim.sched
-        return OptimizerParamScheduler(
+        scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0 if sched.warmup_updates else optim.lr,
             max_lr=optim.lr,
@@ -267,6 +268,8 @@ class Policy:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+        scheduler.step(1)  # Megatron starts a warm-up at 0, which would waste the first update
+        return scheduler
 
 
 def _return_log_probs(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:

@@ -147,3 +147,18 @@ def test_bf16_runs_and_stays_near_float32(models: dict, single: dict) -> None:
         result = run_ranks(bf16_update, layout["tp"], models["qwen3", True], layout)[0]
         assert result["grad_norm"] == pytest.approx(single["qwen3", True]["grad_norm"], rel=0.1)
         assert result["ratio/max_abs_log_ratio"] == 0.0
+
+
+def learning_rates(model: Path) -> list[float]:
+    from megatron_rl.algorithms.grpo import GRPO
+
+    config = tiny_config(model, "policy.optim.sched={name: linear, warmup_updates: 2, decay_updates: 4}")
+    policy, algorithm, samples = build_policy(config), GRPO(config), random_samples()
+    policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs")
+    policy.fill_log_probs(samples, [range(len(samples))], "ref_log_probs")
+    return [policy.train_step(samples, algorithm.loss)["lr"] for _ in range(5)]
+
+
+def test_the_first_update_of_a_warm_up_is_not_wasted(models: dict) -> None:
+    rates = run_ranks(learning_rates, 1, models["qwen3", True])[0]
+    assert rates == pytest.approx([0.0005, 0.001, 0.0005, 0.0, 0.0])
