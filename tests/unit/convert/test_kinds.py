@@ -30,7 +30,8 @@ from megatron_rl.errors import UserError
 SHAPE = ModelShape(
     family="qwen3", num_layers=2, hidden_size=6, num_attention_heads=4, num_key_value_heads=2, head_dim=2,
     intermediate_size=8, vocab_size=10, tied=False, norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, qkv_bias=True,
-    proj_bias=True, mlp_bias=True, qk_norm=True, max_position_embeddings=64, dtype="float32", bos_token_id=None,
+    proj_bias=True, mlp_bias=True, qk_norm=True, max_position_embeddings=64, initializer_range=0.02, dtype="float32",
+    bos_token_id=None,
     eos_token_ids=(), pad_token_id=None,
 )  # fmt: skip
 KINDS = [replicated("hidden"), column("ffn", "hidden"), row("hidden", "ffn"), row("hidden", "q"), vocab("hidden"),
