@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from megatron_rl.config import Config
 
 ALLOCATOR = {
-    # glibc returns large blocks to the kernel at once, and touching them anew is slow; keeping them makes training on a
-    # CPU about a third faster.
+    # glibc returns large blocks to the kernel at once, and touching them anew can be slow. What keeping them is worth
+    # depends on the machine: benchmarks/results/cpu_step.md.
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "67108864",

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 MATMUL_MAX_LENGTH = 512
-"""Up to here plain batched products beat torch's CPU flash attention, whose backward is slow for short sequences."""
+"""Up to here plain batched products, which use a CPU's matrix units in bf16; benchmarks/results/cpu_step.md has the figures."""
 
 
 class PackedCausalAttention(MegatronModule):
