@@ -1,0 +1,516 @@
+"""Ends a run that hangs, and says which rank waits in which phase for whom.
+
+A thread of each rank writes the rank's state to ``<run>/logs/state/rank_N.json`` and reads states of others:
+
+    main thread                thread of the watchdog, every 1/20 of the time limit, at most 5 s
+    phases, bars, beat() --->  write own state; read the right neighbour's (rank 0: everybody's, once it is idle itself)
+                               silent for the limit, or nobody moved for the limit?  first to notice: logs/hang.txt
+                               logs/hang.txt is there?  stacks to logs/stacks_rank_N.txt, exit with status 4
+
+Files and not a store over TCP, because a store lives in one process, and that process can be the one that is frozen. The
+run's folder is on a file system that all nodes share; checkpoints need that too. The price: while the file system itself
+hangs, so does the watchdog.
+
+A rank that waits for one that works does not hang, however long the work takes: what counts is that *no* rank has moved.
+So only one rank must look at all, and the reads grow with the number of ranks, not with its square. A rank that does not
+even write its state (stopped, its machine gone, the interpreter's lock held for ever) is found by its left neighbour, also
+if it is rank 0. Times are those that each process measures; clocks of different machines are never compared.
+
+This module imports nothing of the package, so that every room may call ``beat`` and ``note``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import linecache
+import os
+import signal
+import socket
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+EXIT_STATUS = 4
+"""Of a rank that the watchdog ends."""
+HANG = "hang: "
+"""How the message begins."""
+SETUP_S = 60.0
+"""Before the first step the limit is at least this: ranks import, read and build for a while without a sign of it."""
+_PACKAGE = str(Path(__file__).parent) + os.sep
+_LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_COLLECTIVES = tuple(f"torch/distributed/{name}.py" for name in ("distributed_c10d", "c10d_logger", "rendezvous"))
+
+
+# ---------------------------------------------------------------------------------------------------- what a rank does
+
+
+@dataclass
+class _Activity:
+    """What the main thread is at, as far as it has told."""
+
+    step: int = 0
+    """The one under way, as ``metrics.jsonl`` counts; 0 is before the first."""
+    outer: list[str] = field(default_factory=list)
+    inner: str = ""
+    num_phases: int = 0
+    """Phases entered. Ranks run the same program, so fewer means behind."""
+    progress: int = 0
+    """Grows with whatever is a sign of work."""
+    note: str = ""
+
+    @property
+    def phase(self) -> str:
+        names = [*self.outer, self.inner] if self.inner else self.outer
+        return "/".join(names) or ("setup" if self.step == 0 else "")
+
+
+_activity = _Activity()
+_watchdog: Watchdog | None = None
+
+
+def beat() -> None:
+    """Say that work goes on, such as a request answered. From any thread; costs nothing, with and without a watchdog.
+
+    Not for a thread that would go on although the work stands still: a beat on a timer hides every hang.
+    """
+    _activity.progress += 1
+
+
+def note(text: str) -> None:
+    """Set the line that the message quotes for this rank, such as ``120 of 256, waiting for server 1``; "" clears it.
+
+    It is not progress: a line about the same wait may change for ever.
+    """
+    _activity.note = text
+
+
+def set_step(step: int) -> None:
+    """A training step begins, counted from 1."""
+    _activity.step = step
+    beat()
+
+
+def enter(phase: str) -> None:
+    """The innermost open phase has changed; "" is none. For ``PhaseTimer``."""
+    _activity.inner = phase
+    _activity.num_phases += bool(phase)
+    beat()
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Name what is no phase of a step and has no timer, such as a checkpoint; phases inside are shown as name/phase."""
+    _activity.outer.append(name)
+    _activity.num_phases += 1
+    beat()
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"in phase {name}")
+        raise
+    finally:
+        _activity.outer.pop()
+        beat()
+
+
+# ---------------------------------------------------------------------------------------------------- what others see
+
+
+@dataclass(frozen=True)
+class State:
+    """One rank, as it describes itself."""
+
+    rank: int
+    pid: int
+    host: str
+    parent: int
+    """The launcher's pid."""
+    error_file: str
+    """Where the launcher looks for a message if this rank fails; "" without a launcher."""
+    beat: int
+    """Grows with every state written: that of a frozen process stands still."""
+    time: float
+    """Unix time, for people who read the file."""
+    step: int
+    phase: str
+    num_phases: int
+    progress: int
+    idle_s: float
+    """Since ``progress`` last grew."""
+    collective: str
+    """What the main thread waits in; "" where it is not in a collective."""
+    where: str
+    """Innermost function that is not of a library, as file:function."""
+    note: str = ""
+    has_ended: bool = False
+
+    @property
+    def name(self) -> str:
+        """Rank and process."""
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @property
+    def place(self) -> str:
+        """Phase and step."""
+        if self.step == 0:
+            return f"phase {self.phase}"
+        return f"phase {self.phase} of step {self.step}" if self.phase else f"step {self.step}, between phases"
+
+
+def locate(frame: FrameType | None) -> tuple[str, str]:
+    """Collective and place of a thread.
+
+    Returns:
+        Name of the collective that the innermost frames are in, or ""; and file:function of the innermost frame that is of
+        this package, its shared helpers in ``parallel`` left out, or of a user's own file. A collective on a GPU has
+        returned long before it is done, so its wait shows as the place that needs the result.
+    """
+    collective, where = _collective(frame), ""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        short = path.removeprefix(_PACKAGE) if path.startswith(_PACKAGE) else os.path.basename(path)
+        if _is_ours(path):
+            where = f"{short}:{frame.f_code.co_name}"
+            if not short.startswith("parallel/"):
+                break
+        frame = frame.f_back
+    return collective, where
+
+
+def _collective(frame: FrameType | None) -> str:
+    names: list[str] = []
+    innermost = frame
+    while frame is not None and frame.f_code.co_filename.endswith(_COLLECTIVES):
+        names.insert(0, frame.f_code.co_name)
+        frame = frame.f_back
+    for name in names:  # outermost first: all_gather_object and not the all_gather inside
+        if not name.startswith("_") and name != "wrapper":
+            return name
+    if names:  # several at once, started by a context manager: whoever uses it has the better name
+        while frame is not None and frame.f_code.co_filename == contextlib.__file__:
+            frame = frame.f_back
+        return frame.f_code.co_name if frame is not None else names[0]
+    # A collective that was started without waiting is waited for in C++: the caller's line is all that can be seen.
+    # Other waits (threads, processes) have a Python frame of their own. A frame that runs may have no line.
+    if innermost is None or innermost.f_lineno is None:
+        return ""
+    is_wait = ".wait()" in linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
+    return innermost.f_code.co_name if is_wait else ""
+
+
+def _is_ours(path: str) -> bool:
+    return path.startswith(_PACKAGE) or not path.startswith((*_LIBRARIES, "<"))
+
+
+# ---------------------------------------------------------------------------------------------------- who is to blame
+
+
+def explain(states: Sequence[State | None], silent_s: Mapping[int, float], limit: str) -> str:
+    """The message about a hang: who is waited for, and who waits.
+
+    Args:
+        states: of each rank, its last; None for one that never wrote any.
+        silent_s: ranks that no longer write, and since how many seconds.
+        limit: that was passed, such as ``900 s``.
+    """
+    awake = [state for state in states if state is not None and not state.has_ended and state.rank not in silent_s]
+    ended = [state for state in states if state is not None and state.has_ended and state.rank not in silent_s]
+    busy = [state for state in awake if not state.collective]
+    waiting = [state for state in awake if state.collective]
+    if silent_s:
+        culprits = list(silent_s)
+        lines = [_describe_silent(rank, states[rank], seconds) for rank, seconds in sorted(silent_s.items())]
+    elif busy and (waiting or ended):
+        behind = _furthest_behind(busy)
+        culprits = [state.rank for state in behind]
+        lines = _group(behind, lambda state: f"is busy in {_at(state)}, not in a collective")
+    elif ended:
+        culprits = [state.rank for state in ended]
+        lines = _group(ended, lambda _: "has ended its work")
+    elif len(behind := _furthest_behind(awake)) < len(awake):
+        culprits = [state.rank for state in behind]
+        lines = _group(behind, lambda state: f"is the furthest behind: {_does(state)}")
+    else:
+        culprits = []
+        places = {(state.collective, state.where) for state in awake}
+        lines = ["the ranks wait in different collectives, each for the others"] if waiting and len(places) > 1 else []
+    others = [state for state in awake if state.rank not in culprits]
+    whom = " for it" if len(culprits) == 1 else " for them" if culprits else ""
+    lines += _group(others, lambda state: _does(state, whom))
+    lines += [f"rank {state.rank} noted: {state.note}" for state in states if state is not None and state.note]
+    return "\n  ".join([f"{HANG}no progress for {limit}", *lines])
+
+
+def _furthest_behind(states: Sequence[State]) -> list[State]:
+    def position(state: State) -> tuple[int, int]:
+        return state.step, state.num_phases
+
+    first = min(map(position, states), default=None)
+    return [state for state in states if position(state) == first]
+
+
+def _describe_silent(rank: int, state: State | None, seconds: float) -> str:
+    if state is None:
+        return f"rank {rank} has given no sign of life since the start, {seconds:.0f} s ago"
+    return f"{state.name} has given no sign of life for {seconds:.0f} s; it was last seen in {_at(state)}"
+
+
+def _group(states: Iterable[State], describe: Callable[[State], str]) -> list[str]:
+    """One line for all ranks with the same description."""
+    groups: dict[str, list[State]] = {}
+    for state in states:
+        groups.setdefault(describe(state), []).append(state)
+    return [
+        f"{same[0].name} {text}" if len(same) == 1 else f"ranks {', '.join(str(s.rank) for s in same)}: each {text}"
+        for text, same in groups.items()
+    ]
+
+
+def _does(state: State, whom: str = "") -> str:
+    return f"waits{whom} in {state.collective}, {_at(state)}" if state.collective else f"is busy in {_at(state)}"
+
+
+def _at(state: State) -> str:
+    return f"{state.place}, at {state.where}" if state.where else state.place
+
+
+# ---------------------------------------------------------------------------------------------------- the thread
+
+
+class Watchdog:
+    """One rank's thread: publishes, listens, and ends the process where the run hangs."""
+
+    def __init__(self, directory: Path, *, rank: int, world_size: int, timeout_s: float) -> None:
+        """Start to watch.
+
+        Args:
+            directory: ``<run>/logs``, the same for all ranks.
+            rank: this one.
+            world_size: all of them.
+            timeout_s: limit in seconds; a hang ends the run at most a quarter later.
+        """
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self.interval_s = min(timeout_s / 20, 5.0)
+        self._hang_file = directory / "hang.txt"
+        self._state_dir = directory / "state"
+        self._stacks_file = directory / f"stacks_rank_{rank}.txt"
+        self._state_dir.mkdir(parents=True, exist_ok=True)
+        for old in (self._hang_file, self._stacks_file, self._state_file(rank)):
+            old.unlink(missing_ok=True)
+        self._host, self._parent = socket.gethostname(), os.getppid()
+        self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+        self._num_written = 0
+        self._ticked_s = time.monotonic()
+        self._now_s = 0.0
+        """A clock that stands still while this process does: after Ctrl-Z and fg nobody has been idle or silent."""
+        self._progress, self._moved_s = -1, 0.0
+        self._states: dict[int, State] = {}
+        self._heard_s: dict[int, float] = {}
+        self._verdict = ""
+        """This rank's own message, should it be the first or the disk be full."""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    @property
+    def limit_s(self) -> float:
+        """Of this moment, in seconds."""
+        return self.timeout_s if _activity.step > 0 else max(self.timeout_s, SETUP_S)
+
+    def stop(self) -> None:
+        """This rank's work is over, and the others need not wonder about it."""
+        self._stopping.set()
+        self._thread.join()
+        self._write_state(has_ended=True)
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(self.interval_s):
+            moment = time.monotonic()
+            self._now_s += min(moment - self._ticked_s, 3 * self.interval_s)
+            self._ticked_s = moment
+            if self._progress != _activity.progress:
+                self._progress, self._moved_s = _activity.progress, self._now_s
+            self._write_state()
+            self._listen(self._whom_to_watch())
+            if self._is_hang():
+                self._accuse()
+            if self._verdict or self._hang_file.exists():
+                self._leave()
+
+    # ------------------------------------------------------------------------------------------------ states
+
+    def _state_file(self, rank: int) -> Path:
+        return self._state_dir / f"rank_{rank}.json"
+
+    def _write_state(self, *, has_ended: bool = False) -> None:
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        collective, where = locate(sys._current_frames().get(main_thread))
+        self._num_written += 1
+        state = State(
+            rank=self.rank,
+            pid=os.getpid(),
+            host=self._host,
+            parent=self._parent,
+            error_file=self._error_file,
+            beat=self._num_written,
+            time=time.time(),
+            step=_activity.step,
+            phase=_activity.phase,
+            num_phases=_activity.num_phases,
+            progress=_activity.progress,
+            idle_s=self._now_s - self._moved_s,
+            collective=collective,
+            where=where,
+            note=_activity.note,
+            has_ended=has_ended,
+        )
+        self._states[self.rank], self._heard_s[self.rank] = state, self._now_s
+        with contextlib.suppress(OSError):  # a full disk: the next one may succeed, and its own writer will complain
+            _write_whole(self._state_file(self.rank), json.dumps(asdict(state)))
+
+    def _whom_to_watch(self) -> Iterable[int]:
+        """The right neighbour; everybody once there is a doubt, in time to know by the end of the limit who is silent."""
+        neighbour = (self.rank + 1) % self.world_size
+        is_idle = self.rank == 0 and self._now_s - self._moved_s > self.limit_s / 2
+        if is_idle or self._silent_s(neighbour) > self.limit_s / 2:
+            return range(self.world_size)
+        for rank in self._heard_s.keys() - {neighbour, self.rank}:  # what was heard is old when the next doubt comes
+            del self._heard_s[rank]
+        return [neighbour]
+
+    def _listen(self, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            if rank == self.rank:
+                continue
+            state = _read_state(self._state_file(rank))
+            if state is not None and state.has_ended and rank not in self._states:
+                state = None  # left by an earlier run in this folder
+            is_news = state is not None and (rank not in self._states or self._states[rank].beat != state.beat)
+            if state is not None:
+                self._states[rank] = state
+            if is_news or rank not in self._heard_s or (state is not None and state.has_ended):
+                self._heard_s[rank] = self._now_s
+
+    def _silent_s(self, rank: int) -> float:
+        return self._now_s - self._heard_s.get(rank, self._now_s)
+
+    # ------------------------------------------------------------------------------------------------ the end
+
+    def _is_hang(self) -> bool:
+        """Whether a rank is silent for the limit, or no rank that still speaks has moved for it (rank 0 looks at all)."""
+        if any(self._silent_s(rank) >= self.limit_s for rank in self._heard_s):
+            return True
+        if self._heard_s.keys() != set(range(self.world_size)):
+            return False
+        moving = (
+            state.idle_s + self._silent_s(rank)
+            for rank, state in self._states.items()
+            if rank not in self._silent() and not state.has_ended
+        )
+        return min(moving) >= self.limit_s
+
+    def _silent(self) -> dict[int, float]:
+        """Ranks that missed five states in a row."""
+        seconds = {rank: self._silent_s(rank) for rank in self._heard_s}
+        return {rank: silent for rank, silent in seconds.items() if silent >= self.limit_s / 4}
+
+    def _accuse(self) -> None:
+        """Write the message, unless another rank was first."""
+        states = [self._states.get(rank) for rank in range(self.world_size)]
+        limit = f"{self.limit_s:g} s ({'trainer.hang_timeout_s' if _activity.step else 'in setup'})"
+        self._verdict = explain(states, self._silent(), limit)
+        self._verdict += f"\n  stacks: {self._hang_file.parent}/stacks_rank_*.txt"
+        own = self._hang_file.with_name(f"hang.{self.rank}.tmp")
+        with contextlib.suppress(OSError):
+            own.write_text(self._verdict + "\n")
+            try:
+                os.link(own, self._hang_file)  # unlike a rename it fails where the name is taken
+            finally:
+                own.unlink()
+
+    def _leave(self) -> None:
+        """End this process with the message."""
+        text = self._verdict
+        with contextlib.suppress(OSError):
+            text = self._hang_file.read_text().rstrip()
+        with contextlib.suppress(OSError), open(self._stacks_file, "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        if self.rank > 0 or not self._error_file:  # the launcher prints it to the console, once
+            os.write(2, f"error: {text}\n".encode())  # not sys.stderr: the main thread may hold its lock
+        stopped = [state for state in map(self._read_sibling, range(self.world_size)) if state is not None]
+        for error_file in {self._error_file, *(state.error_file for state in stopped)} - {""}:
+            # Whose end the launcher sees first is chance, so that all of them carry the message.
+            write_error_file(Path(error_file), text)
+        time.sleep(2 * self.interval_s)  # so long do the others need to see the file: then their stacks are there too
+        for state in stopped:
+            # The launcher would ask it to end, which a stopped process does not hear, and wait for half a minute.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(state.pid, signal.SIGKILL)
+        os._exit(EXIT_STATUS)
+
+    def _read_sibling(self, rank: int) -> State | None:
+        """The state of another rank of our launcher whose process is stopped (SIGSTOP)."""
+        state = _read_state(self._state_file(rank))
+        if state is None or rank == self.rank or (state.host, state.parent) != (self._host, self._parent):
+            return None
+        try:
+            status, parent = Path(f"/proc/{state.pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            return None
+        return state if status in "tT" and int(parent) == self._parent else None
+
+
+def _read_state(path: Path) -> State | None:
+    try:
+        return State(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # not there yet; or half a file, or one of another version
+        return None
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------- for the runtime
+
+
+def start(directory: Path, *, rank: int, world_size: int, timeout_s: float | None) -> None:
+    """Watch this process until ``stop``; see ``Watchdog``. ``timeout_s`` None watches nothing."""
+    global _watchdog, _activity
+    assert _watchdog is None, "this process is watched already"
+    _activity = _Activity()
+    if timeout_s is not None:
+        _watchdog = Watchdog(directory, rank=rank, world_size=world_size, timeout_s=timeout_s)
+
+
+def stop() -> None:
+    """End the watch, where there is one."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.stop()
+        _watchdog = None
+
+
+def report_failure(error: BaseException, rank: int) -> None:
+    """Tell the launcher why this rank ends, where there is a launcher to tell."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        notes = [*getattr(error, "__notes__", []), *([f"step {_activity.step}"] if _activity.step else [])]
+        where = f" ({', '.join(notes)})" if notes else ""
+        write_error_file(Path(path), f"rank {rank} failed{where}: {type(error).__name__}: {error}")
+
+
+def write_error_file(path: Path, text: str) -> None:
+    """Leave a message for the launcher in torchrun's format."""
+    with contextlib.suppress(OSError):
+        _write_whole(path, json.dumps({"message": text, "timestamp": time.time()}))
