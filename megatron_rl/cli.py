@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -14,6 +15,19 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 ConfigPath = Annotated[str, typer.Argument(help="YAML file; start from one in configs/", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", metavar="[KEY=VALUE]...")]
 
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Where several nodes meet: an address of node 0 that all reach, and a port that is free there (29500 if left "
+        "out). Else MASTER_ADDR and MASTER_PORT; else the first host of the Slurm job, and a port from the job's number.",
+        metavar="HOST:PORT",
+    ),
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(help="Which of several nodes this is, from 0. Else NODE_RANK; else SLURM_NODEID.", metavar="N"),
+]
+
 
 @app.callback()
 def _verbs() -> None:
@@ -21,14 +35,21 @@ def _verbs() -> None:
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train, or go on where the last run with this config stopped."""
+def train(
+    config: ConfigPath, overrides: Overrides = None, rdzv_endpoint: Endpoint = None, node_rank: NodeRank = None
+) -> None:
+    """Train, or go on where the last run with this config stopped.
+
+    With trainer.num_nodes above 1, give the same command on every node. The nodes meet at node 0, whose address and each
+    node's rank come from the options below, else from MASTER_ADDR, MASTER_PORT and NODE_RANK, else from Slurm.
+    """
     from megatron_rl.config import check_files, load_config
-    from megatron_rl.launch import start
+    from megatron_rl.launch import find_meeting, start
 
     checked = load_config(config, overrides or [])
+    meeting = find_meeting(checked, rdzv_endpoint, node_rank, os.environ)
     check_files(checked)
-    start(checked, config, overrides or [])
+    start(checked, config, overrides or [], meeting)
 
 
 @app.command()

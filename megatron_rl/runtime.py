@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import hashlib
+import json
 import os
-import signal
+import socket
 import sys
+import time
 import traceback
+import uuid
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
 import megatron_rl.patches
+from megatron_rl import lifetime, watchdog
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
+from megatron_rl.metrics import terminal
+from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,9 @@ class Runtime:
 def run_rank(config: Config, work: Callable[[Runtime], None]) -> int:
     """Set a rank up, do its work, and end it cleanly: one message for the user, a status, nothing left behind.
 
-    A ``UserError`` is raised by all ranks alike; rank 0 prints it. Anything else is a defect: its traceback goes to the
-    rank's log (rank 0: the console), and the launcher ends the other ranks.
+    A ``UserError`` is raised by all ranks alike; the first rank of each node prints it, and ranks above 0 put it into
+    their logs. Anything else is a defect: its traceback goes to the rank's log (rank 0: the console), and the launcher
+    ends the other ranks. A hang ends all ranks, see ``watchdog``.
 
     Args:
         config: of the run.
@@ -43,32 +52,164 @@ def run_rank(config: Config, work: Callable[[Runtime], None]) -> int:
     Returns:
         Exit status: 0, or 2 for something that the user can fix.
     """
-    _die_with_parent()
+    lifetime.die_with(os.getppid())  # a launcher that is killed outright leaves no orphan that trains on
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank > 0:
-        _log_to_file(config.exp_manager.run_dir / "logs" / f"rank_{rank}.log")
+    console = _console(rank)
+    device, problem = torch.device("cpu"), None
     try:
-        _check_world_size(config, world_size)
-        runtime = Runtime(rank, world_size, _device(config))
-        if runtime.device.type == "cpu":
-            torch.set_num_threads(threads_per_rank(config))
+        try:
+            device = _set_up(config, rank, world_size)
+        except UserError as error:
+            if world_size == 1:
+                raise
+            problem = error
         for package in ("megatron", "torch"):  # what they lack or deprecate is not news to our users
             warnings.filterwarnings("ignore", module=package)
-        megatron_rl.patches.apply()
-        if not dist.is_initialized():  # a test may bring ranks of its own
-            _join_others(config, runtime)
+        megatron_rl.patches.apply(device.type)
+        runtime = Runtime(rank, world_size, device)
+        _meet(config, runtime, problem)
         work(runtime)
     except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if console is not None:
+            print(f"error: {error}", file=console, flush=True)
+        if rank > 0:  # to its log: should this rank alone have failed, the launcher points there
+            with contextlib.suppress(OSError):  # the error may be that the disk is full
+                os.write(2, f"error: {error}\n".encode())
+        have_all_spoken = _wait_for_others_to_speak()
+        if have_all_spoken and console is None and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(10.0)  # cut short by the launcher, who shall see the rank that has spoken go first
+        watchdog.stop()
         return 2
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
+        watchdog.report_failure(error, rank)
         # Leave at once: the others may wait for this rank in a collective, and torch's own clean-up would wait for them.
         os._exit(1)
     dist.destroy_process_group()
+    watchdog.stop()
     return 0
+
+
+def _set_up(config: Config, rank: int, world_size: int) -> torch.device:
+    """What a rank needs no other for: its log, its watchdog, its device."""
+    logs = config.exp_manager.run_dir / "logs"
+    if rank > 0:
+        with _writing(logs):
+            _log_to_file(logs / f"rank_{rank}.log")
+    _check_world_size(config, world_size)
+    # Before the ranks meet: one that never arrives is a hang as well.
+    with _writing(logs):
+        watchdog.start(logs, rank=rank, world_size=world_size, timeout_s=config.trainer.hang_timeout_s)
+    terminal.listen(watchdog.beat)
+    device = _device(config)
+    if device.type == "cpu":
+        torch.set_num_threads(threads_per_rank(config))
+    return device
+
+
+def _meet(config: Config, runtime: Runtime, problem: UserError | None) -> None:
+    """Join the other ranks, and agree with them that the run can start.
+
+    Args:
+        config: of the run, as this rank has read it.
+        runtime: this rank.
+        problem: why this rank cannot start. It comes as far as this to say so: otherwise the ranks of other nodes, whose
+            launchers know nothing of it, would wait for it until their time limit.
+    """
+    if not dist.is_initialized():  # a test may bring ranks of its own
+        _join_others(config, runtime)
+    assert dist.group.WORLD is not None
+    _check_same_config(config)
+    with all_ranks_agree(dist.group.WORLD):
+        if problem is not None:
+            raise problem
+    if config.trainer.num_nodes > 1:
+        _check_shared_folder(config, runtime.rank)
+
+
+def _check_same_config(config: Config) -> None:
+    """Before anything is written: a node with another file or other overrides would train something else, or hang."""
+    text = json.dumps(asdict(config), sort_keys=True, default=str)
+    assert dist.group.WORLD is not None
+    digests = gather_json(hashlib.blake2b(text.encode()).hexdigest(), dist.group.WORLD)
+    if len(set(digests)) > 1:  # alike on all ranks, so that all of them or none gather the rest
+        raise difference([json.loads(text) for text in gather_json(text, dist.group.WORLD)])
+
+
+def difference(configs: Sequence[dict[str, Any]]) -> UserError:
+    """The first key in which some rank's config is not that of rank 0, and the names of all such keys.
+
+    Args:
+        configs: resolved config of each rank, as nested dicts; at least one differs.
+    """
+    flat = [dict(_leaves(config)) for config in configs]
+    keys = sorted({key for of_rank in flat for key in of_rank})
+    keys = [key for key in keys if any(of_rank.get(key) != flat[0].get(key) for of_rank in flat)]
+    first = keys[0]
+    values = [of_rank.get(first) for of_rank in flat]
+    theirs = next(value for value in values if value != values[0])
+    ranks = ", ".join(str(rank) for rank, value in enumerate(values) if value == theirs)
+    further = f" (also different: {', '.join(keys[1:])})" if keys[1:] else ""
+    return UserError(
+        first,
+        None,
+        f"rank 0 has {values[0]!r}, rank {ranks} {theirs!r}, and all nodes must run the same config{further}",
+        "start every node with the same YAML file and the same overrides",
+    )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_shared_folder(config: Config, rank: int) -> None:
+    """All ranks write parts of a checkpoint, and the watchdog's files are read by all: one folder, seen by every node."""
+    assert dist.group.WORLD is not None
+    folder = config.exp_manager.run_dir
+    # A name never looked up before: file systems remember for a while what was not there.
+    mark = folder / f".seen_by_all.{broadcast_json(uuid.uuid4().hex, dist.group.WORLD)}"
+    with all_ranks_agree(dist.group.WORLD):
+        if rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            except OSError as error:
+                rule = f"cannot be written to ({error.strerror})"
+                raise UserError("exp_manager.exp_dir", str(folder), rule, "choose another folder") from None
+    try:
+        with all_ranks_agree(dist.group.WORLD):
+            if not mark.exists():
+                raise UserError(
+                    "exp_manager.exp_dir",
+                    str(folder),
+                    f"rank {rank} on {socket.gethostname()} does not see there what rank 0 has written",
+                    "choose a folder on a file system that all nodes share, by its full path",
+                )
+    finally:
+        if rank == 0:
+            mark.unlink(missing_ok=True)
+
+
+def _wait_for_others_to_speak() -> bool:
+    """Wait for all ranks: a launcher ends its ranks as soon as one has gone, and who goes breaks connections.
+
+    Returns:
+        Whether they came; not for an error of this rank alone.
+    """
+    if not dist.is_initialized():
+        return False
+    try:
+        work = dist.all_reduce(torch.zeros(1), async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=5))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _join_others(config: Config, runtime: Runtime) -> None:
@@ -93,6 +234,13 @@ def _device(config: Config) -> torch.device:
         raise UserError("trainer.accelerator", wanted, "torch sees no GPU here", "use cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if config.trainer.devices > torch.cuda.device_count():
+        raise UserError(
+            "trainer.devices",
+            config.trainer.devices,
+            f"every rank needs a GPU of its own, and torch sees {torch.cuda.device_count()} here",
+            "lower it, make more GPUs visible, or set trainer.accelerator=cpu",
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
@@ -108,6 +256,22 @@ def _check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+def _console(rank: int) -> TextIO | None:
+    """Where this rank may speak to the user: one rank of each node may, also after its output has gone to its log."""
+    if int(os.environ.get("LOCAL_RANK", rank)) > 0:
+        return None
+    return sys.stderr if rank == 0 else os.fdopen(os.dup(2), "w")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        rule = f"this rank cannot write there ({error.strerror})"
+        raise UserError("exp_manager.exp_dir", str(folder), rule, "give a folder that every rank can write") from error
+
+
 def _log_to_file(path: Path) -> None:
     """Send this process's output, that of libraries included, to a file; the console belongs to rank 0."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,12 +279,3 @@ def _log_to_file(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _die_with_parent() -> None:
-    """A rank whose launcher is killed outright is killed too (Linux), so that no orphan trains on."""
-    pr_set_pdeathsig = 1
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died in between
-        os._exit(1)

@@ -1,0 +1,80 @@
+"""Decisions before the ranks meet, and what the launcher says when one of them fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+import megatron_rl.patches
+from megatron_rl import launch, runtime
+from megatron_rl.config import load_config
+from megatron_rl.errors import UserError
+from tests.forked import run_ranks
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+
+
+def config(*overrides: str):
+    return load_config(TINY, ["policy.model_path=m", *overrides])
+
+
+def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(UserError, match=r"trainer\.devices = 2.*torch sees 1 here"):
+            runtime._device(config("trainer.accelerator=auto", "trainer.devices=2"))
+
+
+def patched_for(directory: Path) -> list[str | None]:
+    """The device types that a CPU run on a machine with CUDA asks patches for."""
+    asked: list[str | None] = []
+    torch.cuda.is_available = lambda: True
+    megatron_rl.patches.apply = lambda device_type=None: asked.append(device_type) or []
+    assert runtime.run_rank(config(f"exp_manager.exp_dir={directory}"), lambda _runtime: None) == 0
+    return asked
+
+
+def test_patches_follow_the_device_of_the_run(tmp_path: Path) -> None:
+    assert run_ranks(patched_for, 1, tmp_path) == [["cpu"]]
+
+
+def status_without_a_log(directory: Path) -> int:
+    return runtime.run_rank(config(f"exp_manager.exp_dir={directory}", "trainer.devices=2"), lambda _runtime: None)
+
+
+def test_a_log_that_cannot_be_opened_is_a_user_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run_ranks(status_without_a_log, 2, tmp_path / "file") == [2, 2]
+    assert "exp_manager.exp_dir = " in capfd.readouterr().err
+
+
+def what_the_launcher_says(monkeypatch: pytest.MonkeyPatch, *failed_ranks: int) -> tuple[int, str | None]:
+    failures = {
+        rank: SimpleNamespace(
+            local_rank=rank, exitcode=2, message="", error_file_data={}, timestamp=rank, signal_name=lambda: ""
+        )
+        for rank in failed_ranks
+    }
+    error = ChildFailedError.__new__(ChildFailedError)
+    error.name, error.failures = "ranks", failures  # type: ignore[assignment]
+
+    def torchrun(_arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.distributed.run.main", torchrun)
+    return launch._run_torchrun(None)
+
+
+def test_the_launcher_points_at_the_log_of_a_rank_that_failed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, message = what_the_launcher_says(monkeypatch, 1)
+    assert status == 2 and message is not None and "rank 1" in message and "logs/rank_1.log" in message
+
+
+def test_the_launcher_is_silent_where_rank_0_has_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert what_the_launcher_says(monkeypatch, 0, 1) == (2, None)
