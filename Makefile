@@ -1,22 +1,27 @@
 # make quickstart, make test: each makes .venv, installs pinned requirements, and runs.
+#   ENGINE=sglang  quickstart with rollouts from a real SGLang server
 #   PLATFORM=gpu   takes requirements/gpu.txt (default: cpu)
 #   PYTHON=...     the interpreter of the virtual environment
 
 PLATFORM ?= cpu
+ENGINE ?= transformers
 PYTHON ?= $(if $(filter gpu,$(PLATFORM)),python3.12,python3.11)
 BIN := .venv/bin
 RUN_STAMP := .venv/.installed-$(PLATFORM)
+SGLANG_STAMP := .venv/.installed-sglang-$(PLATFORM)
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: quickstart test lint format bench clean
+.PHONY: quickstart sglang test lint format bench clean
 
-quickstart: $(RUN_STAMP)
-	$(BIN)/python examples/quickstart/run.py
+quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
+	$(BIN)/python examples/quickstart/run.py --engine $(ENGINE)
 
-test: $(RUN_STAMP) $(DEV_STAMP)
+sglang: $(SGLANG_STAMP)
+
+test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(BIN)/python -m pytest
 
-lint: $(RUN_STAMP) $(DEV_STAMP)
+lint: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy megatron_rl patches
@@ -34,6 +39,10 @@ $(BIN)/python:
 $(RUN_STAMP): requirements/$(PLATFORM).txt setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/$(PLATFORM).txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(SGLANG_STAMP): requirements/sglang_$(PLATFORM).txt | $(RUN_STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang_$(PLATFORM).txt
 	touch $@
 
 $(DEV_STAMP): requirements/dev.txt | $(RUN_STAMP)

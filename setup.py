@@ -22,6 +22,7 @@ RUNTIME = [
     "typer",
     "math-verify[antlr4_13_2]==0.9.0",
     "pebble>=5.2",
+    "aiohttp",
     "rich",
     "matplotlib",
     "tensorboard",
@@ -30,7 +31,7 @@ RUNTIME = [
 EXTRAS = {
     # NVIDIA Apex is used where it is installed from source; PyPI's `apex` is another project.
     "gpu": ["transformer-engine[pytorch,core_cu13]"],
-    "sglang": ["sglang"],  # pulls torch of its own choice: prefer the project's requirement file for servers
+    "sglang": ["sglang", "sglang-router"],  # pulls torch of its own choice: prefer requirements/sglang_*.txt
     "nemo": ["nemo-toolkit>=2.7,<3"],  # readers of NeMo 2 checkpoints; 3.0 is speech only
     "wandb": ["wandb"],
     "mlflow": ["mlflow"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,14 @@ class Groups:
         return dist.get_world_size()
 
 
-def build_groups(*, tensor_parallel_size: int, pipeline_parallel_size: int, device: torch.device, seed: int) -> Groups:
+def build_groups(
+    *,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    device: torch.device,
+    seed: int,
+    timeout_s: float = 1800.0,
+) -> Groups:
     """Create Megatron's model-parallel groups and seed its generators. Needs an initialised ``torch.distributed``.
 
     Args:
@@ -73,15 +81,20 @@ def build_groups(*, tensor_parallel_size: int, pipeline_parallel_size: int, devi
         pipeline_parallel_size: ranks that share the layers out.
         device: where this rank's model lives.
         seed: of Megatron's model-parallel generators (dropout, random initialisation).
+        timeout_s: of every collective in these groups; a new group does not take over the timeout of the default one. A
+            run passes ``trainer.timeout_s``; what is here serves tests and benchmarks.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel_size, pipeline_model_parallel_size=pipeline_parallel_size
+        tensor_model_parallel_size=tensor_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
+        distributed_timeout_minutes=timeout_s / 60,  # Megatron says int, and makes a timedelta of it
     )
     model_parallel_cuda_manual_seed(seed)
-    cpu_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    timeout = timedelta(seconds=timeout_s)
+    cpu_group = dist.group.WORLD if _is_gloo() else dist.new_group(backend="gloo", timeout=timeout)
     assert cpu_group is not None
     return Groups(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
@@ -90,3 +103,8 @@ def build_groups(*, tensor_parallel_size: int, pipeline_parallel_size: int, devi
         cpu_group=cpu_group,
         device=device,
     )
+
+
+def _is_gloo() -> bool:
+    """Whether the default group carries host data."""
+    return dist.get_backend() == "gloo"

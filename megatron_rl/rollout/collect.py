@@ -46,6 +46,18 @@ class Collector:
         Returns:
             P groups of G rollouts.
         """
+        groups = self.collect_first(
+            len(prompts), prompts, num_generations=num_generations, sampling=sampling, purpose=purpose
+        )
+        return [group for group in groups if group is not None]
+
+    def collect_first(
+        self, num_groups: int, prompts: Sequence[Prompt], *, num_generations: int, sampling: Sampling, purpose: str
+    ) -> list[RolloutGroup | None]:
+        """``collect`` until ``num_groups`` are whole; the others are None.
+
+        What is whole first is short, so this leans towards short responses.
+        """
         repeated = [prompt for prompt in prompts for _ in range(num_generations)]
         requests = [
             Request(
@@ -59,19 +71,16 @@ class Collector:
             for index, prompt in enumerate(repeated)
         ]
         with self.timer("generation"):
-            completions = self.engine.generate(requests)
+            results = self.engine.generate(requests, group_size=num_generations, num_groups=num_groups)
+        whole = [i for i in range(len(prompts)) if results[i * num_generations] is not None]
+        completions = [result for result in results if result is not None]
         with self.timer("scoring"):
-            scores = self.scorer.score(repeated, completions)
+            scores = self.scorer.score([prompts[i] for i in whole for _ in range(num_generations)], completions)
         rollouts = [Rollout(completion, score) for completion, score in zip(completions, scores)]
-        return [
-            RolloutGroup(prompt, rollouts[i * num_generations : (i + 1) * num_generations])
-            for i, prompt in enumerate(prompts)
-        ]
-
-    def close(self) -> None:
-        """Stop engine and scorer."""
-        self.scorer.close()
-        self.engine.close()
+        groups: list[RolloutGroup | None] = [None] * len(prompts)
+        for n, i in enumerate(whole):
+            groups[i] = RolloutGroup(prompts[i], rollouts[n * num_generations : (n + 1) * num_generations])
+        return groups
 
 
 def _request_seed(seed: int, purpose: str, index: int) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from megatron_rl.types import Completion, Request
+
+WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Gives all current weights, Hugging Face names and full tensors, each time it is called. A collective; every rank
+consumes it to the end. Valid until the next optimizer update."""
 
 
 class RolloutEngine(Protocol):
@@ -18,19 +22,26 @@ class RolloutEngine(Protocol):
         """Publish counter of the weights that ``generate`` samples from; -1 before the first ``update_weights``."""
         ...
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Complete every request.
+    def generate(
+        self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
+    ) -> list[Completion | None]:
+        """Complete requests, all of them or until enough groups are whole.
+
+        Args:
+            requests: consecutive ``group_size`` ones form a group.
+            group_size: divides the number of requests.
+            num_groups: whole groups that suffice; None asks for all. An engine may return more.
 
         Returns:
-            One completion per request, in order, the same list on every rank.
+            One entry per request, in order, the same on every rank; None in groups that were not whole in time.
         """
         ...
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: WeightSource, version: int) -> None:
         """Replace all weights.
 
         Args:
-            named_tensors: Hugging Face names and full tensors; consumed to the end on every rank.
+            weights: the engine may call it again, before the next update, for a server that had to be restarted.
             version: the publish counter that completions will carry from now on.
         """
         ...
@@ -45,6 +56,10 @@ class RolloutEngine(Protocol):
 
     def health(self) -> str | None:
         """None when the engine can serve, else what is wrong."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What went wrong and was mended since the last call, as ``rollout/<what>``: retries, restarts."""
         ...
 
     def close(self) -> None:

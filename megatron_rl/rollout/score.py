@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from megatron_rl.parallel.agree import broadcast_json
 from megatron_rl.rewards.pool import ScoringPool
 from megatron_rl.types import Completion, Prompt, Score
 
@@ -45,21 +44,9 @@ class Scorer:
                 [c.response_ids.tolist() for c in completions], skip_special_tokens=True
             )
             scores = self._pool.score([(p.problem.answer, text) for p, text in zip(prompts, texts)])
-        return [Score(**fields) for fields in _broadcast([asdict(score) for score in scores], self._group)]
+        return [Score(**fields) for fields in broadcast_json([asdict(score) for score in scores], self._group)]
 
     def close(self) -> None:
         """Stop the workers."""
         if self._pool is not None:
             self._pool.close()
-
-
-def _broadcast(value: Any, group: dist.ProcessGroup) -> Any:
-    """Plain data of rank 0, to all, as bytes of JSON: no pickles between ranks."""
-    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    size = torch.tensor([len(encoded)])
-    source = dist.get_global_rank(group, 0)
-    dist.broadcast(size, source, group=group)
-    if dist.get_rank(group) != 0:
-        encoded = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(encoded, source, group=group)
-    return json.loads(encoded.numpy().tobytes())

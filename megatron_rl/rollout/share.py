@@ -1,4 +1,4 @@
-"""Completions that each rank made, given to every rank, as flat tensors."""
+"""Completions of one rank or of each, given to every rank, as flat tensors."""
 
 from __future__ import annotations
 
@@ -69,3 +69,30 @@ def _gather_uneven(values: Tensor, sizes: Sequence[int], group: dist.ProcessGrou
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
     return [part[:size].clone() for part, size in zip(parts, sizes)]
+
+
+def broadcast_completions(completions: Sequence[Completion] | None, group: dist.ProcessGroup) -> list[Completion]:
+    """The completions of the group's first rank, on every rank.
+
+    Args:
+        completions: on the first rank; ignored on the others.
+        group: all ranks, over gloo.
+    """
+    source = dist.get_global_rank(group, 0)
+    if dist.get_rank(group) == 0:
+        assert completions is not None
+        flat = flatten(completions)
+        sizes = torch.tensor([len(flat["meta"]), len(flat["ids"])])
+    else:
+        sizes = torch.zeros(2, dtype=torch.int64)
+    dist.broadcast(sizes, source, group=group)
+    rows, tokens = sizes.tolist()
+    if dist.get_rank(group) != 0:
+        flat = {
+            "meta": torch.empty(rows, 3, dtype=torch.int64),
+            "ids": torch.empty(tokens, dtype=torch.int64),
+            "log_probs": torch.empty(tokens),
+        }
+    for tensor in flat.values():
+        dist.broadcast(tensor, source, group=group)
+    return unflatten(flat)

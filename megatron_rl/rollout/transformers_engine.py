@@ -7,7 +7,7 @@ not depend on which rank or batch it was generated in (up to rounding).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.metrics import progress
+from megatron_rl.rollout.engine import WeightSource
 from megatron_rl.rollout.share import gather_completions
 from megatron_rl.types import Completion, FinishReason, Request
 
@@ -53,15 +54,20 @@ class TransformersEngine:
         self.stop_ids, self.pad_id = list(stop_ids), pad_id
         self.weight_version = -1
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """See ``RolloutEngine``. Rank r takes requests r, r + world size, ...: long and short prompts spread evenly."""
+    def generate(
+        self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
+    ) -> list[Completion | None]:
+        """See ``RolloutEngine``; completes all.
+
+        Rank r takes requests r, r + world size, ...: long and short prompts spread evenly.
+        """
         assert self.weight_version >= 0, "generate before the first update_weights"
         rank, world_size = dist.get_rank(self.cpu_group), dist.get_world_size(self.cpu_group)
         mine = self._generate_share(requests[rank::world_size])
         by_rank = gather_completions(mine, self.cpu_group)
         return [by_rank[index % world_size][index // world_size] for index in range(len(requests))]
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: WeightSource, version: int) -> None:
         """See ``RolloutEngine``.
 
         Raises:
@@ -69,7 +75,7 @@ class TransformersEngine:
         """
         targets = dict(self.model.named_parameters())
         with torch.no_grad():
-            for name, tensor in named_tensors:
+            for name, tensor in weights():
                 target = targets.pop(name, None)
                 if target is None or target.shape != tensor.shape:
                     raise RuntimeError(f"weight sync: {name} {tuple(tensor.shape)} does not fit the rollout model")
@@ -87,6 +93,10 @@ class TransformersEngine:
     def health(self) -> str | None:
         """See ``RolloutEngine``."""
         return None if self.weight_version >= 0 else "no weights yet"
+
+    def metrics(self) -> dict[str, float]:
+        """See ``RolloutEngine``: nothing is ever mended here."""
+        return {}
 
     def close(self) -> None:
         """See ``RolloutEngine``."""

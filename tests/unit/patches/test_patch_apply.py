@@ -39,6 +39,7 @@ def test_each_patch_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     from megatron_rl.patches import megatron_core
 
     monkeypatch.setattr(patches, "_applied", None)
+    monkeypatch.setattr(patches, "_device_type", None)
     monkeypatch.setattr(megatron_core, "apply_cpu", lambda: ["rope"])
     monkeypatch.setattr(megatron_core, "apply_everywhere", lambda: ["checkpoint"])
     with caplog.at_level(logging.INFO, logger="megatron_rl.patches"):
@@ -51,8 +52,22 @@ def test_each_patch_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 
 def test_only_checkpoints_are_patched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches, "_applied", None)
+    monkeypatch.setattr(patches, "_device_type", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert patches.apply() == ["megatron_core.checkpoint", "megatron_core.checkpoint_errors"]
+
+
+def test_a_cpu_run_on_a_machine_with_cuda_is_patched_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rl.patches import megatron_core
+
+    monkeypatch.setattr(patches, "_applied", None)
+    monkeypatch.setattr(patches, "_device_type", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(megatron_core, "apply_cpu", lambda: ["rope"])
+    assert "megatron_core.rope" in patches.apply("cpu")
+    assert "megatron_core.rope" in patches.apply()  # whoever does not say gets what there is
+    with pytest.raises(RuntimeError, match="patched for cpu and cannot serve cuda"):
+        patches.apply("cuda")
 
 
 @pytest.mark.parametrize("package", ["psutil", "tqdm"])

@@ -1,0 +1,178 @@
+"""One SGLang server over HTTP: its field names and its errors, translated here and nowhere else."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import torch
+from torch import Tensor
+
+from megatron_rl.rollout.sglang.versions import Adapter
+from megatron_rl.types import Completion, FinishReason, Request
+
+UPDATING = "updating"
+"""Stamp of a server whose weights are being replaced: no completion with it is ever accepted."""
+
+
+class Unavailable(Exception):
+    """No usable answer: the server is gone, does not answer in time, or failed inside. Another attempt may work."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        """A word for the metrics: ``connection``, ``timeout``, ``server_error``, ``cut``, ``bad_reply``, ``stale``."""
+
+
+class Refused(Exception):
+    """The server understood and said no (HTTP 4xx): asking again is of no use."""
+
+
+class SGLangClient:
+    """Methods raise ``Unavailable`` or ``Refused`` and nothing else."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession, *, admin_key: str | None) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+        self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
+
+    # ------------------------------------------------------------------------------------------------ generation
+
+    async def generate(
+        self, request: Request, *, stop_ids: Sequence[int], adapter: Adapter, version: int, timeout_s: float
+    ) -> Completion:
+        """Complete one request, and check that the reply is whole and from the wanted weights."""
+        body = {
+            "input_ids": request.prompt_ids.tolist(),
+            "sampling_params": {
+                "max_new_tokens": request.max_new_tokens,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "top_k": request.top_k or -1,
+                "stop_token_ids": list(stop_ids),
+            },
+            "return_logprob": True,
+        }
+        reply = await self._post("/generate", body, timeout_s)
+        try:
+            return _completion(reply, request, adapter, version)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise Unavailable("bad_reply", f"{self.url} sent a reply that cannot be read ({error!r})") from error
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    async def weight_version(self, timeout_s: float) -> str:
+        """What the server calls its weights."""
+        return str((await self._get("/model_info", timeout_s)).get("weight_version"))
+
+    async def info(self, timeout_s: float) -> dict[str, Any]:
+        """Version of SGLang, arguments, model: what to check before the first request."""
+        return {**await self._get("/server_info", timeout_s), **await self._get("/model_info", timeout_s)}
+
+    async def check_health(self, timeout_s: float) -> None:
+        """Make the scheduler, not only the HTTP process, give a sign of life."""
+        await self._call("GET", "/health", None, timeout_s)
+
+    async def release_memory(self, timeout_s: float) -> None:
+        """Give up weights and cache until ``resume_memory``; the weights must be sent again."""
+        await self._post("/release_memory_occupation", {}, timeout_s)
+
+    async def resume_memory(self, timeout_s: float) -> None:
+        """Undo ``release_memory``."""
+        await self._post("/resume_memory_occupation", {}, timeout_s)
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    async def begin_update(self, version: int, *, pause_mode: str, adapter: Adapter, timeout_s: float) -> None:
+        """Stop generating, and stamp the weights as neither old nor new."""
+        await self._post("/pause_generation", {"mode": pause_mode}, timeout_s)
+        await self._stamp(f"{UPDATING}:{version}", timeout_s)
+        if adapter.has_update_session:
+            await self._post("/begin_weight_update", {}, timeout_s)
+
+    async def send(self, bucket: str, *, tensor_parallel_size: int, timeout_s: float) -> None:
+        """Load one bucket of whole tensors; every tensor-parallel rank takes its part of them."""
+        # The cache is flushed once, in end_update.
+        body = {"serialized_named_tensors": [bucket] * tensor_parallel_size, "flush_cache": False}
+        await self._post("/update_weights_from_tensor", body, timeout_s)
+
+    async def end_update(self, version: int, *, pause_mode: str, adapter: Adapter, timeout_s: float) -> None:
+        """Drop what the old weights have cached, stamp the new version, go on, and see that the stamp holds."""
+        if adapter.has_update_session:
+            await self._post("/end_weight_update", {}, timeout_s)
+        if pause_mode != "in_place":  # there, the paused requests still need the cache
+            await self._post("/flush_cache", {}, timeout_s)
+        await self._stamp(str(version), timeout_s)
+        await self._post("/continue_generation", {}, timeout_s)
+        if (stamp := await self.weight_version(timeout_s)) != str(version):
+            raise Refused(f"{self.url} says its weights are version {stamp} after an update to {version}")
+
+    async def _stamp(self, version: str, timeout_s: float) -> None:
+        await self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False}, timeout_s)
+
+    # ------------------------------------------------------------------------------------------------ HTTP
+
+    async def _get(self, path: str, timeout_s: float) -> Any:
+        return await self._call("GET", path, None, timeout_s)
+
+    async def _post(self, path: str, body: Mapping[str, Any], timeout_s: float) -> Any:
+        return await self._call("POST", path, body, timeout_s)
+
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.request(
+                method, self.url + path, json=body, headers=self._headers, timeout=timeout
+            ) as response:
+                if response.status >= 500:
+                    raise Unavailable("server_error", f"{self.url}{path}: {response.status} {await _text(response)}")
+                if response.status >= 400:
+                    raise Refused(f"{self.url}{path}: {response.status} {await _text(response)}")
+                if response.content_type == "application/json":
+                    return await response.json()
+                return await response.text()
+        except TimeoutError as error:
+            raise Unavailable("timeout", f"{self.url}{path} did not answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise Unavailable("connection", f"{self.url}{path}: {type(error).__name__} {error}") from error
+
+
+def serialize(named_tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """A bucket as SGLang reads it: a plain pickle in base64. Its own shared-memory pickles kill a CPU server."""
+    return base64.b64encode(pickle.dumps([(name, tensor.cpu()) for name, tensor in named_tensors], protocol=4)).decode()
+
+
+async def _text(response: aiohttp.ClientResponse) -> str:
+    return " ".join((await response.text()).split())[:500]
+
+
+def _completion(reply: Any, request: Request, adapter: Adapter, version: int) -> Completion:
+    meta = reply["meta_info"]
+    kind = (meta["finish_reason"] or {}).get("type")
+    if kind == "abort":
+        raise Unavailable("cut", f"the server ended a completion early: {meta['finish_reason']}")
+    versions = {meta["weight_version"]}
+    if adapter.has_token_versions:
+        versions |= {span["version"] for span in meta["weight_versions"]}
+    if versions != {str(version)}:
+        raise Unavailable("stale", f"a completion comes from weights {sorted(versions)} instead of {version}")
+    response_ids = torch.tensor(reply["output_ids"], dtype=torch.int64)
+    pairs = meta["output_token_logprobs"]
+    # 0.5.23 knows "stop" (a stop token, which is part of the ids) and "length".
+    finish_reason: FinishReason = "stop" if kind == "stop" else "length"
+    counts = {len(response_ids), len(pairs), int(meta["completion_tokens"])}
+    is_whole = len(counts) == 1 and 0 < len(response_ids) <= request.max_new_tokens
+    if not is_whole or [pair[1] for pair in pairs] != reply["output_ids"]:
+        raise ValueError(
+            f"{len(response_ids)} ids, {len(pairs)} log-probs, {meta['completion_tokens']} tokens counted, "
+            f"{request.max_new_tokens} asked for at most"
+        )
+    if finish_reason == "length" and len(response_ids) != request.max_new_tokens:
+        raise ValueError(f"{len(response_ids)} tokens, and the reason is length, not {request.max_new_tokens}")
+    log_probs = torch.tensor([pair[0] for pair in pairs], dtype=torch.float32)
+    if not bool(log_probs.isfinite().all()):
+        raise ValueError("a log-prob is not finite")
+    return Completion(response_ids, log_probs, finish_reason, version)

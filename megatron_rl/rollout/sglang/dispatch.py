@@ -1,0 +1,120 @@
+"""Requests -> completions, on rank 0's event loop: bounded in flight, a deadline and a bounded retry for each.
+
+Every request has one slot in the result, and a slot is filled once: whatever dies in between, no prompt is lost and none
+is counted twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unavailable
+from megatron_rl.rollout.sglang.fleet import Fleet, Server
+from megatron_rl.types import Completion, Request
+
+
+class Dispatch:
+    """Places requests on the servers that serve."""
+
+    def __init__(self, fleet: Fleet, *, stop_ids: Sequence[int], router: Callable[[], SGLangClient | None]) -> None:
+        """Args:
+        fleet: the servers.
+        stop_ids: token ids that end a response.
+        router: the way in, where there is one; else requests go to the servers themselves.
+        """
+        self.fleet, self.stop_ids, self._router = fleet, list(stop_ids), router
+        self.num_done = 0
+        """Requests done in the current ``run``."""
+
+    async def run(self, requests: Sequence[Request], *, group_size: int, num_groups: int) -> list[Completion | None]:
+        """Complete requests until enough groups are whole; the rest is stopped.
+
+        Args:
+            requests: consecutive ``group_size`` ones are a group.
+            group_size: divides the number of requests.
+            num_groups: whole groups that suffice.
+
+        Returns:
+            One entry per request; None in groups that were not whole in time.
+
+        Raises:
+            UserError: a request failed too often, or was refused.
+        """
+        self.num_done = 0
+        results: list[Completion | None] = [None] * len(requests)
+        missing = [group_size] * (len(requests) // group_size)
+        num_whole = 0
+        tasks = {asyncio.create_task(self._complete(request)): i for i, request in enumerate(requests)}
+        pending = set(tasks)
+        try:
+            while pending and num_whole < num_groups:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    index = tasks[task]
+                    results[index] = task.result()
+                    self.num_done += 1
+                    missing[index // group_size] -= 1
+                    num_whole += missing[index // group_size] == 0
+        finally:
+            for task in pending:  # closing its connection is how SGLang learns that nobody waits any more
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+        whole = [count == 0 for count in missing]
+        return [result if whole[i // group_size] else None for i, result in enumerate(results)]
+
+    async def _complete(self, request: Request) -> Completion:
+        config = self.fleet.config
+        failures: list[str] = []
+        while len(failures) <= config.max_retries:
+            server = await self.fleet.choose()
+            try:
+                return await self._attempt(request, server)
+            except Unavailable as error:
+                failures.append(str(error))
+                self.fleet.counts[f"retried_{error.reason}"] += 1
+                await self._look_after(server, error)
+            except Refused as error:
+                raise UserError(
+                    "rollout", f"a prompt of {len(request.prompt_ids)} tokens", f"was refused ({error})",
+                    "see the server's log; a prompt with its response must fit its context and its KV pool",
+                ) from error  # fmt: skip
+            finally:
+                await self.fleet.give_back(server)
+        raise UserError(
+            "rollout.servers.max_retries",
+            config.max_retries,
+            f"a request failed {len(failures)} times; last: {failures[-1]}",
+            "see the servers' logs",
+        )
+
+    async def _attempt(self, request: Request, server: Server) -> Completion:
+        """One try; it ends early when its server is found to be gone."""
+        assert server.adapter is not None
+        client = self._router() or server.client
+        reply = asyncio.ensure_future(
+            client.generate(
+                request,
+                stop_ids=self.stop_ids,
+                adapter=server.adapter,
+                version=self.fleet.version,
+                timeout_s=self.fleet.config.request_timeout_s,
+            )
+        )
+        is_direct = client is server.client
+        waits = {reply, asyncio.ensure_future(server.lost.wait())} if is_direct else {reply}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if reply.done():
+                return reply.result()
+            raise Unavailable("server_lost", f"{server.name} went down: {server.reason}")
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _look_after(self, server: Server, error: Unavailable) -> None:
+        """After a failure: find out who is gone, so that the next try goes elsewhere."""
+        if error.reason in ("connection", "stale", "timeout", "server_error"):
+            await self.fleet.probe()
+        await asyncio.sleep(0.05)  # not a storm while a server that looks alive fails at once

@@ -1,0 +1,457 @@
+"""Engine ``sglang``: every rank calls, rank 0 drives the servers, every rank gets the result.
+
+rank 0        requests -> Dispatch (event loop) -> completions --broadcast--> all ranks
+other ranks   meet rank 0 once a second; so nobody waits longer than that without a word, and when a server has come
+              back without weights, all ranks can gather the current ones for it and go on
+first rank of each node   Supervisor (thread): starts, watches and restarts the servers of the node
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl import watchdog
+from megatron_rl.config import Config
+from megatron_rl.convert.shape import ARCHITECTURES, ModelShape, read_shape
+from megatron_rl.errors import UserError
+from megatron_rl.metrics import progress
+from megatron_rl.parallel.agree import broadcast_json, error_to_json, gather_json, raise_first
+from megatron_rl.rollout.engine import WeightSource
+from megatron_rl.rollout.sglang.client import Refused, SGLangClient, serialize
+from megatron_rl.rollout.sglang.dispatch import Dispatch
+from megatron_rl.rollout.sglang.flags import server_command, server_environment
+from megatron_rl.rollout.sglang.fleet import Fleet, Server
+from megatron_rl.rollout.sglang.loop import LoopThread
+from megatron_rl.rollout.sglang.process import ChildProcess, free_port, is_port_free
+from megatron_rl.rollout.sglang.router import Router
+from megatron_rl.rollout.sglang.supervisor import Managed, Supervisor
+from megatron_rl.rollout.share import broadcast_completions
+from megatron_rl.types import Completion, Request
+
+MEET_S = 1.0
+"""How often the ranks meet while the servers work."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a server must serve."""
+
+    path: Path
+    shape: ModelShape
+    dtype: torch.dtype
+    stop_ids: tuple[int, ...]
+
+
+class SGLangEngine:
+    """Rollouts from SGLang servers: our own, or given by URL. A ``RolloutEngine``."""
+
+    def __init__(
+        self, config: Config, model: ServedModel, *, device: torch.device, cpu_group: dist.ProcessGroup
+    ) -> None:
+        """Start the servers and return at once; the first ``update_weights`` waits for them.
+
+        Args:
+            config: of the run.
+            model: what to serve.
+            device: of this rank; servers run on the same kind.
+            cpu_group: all ranks, over gloo.
+
+        Raises:
+            UserError: on all ranks; a port is taken, or the router does not start.
+        """
+        self.weight_version = -1
+        self._config, self._model, self._group = config, model, cpu_group
+        self._rank, self._is_first = dist.get_rank(cpu_group), dist.get_rank(cpu_group) == 0
+        self._is_cpu = device.type == "cpu"
+        self._weights: WeightSource | None = None
+        self._supervisor: Supervisor | None = None
+        self._driver: _Driver | None = None
+        self._admin_key: str | None = None
+        urls, logs = config.rollout.servers.urls, []
+        if urls is None:
+            self._admin_key = str(broadcast_json(secrets.token_hex(16), cpu_group))
+            mine, error = self._start_servers()
+            by_rank = gather_json([mine, error], cpu_group)
+            raise_first([error for _, error in by_rank])
+            urls = [url for servers, _ in by_rank for url, _ in servers]
+            logs = [log for servers, _ in by_rank for _, log in servers]
+        error = None
+        if self._is_first:
+            try:
+                self._driver = _Driver(config, model, urls, logs, admin_key=self._admin_key)
+            except UserError as failure:
+                error = error_to_json(failure)
+        raise_first([broadcast_json(error, cpu_group)])
+
+    # ------------------------------------------------------------------------------------------------ RolloutEngine
+
+    def generate(
+        self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
+    ) -> list[Completion | None]:
+        """See ``RolloutEngine``. Sampling is SGLang's own: request seeds have no effect.
+
+        Raises:
+            UserError: on all ranks; no server can be had, or a request failed too often.
+        """
+        assert self._weights is not None, "generate before the first update_weights"
+        future: Future[list[Completion | None]] | None = None
+        if self._driver is not None:
+            wanted = len(requests) // group_size if num_groups is None else num_groups
+            future = self._driver.start(requests, group_size=group_size, num_groups=wanted)
+        with progress(len(requests), "generation") as bar:
+            while self._meet(future) != "done":
+                if self._driver is not None:
+                    bar.advance_to(self._driver.dispatch.num_done)
+                    watchdog.note(self._driver.fleet.describe())
+        watchdog.note("")
+        results = future.result() if future is not None else None
+        whole = None if results is None else [index for index, result in enumerate(results) if result is not None]
+        indices = broadcast_json(whole, self._group)
+        mine = None if results is None else [result for result in results if result is not None]
+        completions: list[Completion | None] = [None] * len(requests)
+        for index, completion in zip(indices, broadcast_completions(mine, self._group)):
+            completions[index] = completion
+        return completions
+
+    def update_weights(self, weights: WeightSource, version: int) -> None:
+        """See ``RolloutEngine``.
+
+        Raises:
+            UserError: on all ranks; no server answers in time, or one refuses the weights.
+        """
+        self._weights, self.weight_version = weights, version
+        if self._driver is not None:
+            self._driver.withdraw(version)
+        with progress(None, "waiting for servers"):
+            while self._meet(None) != "serving":
+                watchdog.beat()  # servers have deadlines of their own
+
+    def release_memory(self) -> None:
+        """See ``RolloutEngine``. Separate servers keep theirs: nobody else wants it."""
+        if self._driver is not None and self._config.rollout.servers.placement == "colocated":
+            self._driver.memory("release_memory")
+        dist.barrier(self._group)
+
+    def resume_memory(self) -> None:
+        """See ``RolloutEngine``."""
+        if self._driver is not None and self._config.rollout.servers.placement == "colocated":
+            self._driver.memory("resume_memory")
+        dist.barrier(self._group)
+
+    def health(self) -> str | None:
+        """See ``RolloutEngine``; on rank 0 what the fleet knows, elsewhere nothing."""
+        return (self._driver.fleet.describe() or None) if self._driver is not None else None
+
+    def metrics(self) -> dict[str, float]:
+        """See ``RolloutEngine``: ``rollout/<what went wrong and was mended>`` since the last call."""
+        restarts = sum(gather_json(self._supervisor.take_restarts() if self._supervisor else 0, self._group))
+        counts = broadcast_json(self._driver.take_counts() if self._driver else None, self._group)
+        return {f"rollout/{name}": float(count) for name, count in {**counts, "server_restarts": restarts}.items()}
+
+    def close(self) -> None:
+        """Stop router and servers. Safe to call twice, and by one rank alone."""
+        if self._driver is not None:
+            self._driver.close()
+        if self._supervisor is not None:
+            self._supervisor.close()
+
+    # ------------------------------------------------------------------------------------------------ the meeting
+
+    def _meet(self, future: Future[Any] | None) -> str:
+        """One meeting of all ranks: bad news stops everybody alike, stale servers get weights.
+
+        Returns:
+            ``done`` (the future is), ``serving`` (no future, and servers serve) or ``wait``.
+        """
+        verdict: dict[str, Any] = {}
+        if self._driver is not None:
+            verdict = self._driver.verdict(future)
+        failure = self._supervisor.failure if self._supervisor else None
+        reports = gather_json([error_to_json(failure), verdict], self._group)
+        raise_first([report[0] for report in reports])
+        verdict = reports[0][1]
+        raise_first([verdict["error"]])
+        if verdict["stale"]:
+            self._send_weights(verdict["stale"])
+            return "wait"
+        return str(verdict["state"])
+
+    def _send_weights(self, targets: Sequence[int]) -> None:
+        assert self._weights is not None
+        if self._supervisor is not None:
+            self._supervisor.set_busy(True)
+        error: UserError | None = None
+        if self._driver is not None:
+            error = self._driver.begin_update(targets, self.weight_version)
+        for bucket in _buckets(self._weights(), self._config.weight_sync.bucket_bytes):
+            # After an error the tensors are still gathered to the end: the other ranks are in those collectives.
+            if self._driver is not None and error is None:
+                error = self._driver.send(targets, bucket)
+        if self._driver is not None and error is None:
+            error = self._driver.end_update(targets)
+        if self._supervisor is not None:
+            self._supervisor.set_busy(False)
+        raise_first([broadcast_json(error_to_json(error), self._group)])
+
+    # ------------------------------------------------------------------------------------------------ starting
+
+    def _start_servers(self) -> tuple[list[tuple[str, str]], list[str] | None]:
+        """On the first rank of a node: (url and log of each server, error). Nothing on other ranks."""
+        config, servers = self._config, self._config.rollout.servers
+        node, local_rank = divmod(self._rank, config.trainer.devices)
+        if local_rank != 0:
+            return [], None
+        host = _own_address(config.trainer.num_nodes)
+        size = int(config.rollout.sglang_cfg.get("tp_size", 1))
+        managed = []
+        for index in range(servers.num_per_node):
+            port = free_port(host) if servers.base_port is None else servers.base_port + index
+            if servers.base_port is not None and not is_port_free(host, port):
+                error = UserError(
+                    "rollout.servers.base_port",
+                    servers.base_port,
+                    f"something listens on {host}:{port} already",
+                    "end it, choose another port, or leave the field null to take free ones",
+                )
+                return [], error_to_json(error)
+            number = node * servers.num_per_node + index
+            managed.append(self._managed(number, index, host, port, size))
+        assert self._admin_key is not None
+        self._supervisor = Supervisor(managed, servers)
+        return [(server.url, str(server.log)) for server in managed], None
+
+    def _managed(self, number: int, index: int, host: str, port: int, size: int) -> Managed:
+        config, servers = self._config, self._config.rollout.servers
+        first_gpu = config.trainer.devices if servers.placement == "separate" else 0
+        assert self._admin_key is not None
+        admin_key = self._admin_key
+        log = config.exp_manager.run_dir / "logs" / f"server_{number}.log"
+
+        def start() -> ChildProcess:
+            command = server_command(
+                config.rollout.sglang_cfg,
+                model_path=str(self._model.path),
+                dtype=self._model.dtype,
+                is_cpu=self._is_cpu,
+                host=host,
+                port=port,
+                nccl_port=free_port(host),  # another one at every start: the last may be lingering
+                base_gpu_id=first_gpu + index * size,
+                releases_memory=servers.placement == "colocated",
+                admin_key=admin_key,
+                seed=config.trainer.seed + number,
+            )
+            environment = server_environment(
+                is_cpu=self._is_cpu,
+                tensor_parallel_size=size,
+                num_servers=servers.num_per_node,
+                num_cores=len(os.sched_getaffinity(0)),
+            )
+            return ChildProcess(command, log=log, environment=environment)
+
+        return Managed(f"server {number}", f"http://{host}:{port}", log, start)
+
+
+class _Driver:
+    """Rank 0's side: the event loop and what lives in it. Its methods are called from the rank's main thread."""
+
+    def __init__(
+        self, config: Config, model: ServedModel, urls: Sequence[str], logs: Sequence[str], *, admin_key: str | None
+    ) -> None:
+        self._config, self._model = config, model
+        servers = config.rollout.servers
+        self._loop = LoopThread()
+        self._router: Router | None = None
+        if servers.use_router and len(urls) > 1:
+            log = config.exp_manager.run_dir / "logs" / "router.log"
+            self._router = Router(log, request_timeout_s=servers.request_timeout_s)
+        try:
+            self.fleet, self.dispatch = self._loop.run(self._build(urls, logs, admin_key))
+        except UserError:
+            self.close()
+            raise
+
+    async def _build(self, urls: Sequence[str], logs: Sequence[str], admin_key: str | None) -> tuple[Fleet, Dispatch]:
+        # The limits are ours: in flight per server in the fleet, deadlines per request.
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        servers = [
+            Server(index, SGLangClient(url, self._session, admin_key=admin_key), Path(logs[index]) if logs else None)
+            for index, url in enumerate(urls)
+        ]
+        fleet = Fleet(servers, self._config.rollout.servers, self._config.weight_sync, check=self._check)
+        if self._router is not None:
+            await self._router.connect(self._session)
+            fleet.on_serving.append(self._router.add)
+            fleet.on_down.append(self._router.remove)
+        fleet.start()
+        return fleet, Dispatch(fleet, stop_ids=self._model.stop_ids, router=self._way_in)
+
+    def _way_in(self) -> SGLangClient | None:
+        if self._router is None:
+            return None
+        if self._router.status() is not None:  # it died; the servers can do without
+            self.fleet.counts["router_lost"] += 1
+            return None
+        return self._router.client
+
+    def _check(self, server: Server, info: dict[str, Any]) -> None:
+        shape, architectures = self._model.shape, info.get("architectures")
+        if architectures != [ARCHITECTURES[shape.family]]:
+            raise UserError(
+                "rollout.servers.urls",
+                server.client.url,
+                f"serves {architectures}, the policy is a {ARCHITECTURES[shape.family]}",
+                "start the server with the model of policy.model_path",
+            )
+        # Where we cannot read the server's folder, a model of another size is found when it refuses the weights.
+        folder = Path(str(info.get("model_path")))
+        if (folder / "config.json").is_file() and read_shape(folder) != shape:
+            raise UserError(
+                "rollout.servers.urls",
+                server.client.url,
+                f"serves another model ({folder}) than policy.model_path ({self._model.path})",
+                "start the server with the model of policy.model_path",
+            )
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        if self._config.rollout.servers.urls is not None and info.get("dtype") != dtype:
+            raise UserError(
+                "rollout.servers.urls",
+                server.client.url,
+                f"computes in {info.get('dtype')}, the policy in {dtype}",
+                f"start the server with --dtype {dtype}",
+            )
+
+    # ---- generation
+
+    def start(
+        self, requests: Sequence[Request], *, group_size: int, num_groups: int
+    ) -> Future[list[Completion | None]]:
+        """Begin to complete requests."""
+        return self._loop.submit(self.dispatch.run(requests, group_size=group_size, num_groups=num_groups))
+
+    def verdict(self, future: Future[Any] | None) -> dict[str, Any]:
+        """What rank 0 brings to a meeting, after waiting a little for something to tell."""
+        deadline = time.monotonic() + MEET_S
+        while True:
+            error = self.fleet.failure
+            if future is not None and future.done() and future.exception() is not None:
+                failure = future.exception()
+                if not isinstance(failure, UserError):
+                    raise RuntimeError("generation failed") from failure
+                error = error or failure
+            stale = [server.index for server in self._loop.call(self.fleet.stale)]
+            is_serving = bool(self._loop.call(self.fleet.serving))
+            is_done = future.done() if future is not None else is_serving and not self._is_one_still_starting()
+            if error or stale or is_done or time.monotonic() > deadline:
+                state = "wait" if not is_done else "done" if future is not None else "serving"
+                return {"error": error_to_json(error), "stale": stale, "state": state}
+            if future is not None:
+                wait([future], timeout=0.1)
+            else:
+                time.sleep(0.1)
+
+    def _is_one_still_starting(self) -> bool:
+        """At the very start, all servers are waited for: a run that begins with a part of them hides a mistake."""
+        return not all(server.is_known for server in self.fleet.servers)
+
+    # ---- weights
+
+    def withdraw(self, version: int) -> None:
+        """New weights are coming: no server may serve the old ones."""
+
+        async def work() -> None:
+            self.fleet.version = version
+            await self.fleet.take_out(self.fleet.servers)
+
+        self._loop.run(work())
+
+    def begin_update(self, targets: Sequence[int], version: int) -> UserError | None:
+        """See ``Fleet``; a refusal comes back as an error."""
+        return self._update(self.fleet.begin_update(self._servers(targets), version))
+
+    def send(self, targets: Sequence[int], bucket: Sequence[tuple[str, Tensor]]) -> UserError | None:
+        """See ``Fleet``."""
+        return self._update(self.fleet.send(self._servers(targets), serialize(bucket)))
+
+    def end_update(self, targets: Sequence[int]) -> UserError | None:
+        """See ``Fleet``."""
+        return self._update(self.fleet.end_update(self._servers(targets)))
+
+    def memory(self, call: str) -> None:
+        """``release_memory`` or ``resume_memory`` on every server."""
+        timeout_s = self._config.weight_sync.timeout_s
+        self._loop.run(self.fleet.memory(lambda client: getattr(client, call)(timeout_s)))
+
+    def _servers(self, indices: Sequence[int]) -> list[Server]:
+        return [self.fleet.servers[index] for index in indices]
+
+    def _update(self, work: Any) -> UserError | None:
+        try:
+            self._loop.run(work)
+        except Refused as error:
+            return UserError(
+                "rollout.engine",
+                "sglang",
+                f"a weight update was refused ({error})",
+                "see the server's log; the server must serve the model of policy.model_path",
+            )
+        return None
+
+    # ---- the rest
+
+    def take_counts(self) -> dict[str, int]:
+        """Mended failures since the last call."""
+
+        def take() -> dict[str, int]:
+            counts = dict(self.fleet.counts)
+            self.fleet.counts.clear()
+            return counts
+
+        return self._loop.call(take)
+
+    def close(self) -> None:
+        """Stop the router and the loop. Harmless when repeated."""
+        if self._router is not None:
+            self._router.close()
+        if self._loop.is_running:
+            if hasattr(self, "fleet"):
+                self._loop.run(self.fleet.stop())
+            self._loop.run(self._session.close())
+            self._loop.close()
+
+
+def _buckets(tensors: Any, num_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive tensors of up to ``num_bytes`` together; a larger one goes alone."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > num_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _own_address(num_nodes: int) -> str:
+    """Where this node's servers listen: loopback, unless other nodes have to reach them."""
+    if num_nodes == 1:
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; the kernel chooses a route
+        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+        return str(probe.getsockname()[0])

@@ -1,0 +1,109 @@
+"""The command line of one server: what this project always sets, then what the config passes through."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_rl.errors import UserError
+
+CPU_KV_TOKENS = 65_536
+"""KV pool of a CPU server unless the config says otherwise: SGLang's own default is most of the machine's memory."""
+
+_CPU = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "max_total_tokens": CPU_KV_TOKENS,
+    "sleep_on_idle": True,  # an idle scheduler would spin on a core that the trainer needs
+}
+
+
+def server_command(
+    passed: Mapping[str, Any],
+    *,
+    model_path: str,
+    dtype: torch.dtype,
+    is_cpu: bool,
+    host: str,
+    port: int,
+    nccl_port: int,
+    base_gpu_id: int,
+    releases_memory: bool,
+    admin_key: str,
+    seed: int,
+) -> list[str]:
+    """Program and arguments.
+
+    Args:
+        passed: ``rollout.sglang_cfg``; wins over our defaults.
+        model_path: Hugging Face directory with config.json and tokenizer.
+        dtype: of the trainer's weights; SGLang's ``auto`` would take float16 for a float32 model.
+        is_cpu: no GPU here.
+        host, port, nccl_port: where to listen; tensor-parallel ranks meet at the last.
+        base_gpu_id: first GPU.
+        releases_memory: the trainer wants the memory between rollouts.
+        admin_key: without it weights cannot be changed: those requests unpickle what they get.
+        seed: of this server.
+    """
+    settings: dict[str, Any] = {
+        "model_path": model_path,
+        "host": host,
+        "port": port,
+        "nccl_port": nccl_port,
+        "dtype": str(dtype).removeprefix("torch."),
+        # Weights come from the trainer before the first request; reading others from disk would only cost time.
+        "load_format": "dummy",
+        "weight_version": "none",
+        "skip_server_warmup": True,
+        "grammar_backend": "none",
+        "random_seed": seed,
+        "admin_api_key": admin_key,
+        "log_level_http": "warning",
+    }
+    if is_cpu:
+        settings |= _CPU
+    else:
+        settings |= {"base_gpu_id": base_gpu_id, "enable_memory_saver": releases_memory}
+    settings |= passed
+    return [sys.executable, "-m", "megatron_rl.rollout.sglang_server", *_arguments(settings)]
+
+
+def server_environment(*, is_cpu: bool, tensor_parallel_size: int, num_servers: int, num_cores: int) -> dict[str, str]:
+    """Variables of one server's processes."""
+    if not is_cpu:
+        return {}
+    # One core of a server's share is for its HTTP process. Waiting threads sleep: spinning ones would take the cores from
+    # those that they wait for wherever the machine has other work too.
+    threads = (num_cores // num_servers - 1) // tensor_parallel_size
+    environment = {"OMP_NUM_THREADS": str(max(1, threads)), "OMP_WAIT_POLICY": "passive"}
+    if tensor_parallel_size > 1:  # by default SGLang wants a NUMA node a rank
+        cores = [str(rank % num_cores) for rank in range(tensor_parallel_size)]
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(cores)
+    return environment
+
+
+def check_kv_pool(passed: Mapping[str, Any], *, is_cpu: bool, longest_request: int) -> None:
+    """Raises ``UserError`` where a prompt with its response could never fit the KV pool."""
+    tokens = passed.get("max_total_tokens", CPU_KV_TOKENS if is_cpu else None)
+    if tokens is not None and int(tokens) <= longest_request:
+        raise UserError(
+            "rollout.sglang_cfg.max_total_tokens",
+            tokens,
+            f"the longest prompt with rollout.max_new_tokens has {longest_request} tokens, which must fit",
+            "raise it",
+        )
+
+
+def _arguments(settings: Mapping[str, Any]) -> list[str]:
+    """``{"tp_size": 2, "sleep_on_idle": True}`` -> ``--tp-size 2 --sleep-on-idle``; False and None leave a flag out."""
+    arguments: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value is False:
+            continue
+        arguments += [flag] if value is True else [flag, *map(str, value if isinstance(value, list) else [value])]
+    return arguments

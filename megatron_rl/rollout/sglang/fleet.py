@@ -1,0 +1,297 @@
+"""The servers as rank 0 sees them: which may serve now, which have to be brought up to date first.
+
+    unknown --answers--> stale --weights sent--> serving --gives no sign of life--> down --answers--> stale (or serving,
+                                                                                     if its weights are still current)
+
+Lives in one event loop; nothing here is called from another thread except through ``loop.LoopThread``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_rl import watchdog
+from megatron_rl.config.schema import ServersConfig, WeightSyncConfig
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unavailable
+from megatron_rl.rollout.sglang.versions import Adapter, adapter_for
+
+POLL_S = 0.5
+"""How often a server that is down is asked whether it is back."""
+STATE_TIMEOUT_S = 10.0
+"""Deadline of questions that a living server answers at once."""
+
+
+@dataclass
+class Server:
+    """One server and what is known of it."""
+
+    index: int
+    client: SGLangClient
+    log: Path | None = None
+    """Where a server of ours writes."""
+    state: Literal["down", "stale", "serving"] = "down"
+    is_known: bool = False
+    """It has answered and passed the checks; its adapter and size are known."""
+    adapter: Adapter | None = None
+    tensor_parallel_size: int = 1
+    in_flight: int = 0
+    last_sign_s: float = field(default_factory=time.monotonic)
+    reason: str = "has not answered yet"
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while the server is down: whoever waits for a reply of it stops waiting."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"server {self.index} ({self.client.url})"
+
+
+class Fleet:
+    """All servers, and the tasks that watch them."""
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        config: ServersConfig,
+        sync: WeightSyncConfig,
+        *,
+        check: Callable[[Server, dict[str, Any]], None],
+    ) -> None:
+        """Nothing is asked before ``start``.
+
+        Args:
+            servers: at least one.
+            config: deadlines.
+            sync: how updates go.
+            check: raises ``UserError`` for a server (with its info) that cannot serve this run.
+        """
+        self.servers, self.config, self.sync = list(servers), config, sync
+        self.version = -1
+        self.counts: Counter[str] = Counter()
+        """What went wrong and was mended since the last look, by reason."""
+        self.failure: UserError | None = None
+        """Why the run cannot go on."""
+        self._check = check
+        self._changed = asyncio.Condition()
+        self._watchers: list[asyncio.Task[None]] = []
+        self._probe: asyncio.Task[None] | None = None
+        self._is_updating = False
+        self.on_serving: list[Callable[[Server], Awaitable[None]]] = []
+        self.on_down: list[Callable[[Server], Awaitable[None]]] = []
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._watchers = [asyncio.create_task(self._watch(server)) for server in self.servers]
+
+    async def stop(self) -> None:
+        """Stop watching."""
+        for task in self._watchers:
+            task.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------------------------ who serves
+
+    def serving(self) -> list[Server]:
+        """Servers whose weights are current and that answer."""
+        return [server for server in self.servers if server.state == "serving"]
+
+    def stale(self) -> list[Server]:
+        """Servers that answer and need the current weights."""
+        return [server for server in self.servers if server.state == "stale"]
+
+    async def choose(self) -> Server:
+        """The serving server with the fewest requests under way; waits for one to have room."""
+        async with self._changed:
+            while True:
+                free = [s for s in self.serving() if s.in_flight < self.config.max_in_flight]
+                if free:
+                    server = min(free, key=lambda s: s.in_flight)
+                    server.in_flight += 1
+                    return server
+                await self._changed.wait()
+
+    async def give_back(self, server: Server) -> None:
+        """A request that ``choose`` placed is over."""
+        async with self._changed:
+            server.in_flight -= 1
+            self._changed.notify_all()
+
+    async def mark_down(self, server: Server, reason: str) -> None:
+        """Stop using a server until it answers again."""
+        async with self._changed:
+            if server.state == "down":
+                return
+            server.state, server.reason = "down", reason
+            server.lost.set()
+            self._changed.notify_all()
+        self.counts["server_down"] += 1
+        for callback in self.on_down:
+            await callback(server)
+
+    async def probe(self) -> None:
+        """Ask every serving server for its state: a request failed, and it is not known whose fault it was.
+
+        Many requests fail together; one question answers them all.
+        """
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._ask_all())
+        await asyncio.shield(self._probe)
+
+    async def _ask_all(self) -> None:
+
+        async def one(server: Server) -> None:
+            try:
+                if await server.client.weight_version(STATE_TIMEOUT_S) != str(self.version):
+                    await self.mark_down(server, "serves other weights")
+            except (Unavailable, Refused) as error:
+                await self.mark_down(server, str(error))
+
+        await asyncio.gather(*(one(server) for server in self.serving()))
+
+    def describe(self) -> str:
+        """One line on every server that does not serve."""
+        return "; ".join(
+            f"{s.name} is {s.state}: {s.reason}{f', see {s.log}' if s.log else ''}"
+            for s in self.servers
+            if s.state != "serving"
+        )
+
+    # ------------------------------------------------------------------------------------------------ watching
+
+    async def _watch(self, server: Server) -> None:
+        while True:
+            if server.state == "serving" and not self._is_updating:
+                await asyncio.sleep(self.config.health_interval_s)
+                await self._check_serving(server)
+            else:
+                await asyncio.sleep(POLL_S)
+                if server.state == "down":
+                    await self._check_down(server)
+
+    async def _check_serving(self, server: Server) -> None:
+        try:
+            await server.client.check_health(self.config.health_timeout_s)
+            server.last_sign_s = time.monotonic()
+            watchdog.beat()  # long responses: nothing is finished for minutes, and nothing hangs
+        except (Unavailable, Refused) as error:
+            if self._is_updating or server.state != "serving":
+                server.last_sign_s = time.monotonic()  # loading weights keeps its scheduler busy
+                return
+            is_gone = isinstance(error, Unavailable) and error.reason == "connection"
+            silent_s = time.monotonic() - server.last_sign_s
+            if is_gone or silent_s >= self.config.health_timeout_s:
+                await self.mark_down(server, f"no sign of life for {silent_s:.0f} s ({error})")
+
+    async def _check_down(self, server: Server) -> None:
+        try:
+            if not server.is_known:
+                await self._get_to_know(server)
+            version = await server.client.weight_version(STATE_TIMEOUT_S)
+        except (Unavailable, Refused) as error:
+            if server.is_known:
+                server.reason = str(error)
+            self._fail_if_none_for_too_long()
+            return
+        except UserError as error:
+            self.failure = self.failure or error
+            return
+        is_current = self.version >= 0 and version == str(self.version)
+        await self._set_state(server, "serving" if is_current else "stale")
+
+    async def _get_to_know(self, server: Server) -> None:
+        info = await server.client.info(STATE_TIMEOUT_S)
+        server.adapter = adapter_for(str(info.get("version")), server.client.url)
+        server.tensor_parallel_size = int(info["tp_size"])
+        self._check(server, info)
+        server.is_known = True
+
+    async def _set_state(self, server: Server, state: Literal["stale", "serving"]) -> None:
+        if state == "serving":
+            for callback in self.on_serving:
+                await callback(server)
+        async with self._changed:
+            server.state, server.last_sign_s = state, time.monotonic()
+            if state == "serving":
+                server.lost.clear()
+            self._changed.notify_all()
+
+    def _fail_if_none_for_too_long(self) -> None:
+        limit_s = self.config.start_timeout_s
+        if all(s.state == "down" and time.monotonic() - s.last_sign_s > limit_s for s in self.servers):
+            self.failure = self.failure or UserError(
+                "rollout.servers",
+                [s.client.url for s in self.servers],
+                f"no server answered for {limit_s:g} s ({self.describe()})",
+                "see the servers' logs, or raise rollout.servers.start_timeout_s",
+            )
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    async def begin_update(self, targets: Iterable[Server], version: int) -> None:
+        """Take the targets out of service and prepare them; those that fail to answer are down from now on."""
+        self.version, self._is_updating = version, True
+        for server in self.servers:
+            if server.state == "serving" and server not in targets:
+                raise AssertionError(f"{server.name} would serve weights of another version")
+        await self._each(
+            targets,
+            lambda s, adapter: s.client.begin_update(
+                version, pause_mode=self.sync.pause_mode, adapter=adapter, timeout_s=self.sync.timeout_s
+            ),
+        )
+
+    async def send(self, targets: Iterable[Server], bucket: str) -> None:
+        """Load a bucket on every target that is still there."""
+        await self._each(
+            targets,
+            lambda s, _: s.client.send(
+                bucket, tensor_parallel_size=s.tensor_parallel_size, timeout_s=self.sync.timeout_s
+            ),
+        )
+
+    async def end_update(self, targets: Iterable[Server]) -> None:
+        """Put the targets into service."""
+        version = self.version
+
+        async def end(server: Server, adapter: Adapter) -> None:
+            await server.client.end_update(
+                version, pause_mode=self.sync.pause_mode, adapter=adapter, timeout_s=self.sync.timeout_s
+            )
+            await self._set_state(server, "serving")
+
+        await self._each(targets, end)
+        self._is_updating = False
+
+    async def _each(self, targets: Iterable[Server], call: Callable[[Server, Adapter], Awaitable[None]]) -> None:
+        async def one(server: Server) -> None:
+            if server.state == "down":
+                return
+            assert server.adapter is not None
+            try:
+                await call(server, server.adapter)
+            except Unavailable as error:
+                await self.mark_down(server, f"during a weight update: {error}")
+
+        outcomes = await asyncio.gather(*(one(server) for server in targets), return_exceptions=True)
+        for outcome in outcomes:  # every server has finished before the first error is raised
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def take_out(self, targets: Iterable[Server]) -> None:
+        """Mark servers as stale: nothing is placed on them until they got weights."""
+        for server in targets:
+            if server.state == "serving":
+                await self._set_state(server, "stale")
+
+    async def memory(self, call: Callable[[SGLangClient], Awaitable[None]]) -> None:
+        """Release or resume the memory of every server that is there."""
+        with contextlib.suppress(Refused):
+            await self._each(self.servers, lambda s, _: call(s.client))

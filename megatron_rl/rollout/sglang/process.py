@@ -1,0 +1,104 @@
+"""A child process in a session of its own: started, looked at, and killed with everything that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_rl.lifetime import PARENT_VARIABLE
+
+
+class ChildProcess:
+    """One start of one program. It ends with us at the latest (lifetime.py)."""
+
+    def __init__(self, command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> None:
+        """Start it.
+
+        Args:
+            command: program and arguments.
+            log: receives its output, after what earlier starts wrote.
+            environment: added to ours.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**_inherited(), **environment, PARENT_VARIABLE: str(os.getpid())},
+                start_new_session=True,  # Ctrl-C is for us to handle; and the whole session can be killed at once
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id, and id of its process group."""
+        return self._process.pid
+
+    def status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End it and its children now, whatever state they are in. Harmless when repeated."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _inherited() -> dict[str, str]:
+    """Our environment without what torchrun says of this rank: a server would take itself for the rank."""
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_")
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in names and not key.startswith(prefixes)}
+
+
+def describe_status(status: int) -> str:
+    """``exited with status 1``, ``was killed by SIGKILL``."""
+    if status >= 0:
+        return f"exited with status {status}"
+    names = {known.value: known.name for known in signal.Signals}
+    return f"was killed by {names.get(-status, f'signal {-status}')}"
+
+
+def last_error(log: Path, since: int = 0) -> str:
+    """The last line of a log that looks like the reason of a failure, from byte ``since`` on."""
+    with log.open("rb") as file:
+        file.seek(since)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line and not line.startswith("File ")]
+    return (errors or lines or ["it wrote nothing"])[-1][:400]
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def is_port_free(host: str, port: int) -> bool:
+    """Whether a server could listen there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def wait_until_ended(process: ChildProcess, timeout_s: float) -> bool:
+    """Whether it ended by itself in time."""
+    deadline = time.monotonic() + timeout_s
+    while process.status() is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

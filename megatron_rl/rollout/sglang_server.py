@@ -1,0 +1,47 @@
+"""One SGLang server: ``python -m megatron_rl.rollout.sglang_server <flags of sglang's own server>``.
+
+SGLang spawns its scheduler and detokenizer, and ``spawn`` imports this module in each of them before anything else; so
+what the body does holds for every process of the server. Nothing but the patches may happen here on import.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron_rl.lifetime import PARENT_VARIABLE, die_with_starter
+
+
+def _prepare() -> None:
+    """For every process of the server: end with the parent, and make SGLang importable."""
+    die_with_starter()
+    # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        from megatron_rl.patches import sglang
+
+        sglang.apply_cpu()
+
+
+def main() -> None:
+    """Serve until told to stop. SGLang's own children end with this process."""
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    arguments = prepare_server_args(sys.argv[1:])
+    try:
+        run_server(arguments)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ in ("__main__", "__mp_main__"):  # the server, or one of the processes that it spawned
+    _prepare()
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Runs that start their own servers, by the documented command; and what happens when something dies under them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import Case
+
+MARK = "MEGATRON_RL_TEST_MARK"
+LIMIT_S = 280.0
+
+
+@dataclass
+class Started:
+    """A run under way; every process of it carries the mark in its environment."""
+
+    case: Case
+    process: subprocess.Popen[str]
+    mark: str
+    output: Path
+    killed: list[int] = field(default_factory=list)
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of the run. A zombie lives no more: it waits for a parent that may not reap."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+        return found
+
+    def find(self, part: str) -> list[psutil.Process]:
+        """Processes with ``part`` in their command line, oldest first."""
+        found = []
+        for process in self.processes():
+            try:
+                if part in " ".join(process.cmdline()):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+        return sorted(found, key=lambda process: process.create_time())
+
+    def rows(self) -> list[dict[str, float]]:
+        path = self.case.root / "tiny" / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for(self, condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+        deadline = time.monotonic() + limit_s
+        while not condition():
+            assert self.process.poll() is None, self.output.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.output.read_text()[-3000:]
+            time.sleep(0.05)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: len(self.rows()) >= step)
+
+    def end(self, limit_s: float = LIMIT_S) -> int:
+        """Exit status; then nothing of the run may be left."""
+        try:
+            status = self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {limit_s:g} s: {self.output.read_text()[-3000:]}") from None
+        deadline = time.monotonic() + 10
+        while left := self.processes():
+            assert time.monotonic() < deadline, [(p.pid, p.cmdline()[:6]) for p in left]
+            time.sleep(0.1)
+        return status
+
+
+@pytest.fixture
+def start(case: Case, tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
+
+    def make(*overrides: str, ranks: int = 2) -> Started:
+        mark, output = uuid.uuid4().hex, tmp_path / "output"
+        overrides = (
+            f"trainer.devices={ranks}",
+            "rollout.engine=sglang",
+            "rollout.max_new_tokens=150",
+            "policy.train_micro_batch_tokens=1024",
+            "algorithm.overlong.buffer=150",
+            "rollout.sglang_cfg.max_total_tokens=8192",
+            "rollout.servers.health_interval_s=1",
+            "rollout.servers.health_timeout_s=12",
+            *overrides,
+        )
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_rl.cli", "train", *case.arguments(*overrides)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, MARK: mark, "PYTHONWARNINGS": "ignore"},
+            )
+        started.append(Started(case, process, mark, output))
+        return started[-1]
+
+    yield make
+    for run in started:
+        for process in run.processes():
+            process.kill()
+        run.process.wait()
+
+
+def generating(run: Started) -> bool:
+    """Whether the server works on rollouts now: its log tells of prefills after the last weight update."""
+    log = run.case.root / "tiny" / "logs" / "server_0.log"
+    text = log.read_text() if log.exists() else ""
+    return text.rfind("Prefill batch") > text.rfind("new_version=")
+
+
+def check_steps(run: Started, steps: int, rows_per_step: int = 16) -> None:
+    """Every step is there once, with all its rows, sampled from the current weights."""
+    rows = run.rows()
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        assert row["num_rollouts"] == rows_per_step
+        assert row["rollout/staleness"] == 0.0
+        assert row["mismatch/log_prob_abs_diff_max"] < 1e-3
+
+
+def test_colocated_server_killed_in_mid_step(start: Callable[..., Started]) -> None:
+    run = start("trainer.max_steps=3", "rollout.servers.placement=colocated")
+    run.wait_for_step(1)
+    run.wait_for(lambda: generating(run))
+    run.find("megatron_rl.rollout.sglang_server")[0].kill()
+    assert run.end() == 0
+    check_steps(run, 3)
+    assert sum(row["rollout/server_restarts"] for row in run.rows()) == 1
+
+
+def test_frozen_server_is_replaced(start: Callable[..., Started]) -> None:
+    run = start("trainer.max_steps=3")
+    run.wait_for_step(1)
+    run.wait_for(lambda: generating(run))
+    run.find("megatron_rl.rollout.sglang_server")[0].suspend()
+    assert run.end() == 0
+    check_steps(run, 3)
+    assert sum(row["rollout/server_restarts"] for row in run.rows()) == 1
+
+
+def test_two_servers_behind_a_router_one_killed_then_the_router(start: Callable[..., Started]) -> None:
+    run = start("trainer.max_steps=4", "rollout.servers.num_per_node=2")
+    run.wait_for_step(1)
+    run.wait_for(lambda: generating(run))
+    run.find("megatron_rl.rollout.sglang_server")[0].kill()
+    run.wait_for_step(2)
+    run.find("megatron_rl.rollout.sglang_router")[0].kill()
+    assert run.end() == 0
+    check_steps(run, 4)
+
+
+def test_tensor_parallel_server(start: Callable[..., Started]) -> None:
+    run = start("trainer.max_steps=2", "rollout.sglang_cfg.tp_size=2")
+    assert run.end() == 0
+    check_steps(run, 2)
+
+
+@pytest.mark.parametrize("who", ["launcher", "rank 0", "rank 1"])
+def test_nothing_is_left_when_the_trainer_is_killed(start: Callable[..., Started], who: str) -> None:
+    """While the server starts, which is when its children have no tie of their own to it yet."""
+    run = start("trainer.max_steps=3")
+    run.wait_for(lambda: len(run.find("megatron_rl.rollout.sglang_server")) >= 1)
+    time.sleep(1.0)
+    if who == "launcher":
+        run.process.kill()
+    else:
+        ranks = run.find("megatron_rl.train")
+        victims = [p for p in ranks if p.environ().get("RANK") == who[-1] and "launch" not in " ".join(p.cmdline())]
+        victims[0].kill()
+    assert run.end(90) != 0
+
+
+def test_interrupted_from_the_keyboard(start: Callable[..., Started]) -> None:
+    run = start("trainer.max_steps=1000")
+    run.wait_for(lambda: len(run.find("megatron_rl.rollout.sglang_server")) >= 1)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(90) != 0
+
+
+def test_port_taken(start: Callable[..., Started]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = start(f"rollout.servers.base_port={port}")
+        assert run.end(90) == 2
+    assert (
+        f"rollout.servers.base_port = {port}: something listens on 127.0.0.1:{port} already" in run.output.read_text()
+    )
+
+
+def test_server_that_cannot_start_says_why(start: Callable[..., Started]) -> None:
+    run = start("rollout.sglang_cfg.context_length=-3")
+    assert run.end(200) == 2
+    text = run.output.read_text()
+    assert text.count("error:") == 1 and "does not start" in text and "server_0.log" in text
+
+
+def test_kv_pool_too_small_for_a_request(start: Callable[..., Started]) -> None:
+    run = start("rollout.sglang_cfg.max_total_tokens=100")
+    assert run.end(90) == 2
+    assert "rollout.sglang_cfg.max_total_tokens = 100" in run.output.read_text()
+
+
+def test_server_that_keeps_dying_ends_the_run(start: Callable[..., Started]) -> None:
+    run = start("trainer.max_steps=50", "rollout.servers.max_restarts=0")
+    run.wait_for_step(1)
+    run.find("megatron_rl.rollout.sglang_server")[0].kill()
+    assert run.end(120) == 2
+    text = run.output.read_text()
+    assert "rollout.servers.max_restarts = 0" in text and "was killed by SIGKILL" in text
