@@ -56,7 +56,8 @@ class HFWriter:
         max_shard_bytes: limit of one file; a larger tensor has a file of its own.
 
     Raises:
-        UserError: a non-empty ``directory``, a ``source`` without config.json, or not enough free disk space.
+        UserError: a non-empty ``directory``, a ``source`` without config.json, not enough free disk space, or an error of
+            the system on creating the files. From ``add`` and ``finish`` such errors come as OSError.
     """
 
     def __init__(
@@ -71,8 +72,13 @@ class HFWriter:
         self._places, headers = _plan(hf_tensors(shape), self._dtype, max_shard_bytes)
         self._missing = set(self._places)
         self._total_bytes = sum(prod(place.shape) for place in self._places.values()) * self._torch_dtype.itemsize
-        self._check_target()
-        self._create(headers)
+        try:
+            self._check_target()
+            self._create(headers)
+        except OSError as error:
+            self.abort()
+            rule, fix = f"could not be written ({error.strerror})", "free disk space or choose another output directory"
+            raise UserError(str(self.directory), None, rule, fix) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, converted to the writer's dtype; it may change again as soon as this returns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from megatron_rl.convert.kinds import padded_vocab_size
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.errors import UserError
 from megatron_rl.model.forward import PolicyModel
-from megatron_rl.model.specs import has_transformer_engine, layer_spec
+from megatron_rl.model.specs import layer_spec
 from megatron_rl.parallel.groups import Groups
 
 
@@ -65,7 +66,8 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
             "persist_layer_norm": False,
         }
     else:
-        settings["gradient_accumulation_fusion"] = has_transformer_engine()
+        # Transformer Engine brings its own kernel, but Megatron's output layer needs Apex's, built from source.
+        settings["gradient_accumulation_fusion"] = find_spec("fused_weight_gradient_mlp_cuda") is not None
     known = {field.name for field in fields(TransformerConfig)}
     overrides = {name: value for name, value in config.policy.megatron_cfg.items() if name in known}
     return TransformerConfig(**(settings | overrides))
@@ -76,7 +78,7 @@ def build_stage(config: Config, shape: ModelShape, groups: Groups) -> PolicyMode
     megatron_config = transformer_config(config, shape, groups.device)
     model = PolicyModel(
         config=megatron_config,
-        transformer_layer_spec=layer_spec(megatron_config),
+        transformer_layer_spec=layer_spec(megatron_config, groups.device),
         vocab_size=padded_vocab_size(shape.vocab_size, tp_size=groups.tp_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=groups.pp_rank == 0,

@@ -3,11 +3,15 @@
     checkpoints/step_00000050/
         model/                torch_dist: weights, optimizer, schedule; loads under any layout
         rng_rank_<r>.pt       random generators of each rank
-        state.json            step, prompt cursor, and what else the run keeps as plain data
+        state.json            step, prompt cursor, origin, and what else the run keeps as plain data
         manifest.json         size and digest of every file above; written last
 
 A checkpoint is written as ``step_00000050.tmp`` and renamed once its manifest is on disk: under the final name stands a
 complete checkpoint, unless somebody has damaged it, which the digests show.
+
+A run that goes back (to an earlier checkpoint, or past damaged ones) leaves a branch behind. Its checkpoints have higher
+numbers than the next ones to be written, so they are renamed to ``abandoned_<time>_step_<n>`` before the first of those:
+under ``step_<n>`` stands one line of descent only, and the highest number is the newest.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rl.config import Config
+from megatron_rl.convert.shape import ModelShape
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.model.step import Policy
@@ -37,6 +45,8 @@ from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
 
 _NAME = re.compile(r"step_(\d{8})")
+_NOT_SHAPE = {"max_position_embeddings", "initializer_range", "dtype", "bos_token_id", "eos_token_ids", "pad_token_id"}
+"""Fields of ``ModelShape`` that change neither the parameters nor what the model computes from them."""
 
 
 class Checkpoints:
@@ -45,11 +55,14 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep_last: int, groups: Groups, say: Callable[[str], None]) -> None:
         """Args: the directory; how many to keep; process groups; where one-line messages for the user go."""
         self.directory, self.keep_last, self.groups, self.say = directory, keep_last, groups, say
+        self.origin: str | None = None
+        """The explicit checkpoint that this run descends from, set by ``find`` and saved with every checkpoint. By it a
+        restart with the same ``resume_from_checkpoint`` knows its own later checkpoints."""
 
     # ------------------------------------------------------------------------------------------------ write
 
     def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
-        """Write one checkpoint, then remove the oldest beyond ``keep_last``.
+        """Write one checkpoint, then remove those that are older than the ``keep_last`` last complete ones.
 
         Args:
             step: steps done.
@@ -71,7 +84,7 @@ class Checkpoints:
                 dist_checkpointing.save(_sharded_state(policy), str(temporary / "model"))
                 torch.save(_random_state(), temporary / f"rng_rank_{self.groups.rank}.pt")
                 if self.groups.rank == 0:
-                    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+                    (temporary / "state.json").write_text(json.dumps({**state, "origin": self.origin}, indent=1))
             digests = self._digests(temporary, final)
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
                 if self.groups.rank == 0:
@@ -81,9 +94,16 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         if self.groups.rank == 0:
-            for old in self._steps()[: -self.keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
+            self._prune(final)
         return final
+
+    def _prune(self, saved: Path) -> None:
+        # A higher number than the one just saved is no reason to remove anything: it belongs to another branch. And an
+        # incomplete one does not count: a run whose last files are damaged would keep nothing to resume from.
+        branch = [path for path in self._steps() if path.name <= saved.name]
+        kept = [path for path in branch if _incompleteness(path) is None][-self.keep_last :]
+        for old in branch[: branch.index(kept[0])]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _digests(self, directory: Path, final: Path) -> dict[str, dict[str, Any]]:
         """Size and digest of every file; the files are shared out over the ranks."""
@@ -107,46 +127,97 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------ read
 
-    def find(self, explicit: str | None) -> Path | None:
-        """The checkpoint to start from: the given one, else the last complete one of the directory, else None.
+    def find(self, explicit: str | None, *, is_resuming: bool = True) -> Path | None:
+        """The checkpoint to start from, or None.
+
+        The run's own last complete one, if it is resuming and, where an explicit one is given, that own one descends from
+        it: so the same command starts from the explicit checkpoint and, killed, resumes. Else the explicit one.
 
         Raises:
-            UserError: the given one is missing, half-written or damaged.
+            UserError: the explicit one is to be used and is missing, half-written or damaged.
         """
-        if explicit is not None:
-            path = Path(explicit)
-            if problem := self._problem(path):
-                raise UserError(
-                    "exp_manager.resume_from_checkpoint",
-                    explicit,
-                    problem,
-                    "give a complete checkpoint, or leave it out to take the last complete one of the run",
-                )
-            return path
-        unfinished = sorted(self.directory.glob("step_*.tmp"))
-        if unfinished:
-            self.say(f"skipping {', '.join(p.name for p in unfinished)}: never completed")
-        for path in reversed(self._steps()):
+        origin = None if explicit is None else str(Path(explicit).resolve())
+        for path in self._own(origin) if is_resuming else ():
             problem = self._problem(path)
             if problem is None:
+                if explicit is not None:
+                    self.say(
+                        f"taking {path.name} of this run, which descends from {explicit} "
+                        "(exp_manager.resume_if_exists=false goes back to that one)"
+                    )
+                self.origin = _read_state(path).get("origin")
                 return path
             self.say(f"skipping {path.name}: {problem}")
-        return None
+        if explicit is None:
+            return None
+        path = Path(explicit)
+        if problem := self._problem(path):
+            raise UserError(
+                "exp_manager.resume_from_checkpoint",
+                explicit,
+                problem,
+                "give a complete checkpoint, or leave it out to take the last complete one of the run",
+            )
+        self.say(f"taking the explicit checkpoint {explicit}: this run has no later one that descends from it")
+        self.origin = origin
+        return path
 
-    def load(self, path: Path, policy: Policy) -> dict[str, Any]:
-        """Restore weights, optimizer, schedule and generators; returns the plain data saved beside them."""
+    def load(self, path: Path, policy: Policy, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Restore weights, optimizer, schedule and generators; returns the plain data saved beside them.
+
+        Args:
+            path: a complete checkpoint.
+            policy: to restore; settings of its config win over those of the checkpoint, and it is said which.
+            fixed: ``fixed_settings`` of this run; None skips the comparison.
+
+        Raises:
+            UserError: on all ranks, before anything is loaded: a fixed setting is another one than the checkpoint's.
+        """
+        state = _read_state(path)
+        with all_ranks_agree(self.groups.cpu_group):
+            _check_fixed(state.get("fixed", {}), fixed or {})
         sharded = _sharded_state(policy, is_loading=True)
-        loaded = dist_checkpointing.load(sharded, str(path / "model"))
-        policy.stage.load_state_dict(loaded["model"])
-        policy.optimizer.load_state_dict(loaded["optimizer"])
-        policy.scheduler.load_state_dict(loaded["scheduler"])
-        policy.num_updates = loaded["num_updates"]
+        changed = policy.load_state(dist_checkpointing.load(sharded, str(path / "model")))
+        if changed:
+            self.say(f"settings changed since the checkpoint was written, new ones apply: {', '.join(changed)}")
         generators = path / f"rng_rank_{self.groups.rank}.pt"
         if len(list(path.glob("rng_rank_*.pt"))) == self.groups.world_size:
             _restore_random_state(torch.load(generators, weights_only=False))
         else:
             self.say("another number of ranks than before: random generators start from the seed")
-        return json.loads((path / "state.json").read_text())
+        return state
+
+    def set_aside_others(self, start: Path | None) -> None:
+        """Rename the checkpoints that do not lead to the one this run starts from (None: it starts anew).
+
+        Raises:
+            UserError: on all ranks, when that fails.
+        """
+        with all_ranks_agree(self.groups.cpu_group), _as_user_error(self.directory):
+            if self.groups.rank == 0:
+                steps = self._steps()
+                own = next((index for index, path in enumerate(steps) if start and path.samefile(start)), -1)
+                prefix = f"abandoned_{time.strftime('%Y%m%dT%H%M%S')}_"
+                for path in steps[own + 1 :]:
+                    path.rename(path.with_name(prefix + path.name))
+                if others := ", ".join(path.name for path in steps[own + 1 :]):
+                    self.say(f"this run does not continue {others}: renamed to {prefix}*, delete them when you like")
+
+    def _own(self, origin: str | None) -> list[Path]:
+        """Steps of the run, newest first; with an origin, those before the first that does not descend from it."""
+        found: list[Any] = [None]
+        if self.groups.rank == 0:  # one rank looks: the others could see the directory before or after a change
+            unfinished = sorted(path.name for path in self.directory.glob("step_*.tmp"))
+            if unfinished:
+                self.say(f"skipping {', '.join(unfinished)}: never completed")
+            own = []
+            for path in reversed(self._steps()):
+                if origin is not None and _incompleteness(path) is None and _read_state(path).get("origin") != origin:
+                    break
+                own.append(path)
+            found = [own]
+        dist.broadcast_object_list(found, src=0, group=self.groups.cpu_group)
+        return found[0]
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in self.directory.glob("step_*") if _NAME.fullmatch(p.name))
@@ -158,19 +229,72 @@ class Checkpoints:
         return next((problem for problem in found if problem is not None), None)
 
     def _problem_here(self, path: Path) -> str | None:
-        if not path.is_dir():
-            return "is not a directory"
-        try:
-            files = json.loads((path / "manifest.json").read_text())["files"]
-        except (OSError, ValueError, KeyError):
-            return "is incomplete: it has no readable manifest.json"
-        for index, (name, entry) in enumerate(sorted(files.items())):
-            file = path / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                return f"is incomplete: {name} is missing or cut short"
-            if index % self.groups.world_size == self.groups.rank and _digest(file) != entry["blake2b"]:
+        if problem := _incompleteness(path):
+            return problem
+        for index, (name, entry) in enumerate(sorted(_read_manifest(path).items())):
+            if index % self.groups.world_size == self.groups.rank and _digest(path / name) != entry["blake2b"]:
                 return f"is damaged: {name} has another digest than when it was written"
         return None
+
+
+def fixed_settings(config: Config, shape: ModelShape) -> dict[str, dict[str, Any]]:
+    """What may not change while a run goes on: weights, optimizer state and prompt cursor mean nothing without it.
+
+    Returns:
+        JSON by dotted field: ``value`` as the user gave it, and ``compared``, which has to be equal. A model or a data
+        file may move; its shape or its content may not change.
+    """
+    data = config.data
+    sizes = {name: value for name, value in asdict(shape).items() if name not in _NOT_SHAPE}
+    fixed = {
+        "policy.model_path": (config.policy.model_path, sizes),
+        "policy.optim.name": (config.policy.optim.name, config.policy.optim.name),
+        "data.task": (data.task, data.task),
+        "data.train": (data.train, _digest(Path(data.train))),
+        "trainer.seed": (config.trainer.seed, config.trainer.seed),
+    }
+    plain = {field: {"value": value, "compared": compared} for field, (value, compared) in fixed.items()}
+    return json.loads(json.dumps(plain))  # tuples become lists, as they will be when read back
+
+
+def _check_fixed(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    for field, now in fixed.items():
+        then = saved.get(field, now)  # a checkpoint that does not record the field is taken as it is
+        if then["compared"] == now["compared"]:
+            continue
+        rule = f"the checkpoint was trained with {then['value']!r}"
+        if field == "data.train":
+            rule += ", whose content was another"
+        if field == "policy.model_path":
+            old, new = then["compared"], now["compared"]
+            names = [name for name in new if old.get(name) != new[name]]
+            rule += ", a model of " + ", ".join(f"{name} {old.get(name)!r}, not {new[name]!r}" for name in names)
+        raise UserError(
+            field, now["value"], rule, "restore it to continue that run, or start another one: set exp_manager.name"
+        )
+
+
+def _incompleteness(path: Path) -> str | None:
+    """What a checkpoint lacks, going by names and sizes; None: nothing."""
+    if not path.is_dir():
+        return "is not a directory"
+    try:
+        files = _read_manifest(path)
+    except (OSError, ValueError, KeyError):
+        return "is incomplete: it has no readable manifest.json"
+    for name, entry in sorted(files.items()):
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            return f"is incomplete: {name} is missing or cut short"
+    return None
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((path / "manifest.json").read_text())["files"]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text())
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -19,9 +20,9 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """The spec of one decoder layer for this machine."""
-    if has_transformer_engine():
+def layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec:
+    """The spec of one decoder layer where the model lives: Transformer Engine has no kernels for CPUs."""
+    if device.type != "cpu" and has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention

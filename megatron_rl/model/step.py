@@ -7,7 +7,7 @@ again. So everything between two calls of this class is plain data, equal everyw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -33,6 +33,19 @@ from megatron_rl.types import MicroBatch, TrainingSample
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], TokenTerms]
 """(log_probs [T], entropy [T], micro_batch) -> terms."""
+_NO_DECAY = 1_000_000_000
+"""Megatron's spelling of ``decay_updates: null``: further than any run goes."""
+_SCHEDULE_FIELDS = {
+    "max_lr": "lr",
+    "min_lr": "min_lr",
+    "start_wd": "weight_decay",
+    "lr_decay_style": "sched.name",
+    "lr_warmup_steps": "sched.warmup_updates",
+    "lr_decay_steps": "sched.decay_updates",
+}
+"""Megatron's name of a setting in the state of its scheduler -> ours, under ``policy.optim``."""
+_GROUP_FIELDS = {"betas": "adam_beta1 and adam_beta2", "eps": "adam_eps"}
+"""The same for settings that only the optimizer's parameter groups hold."""
 
 
 class Policy:
@@ -64,11 +77,12 @@ class Policy:
         self.model = DistributedDataParallel(self.megatron_config, self._ddp_config(), wrapped)
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
         self.scheduler = self._scheduler()
+        self.num_updates = 0
+        self._set_schedule()
         self.megatron_config.finalize_model_grads_func = finalize_model_grads
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         if self.model.ddp_config.overlap_grad_reduce:
             self.megatron_config.no_sync_func = self.model.no_sync
-        self.num_updates = 0
 
     # ------------------------------------------------------------------------------------------------ the two verbs
 
@@ -105,7 +119,7 @@ class Policy:
         """
         # Megatron divides gradients by the integer number of loss tokens of the mini-batch; multiplying by it here leaves
         # exactly sum(weight * term). Auxiliary losses of experts rely on true counts.
-        num_global_tokens = sum(sample.num_response_tokens for sample in samples)
+        num_global_tokens = max(1, sum(sample.num_response_tokens for sample in samples))  # all responses may be empty
         micro_batches = self._micro_batches(samples)
 
         def weighted_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:
@@ -116,7 +130,8 @@ class Policy:
             report |= {
                 key: value.detach()[mask].double().sum() / num_global_tokens for key, value in terms.means.items()
             }
-            maxima = {key: value.detach()[mask].double().max() for key, value in terms.maxima.items()}
+            # Not value[mask].max(): a micro-batch of empty responses has no maximum, but the ranks go on together.
+            maxima = {k: v.detach().double().masked_fill(~mask, -math.inf).max() for k, v in terms.maxima.items()}
             return loss * num_global_tokens, mask.sum().int(), {"sums": report, "maxima": maxima}
 
         self.model.train()
@@ -129,8 +144,8 @@ class Policy:
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with self.timer("optimizer"):
             _, grad_norm, _ = self.optimizer.step()
-            self.scheduler.step(1)
-        self.num_updates += 1
+            self.num_updates += 1
+            self._set_schedule()
         return metrics | {"grad_norm": float(grad_norm or 0.0), "lr": learning_rate}
 
     # ------------------------------------------------------------------------------------------------ other weights
@@ -142,12 +157,15 @@ class Policy:
     @contextmanager
     def weights_of(self, snapshot: Sequence[Tensor]):  # type: ignore[no-untyped-def]
         """Compute with other weights inside the block; the trained ones are back, bit for bit, after it."""
-        trained = self.snapshot()
+        with self.timer("reference_swap"):
+            trained = self.snapshot()
         try:
-            self.copy_weights(snapshot)
+            with self.timer("reference_swap"):
+                self.copy_weights(snapshot)
             yield
         finally:
-            self.copy_weights(trained)
+            with self.timer("reference_swap"):
+                self.copy_weights(trained)
 
     def copy_weights(self, weights: Sequence[Tensor]) -> None:
         """Overwrite this rank's model weights in place (the optimizer's float32 copies are not touched)."""
@@ -155,7 +173,45 @@ class Policy:
             for parameter, value in zip(self.stage.parameters(), weights, strict=True):
                 parameter.copy_(value)
 
+    def load_state(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over weights, optimizer state and count of updates of a checkpoint, under the settings of our own config.
+
+        Megatron would go on with the checkpoint's settings: they are in its scheduler's state, and its parameter groups
+        carry a copy of each. The schedule itself needs no state: it follows from the settings and the count of updates.
+
+        Returns:
+            The settings that differ from the checkpoint's, such as ``policy.optim.lr 0.001 -> 0.0005``.
+        """
+        self.stage.load_state_dict(state["model"])
+        kept = ("max_lr", "min_lr", "start_wd", "end_wd", *_GROUP_FIELDS)
+        ours = [{key: group[key] for key in kept if key in group} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        changed = self._changed_settings(state["scheduler"], ours[0] if ours else {})
+        for group, settings in zip(self.optimizer.param_groups, ours, strict=True):
+            group.update(settings)
+        self.num_updates = state["num_updates"]
+        self._set_schedule()
+        return changed
+
     # ------------------------------------------------------------------------------------------------ private
+
+    def _changed_settings(self, saved_schedule: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+        """``field old -> new``, while the parameter groups still hold the old values."""
+        now, groups = self.scheduler.state_dict(), self.optimizer.param_groups
+        pairs = [(name, saved_schedule[key], now[key]) for key, name in _SCHEDULE_FIELDS.items()]
+        pairs += [(name, groups[0][key], ours[key]) for key, name in _GROUP_FIELDS.items() if key in ours]
+        return [
+            f"policy.optim.{name} {_shown(old)} -> {_shown(new)}"
+            for name, old, new in pairs
+            if _shown(old) != _shown(new)
+        ]
+
+    def _set_schedule(self) -> None:
+        """Set the rates of the next update, from the count of those done."""
+        self.scheduler.num_steps = 0
+        # Update i runs at point i of the schedule. Megatron's own loop would run it at i - 1: a first update of a warm-up
+        # at rate 0 changes nothing.
+        self.scheduler.step(self.num_updates + 1)
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
         """This data-parallel rank's packs: a pure function of the rows, so each pass over them sees the same packs."""
@@ -255,21 +311,24 @@ class Policy:
 
     def _scheduler(self) -> OptimizerParamScheduler:
         optim, sched = self.config.policy.optim, self.config.policy.optim.sched
-        scheduler = OptimizerParamScheduler(
+        return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0 if sched.warmup_updates else optim.lr,
             max_lr=optim.lr,
             min_lr=optim.min_lr,
             lr_warmup_steps=sched.warmup_updates,
-            lr_decay_steps=sched.decay_updates or max(sched.warmup_updates + 1, 1_000_000_000),
+            lr_decay_steps=sched.decay_updates or max(sched.warmup_updates + 1, _NO_DECAY),
             lr_decay_style=sched.name,
             start_wd=optim.weight_decay,
             end_wd=optim.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
-        scheduler.step(1)  # Megatron starts a warm-up at 0, which would waste the first update
-        return scheduler
+
+
+def _shown(setting: Any) -> str:
+    """As in the config, whichever container a checkpoint gives back."""
+    return "null" if setting == _NO_DECAY else str(list(setting) if isinstance(setting, tuple) else setting)
 
 
 def _return_log_probs(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:
