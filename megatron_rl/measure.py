@@ -12,6 +12,9 @@ from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rewards.pass_at_k import pass_at_k
 from megatron_rl.types import RolloutGroup, TrainingSample
 
+MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
+"""Of what an update reports, the maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
+
 
 def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str, float]:
     """Rewards, accuracy, lengths and losses of data of the rollouts of one step.
@@ -32,6 +35,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str
         "response_length/mean": _mean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/cut_frac": _mean([r.completion.finish_reason == "length" for r in rollouts]),
+        "num_rollouts": float(len(rollouts)),
         "rollout/staleness": _mean([version - r.completion.weight_version for r in rollouts]),
     }
     for part in parts:
@@ -48,24 +52,25 @@ def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
     advantages = _joined(samples, "advantages")
     difference = (old - rollout).abs()
     covariance = (old - old.mean()) * (advantages - advantages.mean())
-    return {
+    sizes = {"num_tokens": float(sum(sample.num_tokens for sample in samples)), "num_response_tokens": float(len(old))}
+    if not len(old):  # a mean or maximum over no token is no number
+        return sizes
+    return sizes | {
         "mismatch/log_prob_abs_diff": float(difference.mean()),
         "mismatch/log_prob_abs_diff_max": float(difference.max()),
         "cov/mean": float(covariance.mean()),
         "advantages/abs_mean": float(advantages.abs().mean()),
-        "num_tokens": float(sum(sample.num_tokens for sample in samples)),
-        "num_response_tokens": float(len(old)),
     }
 
 
 def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means (of ``*max*`` keys: maxima) over the optimizer updates of a step.
+    """Means (of ``MAXIMA``: maxima) over the optimizer updates of a step.
 
     ``ratio/first_update_max_abs_log_ratio`` is that of the first update alone, where the policy is still the one that
     ``old_log_probs`` came from: anything but 0.0 there means that two passes over the same rows differ.
     """
     metrics = {
-        key: max(u[key] for u in updates) if "max" in key else _mean([u[key] for u in updates]) for key in updates[0]
+        key: max(u[key] for u in updates) if key in MAXIMA else _mean([u[key] for u in updates]) for key in updates[0]
     }
     if "ratio/max_abs_log_ratio" in updates[0]:
         metrics["ratio/first_update_max_abs_log_ratio"] = updates[0]["ratio/max_abs_log_ratio"]

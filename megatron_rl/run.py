@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_rl import watchdog
 from megatron_rl.algorithms import build_algorithm
 from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.config import Config, save_resolved
@@ -23,7 +26,7 @@ from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
 from megatron_rl.evaluate import Evaluator
 from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
-from megatron_rl.model.checkpoint import Checkpoints
+from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree
@@ -32,12 +35,13 @@ from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
 from megatron_rl.rollout.score import Scorer
+from megatron_rl.rollout.sglang.flags import check_kv_pool
 from megatron_rl.rollout.transformers_engine import TransformersEngine
 from megatron_rl.runtime import Runtime
 from megatron_rl.summary import print_before_after, write_summary
 from megatron_rl.tasks import get_task
 from megatron_rl.types import Prompt, RolloutGroup, TrainingSample
-from megatron_rl.weight_sync.in_process import publish
+from megatron_rl.weight_sync.publish import publish
 
 
 class Run:
@@ -48,13 +52,17 @@ class Run:
         self.started = time.monotonic()
         self.directory = config.exp_manager.run_dir
         self.is_first = runtime.rank == 0
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(
+            synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=watchdog.enter
+        )
+        self._checkpoint_seconds: dict[str, float] = {}
         torch.manual_seed(config.trainer.seed)
         self.groups = build_groups(
             tensor_parallel_size=config.policy.tensor_parallel_size,
             pipeline_parallel_size=config.policy.pipeline_parallel_size,
             device=runtime.device,
             seed=config.trainer.seed,
+            timeout_s=config.trainer.timeout_s,
         )
         with all_ranks_agree(self.groups.cpu_group):
             self.shape = read_shape(Path(config.policy.model_path))
@@ -62,6 +70,16 @@ class Run:
             self._stop_ids = stop_ids(self.tokenizer, self.shape)
             self._load_data()
         self.algorithm = build_algorithm(config)
+        with ExitStack() as parts:  # what is started is stopped again, also when a later part cannot be built
+            self._build(parts)
+            self._parts = parts.pop_all()
+
+    def _build(self, parts: ExitStack) -> None:
+        config = self.config
+        # First of all, because servers take long to start; they do while the policy is built.
+        engine = self._build_engine() if config.trainer.stage == "rl" or config.eval.is_used else None
+        if engine is not None:
+            parts.callback(engine.close)
         self.policy = Policy(config, self.shape, self.groups, fill_weights=self._fill_weights, timer=self.timer)
         self.reference = self.policy.snapshot() if self.algorithm.needs_reference else []
         self.checkpoints = Checkpoints(
@@ -72,9 +90,12 @@ class Run:
         )
         self.start_step = self._resume()
         self.logger = self._build_logger()
+        parts.callback(self.logger.close)
         self.collector: Collector | None = None
-        if config.trainer.stage == "rl" or config.eval.is_used:
-            self.collector = Collector(self._build_engine(), self._build_scorer(), config.trainer.seed, self.timer)
+        if engine is not None:
+            scorer = self._build_scorer()
+            parts.callback(scorer.close)
+            self.collector = Collector(engine, scorer, config.trainer.seed, self.timer)
         if config.trainer.stage == "rl":
             self.publish(version=self.start_step)
 
@@ -85,6 +106,7 @@ class Run:
         for step in range(self.start_step, self.config.trainer.max_steps):
             self.timer.flush()
             self._step_started = time.monotonic()
+            watchdog.set_step(step + 1)
             yield step
 
     def finish_step(
@@ -105,12 +127,14 @@ class Run:
         metrics = update_metrics(updates)
         if groups:
             metrics |= rollout_metrics(groups, version=done - 1) | sample_metrics(samples)
-            metrics |= self.online_algorithm.step_metrics()
+            metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
         seconds = time.monotonic() - self._step_started
-        metrics |= self.timer.flush(seconds)
+        metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
+        self._checkpoint_seconds = {}
         if "num_tokens" in metrics:
             metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
-        self.logger.log(done, metrics)
+        with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full
+            self.logger.log(done, metrics)
         every, last = self.config.eval.every_n_steps, self.config.trainer.max_steps
         if done == last and self.config.eval.after:
             self._evaluate(done, self.config.eval.num_samples)
@@ -135,10 +159,18 @@ class Run:
         if self.config.eval.before and self.start_step == 0:
             self._evaluate(0, self.config.eval.num_samples)
 
+    def rest_engine(self) -> None:
+        """The next rollouts are a training phase away: a colocated engine gives its memory to the trainer."""
+        with self.timer("weight_sync"):
+            self.rollouts.engine.release_memory()
+
     def publish(self, *, version: int) -> None:
         """Give the engine the current weights."""
+        with self.timer("weight_sync"):
+            self.rollouts.engine.resume_memory()
         publish(self.policy, self.rollouts.engine, version=version)
 
+    @watchdog.phase("finish")
     def finish(self) -> None:
         """Export, plot, sum up."""
         if self.config.exp_manager.export_hf:
@@ -160,9 +192,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.logger.close()
-        if self.collector is not None:
-            self.collector.close()
+        self._parts.close()
 
     # ------------------------------------------------------------------------------------------------ parts
 
@@ -177,7 +207,12 @@ class Run:
         def load(file: str, max_new_tokens: int) -> list[Prompt]:
             problems = task.load(Path(file), template=data.template)
             prompts, dropped = tokenize_prompts(
-                problems, self.tokenizer, data, context_length=context, max_new_tokens=max_new_tokens
+                problems,
+                self.tokenizer,
+                data,
+                context_length=context,
+                max_new_tokens=max_new_tokens,
+                field="data.train" if file == data.train else "data.validation",
             )
             if dropped:
                 self.say(f"{file}: {dropped} of {len(problems)} problems left out, their prompts are too long")
@@ -189,7 +224,11 @@ class Run:
             self.stream: Stream[Any] = self.prompts
         else:
             rows = demonstrations(
-                load(data.train, 1), self.tokenizer, stop_id=self._stop_ids[0], context_length=context
+                load(data.train, 1),
+                self.tokenizer,
+                stop_id=self._stop_ids[0],
+                context_length=context,
+                overlong=data.overlong_prompts,
             )
             self.demonstrations: Stream[TrainingSample] = Stream(rows, seed, data.shuffle)
             self.stream = self.demonstrations
@@ -211,19 +250,21 @@ class Run:
 
     def _resume(self) -> int:
         manager = self.config.exp_manager
-        if self.is_first:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            save_resolved(self.config, self.directory / "config.yaml")
-        path = None
-        if manager.resume_if_exists or manager.resume_from_checkpoint:
-            path = self.checkpoints.find(manager.resume_from_checkpoint)
-        if path is None:
-            return 0
-        state = self.checkpoints.load(path, self.policy)
-        self.stream.cursor = state["cursor"]
-        self.say(f"resuming after step {state['step']}: {path}")
-        return int(state["step"])
+        with all_ranks_agree(self.groups.cpu_group):
+            if self.is_first:
+                save_resolved(self.config, self.directory / "config.yaml")
+        self._fixed = fixed_settings(self.config, self.shape)
+        path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
+        if path is not None:
+            state = self.checkpoints.load(path, self.policy, self._fixed)
+            self.stream.load_state(state)
+            step = int(state["step"])
+            self.say(f"resuming after step {step}: {path}")
+        if manager.create_checkpoint_callback:
+            self.checkpoints.set_aside_others(path)
+        return step
 
+    @watchdog.phase("checkpoint")
     def _save_if_due(self, done: int) -> None:
         manager = self.config.exp_manager
         is_due = (
@@ -231,8 +272,11 @@ class Run:
         )
         if manager.create_checkpoint_callback and is_due:
             started = time.monotonic()
-            path = self.checkpoints.save(done, self.policy, {"step": done, "cursor": self.stream.cursor})
-            self.say(f"checkpoint {path} ({time.monotonic() - started:.1f} s)")
+            state = {"step": done, "fixed": self._fixed, **self.stream.state()}
+            path = self.checkpoints.save(done, self.policy, state)
+            # In the row of the next step: this step's has to be on disk before its checkpoint is.
+            self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
+            self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")
 
     def _build_logger(self) -> MetricsLogger:
         with all_ranks_agree(self.groups.cpu_group):
@@ -247,19 +291,44 @@ class Run:
         rollout = self.config.rollout
         if rollout.recorded_dir is not None:
             return RecordedEngine(Path(rollout.recorded_dir))
-        pad_id = self.tokenizer.pad_token_id
-        engine = TransformersEngine(
-            Path(self.config.policy.model_path),
-            dtype=self.policy.megatron_config.params_dtype,
-            device=self.runtime.device,
-            stop_ids=self._stop_ids,
-            pad_id=self._stop_ids[0] if pad_id is None else pad_id,
-            max_batch_size=rollout.max_batch_size,
-            cpu_group=self.groups.cpu_group,
+        model_path, device, group = Path(self.config.policy.model_path), self.runtime.device, self.groups.cpu_group
+        dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
+        engine: RolloutEngine
+        if rollout.engine == "sglang":
+            from megatron_rl.rollout.sglang.engine import ServedModel, SGLangEngine  # needs aiohttp
+
+            self._check_kv_pool()
+            served = ServedModel(model_path, self.shape, dtype, tuple(self._stop_ids))
+            engine = SGLangEngine(self.config, served, device=device, cpu_group=group)
+        else:
+            pad_id = self.tokenizer.pad_token_id
+            engine = TransformersEngine(
+                model_path,
+                dtype=dtype,
+                device=device,
+                stop_ids=self._stop_ids,
+                pad_id=self._stop_ids[0] if pad_id is None else pad_id,
+                max_batch_size=rollout.max_batch_size,
+                cpu_group=group,
+            )
+        if not rollout.record:
+            return engine
+        agree = partial(all_ranks_agree, group)
+        return RecordingEngine(engine, self.directory / "rollouts", is_writer=self.is_first, agree=agree)
+
+    def _check_kv_pool(self) -> None:
+        """A request that never fits a server's cache is found before the servers are started."""
+        streams = [self.prompts.items] if self.config.trainer.stage == "rl" else []
+        longest = max(len(p.prompt_ids) for prompts in (*streams, self._held_out) for p in prompts)
+        check_kv_pool(
+            self.config.rollout.sglang_cfg,
+            is_cpu=self.runtime.device.type == "cpu",
+            longest_request=longest + self.config.rollout.max_new_tokens,
         )
-        return (
-            RecordingEngine(engine, self.directory / "rollouts", is_writer=self.is_first) if rollout.record else engine
-        )
+
+    @property
+    def _held_out(self) -> Sequence[Prompt]:
+        return self.evaluator.prompts if self.config.eval.is_used else []
 
     def _build_scorer(self) -> Scorer:
         data = self.config.data
@@ -271,13 +340,15 @@ class Run:
             cpu_group=self.groups.cpu_group,
         )
 
+    @watchdog.phase("evaluation")
     def _evaluate(self, done: int, num_samples: int) -> None:
         started = time.monotonic()
         if self.rollouts.engine.weight_version != done:
             self.publish(version=done)
         metrics = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples)
         self.timer.flush()  # evaluation has its own figure and does not count into a step
-        self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
+        with all_ranks_agree(self.groups.cpu_group):
+            self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
 
     def _sum_up(self, rows: Sequence[Mapping[str, float]]) -> None:
         by_step = {int(row["step"]): row for row in rows}

@@ -23,6 +23,7 @@ def run_online(run: Run) -> None:
     policy, algorithm = run.policy, run.online_algorithm
     for step in run.steps():
         groups = algorithm.collect(run.prompts, run.rollouts, step)
+        run.rest_engine()
         samples = algorithm.samples(groups)
         mini_batches = split(len(samples), run.config.policy.train_global_batch_size)
         policy.fill_log_probs(samples, mini_batches, "old_log_probs")

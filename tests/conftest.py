@@ -19,4 +19,4 @@ if importlib.util.find_spec("megatron_rl.patches") is None:  # a checkout that n
 
 from megatron_rl import patches  # noqa: E402
 
-patches.apply()
+patches.apply("cpu")

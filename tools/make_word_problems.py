@@ -19,6 +19,7 @@ def main(
     num_held_out: Annotated[int, typer.Option(help="Problems to evaluate on.")] = 500,
     num_operations: Annotated[list[int], typer.Option(help="Operations of a problem; repeat the option.")] = [1, 2, 3],  # noqa: B006
     slip_share: Annotated[float, typer.Option(help="Share of wrong steps in the demonstrations.")] = 0.2,
+    forgotten_carry_share: Annotated[float, typer.Option(help="Share of carries the demonstrations forget.")] = 0.0,
     shuffle_statements: Annotated[bool, typer.Option(help="Statements in random order.")] = False,
     seed: int = 1,
     hidden_size: int = ModelSize.hidden_size,
@@ -32,7 +33,13 @@ def main(
     shared = {"seed": seed, "num_operations": num_operations, "shuffle_statements": shuffle_statements}
     try:
         size = ModelSize(hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, tied)
-        warm_start = generate(num_warm_start, split="warm_start", slip_share=slip_share, **shared)
+        warm_start = generate(
+            num_warm_start,
+            split="warm_start",
+            slip_share=slip_share,
+            forgotten_carry_share=forgotten_carry_share,
+            **shared,
+        )
         write_rows(directory / "warm_start.jsonl", warm_start)
         write_rows(directory / "train.jsonl", generate(num_train, split="train", **shared))
         write_rows(directory / "held_out.jsonl", generate(num_held_out, split="held_out", **shared))

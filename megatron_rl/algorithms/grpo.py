@@ -10,6 +10,7 @@ loss gets the same token weights as the policy term.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -25,6 +26,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.losses.clipped_policy import clipped_policy_loss
 from megatron_rl.losses.kl import kl_estimate
 from megatron_rl.losses.terms import TokenTerms
+from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
 
@@ -38,7 +40,7 @@ class GRPO(OnlineAlgorithm):
         self.settings = config.algorithm
         self.num_epochs = self.settings.num_epochs
         self.needs_reference = self.settings.kl.coef > 0
-        self.num_dropped_groups = 0
+        self._metrics: dict[str, float] = {}
 
     # ---- rollouts
 
@@ -46,18 +48,29 @@ class GRPO(OnlineAlgorithm):
         """``num_prompts_per_step`` groups; under dynamic sampling only such that can teach something."""
         settings = self.settings
         groups: list[RolloutGroup] = []
-        self.num_dropped_groups = 0
+        seen: list[RolloutGroup] = []
+        self._metrics = {}
         for generation_round in range(settings.max_generation_batches if settings.use_dynamic_sampling else 1):
-            fresh = collector.collect(
-                prompts.take(settings.num_prompts_per_step),
+            started = collector.collect_first(
+                settings.num_prompts_per_step,
+                prompts.take(math.ceil(settings.num_prompts_per_step * self.config.rollout.over_sampling)),
                 num_generations=settings.num_generations_per_prompt,
                 sampling=self.sampling(),
                 purpose=f"train/{step}/{generation_round}",
             )
-            useful = [group for group in fresh if not settings.use_dynamic_sampling or _has_contrast(group)]
-            self.num_dropped_groups += len(fresh) - len(useful)
-            groups += useful
+            used = [i for i, group in enumerate(started) if group is not None][: settings.num_prompts_per_step]
+            prompts.put_back([i for i in range(len(started)) if i not in used])
+            fresh = [group for i in used if (group := started[i]) is not None]
+            seen += fresh
+            groups += [group for group in fresh if not settings.use_dynamic_sampling or _has_contrast(group)]
             if len(groups) >= settings.num_prompts_per_step:
+                if settings.use_dynamic_sampling:
+                    self._metrics = _sampling_metrics(
+                        seen,
+                        num_rounds=generation_round + 1,
+                        num_useful=len(groups),
+                        num_needed=settings.num_prompts_per_step,
+                    )
                 return groups[: settings.num_prompts_per_step]
         raise UserError(
             "algorithm.max_generation_batches",
@@ -67,13 +80,13 @@ class GRPO(OnlineAlgorithm):
         )
 
     def step_metrics(self) -> dict[str, float]:
-        """Groups that dynamic sampling has thrown away."""
-        return {"dropped/equal_rewards": float(self.num_dropped_groups)} if self.settings.use_dynamic_sampling else {}
+        """What dynamic sampling has thrown away, the policy's own accuracy despite it, and the shaped reward."""
+        return self._metrics
 
     def samples(self, groups: Sequence[RolloutGroup]) -> list[TrainingSample]:
         """One row per rollout; the reward is shaped here."""
         overlong = self.settings.overlong
-        return [
+        samples = [
             TrainingSample(
                 prompt_ids=group.prompt.prompt_ids,
                 response_ids=rollout.completion.response_ids,
@@ -93,6 +106,9 @@ class GRPO(OnlineAlgorithm):
             for index, group in enumerate(groups)
             for rollout in group.rollouts
         ]
+        if overlong.buffer > 0:
+            self._metrics |= {"reward/shaped_mean": _mean([sample.reward for sample in samples])}
+        return samples
 
     # ---- credit
 
@@ -129,12 +145,14 @@ class GRPO(OnlineAlgorithm):
             clip_max=settings.ratio_clip_max,
             dual_clip=settings.ratio_clip_c,
         )
+        capped = {} if settings.ratio_clip_c is None else {"dual_clip_frac": policy.is_capped}
         terms = TokenTerms(
             loss=policy.loss,
             means={
                 "entropy/mean": entropy,
                 "ratio/mean": policy.ratio,
                 "clip_frac": policy.is_clipped,
+                **capped,
                 "kl/old": kl_estimate(vectors["old_log_probs"], log_probs.detach(), "k3"),
             },
             maxima={"ratio/max": policy.ratio, "ratio/max_abs_log_ratio": policy.log_ratio.abs()},
@@ -145,6 +163,34 @@ class GRPO(OnlineAlgorithm):
                 kl = kl_estimate(log_probs, vectors["ref_log_probs"], settings.kl.estimator)
                 terms.loss = terms.loss + settings.kl.coef * kl
         return terms
+
+
+def _sampling_metrics(
+    seen: Sequence[RolloutGroup], *, num_rounds: int, num_useful: int, num_needed: int
+) -> dict[str, float]:
+    """What dynamic sampling did, and how good the policy is on all that it was asked.
+
+    The groups that are trained on were chosen for being neither solved nor failed throughout: their mean says little about
+    the policy, so these means replace those of ``rollout_metrics``, over all ``seen`` groups of the step.
+    """
+    scores = [[rollout.score for rollout in group.rollouts] for group in seen]
+    rows = [score for group in scores for score in group]
+    size = len(scores[0])
+    metrics = {
+        "dropped/equal_rewards": float(len(seen) - num_useful),
+        "dropped/surplus_groups": float(num_useful - num_needed),
+        "rollout/generation_rounds": float(num_rounds),
+        "reward/mean": _mean([score.reward for score in rows]),
+        "pass@1": _mean([is_correct(score) for score in rows]),
+        f"pass@{size}": _mean([any(map(is_correct, group)) for group in scores]),
+    }
+    for part in sorted({name for score in rows for name in score.parts}):
+        metrics[f"reward/{part}"] = _mean([score.parts.get(part, 0.0) for score in rows])
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values))
 
 
 def _has_contrast(group: RolloutGroup) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
+from megatron_rl.tasks import get_task
 
 
 def check_files(config: Config) -> None:
@@ -16,6 +18,8 @@ def check_files(config: Config) -> None:
         UserError: naming the config key whose path or size is wrong.
     """
     policy = config.policy
+    get_task(config.data.task)
+    _check_writable(config.exp_manager.run_dir)
     directory = Path(policy.model_path)
     if not directory.is_dir():
         raise UserError(
@@ -46,13 +50,29 @@ def check_files(config: Config) -> None:
         )
 
 
+def _check_writable(run_dir: Path) -> None:
+    """The run's folder can be made, or written where it exists; nothing is made yet."""
+    folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not folder.is_dir():
+        rule, fix = f"cannot hold a run: {folder} is a file", "choose another folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        rule, fix = f"cannot hold a run: {folder} is not writable for this user", "choose another folder or its rights"
+    else:
+        return
+    raise UserError("exp_manager.exp_dir", str(run_dir), rule, fix)
+
+
 def _check_layout(config: Config, shape: ModelShape) -> None:
     policy = config.policy
+    # Megatron then deals the remaining layers out itself, and says so where they do not divide.
+    is_uneven = any(
+        policy.megatron_cfg.get(f"num_layers_in_{end}_pipeline_stage") is not None for end in ("first", "last")
+    )
     for size, what, length in (
         (policy.tensor_parallel_size, "num_attention_heads", shape.num_attention_heads),
         (policy.tensor_parallel_size, "num_key_value_heads", shape.num_key_value_heads),
         (policy.tensor_parallel_size, "intermediate_size", shape.intermediate_size),
-        (policy.pipeline_parallel_size, "num_hidden_layers", shape.num_layers),
+        (1 if is_uneven else policy.pipeline_parallel_size, "num_hidden_layers", shape.num_layers),
     ):
         if length % size:
             name = "pipeline" if what == "num_hidden_layers" else "tensor"

@@ -45,10 +45,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def save_resolved(config: Config, path: Path) -> None:
-    """Write the config with every default filled in, so that the file alone repeats the run."""
+    """Write the config with every default filled in, so that the file alone repeats the run; makes the folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        os.replace(temporary, path)
+    except OSError as error:
+        rule, fix = f"could not be written ({error.strerror})", "free some disk space, or choose another folder"
+        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:

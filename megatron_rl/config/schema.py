@@ -34,6 +34,9 @@ class TrainerConfig:
     seed: int = 1234
     timeout_s: PositiveFloat = 1800.0
     """A collective that takes longer ends the run."""
+    hang_timeout_s: PositiveFloat | None = 900.0
+    """When no rank has made progress for so long, or one gives no sign of life, the run ends with a message that says who
+    waits for whom (docs/watchdog.md); null never does. Progress is a phase entered or left, or an item of a progress bar."""
 
     @property
     def world_size(self) -> int:
@@ -59,7 +62,8 @@ class ExpManagerConfig:
     resume_if_exists: bool = True
     """Continue from the last complete checkpoint of this run, if there is one; the same command starts and resumes."""
     resume_from_checkpoint: str | None = None
-    """One checkpoint directory, instead of the last complete one; an incomplete one is an error."""
+    """One checkpoint directory to start from, until this run has a complete one that descends from it; an incomplete one is an
+    error."""
     create_checkpoint_callback: bool = True
     checkpoint_callback_params: CheckpointConfig = Field(default_factory=CheckpointConfig)
     export_hf: bool = True
@@ -79,7 +83,13 @@ class ExpManagerConfig:
 
 @section
 class SchedConfig:
-    """Learning-rate schedule, in optimizer updates (not steps: a step can hold several updates)."""
+    """Learning-rate schedule, in optimizer updates (not steps: a step can hold several updates).
+
+    Update i, counted from 1, runs at point i: with W = ``warmup_updates`` and N = ``decay_updates``, updates 1 to W run at
+    lr * i / W, so the first one moves and update W is the first at ``lr``; from there the rate falls, and update N is the
+    first at ``min_lr``, where it stays. With ``min_lr: 0`` update N changes nothing; N one larger, or a ``min_lr`` above 0,
+    makes use of it. A resumed run follows the settings it is given, from its count of updates on.
+    """
 
     name: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
     warmup_updates: NonNegativeInt = 0
@@ -127,6 +137,16 @@ class OptimConfig:
         )
 
 
+_PARALLEL_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
+
+
 @section
 class PolicyConfig:
     """The model that is trained."""
@@ -162,6 +182,13 @@ class PolicyConfig:
             "policy.megatron_cfg", self.megatron_cfg, upstream.TRANSFORMER, owned=upstream.TRANSFORMER_OWNED
         )
         upstream.check_names("policy.ddp_cfg", self.ddp_cfg, upstream.DDP, owned=upstream.DDP_OWNED)
+        for name in _PARALLEL_SIZES:
+            value = self.megatron_cfg.get(name, 1)
+            if value is None and name == "virtual_pipeline_model_parallel_size":  # Megatron's way of saying 1
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                field, rule = f"policy.megatron_cfg.{name}", "must be a whole number of ranks, 1 or more"
+                raise UserError(field, value, rule, "leave it out, or give a number")
         if self.megatron_cfg.get("sequence_parallel") and self.tensor_parallel_size == 1:
             raise UserError(
                 "policy.megatron_cfg.sequence_parallel",
@@ -180,17 +207,62 @@ class PolicyConfig:
 
 
 @section
+class ServersConfig:
+    """SGLang servers: how many, where, and how long anything may take (``rollout.engine: sglang``)."""
+
+    urls: list[str] | None = None
+    """Servers that run already, each ``http://host:port``; null starts our own."""
+    num_per_node: PositiveInt = 1
+    """Servers started on each node."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """``separate``: servers take the GPUs after the trainer's. ``colocated``: they share the trainer's, and give their
+    memory back while it trains."""
+    use_router: bool = True
+    """Put ``sglang-router`` in front where there is more than one server."""
+    base_port: PositiveInt | None = None
+    """Port of a node's first server, the others count on; null takes free ones."""
+    start_timeout_s: PositiveFloat = 600.0
+    """From start, or from a failure, until a server must serve."""
+    request_timeout_s: PositiveFloat = 1200.0
+    """Deadline of one attempt at one request."""
+    max_retries: NonNegativeInt = 5
+    """Further attempts at a request before the run ends."""
+    max_restarts: NonNegativeInt = 20
+    """Restarts of one server before the run ends."""
+    max_in_flight: PositiveInt = 512
+    """Requests under way at one server; the others wait with us."""
+    health_interval_s: PositiveFloat = 5.0
+    health_timeout_s: PositiveFloat = 60.0
+    """A server that gives no sign of life for so long is restarted (ours) or avoided until it answers (given by URL)."""
+
+    def __post_init__(self) -> None:
+        if self.urls == []:
+            raise UserError("rollout.servers.urls", [], "is empty", "give http://host:port of each server, or null")
+        for url in self.urls or []:
+            if not url.startswith(("http://", "https://")):
+                raise UserError("rollout.servers.urls", url, "must be http://host:port", "add the scheme")
+
+
+@section
 class RolloutConfig:
     """How responses are sampled in training."""
 
-    engine: Literal["transformers", "recorded"] = "transformers"
-    """``transformers`` generates in process, each rank its share; ``recorded`` replays the files of ``record``."""
+    engine: Literal["transformers", "sglang", "recorded"] = "transformers"
+    """``transformers`` generates in process, each rank its share; ``sglang`` asks SGLang servers; ``recorded`` replays
+    the files of ``record``."""
+    servers: ServersConfig = Field(default_factory=ServersConfig)
+    sglang_cfg: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of SGLang's server under its own names: tp_size, mem_fraction_static, max_total_tokens, ..."""
     temperature: float = 1.0
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: NonNegativeInt = 0
     max_new_tokens: PositiveInt = 1024
     max_batch_size: PositiveInt = 256
     """Sequences that one rank generates at once (``transformers``)."""
+    over_sampling: float = Field(default=1.0, ge=1)
+    """Prompts started for each that a step needs (``sglang``). As soon as enough groups are whole the others are stopped,
+    and their prompts come again in the next step. Above 1 nobody waits for the slowest response, and short responses are
+    favoured a little."""
     record: bool = False
     """Keep every step's rollouts in ``<run>/rollouts/``."""
     recorded_dir: str | None = None
@@ -211,6 +283,26 @@ class RolloutConfig:
                 "is given exactly when rollout.engine is recorded",
                 "set both or neither",
             )
+        if self.engine == "transformers" and self.over_sampling > 1:
+            raise UserError(
+                "rollout.over_sampling",
+                self.over_sampling,
+                "rollout.engine transformers cannot stop early, so more prompts would only cost time",
+                "set it to 1, or use rollout.engine=sglang",
+            )
+        if self.servers.urls is not None and self.sglang_cfg:
+            raise UserError(
+                "rollout.sglang_cfg",
+                self.sglang_cfg,
+                "has no effect on the servers of rollout.servers.urls, which run already",
+                "remove one of the two",
+            )
+        upstream.check_sglang_names(self.sglang_cfg)
+
+    @property
+    def starts_servers(self) -> bool:
+        """Whether SGLang servers are ours to start and stop."""
+        return self.engine == "sglang" and self.servers.urls is None
 
 
 @section
@@ -260,6 +352,8 @@ class EvalConfig:
         return self.before or self.after or self.every_n_steps > 0
 
     def __post_init__(self) -> None:
+        if not self.k_values:
+            raise UserError("eval.k_values", [], "must name at least one k", "use [1], or [1, 8]")
         if max(self.k_values) > self.num_samples:
             raise UserError(
                 "eval.k_values",
@@ -271,7 +365,16 @@ class EvalConfig:
 
 @section
 class WeightSyncConfig:
-    """How the engine gets new weights. The in-process engines copy; server engines bring their own settings."""
+    """How servers get new weights. The in-process engine copies."""
+
+    pause_mode: Literal["abort", "retract", "in_place"] = "retract"
+    """What happens to requests under way, under SGLang's names. ``retract``: they start again from their tokens so far,
+    with a fresh cache. ``in_place``: they go on with the old cache, so their next tokens belong to neither version.
+    ``abort``: they end and are asked again."""
+    bucket_bytes: PositiveInt = 512 * 2**20
+    """Weights sent in one request."""
+    timeout_s: PositiveFloat = 600.0
+    """Deadline of each request of an update."""
 
 
 @section
@@ -339,12 +442,15 @@ class Config:
                 f"must divide the rows of a step: num_prompts_per_step * num_generations_per_prompt = {rows}",
                 f"use a divisor of {rows}: {rows} makes one update a step",
             )
-        if batch < self.data_parallel_size:
+        # Ranks run equally many micro-batches, none of them empty: a remainder would have to share one with another row,
+        # whatever their lengths, and exceed the token budget.
+        if batch % self.data_parallel_size:
             raise UserError(
                 "policy.train_global_batch_size",
                 batch,
-                f"every one of the {self.data_parallel_size} data-parallel ranks needs a row",
-                "raise it",
+                f"must be a multiple of the data-parallel size = {self.data_parallel_size}, so that ranks get equally "
+                "many rows",
+                f"use a multiple of {self.data_parallel_size}, or change trainer.devices",
             )
         overlong = getattr(self.algorithm, "overlong", None)
         if overlong is not None and overlong.buffer > self.rollout.max_new_tokens:

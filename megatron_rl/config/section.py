@@ -1,4 +1,4 @@
-"""What every config section is: a frozen, keyword-only dataclass that refuses unknown keys."""
+"""What every config section is: a frozen, keyword-only dataclass that refuses unknown keys, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -13,5 +13,7 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def section(cls: type[T]) -> type[T]:
     """Make a checked section of a class with annotated fields."""
-    make = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=True))
+    # NaN passes every bound that is checked by comparison, and an infinite rate or limit says nothing anyone means.
+    checks = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    make = dataclass(frozen=True, kw_only=True, config=checks)
     return cast("type[T]", make(cls))

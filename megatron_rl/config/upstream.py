@@ -20,6 +20,8 @@ OPTIMIZER = (("optimizer/optimizer_config.py", "OptimizerConfig"),)
 
 _SHAPE = "comes from the model's config.json"
 _PRECISION = "follows trainer.precision"
+_SAME_NETWORK = "is fixed at 0: with dropout, log-probs before and after an update would be of different networks"
+_STALE_SHARDS = "is fixed at false: weights would be published before ranks have exchanged what the update made of them"
 _EXACTNESS = "is fixed: with it off, gradients depend on the data-parallel layout"
 TRANSFORMER_OWNED: dict[str, str] = {
     **dict.fromkeys(
@@ -44,12 +46,15 @@ TRANSFORMER_OWNED: dict[str, str] = {
     **dict.fromkeys(
         ("params_dtype", "pipeline_dtype", "bf16", "fp16", "autocast_dtype", "enable_autocast"), _PRECISION
     ),
+    **dict.fromkeys(("hidden_dropout", "attention_dropout"), _SAME_NETWORK),
     "calculate_per_token_loss": _EXACTNESS,
     "layernorm_zero_centered_gamma": "is not how Hugging Face stores norms",
     "variable_seq_lengths": "is fixed: packed micro-batches differ in length",
 }
 DDP_OWNED: dict[str, str] = {
     "average_in_collective": _EXACTNESS,
+    # Megatron then leaves the all-gather to the next forward pass of training, and publish, export and evaluation come first.
+    "overlap_param_gather": _STALE_SHARDS,
     "use_distributed_optimizer": "is fixed: the distributed optimizer is always used",
 }
 OPTIMIZER_OWNED: dict[str, str] = {
@@ -58,7 +63,21 @@ OPTIMIZER_OWNED: dict[str, str] = {
         "has its own field in policy.optim",
     ),
     **dict.fromkeys(("bf16", "fp16", "params_dtype"), _PRECISION),
+    **dict.fromkeys(("overlap_param_gather", "overlap_param_gather_with_optimizer_step"), _STALE_SHARDS),
     "use_distributed_optimizer": "is fixed: the distributed optimizer is always used",
+}
+SGLANG_OWNED: dict[str, str] = {
+    "model_path": "comes from policy.model_path",
+    **dict.fromkeys(
+        ("host", "port", "nccl_port"), "is chosen per server; rollout.servers.base_port sets the first port"
+    ),
+    **dict.fromkeys(("nnodes", "node_rank", "dist_init_addr"), "is fixed: a server lives on one node"),
+    "dp_size": "is fixed: start more servers with rollout.servers.num_per_node",
+    "weight_version": "is the publish counter",
+    "admin_api_key": "is drawn at random for every run",
+    "base_gpu_id": "follows rollout.servers.placement",
+    "skip_tokenizer_init": "is fixed: token ids go in and out",
+    "enable_memory_saver": "follows rollout.servers.placement",
 }
 
 
@@ -91,6 +110,43 @@ def field_names(source: str, class_name: str) -> frozenset[str]:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
             )
     raise LookupError(f"megatron.core has no {class_name} in {source}")
+
+
+@cache
+def sglang_names() -> frozenset[str]:
+    """Fields of the installed SGLang's server arguments.
+
+    Raises:
+        UserError: SGLang is not installed.
+    """
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or spec.origin is None:
+        raise UserError("sglang", None, "is not installed", "make sglang, or give rollout.servers.urls")
+    folder = Path(spec.origin).parent / "srt"
+    # Since 0.5.23 the fields stand in one file a namespace; before, in the class ServerArgs itself.
+    files = [*sorted((folder / "arg_groups" / "fields").glob("*.py")), folder / "server_args.py"]
+    return frozenset(
+        item.target.id
+        for file in files
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not item.target.id.startswith("_")
+    )
+
+
+def check_sglang_names(given: Mapping[str, object]) -> None:
+    """Refuse ``rollout.sglang_cfg`` names that SGLang's server does not have, and those that are decided elsewhere.
+
+    Raises:
+        UserError: naming the field, with the nearest name.
+    """
+    for name, value in given.items():
+        field = f"rollout.sglang_cfg.{name}"
+        if name in SGLANG_OWNED:
+            raise UserError(field, value, SGLANG_OWNED[name], f"remove {field}")
+        if name not in sglang_names():
+            raise UserError(field, value, "is not an argument of SGLang's server", nearest(name, sglang_names()))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

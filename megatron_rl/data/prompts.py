@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_rl.config.schema import DataConfig
 from megatron_rl.errors import UserError
 from megatron_rl.types import Kind, Problem, Prompt, TrainingSample
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize_prompts(
@@ -19,6 +22,7 @@ def tokenize_prompts(
     *,
     context_length: int,
     max_new_tokens: int,
+    field: str = "data.train",
 ) -> tuple[list[Prompt], int]:
     """Turn problems into prompts that leave room for a response.
 
@@ -28,6 +32,7 @@ def tokenize_prompts(
         config: ``apply_chat_template``, ``max_prompt_tokens``, ``overlong_prompts``.
         context_length: tokens that the model can hold.
         max_new_tokens: tokens that a response may take.
+        field: config key of the file, for the error when no prompt is left.
 
     Returns:
         The prompts, and how many were dropped for their length.
@@ -56,17 +61,29 @@ def tokenize_prompts(
             )
         prompts.append(Prompt(problem, torch.tensor(ids, dtype=torch.int64)))
     if not prompts:
-        raise UserError("data.train", None, "no prompt is left after dropping long ones", "raise the limits")
+        raise UserError(field, None, "no prompt is left after dropping long ones", "raise the limits")
     return prompts, dropped
 
 
 def demonstrations(
-    prompts: Sequence[Prompt], tokenizer: Any, *, stop_id: int, context_length: int
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    stop_id: int,
+    context_length: int,
+    overlong: Literal["error", "drop"] = "error",
 ) -> list[TrainingSample]:
     """Supervised rows: prompt, worked solution, end of sequence.
 
+    Args:
+        prompts: with problems that have a solution.
+        tokenizer: a transformers tokenizer.
+        stop_id: token that ends a row.
+        context_length: tokens that the model can hold.
+        overlong: what becomes of a row that does not fit, as in ``data.overlong_prompts``; how many were dropped is logged.
+
     Raises:
-        UserError: a problem has no solution, or its row does not fit the context.
+        UserError: a problem has no solution; a row does not fit the context and ``overlong`` is ``error``; no row is left.
     """
     for prompt in prompts:
         if not prompt.problem.solution:
@@ -76,14 +93,22 @@ def demonstrations(
     samples = []
     for prompt, ids in zip(prompts, encoded):
         length = len(prompt.prompt_ids) + len(ids) + 1
+        if length > context_length and overlong == "drop":
+            continue
         if length > context_length:
             raise UserError(
                 prompt.problem.source,
                 f"{length} tokens",
                 f"prompt and solution exceed the context of {context_length} tokens",
-                "remove or shorten the row",
+                "remove or shorten the row, or set data.overlong_prompts=drop",
             )
         samples.append(TrainingSample(prompt.prompt_ids, torch.tensor([*ids, stop_id]), Kind.SFT))
+    if not samples:
+        raise UserError("data.train", None, "no row is left after dropping long ones", "give problems that fit")
+    if len(samples) < len(prompts):
+        logger.warning(
+            "%d of %d rows are left out, prompt and solution are too long", len(prompts) - len(samples), len(prompts)
+        )
     return samples
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -13,20 +13,38 @@ Item = TypeVar("Item")
 
 @dataclass
 class Stream(Generic[Item]):
-    """Endless items: each epoch is a permutation that follows from (seed, epoch), so the cursor is the whole state."""
+    """Endless items: each epoch is a permutation that follows from (seed, epoch), so positions are the whole state."""
 
     items: Sequence[Item]
     seed: int
     shuffle: bool
     cursor: int = 0
-    """Items taken so far; saved with checkpoints."""
+    """Positions taken so far."""
+    returned: list[int] = field(default_factory=list)
+    """Positions that were taken and put back; they come first."""
     _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)
+    _taken: list[int] = field(default_factory=list, repr=False)
 
     def take(self, count: int) -> list[Item]:
         """The next ``count`` items."""
-        taken = [self._at(self.cursor + i) for i in range(count)]
-        self.cursor += count
-        return taken
+        again, self.returned = self.returned[:count], self.returned[count:]
+        fresh = count - len(again)
+        positions = [*again, *range(self.cursor, self.cursor + fresh)]
+        self.cursor += fresh
+        self._taken = positions
+        return [self._at(position) for position in positions]
+
+    def put_back(self, indices: Sequence[int]) -> None:
+        """Give back items of the last ``take``, by their places in it: the next one begins with them."""
+        self.returned = [self._taken[index] for index in indices] + self.returned
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        return {"cursor": self.cursor, "returned": list(self.returned)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        self.cursor, self.returned = int(state["cursor"]), list(state.get("returned", []))
 
     def _at(self, position: int) -> Item:
         epoch, index = divmod(position, len(self.items))

@@ -20,6 +20,8 @@ class PolicyTerms:
     ratio: Tensor
     is_clipped: Tensor
     """1.0 where the clipped side was taken and differs (no gradient flows there)."""
+    is_capped: Tensor
+    """1.0 where dual clip bounded the loss (no gradient flows there either); never where ``is_clipped``."""
 
 
 def clipped_policy_loss(
@@ -53,9 +55,9 @@ def clipped_policy_loss(
     clipped = -advantages * ratio.clamp(1 - clip_min, 1 + clip_max)
     loss = torch.maximum(unclipped, clipped)
     is_clipped = clipped > unclipped
+    is_capped = torch.zeros_like(is_clipped)
     if dual_clip is not None:
         ceiling = -advantages * dual_clip
         is_capped = (advantages < 0) & (loss > ceiling)
         loss = torch.where(is_capped, ceiling, loss)
-        is_clipped = is_clipped | is_capped
-    return PolicyTerms(loss, log_ratio.detach(), ratio.detach(), is_clipped.detach().float())
+    return PolicyTerms(loss, log_ratio.detach(), ratio.detach(), is_clipped.float(), is_capped.float())

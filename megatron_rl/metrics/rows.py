@@ -6,7 +6,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from megatron_rl.errors import UserError
@@ -77,20 +79,33 @@ def as_number(key: str, value: float) -> float:
     return int(value) if isinstance(value, int) else float(value)
 
 
+@contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        rule = f"could not be written ({error.strerror})"
+        fix = "free some disk space or the folder's rights, and give the same command again: the run resumes"
+        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
+
+
 class MetricsFile:
     """``metrics.jsonl``: appended line by line, repaired on open, rewritten only by an atomic rename.
 
     A process killed while it writes leaves a last line without its end; opening drops that line. A broken line anywhere
     else is not something a crash of ours can cause, so it is an error rather than a silent loss.
 
+    Only one rank writes. Its errors are its own, so the caller sees to it that all ranks raise them.
+
     Raises:
-        UserError: a line before the last one is not a row.
+        UserError: a line before the last one is not a row; or, from every method, the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        raw = path.read_bytes() if path.exists() else b""
+        with _as_user_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            raw = path.read_bytes() if path.exists() else b""
         rows, bad = _parse(raw)
         last_line = len(raw.rstrip(b"\n").split(b"\n"))
         for number in bad:
@@ -98,10 +113,15 @@ class MetricsFile:
                 raise UserError(f"{path}:{number}", None, "is not a metrics row", "delete the line or move the file")
         if bad:
             logger.warning("%s: dropped a half-written last line", path)
-        if bad or (raw and not raw.endswith(b"\n")):
-            write_atomic(path, b"".join(map(_encode, rows)))
+        with _as_user_error(path):
+            if bad or (raw and not raw.endswith(b"\n")):
+                write_atomic(path, b"".join(map(_encode, rows)))
+            self._file = self._open()
         self._steps = {int(row["step"]) for row in rows}
-        self._file = path.open("ab")
+
+    def _open(self) -> FileIO:
+        # Unbuffered: what did not fit on the disk would be tried once more by close, whose error would hide the first.
+        return self.path.open("ab", buffering=0)
 
     @property
     def last_step(self) -> int | None:
@@ -110,16 +130,19 @@ class MetricsFile:
 
     def append(self, row: Row) -> None:
         """Add the row of a new highest step; it is with the operating system when this returns."""
-        self._file.write(_encode(row))
-        self._file.flush()
+        data = _encode(row)
+        with _as_user_error(self.path):
+            while data:  # a disk that is nearly full takes a part, and refuses the rest
+                data = data[self._file.write(data) :]
         self._steps.add(int(row["step"]))
 
     def rewrite(self, rows: list[Row]) -> None:
         """Replace the content, in the order of steps."""
-        self._file.close()
-        write_atomic(self.path, b"".join(_encode(row) for row in sorted(rows, key=lambda row: row["step"])))
+        with _as_user_error(self.path):
+            self._file.close()
+            write_atomic(self.path, b"".join(_encode(row) for row in sorted(rows, key=lambda row: row["step"])))
+            self._file = self._open()
         self._steps = {int(row["step"]) for row in rows}
-        self._file = self.path.open("ab")
 
     def close(self) -> None:
         """Close the file; rows are on disk already."""

@@ -109,6 +109,13 @@ class Display:
 
 
 _display: Display | None = None
+_on_advance: Callable[[], None] | None = None
+
+
+def listen(callback: Callable[[], None] | None) -> None:
+    """Call this whenever an item of any task is done, also on ranks that show nothing; None calls nobody."""
+    global _on_advance
+    _on_advance = callback
 
 
 def use_console(console: Console | None) -> Display:
@@ -171,6 +178,8 @@ class ProgressTask(Generic[T]):
     def advance_to(self, completed: float) -> None:
         """Set the number of finished items."""
         self.completed = completed
+        if _on_advance is not None:
+            _on_advance()
         if self._task_id is not None:
             self._display._advance(self._task_id, completed)
         elif self._display.clock() - self._said_s >= self._display.quiet_s:

@@ -52,6 +52,7 @@ class PhaseTimer:
     Args:
         memory: None takes ``ProcessMemory``.
         synchronize: called at every border, such as ``torch.cuda.synchronize``.
+        on_border: called at every border with the phase that is innermost from there on, "" for none.
 
     Example:
         ``with timer("update"): a(); with timer("optimizer"): b()`` gives the seconds of a to ``update``, of b to
@@ -64,10 +65,12 @@ class PhaseTimer:
         clock: Callable[[], float] = time.perf_counter,
         memory: MemoryMeter | None = None,
         synchronize: Callable[[], None] | None = None,
+        on_border: Callable[[str], None] | None = None,
     ) -> None:
         self._clock = clock
         self._memory = memory or ProcessMemory()
         self._synchronize = synchronize
+        self._on_border = on_border
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
         self._bytes: dict[str, int] = {}
@@ -78,13 +81,18 @@ class PhaseTimer:
         """Time a phase; repeated phases add up, and their peak is the highest."""
         self._charge()
         self._open.append(phase)
+        self._tell()
         try:
             yield
+        except BaseException as error:
+            error.add_note(f"in phase {phase}")  # by the time it is reported, no phase is open
+            raise
         finally:
             self._charge()
             inner = self._open[-1]
             assert inner == phase, f"phase {phase!r} ended while {inner!r} was open: interleaved tasks share a timer"
             self._open.pop()
+            self._tell()
 
     def flush(self, total_s: float | None = None) -> Row:
         """Seconds and bytes since the last flush, and start anew; phases still open go on.
@@ -104,6 +112,10 @@ class PhaseTimer:
         row |= {f"memory/{phase}_bytes": peak for phase, peak in self._bytes.items()}
         self._seconds, self._bytes, self._flushed_s = {}, {}, self._border_s
         return row
+
+    def _tell(self) -> None:
+        if self._on_border is not None:
+            self._on_border(self._open[-1] if self._open else "")
 
     def _charge(self) -> None:
         """Give what passed since the last border to the innermost open phase."""

@@ -58,7 +58,7 @@ def read_rows(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows of a ``.jsonl`` or ``.jsonl.gz`` file, with ``file:line`` of each.
 
-    Blank lines are skipped, fields that are not asked for are ignored, an ``optional`` field may be absent or null.
+    Blank lines at the end are skipped, fields that are not asked for are ignored, an ``optional`` field may be absent or null.
 
     Args:
         path: the file.
@@ -68,10 +68,13 @@ def read_rows(
     Raises:
         UserError: at the first thing that is wrong with the file or a line of it; also when it has no row.
     """
-    num_rows = 0
+    num_rows, blank = 0, 0
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
+            blank = blank or number
             continue
+        if blank:  # something was cut out here, or the file was put together wrongly
+            raise UserError(f"{path}:{blank}", None, "is an empty line between rows", "remove it, or restore the row")
         source = f"{path}:{number}"
         yield source, _fields(_parse(line, source), source, required, optional)
         num_rows += 1

@@ -63,6 +63,22 @@ class Step:
             return value + self.number
         return value - self.number if self.operator == "-" else value * self.number
 
+    def without_carry(self, value: int) -> int:
+        """The result of a sum or difference when the ten carried or borrowed at the units is forgotten."""
+        if self.operator == "+" and value % 10 + self.number % 10 >= 10:
+            return self.apply(value) - 10
+        if self.operator == "-" and value % 10 < self.number % 10:
+            return self.apply(value) + 10
+        return self.apply(value)
+
+
+@dataclass(frozen=True)
+class Slips:
+    """How often the steps of demonstrations state wrong results; see ``generate``."""
+
+    share: float
+    forgotten_carry_share: float
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -88,6 +104,7 @@ def generate(
     seed: int,
     num_operations: Sequence[int] = (1, 2, 3),
     slip_share: float = 0.0,
+    forgotten_carry_share: float = 0.0,
     split: Split = "train",
     shuffle_statements: bool = False,
 ) -> Iterator[Row]:
@@ -99,6 +116,8 @@ def generate(
         num_operations: how many operations a problem has; drawn uniformly from these.
         slip_share: chance, in [0, 1), that a step of a *solution* states a wrong result, which the later steps carry on
             consistently. ``answer`` is right all the same. Two slips may cancel.
+        forgotten_carry_share: chance, in [0, 1), that a step of a *solution* that carries or borrows a ten forgets it
+            (17 + 5 = 12, 23 - 5 = 28). Above one half, the most likely demonstration of such a step is wrong.
         split: which hash classes of chains to draw from.
         shuffle_statements: give the statements in random order; the solution keeps the order of the chain.
 
@@ -108,15 +127,16 @@ def generate(
     Raises:
         UserError: an argument is out of range, or there are not so many problems.
     """
-    _check(num_problems, num_operations, slip_share, split)
-    return _generate(num_problems, random.Random(seed), tuple(num_operations), slip_share, split, shuffle_statements)
+    _check(num_problems, num_operations, slip_share, forgotten_carry_share, split)
+    slips = Slips(slip_share, forgotten_carry_share)
+    return _generate(num_problems, random.Random(seed), tuple(num_operations), slips, split, shuffle_statements)
 
 
 def _generate(
     num_problems: int,
     rng: random.Random,
     num_operations: tuple[int, ...],
-    slip_share: float,
+    slips: Slips,
     split: Split,
     shuffle: bool,
 ) -> Iterator[Row]:
@@ -124,7 +144,7 @@ def _generate(
     while len(seen) < num_problems:
         chain, names = _draw_new(rng, num_operations, split, seen)
         seen.add((chain, names))
-        results, num_slips = _worked_results(chain, slip_share, rng)
+        results, num_slips = _worked_results(chain, slips, rng)
         yield {
             "question": _question(chain, names, rng if shuffle else None),
             "answer": str(_values(chain.start, chain.steps)[-1]),
@@ -179,26 +199,31 @@ def _values(start: int, steps: Sequence[Step]) -> list[int]:
     return values
 
 
-def _worked_results(chain: Chain, slip_share: float, rng: random.Random) -> tuple[list[int], int]:
+def _worked_results(chain: Chain, slips: Slips, rng: random.Random) -> tuple[list[int], int]:
     """(start value and the results that a solution states, number of slips among them)."""
     results, num_slips = [chain.start], 0
     for index, step in enumerate(chain.steps):
         result = step.apply(results[-1])
-        if rng.random() < slip_share:
-            wrong = _slips(result, chain.steps[index + 1 :])
-            if wrong:
-                result, num_slips = rng.choice(wrong), num_slips + 1
-        results.append(result)
+        wrong = _drawn_slip(step, results[-1], chain.steps[index + 1 :], slips, rng)
+        results.append(result if wrong is None else wrong)
+        num_slips += wrong is not None
     return results, num_slips
 
 
-def _slips(result: int, later_steps: Sequence[Step]) -> list[int]:
-    """Wrong results from which every later step stays in range: near misses, else (next to a border) any."""
-    possible = [
-        value for value in range(MAX_VALUE + 1)
-        if value != result and all(0 <= v <= MAX_VALUE for v in _values(value, later_steps))
-    ]  # fmt: skip
-    return [value for value in possible if abs(value - result) in (1, 2, 10)] or possible
+def _drawn_slip(step: Step, before: int, later_steps: Sequence[Step], slips: Slips, rng: random.Random) -> int | None:
+    """A wrong result of the step, or None for the right one."""
+    result, forgotten = step.apply(before), step.without_carry(before)
+    if rng.random() < slips.forgotten_carry_share and forgotten != result and _stays_in_range(forgotten, later_steps):
+        return forgotten
+    if rng.random() >= slips.share:
+        return None
+    possible = [v for v in range(MAX_VALUE + 1) if v != result and _stays_in_range(v, later_steps)]
+    near = [value for value in possible if abs(value - result) in (1, 2, 10)]
+    return rng.choice(near or possible) if possible else None
+
+
+def _stays_in_range(value: int, steps: Sequence[Step]) -> bool:
+    return all(0 <= v <= MAX_VALUE for v in _values(value, steps))
 
 
 def _question(chain: Chain, names: Sequence[str], rng: random.Random | None) -> str:
@@ -217,7 +242,9 @@ def _solution(chain: Chain, names: Sequence[str], results: Sequence[int]) -> str
     return " ".join([*parts, f"{ANSWER_MARK} {results[-1]}"])
 
 
-def _check(num_problems: int, num_operations: Sequence[int], slip_share: float, split: str) -> None:
+def _check(
+    num_problems: int, num_operations: Sequence[int], slip_share: float, forgotten_carry_share: float, split: str
+) -> None:
     if num_problems < 1:
         raise UserError("num_problems", num_problems, "must be at least 1", "ask for one problem or more")
     if not num_operations or not all(1 <= n < len(NAMES) for n in num_operations):
@@ -227,8 +254,9 @@ def _check(num_problems: int, num_operations: Sequence[int], slip_share: float, 
             f"must be numbers from 1 to {len(NAMES) - 1}",
             "give for example 1 2 3",
         )
-    if not 0 <= slip_share < 1:
-        raise UserError("slip_share", slip_share, "must be at least 0 and below 1", "give a share such as 0.2")
+    for field, share in (("slip_share", slip_share), ("forgotten_carry_share", forgotten_carry_share)):
+        if not 0 <= share < 1:
+            raise UserError(field, share, "must be at least 0 and below 1", "give a share such as 0.2")
     if split not in HASH_CLASSES:
         raise UserError("split", split, f"must be one of {', '.join(HASH_CLASSES)}", "choose a split")
 

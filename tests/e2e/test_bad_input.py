@@ -100,6 +100,34 @@ def test_disk_full_on_save(
     assert case.rows()[-1]["step"] == 2
 
 
+def test_metrics_that_cannot_be_opened_end_all_ranks(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    (case.root / "tiny/metrics.jsonl").mkdir(parents=True)
+    assert "metrics.jsonl': could not be written" in fails(case, capfd)
+
+
+def main_with_full_metrics(arguments: list[str]) -> int:
+    from megatron_rl.metrics.rows import MetricsFile
+
+    MetricsFile._open = lambda _self: Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
+    return run_main(arguments)
+
+
+def test_a_metrics_row_that_does_not_fit_ends_all_ranks(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    (case.root / "tiny").mkdir()
+    (case.root / "tiny/metrics.jsonl").touch()
+    assert run_ranks(main_with_full_metrics, 2, case.arguments("trainer.devices=2")) == [2, 2]
+    assert "metrics.jsonl': could not be written (No space left on device)" in the_error(capfd)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "rollouts"])
+def test_what_rank_0_cannot_write_ends_all_ranks(case: Case, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    (case.root / "tiny").mkdir()
+    (case.root / "tiny/rollouts").touch()
+    if name == "config.yaml":
+        (case.root / "tiny/config.yaml").mkdir()
+    assert name in fails(case, capfd, "rollout.record=true")
+
+
 # ---- model and data
 
 
@@ -117,7 +145,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(case: Case, tmp_path: Path, capf
     [
         ("", "train.jsonl"),
         ('{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": \n', "train.jsonl:2"),
-        ('{"question": "a", "answer": "#### 1"}\n\n{"question": "b"}\n', "train.jsonl:3"),
+        ('{"question": "a", "answer": "#### 1"}\n\n{"question": "b"}\n', "train.jsonl:2"),
         ('{"question": "a", "answer": "no mark"}\n', "train.jsonl:1"),
         ('["question"]\n', "train.jsonl:1"),
     ],
@@ -127,6 +155,28 @@ def test_a_bad_line_is_named(case: Case, capfd: pytest.CaptureFixture[str], cont
     assert where in fails(case, capfd)
 
 
+def test_each_rank_above_0_has_the_error_in_its_log(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    case.train.write_text("")
+    error = fails(case, capfd)
+    assert error in (case.root / "tiny/logs/rank_1.log").read_text().splitlines()
+
+
+def test_a_demonstration_that_exceeds_the_context(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": "q", "answer": "1\n#### 1"}, {"question": "r", "answer": f"{'1 ' * 300}\n#### 1"}]
+    case.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = case.root / "sft.yaml"
+    config.write_text(
+        "trainer: {stage: sft, precision: fp32, accelerator: cpu, max_steps: 1}\n"
+        f"exp_manager: {{exp_dir: {case.root}, export_hf: false}}\n"
+        f"policy: {{model_path: {case.model}, train_global_batch_size: 2}}\n"
+        f"algorithm: {{name: sft}}\ndata: {{task: gsm8k, train: {case.train}}}\n"
+    )
+    capfd.readouterr()
+    assert run_ranks(run_main, 1, [str(config)]) == [2]
+    assert "exceed the context of 512 tokens" in the_error(capfd)
+    assert run_ranks(run_main, 1, [str(config), "data.overlong_prompts=drop"]) == [0]
+
+
 def test_a_prompt_that_fills_the_context(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [{"question": "short", "answer": "#### 1"}, {"question": "long " * 120, "answer": "#### 1"}]
     case.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -134,6 +184,15 @@ def test_a_prompt_that_fills_the_context(case: Case, capfd: pytest.CaptureFixtur
     assert "train.jsonl:2" in error and "fills the context of 512 tokens" in error
     assert case.run("data.overlong_prompts=drop", "trainer.max_steps=1") == [0]
     assert "1 of 2 problems left out" in capfd.readouterr().out
+    case.train.write_text(json.dumps(rows[0]) + "\n")
+    (case.root / "long.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    validation = [
+        f"data.validation={case.root}/long.jsonl",
+        "eval.before=true",
+        "eval.num_samples=1",
+        "eval.k_values=[1]",
+    ]
+    assert "data.validation: no prompt is left" in fails(case, capfd, "data.overlong_prompts=drop", *validation)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +204,8 @@ def test_a_prompt_that_fills_the_context(case: Case, capfd: pytest.CaptureFixtur
         (["rollout.max_new_tokens=512"], "rollout.max_new_tokens = 512"),
         (["policy.megatron_cfg.tensor_model_parallel_size=3", "trainer.devices=3"], "num_attention_heads = 8"),
         (["policy.megatron_cfg.pipeline_model_parallel_size=4", "trainer.devices=4"], "num_hidden_layers = 2"),
-        (["trainer.devices=3"], "trainer.devices = 3"),
+        (["trainer.devices=4"], "trainer.devices = 4"),
+        (["policy.train_global_batch_size=1"], "policy.train_global_batch_size = 1"),
         (["trainer.accelerator=gpu"], "sees no GPU"),
     ],
 )

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2] / "megatron_rl"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
-    "config": {"convert.shape"},
+    "config": {"convert.shape", "tasks"},
     "convert": set(),
     "parallel": set(),
     "advantages": set(),
@@ -26,10 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"config"},
     "curves": {"metrics"},
     "summary": {"metrics"},
-    "rollout": {"config", "rewards", "data", "metrics"},
+    "rollout": {"config", "convert.shape", "lifetime", "parallel", "patches", "rewards", "data", "metrics", "watchdog"},
     "model": {"config", "convert", "data", "losses", "metrics", "parallel"},
     "weight_sync": {"config", "convert", "parallel", "model", "rollout"},
-    "algorithms": {"advantages", "config", "data", "losses", "rollout"},
+    "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout"},
     "evaluate": {"config", "rewards", "rollout"},
     "measure": {"rewards"},
 }  # fmt: skip

@@ -44,6 +44,16 @@ def test_sample_metrics() -> None:
     assert metrics["num_tokens"] == 3 and metrics["num_response_tokens"] == 2
 
 
+def test_rows_without_any_response_token_have_sizes_only() -> None:
+    sample = TrainingSample(torch.tensor([1]), torch.tensor([], dtype=torch.int64), Kind.RL)
+    sample.old_log_probs = sample.rollout_log_probs = sample.advantages = torch.zeros(0)
+    assert sample_metrics([sample]) == {"num_tokens": 1.0, "num_response_tokens": 0.0}
+
+
+def test_a_name_with_max_in_it_is_no_maximum() -> None:
+    assert update_metrics([{"advantage/softmax": 1.0}, {"advantage/softmax": 3.0}]) == {"advantage/softmax": 2.0}
+
+
 def test_update_metrics_average_and_take_maxima() -> None:
     updates = [
         {"loss": 1.0, "ratio/max": 1.0, "ratio/max_abs_log_ratio": 0.0},

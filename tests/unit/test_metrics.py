@@ -3,8 +3,10 @@ import io
 import json
 import math
 import mmap
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -348,6 +350,53 @@ def test_mlflow_resume_continues_the_run(open_logger, tmp_path):
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "pass_at_1")] == [(1, 0.25), (2, 0.5)]
     assert client.get_run(run_id).data.params == {"policy.lr": "0.1"}
     assert client.get_run(run_id).info.status == "FINISHED"
+
+
+# -- a disk that is full
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Inside the block no file grows beyond so many bytes: what a full disk does, for this process alone."""
+
+    @contextmanager
+    def limit(num_bytes):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+def test_a_row_that_does_not_fit_is_a_user_error_and_the_rows_before_stay(tmp_path, small_files):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.append({"step": 1, "loss": 1.0})
+    with small_files(path.stat().st_size + 5), pytest.raises(UserError, match="could not be written") as caught:
+        file.append({"step": 2, "loss": 2.0})
+    assert caught.value.field == "exp_manager.exp_dir"
+    file.close()  # silent: nothing waits to be written
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    MetricsFile(path).append({"step": 2, "loss": 2.0})  # space again: the half line is dropped
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_a_rewrite_that_does_not_fit_is_a_user_error(tmp_path, small_files):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.append({"step": 1, "loss": 1.0})
+    with small_files(5), pytest.raises(UserError, match="could not be written"):
+        file.rewrite([{"step": 1, "loss": 2.0}])
+    assert read_metrics(path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="could not be written"):
+        MetricsFile(tmp_path / "run/metrics.jsonl")
 
 
 # -- time and memory

@@ -40,7 +40,8 @@ def load(*overrides: str):
         (["policy.optim.optimizer_cfg.lr=1"], "policy.optim.optimizer_cfg.lr", "has its own field"),
         (["trainer.devices=3", "policy.megatron_cfg.tensor_model_parallel_size=2"], "trainer.devices", "multiple of"),
         (["policy.train_global_batch_size=6"], "policy.train_global_batch_size", "must divide"),
-        (["policy.train_global_batch_size=1", "trainer.devices=2"], "policy.train_global_batch_size", "needs a row"),
+        (["policy.train_global_batch_size=1", "trainer.devices=2"], "policy.train_global_batch_size", "multiple of"),
+        (["policy.train_global_batch_size=8", "trainer.devices=3"], "policy.train_global_batch_size", "multiple of"),
         (["rollout.temperature=0"], "rollout.temperature", "must be above 0"),
         (["rollout.top_p=0"], "rollout.top_p", "greater than 0"),
         (["rollout.engine=recorded"], "rollout.recorded_dir", "exactly when"),
@@ -51,6 +52,18 @@ def load(*overrides: str):
         (["algorithm.overlong.buffer=99"], "algorithm.overlong.buffer", "must not exceed"),
         (["eval.after=true"], "data.validation", "problems to evaluate on"),
         (["eval.k_values=[1,16]"], "eval.k_values", "k <= num_samples"),
+        (["eval.k_values=[]"], "eval.k_values", "at least one"),
+        (["rollout.temperature=.nan"], "rollout.temperature", "finite number"),
+        (["trainer.timeout_s=.inf"], "trainer.timeout_s", "finite number"),
+        (["algorithm.ratio_clip_c=.nan"], "algorithm.ratio_clip_c", "finite number"),
+        (["policy.megatron_cfg.hidden_dropout=0.1"], "policy.megatron_cfg.hidden_dropout", "different networks"),
+        (["policy.megatron_cfg.attention_dropout=0.0"], "policy.megatron_cfg.attention_dropout", "different networks"),
+        (["policy.ddp_cfg.overlap_param_gather=true"], "policy.ddp_cfg.overlap_param_gather", "fixed at false"),
+        (
+            ["policy.optim.optimizer_cfg.overlap_param_gather=true"],
+            "policy.optim.optimizer_cfg.overlap_param_gather",
+            "fixed at false",
+        ),
         (["policy.optim.sched.name=cosine"], "policy.optim.sched.decay_updates", "number of updates"),
         (["policy.optim.min_lr=1"], "policy.optim.min_lr", "must not exceed"),
         (["policy.tokenizer_path=${nowhere}"], "policy.tokenizer_path", "cannot be resolved"),
@@ -62,6 +75,26 @@ def test_one_error_says_it_all(overrides: list[str], field: str, words: str) -> 
         load(*overrides)
     assert caught.value.field == field
     assert words in str(caught.value) and "Fix: " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tensor", "pipeline", "context", "expert", "virtual_pipeline"])
+@pytest.mark.parametrize("value", ["0", "-2", "two", "1.5", "true"])
+def test_parallel_sizes_are_whole_and_positive(name: str, value: str) -> None:
+    field = f"policy.megatron_cfg.{name}{'_parallel_size' if name == 'context' else '_model_parallel_size'}"
+    with pytest.raises(UserError, match="whole number of ranks") as caught:
+        load(f"{field}={value}")
+    assert caught.value.field == field
+
+
+def test_no_virtual_stages_may_be_said_as_megatron_says_it() -> None:
+    load("policy.megatron_cfg.virtual_pipeline_model_parallel_size=null")
+
+
+def test_a_resolved_config_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="could not be written") as caught:
+        save_resolved(load(), tmp_path / "file/config.yaml")
+    assert caught.value.field == "exp_manager.exp_dir"
 
 
 def test_a_value_that_only_the_user_knows_must_be_given() -> None:

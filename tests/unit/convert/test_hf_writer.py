@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -32,6 +33,24 @@ def shape(source: Path) -> ModelShape:
 def write_all(writer: HFWriter, source: Path, *, backwards: bool = False) -> None:
     for name, tensor in sorted(load_file(source / "model.safetensors").items(), reverse=backwards):
         writer.add(name, tensor)
+
+
+def test_files_that_cannot_be_made_are_a_user_error(source: Path, shape: ModelShape, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="could not be written"):
+        HFWriter(tmp_path / "file/out", shape, source=source)
+
+
+def test_a_disk_that_fills_up_on_creation_is_a_user_error(
+    source: Path, shape: ModelShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        HFWriter(tmp_path / "out", shape, source=source)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 100_000, 1])

@@ -35,9 +35,18 @@ def test_each_side_of_the_clip(ratio: float, advantage: float, expected: float, 
 
 
 def test_dual_clip_bounds_bad_tokens_only() -> None:
-    assert loss(5.0, -1.0, dual_clip=3.0) == (3.0, 0.0, 1.0)
+    assert loss(5.0, -1.0, dual_clip=3.0)[:2] == (3.0, 0.0)
     assert loss(2.0, -1.0, dual_clip=3.0)[:2] == pytest.approx((2.0, 2.0))
     assert loss(0.1, 1.0, dual_clip=3.0)[0] == pytest.approx(-0.1)
+
+
+def test_a_capped_token_is_not_a_clipped_one() -> None:
+    """The clip fraction is of the two sides of PPO's maximum alone (ALGORITHMS 0.3)."""
+    terms = clipped_policy_loss(
+        torch.tensor([5.0, 0.5, 2.0]).log(), torch.zeros(3), -torch.ones(3), clip_min=0.2, clip_max=0.28, dual_clip=3.0
+    )
+    assert terms.is_capped.tolist() == [1.0, 0.0, 0.0]
+    assert terms.is_clipped.tolist() == [0.0, 1.0, 0.0]
 
 
 def test_extreme_log_ratio_stays_finite() -> None:

@@ -20,7 +20,9 @@ MALFORMED = {  # name -> (bytes of the file, line that the error must name, word
     "two objects on a line": (GOOD + GOOD, 1, "is not JSON"),
     "array file": (b"[" + GOOD + b"]", 1, "is not a JSON object"),
     "bare string": (b'"q"\n', 1, "is not a JSON object"),
-    "bare number": (GOOD + b"\n\n7\n", 3, "is not a JSON object"),
+    "bare number": (GOOD + b"\n7\n", 2, "is not a JSON object"),
+    "blank line between rows": (GOOD + b"\n\n" + GOOD, 2, "is an empty line"),
+    "blank lines at the start": (b"\n \n" + GOOD, 1, "is an empty line"),
     "null row": (b"null\n", 1, "is not a JSON object"),
     "missing field": (b'{"question": "q"}\n', 1, "has no field 'answer'"),
     "misspelt field": (b'{"Question": "q", "answer": "1"}\n', 1, "has no field 'question'"),
@@ -79,12 +81,12 @@ def test_directory_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_blank_lines_extra_fields_byte_order_mark_and_missing_newline_are_fine(tmp_path, name):
-    content = b"\xef\xbb\xbf" + GOOD + b'\r\n\n   \n{"question": "r", "answer": "2", "solution": null, "level": 5}'
+def test_blank_lines_at_the_end_extra_fields_and_byte_order_mark_are_fine(tmp_path, name):
+    content = b"\xef\xbb\xbf" + GOOD + b'\r\n{"question": "r", "answer": "2", "solution": null, "level": 5}\n\n   \n'
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     assert rows(tmp_path / name) == [
         (f"{tmp_path / name}:1", {"question": "q", "answer": "1"}),
-        (f"{tmp_path / name}:4", {"question": "r", "answer": "2"}),
+        (f"{tmp_path / name}:2", {"question": "r", "answer": "2"}),
     ]
 
 

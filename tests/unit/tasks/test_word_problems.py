@@ -68,6 +68,22 @@ def test_slips_have_the_stated_share_and_are_carried_on():
     assert num_slips / num_steps == pytest.approx(0.2, abs=4 * (0.2 * 0.8 / num_steps) ** 0.5)  # 4 standard errors
 
 
+def test_forgotten_carries_have_the_stated_share_and_touch_nothing_else():
+    rows = list(generate(6000, seed=5, forgotten_carry_share=0.6))
+    num_carries = num_forgotten = 0
+    for row in rows:
+        for _, a, sign, b, c in STEP.findall(row["solution"]):
+            right, stated = APPLY[sign](int(a), int(b)), int(c)
+            units = APPLY[sign](int(a) % 10, int(b) % 10)
+            carries = sign != "*" and not 0 <= units <= 9
+            assert stated == right or (carries and stated == right - 10 * (1 if sign == "+" else -1))
+            num_carries += carries
+            num_forgotten += stated != right
+        assert row["answer"] == str(solve(row["question"])[0])
+    # A little below 0.6: where the forgotten ten would take a later step out of range, it is remembered.
+    assert 0.55 < num_forgotten / num_carries < 0.62
+
+
 def test_operations_are_drawn_from_the_given_numbers():
     assert Counter(row["num_operations"] for row in generate(300, seed=6, num_operations=(2, 5))).keys() == {2, 5}
 
@@ -116,6 +132,7 @@ def test_no_duplicates_in_one_call_even_in_another_order():
         ({"num_operations": (20,)}, "num_operations"),
         ({"slip_share": 1.0}, "slip_share"),
         ({"slip_share": -0.1}, "slip_share"),
+        ({"forgotten_carry_share": 1.0}, "forgotten_carry_share"),
         ({"split": "test"}, "split"),
     ],
 )
