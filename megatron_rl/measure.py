@@ -46,15 +46,19 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str
 
 
 def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
-    """What the rows say: train/rollout mismatch, and the covariance that drives entropy (arXiv 2505.22617)."""
+    """How much was trained on; of online rows also train/rollout mismatch, and the covariance that drives entropy
+    (arXiv 2505.22617)."""
+    sizes = {
+        "num_tokens": float(sum(sample.num_tokens for sample in samples)),
+        "num_response_tokens": float(sum(sample.num_response_tokens for sample in samples)),
+    }
+    if not sizes["num_response_tokens"] or samples[0].old_log_probs is None:  # a mean over no token is no number
+        return sizes
     old = _joined(samples, "old_log_probs")
     rollout = _joined(samples, "rollout_log_probs")
     advantages = _joined(samples, "advantages")
     difference = (old - rollout).abs()
     covariance = (old - old.mean()) * (advantages - advantages.mean())
-    sizes = {"num_tokens": float(sum(sample.num_tokens for sample in samples)), "num_response_tokens": float(len(old))}
-    if not len(old):  # a mean or maximum over no token is no number
-        return sizes
     return sizes | {
         "mismatch/log_prob_abs_diff": float(difference.mean()),
         "mismatch/log_prob_abs_diff_max": float(difference.max()),

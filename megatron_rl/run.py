@@ -113,26 +113,25 @@ class Run:
         self,
         done: int,
         updates: Sequence[Mapping[str, float]],
+        samples: Sequence[TrainingSample],
         groups: Sequence[RolloutGroup] = (),
-        samples: Sequence[TrainingSample] = (),
     ) -> None:
         """Log a step; evaluate and save where it is time to.
 
         Args:
             done: steps done, this one included.
             updates: what each ``train_step`` returned.
+            samples: the rows trained on.
             groups: the rollouts of an online step.
-            samples: its rows.
         """
-        metrics = update_metrics(updates)
+        metrics = update_metrics(updates) | sample_metrics(samples)
         if groups:
-            metrics |= rollout_metrics(groups, version=done - 1) | sample_metrics(samples)
+            metrics |= rollout_metrics(groups, version=done - 1)
             metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
         self._checkpoint_seconds = {}
-        if "num_tokens" in metrics:
-            metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
+        metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full
             self.logger.log(done, metrics)
         every, last = self.config.eval.every_n_steps, self.config.trainer.max_steps

@@ -37,7 +37,7 @@ def run_online(run: Run) -> None:
             algorithm.assign_weights(mini_batch)
             updates.append(policy.train_step(mini_batch, algorithm.loss))
         run.publish(version=step + 1)
-        run.finish_step(step + 1, updates, groups, samples)
+        run.finish_step(step + 1, updates, samples, groups)
 
 
 def run_offline(run: Run) -> None:
@@ -46,7 +46,7 @@ def run_offline(run: Run) -> None:
         mini_batch = run.demonstrations.take(run.config.policy.train_global_batch_size)
         run.algorithm.assign_weights(mini_batch)
         update = run.policy.train_step(mini_batch, run.algorithm.loss)
-        run.finish_step(step + 1, [update])
+        run.finish_step(step + 1, [update], mini_batch)
 
 
 def split(num_rows: int, size: int) -> list[list[int]]:

@@ -65,7 +65,7 @@ class Score:
     reason: str = ""
     """A few words for the viewer: ``correct``, ``wrong``, ``no answer``, ``timeout``, ``crash: ...``."""
     is_failure: bool = False
-    """The scorer itself failed (timeout, crash): counted as ``dropped/score_<reason>``, never a silent zero."""
+    """The scorer itself failed (timeout, crash): counted as ``dropped/score_<reason>``, and the row gets no advantage."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class TrainingSample:
     """[R] int64."""
     kind: Kind
     reward: float = 0.0
+    has_reward: bool = True
+    """False where the scorer failed: such a row gets no advantage and is left out of its group's baseline."""
     group_index: int = -1
     """Which group of the batch the row belongs to; -1 outside any group."""
     finish_reason: FinishReason = "stop"

@@ -98,6 +98,7 @@ class GRPO(OnlineAlgorithm):
                     buffer=overlong.buffer,
                     penalty=overlong.penalty,
                 ),
+                has_reward=not rollout.score.is_failure,
                 group_index=index,
                 finish_reason=rollout.completion.finish_reason,
                 weight_version=rollout.completion.weight_version,
@@ -113,15 +114,20 @@ class GRPO(OnlineAlgorithm):
     # ---- credit
 
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
-        """One advantage per rollout, the same for all its tokens."""
+        """One advantage per rollout, the same for all its tokens; 0 where the scorer failed."""
         for _, rows in groupby(samples, key=lambda sample: sample.group_index):
             group = list(rows)
+            judged = [sample for sample in group if sample.has_reward]
+            for sample in group:
+                sample.advantages = torch.zeros(sample.num_response_tokens)
+            if len(judged) < 2:  # nobody to compare with
+                continue
             advantages = group_advantages(
-                torch.tensor([self._reward(sample) for sample in group]),
+                torch.tensor([self._reward(sample) for sample in judged]),
                 normalize=self.settings.normalize_rewards,
                 leave_one_out=self.settings.use_leave_one_out_baseline,
             )
-            for sample, advantage in zip(group, advantages):
+            for sample, advantage in zip(judged, advantages):
                 sample.advantages = advantage.expand(sample.num_response_tokens).clone()
 
     def _reward(self, sample: TrainingSample) -> float:
@@ -195,5 +201,4 @@ def _mean(values: Sequence[float]) -> float:
 
 def _has_contrast(group: RolloutGroup) -> bool:
     """Equal rewards teach nothing: every advantage is zero."""
-    rewards = [rollout.score.reward for rollout in group.rollouts]
-    return any(reward != rewards[0] for reward in rewards)
+    return len({rollout.score.reward for rollout in group.rollouts if not rollout.score.is_failure}) > 1

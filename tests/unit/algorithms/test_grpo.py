@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 import torch
 
+from megatron_rl.algorithms import grpo as grpo_module
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.config import load_config
 from megatron_rl.data.stream import Stream
@@ -79,3 +80,21 @@ def test_the_loss_reports_means_and_known_maxima(setting: str, is_reported: bool
     assert set(terms.maxima) == MAXIMA
     assert ("dual_clip_frac" in terms.means) == is_reported
     assert terms.means["clip_frac"].tolist() == [0.0, 1.0]
+
+
+def test_a_rollout_whose_scorer_failed_gets_no_advantage_and_moves_no_baseline() -> None:
+    algorithm = grpo("algorithm.overlong.buffer=0", "algorithm.kl.coef=0", "algorithm.normalize_rewards=false")
+    group = collect(algorithm, [[1, 0, 0], [1, 0, 0]])[0]
+    group.rollouts[1] = Rollout(group.rollouts[1].completion, Score(0.0, reason="timeout", is_failure=True))
+    samples = algorithm.samples([group])
+    algorithm.assign_advantages(samples)
+    assert [sample.advantages.tolist() for sample in samples] == [[0.5] * 3, [0.0] * 3, [-0.5] * 3]
+
+
+def test_dynamic_sampling_sees_no_contrast_in_a_failed_score() -> None:
+    algorithm = grpo("algorithm.use_dynamic_sampling=true")
+    kept = collect(algorithm, [[1, 0], [1, 0]])
+    failed = Score(0.0, reason="crash", is_failure=True)
+    assert grpo_module._has_contrast(kept[0])
+    kept[0].rollouts[1] = Rollout(kept[0].rollouts[1].completion, failed)
+    assert not grpo_module._has_contrast(kept[0])
