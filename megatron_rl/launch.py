@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
+from megatron_rl.lifetime import PARENT_VARIABLE
 from megatron_rl.watchdog import HANG
 
 if TYPE_CHECKING:
@@ -297,6 +298,7 @@ class NodeWatch:
 
 def main() -> int:
     """torchrun, with one line instead of a traceback when ranks fail or nodes do not meet."""
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # ranks end with us from their first second on
     meeting, num_nodes, timeout_s = _meeting_of(sys.argv[1:])
     watch = None
     if meeting is not None:

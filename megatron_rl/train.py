@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config, check_files, load_config
 from megatron_rl.errors import UserError
+from megatron_rl.lifetime import die_with_starter
 
 if TYPE_CHECKING:
     from megatron_rl.run import Run
@@ -83,4 +84,5 @@ def train(config: Config, runtime: Runtime) -> None:
 
 
 if __name__ == "__main__":
+    die_with_starter()  # now, not when torch is loaded: a launcher may be killed in between
     sys.exit(main())

@@ -205,10 +205,35 @@ def test_random_initialization_does_not_depend_on_the_layout(case: Case) -> None
     assert case.rows("two")[0]["grad_norm"] == pytest.approx(case.rows("one")[0]["grad_norm"], rel=1e-5)
 
 
+def test_no_rank_is_left_when_the_launcher_is_killed_while_they_start(case: Case) -> None:
+    process = case.start("trainer.max_steps=1000", "trainer.devices=2")
+
+    def ranks() -> list[psutil.Process]:
+        return [p for p in _processes_of(case) if "megatron_rl.train" in p.info["cmdline"] and p.pid != process.pid]
+
+    while not ranks():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while left := ranks():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def _processes_of(case: Case) -> list[psutil.Process]:
+    processes = psutil.process_iter(["cmdline", "status"])
+    return [
+        p
+        for p in processes
+        if str(case.root) in " ".join(p.info["cmdline"] or []) and p.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
 def test_no_process_is_left_after_a_clean_exit(case: Case) -> None:
     process = case.start("trainer.max_steps=1", "trainer.devices=2")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    mine = [p for p in psutil.process_iter(["cmdline"]) if str(case.root) in " ".join(p.info["cmdline"] or [])]
-    assert not mine and "$ torchrun" in output
+    assert not _processes_of(case) and "$ torchrun" in output
     assert Path(case.root / "tiny/logs/rank_1.log").exists() and os.path.getsize(case.root / "tiny/metrics.jsonl")
