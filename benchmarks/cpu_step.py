@@ -23,7 +23,7 @@ ROWS, STEPS, REPEATS = 128, 8, 3
 
 def main() -> None:
     """Run the three variants in turn and print their ratios."""
-    from megatron_rl.launch import ALLOCATOR
+    from megatron_rl.launch.command import ALLOCATOR
 
     plain = {k: v for k, v in os.environ.items() if k not in ALLOCATOR} | {
         "OMP_NUM_THREADS": "1",

@@ -44,7 +44,8 @@ def train(
     node's rank come from the options below, else from MASTER_ADDR, MASTER_PORT and NODE_RANK, else from Slurm.
     """
     from megatron_rl.config import check_files, load_config
-    from megatron_rl.launch import find_meeting, start
+    from megatron_rl.launch.command import start
+    from megatron_rl.launch.meeting import find_meeting
 
     checked = load_config(config, overrides or [])
     meeting = find_meeting(checked, rdzv_endpoint, node_rank, os.environ)

@@ -104,7 +104,7 @@ def _set_up(config: Config, rank: int, world_size: int) -> torch.device:
     terminal.listen(watchdog.beat)
     device = _device(config)
     if device.type == "cpu":
-        torch.set_num_threads(threads_per_rank(config))
+        torch.set_num_threads(config.trainer.num_threads)
     return device
 
 
@@ -221,11 +221,6 @@ def _join_others(config: Config, runtime: Runtime) -> None:
         world_size=runtime.world_size,
         timeout=timedelta(seconds=config.trainer.timeout_s),
     )
-
-
-def threads_per_rank(config: Config) -> int:
-    """CPU threads of one rank: as configured, else an equal share of this machine's cores."""
-    return config.trainer.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // config.trainer.devices)
 
 
 def _device(config: Config) -> torch.device:

@@ -5,6 +5,7 @@ Section and field names are NeMo's where NeMo has one (``trainer``, ``exp_manage
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,11 @@ class TrainerConfig:
     def world_size(self) -> int:
         """Processes of the run."""
         return self.devices * self.num_nodes
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of one process: as configured, else an equal share of this machine's cores."""
+        return self.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // self.devices)
 
 
 @section

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
-from megatron_rl.launch import Meeting, _meeting_of, find_meeting, first_host, torchrun_arguments
+from megatron_rl.launch.command import torchrun_arguments
+from megatron_rl.launch.meeting import Meeting, find_meeting, first_host, read_back
 from megatron_rl.runtime import difference
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -85,12 +86,12 @@ def test_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
 def test_torchrun_is_told_where_and_who_and_never_to_restart() -> None:
     alone = torchrun_arguments(config(1), "c.yaml", ["a.b=1"])
     assert alone[0] == "--standalone" and "--max-restarts=0" in alone
-    assert _meeting_of(alone) == (None, 1, 0.0)
+    assert read_back(alone) == (None, 1, 0.0)
     meeting = Meeting("head", 1234, 1)
     arguments = torchrun_arguments(config(), "c.yaml", ["a.b=1"], meeting)
     assert "--standalone" not in arguments and "--max-restarts=0" in arguments and "--nproc-per-node=2" in arguments
     assert arguments[-4:] == ["megatron_rl.train", "--config", "c.yaml", "a.b=1"]
-    assert _meeting_of(arguments) == (meeting, 2, 120.0)
+    assert read_back(arguments) == (meeting, 2, 120.0)
 
 
 def test_the_command_refuses_before_torch_is_imported() -> None:

@@ -1,0 +1,14 @@
+"""From a checked config to running ranks, on one machine or several.
+
+    command      the torchrun command of this node, which ``megatron-rl train`` becomes
+    meeting      where nodes meet, and which of them this is
+    node_watch   the launchers of all nodes, watching each other
+    __main__     the launcher: torchrun itself, less its traceback when a rank fails
+
+With several nodes, every node runs one launcher; they meet at node 0, and watch each other while they run:
+
+    node 0                                  node 1, 2, ...
+    holds the store at HOST:PORT            connect to it, and wait for it to appear
+    ranks 0 .. devices-1; the console       the next ranks; their logs
+    judges all other nodes                  judge node 0
+"""

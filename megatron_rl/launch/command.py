@@ -1,0 +1,69 @@
+"""The torchrun command of this node, and becoming it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from megatron_rl.config import Config
+from megatron_rl.launch.meeting import Meeting
+
+ALLOCATOR = {
+    # glibc returns large blocks to the kernel at once, and touching them anew can be slow. What keeping them is worth
+    # depends on the machine: benchmarks/results/cpu_step.md.
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+def torchrun_arguments(
+    config: Config, config_path: str, overrides: Sequence[str], meeting: Meeting | None = None
+) -> list[str]:
+    """Arguments of torchrun for this node.
+
+    The meeting is static, not torchrun's elastic one: the node ranks that the user gives then decide the ranks, so that
+    rank 0, with console, metrics and server addresses, is where the user put it. Nothing is restarted: a run goes on when
+    the same command is given again.
+    """
+    trainer = config.trainer
+    nodes = ["--standalone"]
+    if meeting is not None:
+        nodes = [
+            f"--nnodes={trainer.num_nodes}",
+            f"--node-rank={meeting.node_rank}",
+            f"--master-addr={meeting.host}",
+            f"--master-port={meeting.port}",
+            f"--rdzv-conf=timeout={max(1, int(trainer.timeout_s))}",
+        ]
+    return [
+        *nodes,
+        "--max-restarts=0",
+        f"--nproc-per-node={trainer.devices}",
+        "-m",
+        "megatron_rl.train",
+        "--config",
+        config_path,
+        *overrides,
+    ]
+
+
+def start(config: Config, config_path: str, overrides: Sequence[str], meeting: Meeting | None = None) -> None:
+    """Print the torchrun command and become it. Does not return.
+
+    Nodes other than 0 print where their ranks' logs are instead.
+    """
+    arguments = torchrun_arguments(config, config_path, overrides, meeting)
+    if meeting is None or meeting.node_rank == 0:
+        print(f"$ torchrun {shlex.join(arguments)}", flush=True)
+    else:
+        first = meeting.node_rank * config.trainer.devices
+        ranks = f"rank_N.log, N from {first} to {first + config.trainer.devices - 1}"
+        logs = config.exp_manager.run_dir / "logs"
+        print(f"node {meeting.node_rank} of {config.trainer.num_nodes}: logs in {logs}/{ranks}", flush=True)
+    threads = config.trainer.num_threads
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR, **os.environ}
+    command = [sys.executable, "-m", "megatron_rl.launch", *arguments]
+    os.execve(sys.executable, command, environment)

@@ -1,0 +1,128 @@
+"""The launchers of a run's nodes, watching each other.
+
+A node is given up when it gives no sign of life for ``LOST_S``, whatever its ranks or ours are doing at the time: a
+collective over NCCL, or a rollout of minutes, would notice a dead node late or never.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+from megatron_rl.launch.meeting import Meeting
+
+BEAT_S = 1.0
+"""Between two signs of life of a node."""
+LOST_S = 20.0
+"""Silence after which a node counts as dead. Far above a slow file system or a busy machine, which would be false alarms."""
+GRACE_S = 5.0
+"""For our own ranks to end, once another node has: mostly they fail too, and say more about it."""
+
+
+class NodeWatch:
+    """The launchers of a run's nodes, each giving signs of life in the store of node 0, and its status when it ends.
+
+    Two threads, because a store on a machine that has vanished does not answer, nor refuse: one talks to it and may get
+    stuck, the other judges by the time of the last news.
+    """
+
+    def __init__(self, meeting: Meeting, num_nodes: int, timeout_s: float) -> None:
+        """Args: where the store is; how many nodes; how long it may take to appear."""
+        self._meeting, self._timeout_s = meeting, timeout_s
+        # Everyone judging everyone would grow with the square of the nodes; by way of node 0 all learn the same.
+        watched = range(1, num_nodes) if meeting.node_rank == 0 else [0]
+        self._num_beats = dict.fromkeys(watched, 0)
+        self._heard_at: dict[int, float] = {}
+        """Since a node's first sign: until then, torchrun's own time limit counts."""
+        self._ended_with: dict[int, int] = {}
+        self._status: int | None = None
+        self._has_left = threading.Event()
+        self._is_over = False
+        self.verdict: str | None = None
+        """Why this node has to end, once it has to."""
+        for work in (self._talk, self._judge):
+            threading.Thread(target=work, daemon=True).start()
+
+    def leave(self, status: int) -> None:
+        """Tell the others how this node ends; node 0 stays until they can have heard, as the store ends with it."""
+        self._is_over, self._status = True, status
+        if self._heard_at:
+            self._has_left.wait(2 * BEAT_S)
+            if self._meeting.node_rank == 0:
+                time.sleep(2 * BEAT_S)
+
+    def first_lost(self) -> str | None:
+        """Wait until every other node has ended by itself or is known to be lost; the first of the lost, as a sentence.
+
+        For after a failure here that a node's death may have caused.
+        """
+        while pending := [node for node in self._heard_at if node not in self._ended_with]:
+            for node in pending:
+                if self._silence_s(node) > LOST_S:
+                    return self._lost(node)
+            time.sleep(BEAT_S / 4)
+        return None
+
+    def _silence_s(self, node: int) -> float:
+        return time.monotonic() - self._heard_at[node]
+
+    def _lost(self, node: int) -> str:
+        return f"node {node} is lost: no sign of life for {LOST_S:.0f} s"
+
+    def _talk(self) -> None:
+        from torch.distributed import PrefixStore, TCPStore
+
+        me = self._meeting.node_rank
+        with suppress(Exception):  # a store that is gone; what follows from that is for _judge to say
+            store = PrefixStore(
+                "launchers",
+                TCPStore(
+                    self._meeting.host,
+                    self._meeting.port,
+                    is_master=False,
+                    wait_for_workers=False,
+                    timeout=timedelta(seconds=self._timeout_s),
+                ),
+            )
+            while True:
+                store.add(f"beats of {me}", 1)
+                if self._status is not None and not self._has_left.is_set():
+                    store.set(f"status of {me}", str(self._status))
+                    self._has_left.set()
+                for node, beats in self._num_beats.items():
+                    self._num_beats[node] = store.add(f"beats of {node}", 0)
+                    if self._num_beats[node] > beats:
+                        self._heard_at[node] = time.monotonic()
+                    if store.check([f"status of {node}"]):
+                        self._ended_with[node] = int(store.get(f"status of {node}"))
+                time.sleep(BEAT_S)
+
+    def _judge(self) -> None:
+        while True:
+            time.sleep(BEAT_S / 4)
+            ended = next(((node, status) for node, status in self._ended_with.items() if status != 0), None)
+            lost = next((node for node in list(self._heard_at) if self._silence_s(node) > LOST_S), None)
+            if self._is_over:
+                return
+            if ended is not None:
+                time.sleep(GRACE_S)
+                how = "with an error that its console shows" if ended[1] == 2 else f"with status {ended[1]}"
+                self._end(f"node {ended[0]} ended {how}")
+            elif lost is not None and lost not in self._ended_with:
+                self._end(self._lost(lost))
+
+    def _end(self, verdict: str) -> None:
+        """End this launcher as a signal from outside would: torchrun then ends the ranks."""
+        if self._is_over:
+            return
+        self.verdict = verdict
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2 * GRACE_S)
+        if not self._is_over:  # the main thread is not in a place where it notices; ranks die with this process
+            print(f"error: {verdict}", file=sys.stderr, flush=True)
+            os._exit(1)
