@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -38,10 +39,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.config import Config
 from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.model.step import Policy
-from megatron_rl.parallel.agree import all_ranks_agree
+from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.parallel.groups import Groups
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -113,8 +115,7 @@ class Checkpoints:
             names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
             for name in progress(names[self.groups.rank :: self.groups.world_size], "checkpoint digests"):
                 mine[name] = {"bytes": (directory / name).stat().st_size, "blake2b": _digest(directory / name)}
-        parts: list[Any] = [None] * self.groups.world_size
-        dist.all_gather_object(parts, mine, group=self.groups.cpu_group)
+        parts = gather_json(mine, self.groups.cpu_group)
         return {name: entry for part in parts for name, entry in sorted(part.items())}
 
     def _complete(self, temporary: Path, final: Path, digests: dict[str, dict[str, Any]]) -> None:
@@ -205,28 +206,24 @@ class Checkpoints:
 
     def _own(self, origin: str | None) -> list[Path]:
         """Steps of the run, newest first; with an origin, those before the first that does not descend from it."""
-        found: list[Any] = [None]
+        own: list[str] = []
         if self.groups.rank == 0:  # one rank looks: the others could see the directory before or after a change
             unfinished = sorted(path.name for path in self.directory.glob("step_*.tmp"))
             if unfinished:
                 self.say(f"skipping {', '.join(unfinished)}: never completed")
-            own = []
             for path in reversed(self._steps()):
                 if origin is not None and _incompleteness(path) is None and _read_state(path).get("origin") != origin:
                     break
-                own.append(path)
-            found = [own]
-        dist.broadcast_object_list(found, src=0, group=self.groups.cpu_group)
-        return found[0]
+                own.append(str(path))
+        return [Path(path) for path in broadcast_json(own, self.groups.cpu_group)]
 
     def _steps(self) -> list[Path]:
         return sorted(p for p in self.directory.glob("step_*") if _NAME.fullmatch(p.name))
 
     def _problem(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, or None; the same answer on every rank."""
-        found: list[str | None] = [None] * self.groups.world_size
-        dist.all_gather_object(found, self._problem_here(path), group=self.groups.cpu_group)
-        return next((problem for problem in found if problem is not None), None)
+        problems = gather_json(self._problem_here(path), self.groups.cpu_group)
+        return next((problem for problem in problems if problem is not None), None)
 
     def _problem_here(self, path: Path) -> str | None:
         if problem := _incompleteness(path):
@@ -334,7 +331,7 @@ def _restore_random_state(state: dict[str, Any]) -> None:
 
 def _bytes_to_write(policy: Policy) -> int:
     """Weights of the whole model, and 12 bytes a parameter of optimizer state; a little less than what is written."""
-    parameters = sum(p.numel() for p in policy.stage.parameters()) * policy.groups.tp_size * policy.groups.pp_size
+    parameters = sum(math.prod(extent) for extent in hf_tensors(policy.shape).values())
     return parameters * (policy.megatron_config.params_dtype.itemsize + 12)
 
 

@@ -28,6 +28,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.model.build import build_stage
 from megatron_rl.model.forward import PolicyModel, run_model
+from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import MicroBatch, TrainingSample
 
@@ -268,8 +269,7 @@ class Policy:
                 maxima[key] = torch.maximum(maxima[key], value) if key in maxima else value
         is_owner = self.groups.is_last_stage and self.groups.tp_rank == 0
         mine = ([float(v) for v in sums.values()], [float(v) for v in maxima.values()]) if is_owner else None
-        gathered: list[Any] = [None] * self.groups.world_size
-        dist.all_gather_object(gathered, (mine, list(sums), list(maxima)), group=self.groups.cpu_group)
+        gathered = gather_json([mine, list(sums), list(maxima)], self.groups.cpu_group)
         reports = [values for values, _, _ in gathered if values is not None]
         sum_keys, max_keys = next((s, m) for values, s, m in gathered if values is not None)
         totals = dict(zip(sum_keys, map(math.fsum, zip(*(r[0] for r in reports)))))
