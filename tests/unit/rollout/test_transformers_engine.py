@@ -35,7 +35,7 @@ def engine(model: Path, max_batch_size: int = 8) -> TransformersEngine:
         cpu_group=dist.group.WORLD,
     )
     source = AutoModelForCausalLM.from_pretrained(model)
-    built.update_weights(source.named_parameters(), version=3)
+    built.update_weights(source.named_parameters, version=3)
     return built
 
 
@@ -122,7 +122,7 @@ def refuse(model: Path, drop: bool) -> str:
     else:
         tensors[name] = torch.ones(3)
     try:
-        built.update_weights(tensors.items(), version=4)
+        built.update_weights(tensors.items, version=4)
     except RuntimeError as error:
         return f"{error} version {built.weight_version}"
     return "accepted"
