@@ -152,3 +152,37 @@ def test_a_rank_that_raises(case: Case) -> None:
     assert ending.error.startswith("rank 1 failed (in phase forward_backward, step 2): RuntimeError: planted")
     assert "in phase forward_backward" in (ending.logs / "rank_1.log").read_text()
     assert ending.seconds < END_S
+
+
+def test_stopped_scoring_workers_cost_their_scores_and_nothing_else(case: Case) -> None:
+    limits = ("data.scoring_timeout_s=2", "data.num_scoring_workers=2", f"trainer.hang_timeout_s={3 * LIMIT_S}")
+    process = case.start("trainer.max_steps=30", "algorithm.num_generations_per_prompt=4", *limits)
+    try:
+        stopped = []
+        while not stopped:
+            assert process.poll() is None
+            time.sleep(0.05)
+            if (case.root / "tiny/metrics.jsonl").exists() and case.rows():
+                stopped = [worker for worker in scoring_workers(process.pid) if not suspend(worker)]
+        output, _ = process.communicate(timeout=START_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    rows = case.rows()
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert sum(row.get("dropped/score_timeout", 0) for row in rows) == len(stopped) == 2
+
+
+def suspend(process: psutil.Process) -> None:
+    process.suspend()
+
+
+def scoring_workers(launcher: int) -> list[psutil.Process]:
+    """Children of fork servers."""
+
+    def is_forked(process: psutil.Process) -> bool:
+        return "forkserver" in " ".join(process.cmdline())
+
+    processes = psutil.Process(launcher).children(recursive=True)
+    servers = {process.pid for process in processes if is_forked(process)}
+    return [process for process in processes if process.pid in servers and process.ppid() in servers]

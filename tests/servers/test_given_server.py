@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,24 @@ def test_replies_that_stay_wrong_end_the_run(case: Case, proxy: MakeProxy, capfd
     url = proxy(spoil_generate(lose_a_token, first=10_000)).url
     error = error_of(case, capfd, url, "rollout.servers.max_retries=2")
     assert "rollout.servers.max_retries = 2" in error and "failed 3 times" in error and "log-probs" in error
+
+
+def test_an_update_that_another_trainer_left_unfinished(case: Case, server: str) -> None:
+    for path, body in (
+        ("pause_generation", {"mode": "retract"}),
+        ("update_weight_version", {"new_version": "updating:7", "abort_all_requests": False}),
+        ("begin_weight_update", {}),
+    ):
+        post(f"{server}/{path}", body)
+    assert run(case, server) == [0, 0]
+    assert all(row["mismatch/log_prob_abs_diff_max"] < 1e-3 for row in case.rows())
+
+
+def post(url: str, body: dict[str, Any]) -> None:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers, method="POST")
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert response.status == 200
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -225,3 +225,10 @@ def test_server_that_keeps_dying_ends_the_run(start: Callable[..., Started]) -> 
     assert run.end(120) == 2
     text = run.output.read_text()
     assert "rollout.servers.max_restarts = 0" in text and "was killed by SIGKILL" in text
+
+
+def test_slow_start_is_named(start: Callable[..., Started]) -> None:
+    run = start("rollout.servers.start_timeout_s=2")
+    assert run.end(90) == 2
+    text = run.output.read_text()
+    assert text.count("error:") == 1 and "rollout.servers.start_timeout_s" in text and "server_0.log" in text

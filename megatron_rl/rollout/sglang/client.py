@@ -90,7 +90,12 @@ class SGLangClient:
         """Stop generating, and stamp the weights as neither old nor new."""
         await self._post("/pause_generation", {"mode": pause_mode}, timeout_s)
         await self._stamp(f"{UPDATING}:{version}", timeout_s)
-        if adapter.has_update_session:
+        if not adapter.has_update_session:
+            return
+        try:
+            await self._post("/begin_weight_update", {}, timeout_s)
+        except Refused:  # a trainer that died in mid-update has left its session open; all weights are sent anew
+            await self._post("/end_weight_update", {}, timeout_s)
             await self._post("/begin_weight_update", {}, timeout_s)
 
     async def send(self, bucket: str, *, tensor_parallel_size: int, timeout_s: float) -> None:

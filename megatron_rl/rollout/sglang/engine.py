@@ -195,7 +195,7 @@ class SGLangEngine:
             self._supervisor.set_busy(True)
         error: UserError | None = None
         if self._driver is not None:
-            error = self._driver.begin_update(targets, self.weight_version)
+            error = self._driver.begin_update(targets)
         for bucket in _buckets(self._weights(), self._config.weight_sync.bucket_bytes):
             # After an error the tensors are still gathered to the end: the other ranks are in those collectives.
             if self._driver is not None and error is None:
@@ -371,17 +371,12 @@ class _Driver:
     # ---- weights
 
     def withdraw(self, version: int) -> None:
-        """New weights are coming: no server may serve the old ones."""
+        """See ``Fleet``."""
+        self._loop.run(self.fleet.withdraw(version))
 
-        async def work() -> None:
-            self.fleet.version = version
-            await self.fleet.take_out(self.fleet.servers)
-
-        self._loop.run(work())
-
-    def begin_update(self, targets: Sequence[int], version: int) -> UserError | None:
+    def begin_update(self, targets: Sequence[int]) -> UserError | None:
         """See ``Fleet``; a refusal comes back as an error."""
-        return self._update(self.fleet.begin_update(self._servers(targets), version))
+        return self._update(self.fleet.begin_update(self._servers(targets)))
 
     def send(self, targets: Sequence[int], bucket: Sequence[tuple[str, Tensor]]) -> UserError | None:
         """See ``Fleet``."""

@@ -235,12 +235,19 @@ class Fleet:
 
     # ------------------------------------------------------------------------------------------------ weights
 
-    async def begin_update(self, targets: Iterable[Server], version: int) -> None:
-        """Take the targets out of service and prepare them; those that fail to answer are down from now on."""
-        self.version, self._is_updating = version, True
-        for server in self.servers:
-            if server.state == "serving" and server not in targets:
-                raise AssertionError(f"{server.name} would serve weights of another version")
+    async def withdraw(self, version: int) -> None:
+        """New weights are coming: no server serves until it got them."""
+        self.version = version
+        for server in self.serving():
+            await self._set_state(server, "stale")
+
+    async def begin_update(self, targets: Iterable[Server]) -> None:
+        """Prepare the targets for the weights of the current version; those that fail to answer are down from now on.
+
+        Where a late or restarted server catches up, the others go on serving.
+        """
+        self._is_updating = True
+        version = self.version
         await self._each(
             targets,
             lambda s, adapter: s.client.begin_update(
@@ -284,12 +291,6 @@ class Fleet:
         for outcome in outcomes:  # every server has finished before the first error is raised
             if isinstance(outcome, BaseException):
                 raise outcome
-
-    async def take_out(self, targets: Iterable[Server]) -> None:
-        """Mark servers as stale: nothing is placed on them until they got weights."""
-        for server in targets:
-            if server.state == "serving":
-                await self._set_state(server, "stale")
 
     async def memory(self, call: Callable[[SGLangClient], Awaitable[None]]) -> None:
         """Release or resume the memory of every server that is there."""

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -92,13 +91,3 @@ def is_port_free(host: str, port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def wait_until_ended(process: ChildProcess, timeout_s: float) -> bool:
-    """Whether it ended by itself in time."""
-    deadline = time.monotonic() + timeout_s
-    while process.status() is None:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True

@@ -121,7 +121,7 @@ class Supervisor:
                 server.is_up = server.has_been_up = True
                 server.last_sign_s = time.monotonic()
             elif now - server.started_s > self._config.start_timeout_s:
-                self._replace(server, f"did not start within {self._config.start_timeout_s:g} s")
+                self._replace(server, "did not answer in time")
             return
         if self._is_busy.is_set() or now - server.last_sign_s < self._config.health_interval_s:
             return
@@ -132,9 +132,17 @@ class Supervisor:
 
     def _replace(self, server: Managed, reason: str) -> None:
         assert server.process is not None
+        is_alive = server.process.status() is None
         server.process.kill()  # its children too
         server.reasons.append(reason)
-        if not server.has_been_up:
+        if not server.has_been_up and is_alive:
+            self._failure = UserError(
+                "rollout.servers.start_timeout_s",
+                self._config.start_timeout_s,
+                f"{server.name} did not answer within it",
+                f"see {server.log}; raise the limit for large models and slow disks",
+            )
+        elif not server.has_been_up:
             self._failure = UserError(
                 "rollout.sglang_cfg",
                 server.name,
