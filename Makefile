@@ -30,7 +30,7 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(RUN_STAMP)
+bench: $(RUN_STAMP) $(SGLANG_STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 $(BIN)/python:

@@ -45,7 +45,9 @@ MAX_CHUNK_JOBS = 256
 MAX_ATTEMPTS = 3
 """How often a chunk is sent when pools break without telling which job did it."""
 STALL_S = 60.0
-"""Beyond the deadline of a job, so long may the pool give no sign before it is replaced; workers start in this time."""
+"""Beyond the deadline of a job, so long may the pool give no sign before it is replaced; workers start in this time ..."""
+RESTALL_S = 15.0
+"""... and in this one when their fork server has imported everything before."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class ScoringPool:
                 todo = self._replace_pool([*todo, *running.values()], scores)
                 running = {}
                 continue
-            finished, _ = wait(running, timeout=self._timeout_s + STALL_S, return_when=FIRST_COMPLETED)
+            stall_s = RESTALL_S if self._has_answered else STALL_S
+            finished, _ = wait(running, timeout=self._timeout_s + stall_s, return_when=FIRST_COMPLETED)
             broken = [] if finished else list(running)
             for future in cast("set[ProcessFuture]", finished):
                 if isinstance(future.exception(), BrokenProcessPool):

@@ -25,24 +25,25 @@ LIMIT_S = 280.0
 
 @dataclass
 class Started:
-    """A run under way; every process of it carries the mark in its environment."""
+    """A run under way. Its processes carry a mark in their environment, or descend from those that do: what renames itself,
+    as SGLang's processes do, overwrites the copy of its environment that others can read.
+    """
 
     case: Case
     process: subprocess.Popen[str]
     mark: str
     output: Path
-    killed: list[int] = field(default_factory=list)
+    seen: set[psutil.Process] = field(default_factory=set)
 
     def processes(self) -> list[psutil.Process]:
         """All living processes of the run. A zombie lives no more: it waits for a parent that may not reap."""
-        found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                if process.environ().get(MARK) == self.mark or process.parent() in self.seen:
+                    self.seen.add(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
-        return found
+        return [process for process in self.seen if lives(process)]
 
     def find(self, part: str) -> list[psutil.Process]:
         """Processes with ``part`` in their command line, oldest first."""
@@ -62,6 +63,7 @@ class Started:
     def wait_for(self, condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
+            self.processes()
             assert self.process.poll() is None, self.output.read_text()[-3000:]
             assert time.monotonic() < deadline, self.output.read_text()[-3000:]
             time.sleep(0.05)
@@ -71,15 +73,23 @@ class Started:
 
     def end(self, limit_s: float = LIMIT_S) -> int:
         """Exit status; then nothing of the run may be left."""
-        try:
-            status = self.process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {limit_s:g} s: {self.output.read_text()[-3000:]}") from None
+        deadline = time.monotonic() + limit_s
+        while (status := self.process.poll()) is None:
+            self.processes()
+            assert time.monotonic() < deadline, f"still running after {limit_s:g} s: {self.output.read_text()[-3000:]}"
+            time.sleep(0.1)
         deadline = time.monotonic() + 10
         while left := self.processes():
             assert time.monotonic() < deadline, [(p.pid, p.cmdline()[:6]) for p in left]
             time.sleep(0.1)
         return status
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
@@ -160,9 +170,20 @@ def test_two_servers_behind_a_router_one_killed_then_the_router(start: Callable[
     run.wait_for(lambda: generating(run))
     run.find("megatron_rl.rollout.sglang_server")[0].kill()
     run.wait_for_step(2)
-    run.find("megatron_rl.rollout.sglang_router")[0].kill()
+    run.find("sglang::router")[0].kill()
     assert run.end() == 0
     check_steps(run, 4)
+    assert sum(row["rollout/server_restarts"] for row in run.rows()) == 1
+    assert sum(row.get("rollout/router_lost", 0) for row in run.rows()) > 0
+
+
+def test_frozen_router_is_given_up(start: Callable[..., Started]) -> None:
+    run = start("trainer.max_steps=4", "rollout.servers.num_per_node=2")
+    run.wait_for_step(1)
+    run.find("sglang::router")[0].suspend()
+    assert run.end() == 0
+    check_steps(run, 4)
+    assert "the router is given up" in run.output.read_text()
 
 
 def test_tensor_parallel_server(start: Callable[..., Started]) -> None:

@@ -303,7 +303,7 @@ class _Driver:
     def _way_in(self) -> SGLangClient | None:
         if self._router is None:
             return None
-        if self._router.status() is not None:  # it died; the servers can do without
+        if self._router.is_lost():
             self.fleet.counts["router_lost"] += 1
             return None
         return self._router.client
@@ -423,6 +423,8 @@ class _Driver:
         if self._router is not None:
             self._router.close()
         if self._loop.is_running:
+            if self._router is not None:
+                self._loop.run(self._router.stop_watching())
             if hasattr(self, "fleet"):
                 self._loop.run(self.fleet.stop())
             self._loop.run(self._session.close())

@@ -2,6 +2,8 @@
 
 Rank 0 runs it and tells it which servers serve; its own health checks, retries and circuit breakers are off, because the
 fleet knows more: a server may be well and still not be allowed to serve, until it has the current weights.
+
+The servers can do without it: when it dies or stops to answer, requests go to them directly, and the run goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -21,6 +25,8 @@ from megatron_rl.rollout.sglang.process import ChildProcess, describe_status, fr
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 30.0
+WATCH_S = 5.0
+"""Between two looks whether it answers."""
 
 
 class Router:
@@ -43,6 +49,7 @@ class Router:
             *("--disable-retries", "--disable-circuit-breaker", "--disable-health-check", "--log-level", "warn"),
         ]
         self._process = ChildProcess(command, log=log, environment={})
+        self._watcher: asyncio.Task[None] | None = None
         self._ids: dict[str, str] = {}
         self.client: SGLangClient | None = None
         """For requests; None until the router answers."""
@@ -71,36 +78,59 @@ class Router:
             except aiohttp.ClientError:
                 await asyncio.sleep(0.1)
         self.client = SGLangClient(self.url, session, admin_key=None)
+        self._watcher = asyncio.create_task(self._watch())
 
     async def add(self, server: Server) -> None:
         """Let a server have requests; returns when the router has taken it in."""
-        url = server.client.url
-        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
-        async with self._session.post(f"{self.url}/workers", json={"url": url}, timeout=timeout) as response:
-            response.raise_for_status()
-            self._ids[url] = (await response.json())["worker_id"]
-        deadline = time.monotonic() + CALL_TIMEOUT_S
-        while url not in await self._workers():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the router has not taken {url} in within {CALL_TIMEOUT_S:g} s, see {self._log}")
-            await asyncio.sleep(0.05)
+        if server.client.url not in self._ids:
+            await self._or_give_up(self._add(server.client.url))
 
     async def remove(self, server: Server) -> None:
         """Give a server nothing more."""
         worker = self._ids.pop(server.client.url, None)
         if worker is not None:
-            timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
-            async with self._session.delete(f"{self.url}/workers/{quote(worker)}", timeout=timeout):
-                pass
+            await self._or_give_up(self._call("DELETE", f"/workers/{quote(worker)}"))
 
-    async def _workers(self) -> set[str]:
-        async with self._session.get(f"{self.url}/workers") as response:
-            return {worker["url"] for worker in (await response.json())["workers"]}
+    def is_lost(self) -> bool:
+        """Whether it is gone for good."""
+        return self._process.status() is not None
 
-    def status(self) -> int | None:
-        """Exit status; None while it runs."""
-        return self._process.status()
+    async def stop_watching(self) -> None:
+        """Before the event loop ends."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
 
     def close(self) -> None:
         """End it. Harmless when repeated."""
         self._process.kill()
+
+    async def _add(self, url: str) -> None:
+        self._ids[url] = (await self._call("POST", "/workers", {"url": url}))["worker_id"]
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while url not in {worker["url"] for worker in (await self._call("GET", "/workers"))["workers"]}:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it has not taken {url} in")
+            await asyncio.sleep(0.05)
+
+    async def _watch(self) -> None:
+        while not self.is_lost():
+            await asyncio.sleep(WATCH_S)
+            await self._or_give_up(self._call("GET", "/workers"))
+
+    async def _or_give_up(self, work: Coroutine[Any, Any, Any]) -> None:
+        """A router that fails is ended: what it still holds breaks off at once and is asked again elsewhere."""
+        if self.is_lost():
+            work.close()
+            return
+        try:
+            await work
+        except (aiohttp.ClientError, OSError, KeyError) as error:  # TimeoutError is an OSError
+            print(f"the router is given up ({type(error).__name__} {error}); see {self._log}", flush=True)
+            self.close()
+
+    async def _call(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
+        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
+        async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+            response.raise_for_status()
+            return await response.json()
