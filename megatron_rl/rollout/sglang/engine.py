@@ -277,7 +277,9 @@ class _Driver:
         self._router: Router | None = None
         if servers.use_router and len(urls) > 1:
             log = config.exp_manager.run_dir / "logs" / "router.log"
-            self._router = Router(log, request_timeout_s=servers.request_timeout_s)
+            self._router = Router(
+                log, request_timeout_s=servers.request_timeout_s, health_timeout_s=servers.health_timeout_s
+            )
         try:
             self.fleet, self.dispatch = self._loop.run(self._build(urls, logs, admin_key))
         except UserError:

@@ -32,13 +32,15 @@ WATCH_S = 5.0
 class Router:
     """The router process, and its list of servers."""
 
-    def __init__(self, log: Path, *, request_timeout_s: float) -> None:
+    def __init__(self, log: Path, *, request_timeout_s: float, health_timeout_s: float) -> None:
         """Start it.
 
         Args:
             log: of its output.
             request_timeout_s: after which it gives a request up.
+            health_timeout_s: silence after which it is given up.
         """
+        self._health_timeout_s = health_timeout_s
         self._log = log
         self._log_start = log.stat().st_size if log.exists() else 0
         self.url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
@@ -116,7 +118,7 @@ class Router:
     async def _watch(self) -> None:
         while not self.is_lost():
             await asyncio.sleep(WATCH_S)
-            await self._or_give_up(self._call("GET", "/workers"))
+            await self._or_give_up(self._call("GET", "/workers", timeout_s=self._health_timeout_s))
 
     async def _or_give_up(self, work: Coroutine[Any, Any, Any]) -> None:
         """A router that fails is ended: what it still holds breaks off at once and is asked again elsewhere."""
@@ -129,8 +131,10 @@ class Router:
             print(f"the router is given up ({type(error).__name__} {error}); see {self._log}", flush=True)
             self.close()
 
-    async def _call(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
-        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S)
+    async def _call(
+        self, method: str, path: str, body: dict[str, str] | None = None, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Any:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
             response.raise_for_status()
             return await response.json()
