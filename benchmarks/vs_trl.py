@@ -1,0 +1,228 @@
+"""megatron_rl against TRL's GRPOTrainer: the same model, prompts and GRPO step, on the CPU.
+
+    python benchmarks/vs_trl.py [--trl-python PATH]      without PATH, requirements/bench_trl.txt goes into .venv-trl
+
+    tokens_per_s_ratio    completion tokens per second of whole steps, megatron_rl over TRL
+    generate_ratio        the same of generation alone: prompt ids in, completion ids out
+    update_ratio          the same of what follows until the new weights stand: log-probs before the first update, then
+                          forward, backward, clipping and optimizer of every update
+
+The rest of a step (scoring, advantages, weight sync, metrics, each trainer's own loop) counts into whole steps only. Each
+figure is of medians over ``REPEATS`` processes a side, which take turns; the first ``WARM_UP`` steps of each do not count.
+
+Lengths
+    spread    the model as initialised: any token may be the end, so lengths are geometric, cut at the limit
+    equal     the end token's logit is far below all others, in the weights both sides load: every completion has full length
+
+Alike on both sides
+    model and prompts   the quickstart's: 0.8M-parameter Qwen3, word problems of 14 to 32 tokens, in the same order
+    step                32 prompts x 8 completions, at most 96 tokens at temperature 1, then 2 updates on 128 rows each,
+                        so that both sides must compute the log-probs before the first update. Setting ``equal, 1 update``:
+                        one update of all 256 rows, where TRL needs no such pass and omits it
+    objective           ratio clipped at 0.2, mean over tokens, group-normalised rewards, no KL, entropy as a metric
+    optimizer           AdamW, constant rate, no weight decay, gradient norm clipped at 1; fp32 throughout
+    reward              the share of digits in the text, a function of a microsecond
+    process             one, with as many threads as the machine has cores; the allocator settings of megatron_rl's launcher
+
+TRL, at its best here
+    generation          ``transformers``, all 256 rows at once (TRL has no other engine on a CPU but continuous batching,
+                        which SWEEP)
+    batch               rows of a forward: TRL_BATCH, the fastest of 128, 64, 32, 16
+    attention           sdpa
+    optimizer           torch's fused AdamW
+    off                 gradient checkpointing (TRL's default), bf16 (default), dropout, KL, logging, saving, progress bars,
+                        data loader workers, pinned memory
+    not tried           torch.compile
+
+megatron_rl
+    the quickstart's config on one rank: Megatron-Core with the distributed optimizer, one scoring worker, metrics written
+    at each step, no checkpoints, no evaluation. Tokens of a forward: MEGATRON_RL_TOKENS, the fastest of 2048 to 16384.
+
+Speeds are of a model so small that much of the time is spent beside the arithmetic; a larger one shifts the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
+sys.path.insert(0, str(HERE / "vs_trl"))
+
+from common import Work  # noqa: E402
+
+REPEATS, WARM_UP, STEPS = 3, 2, 6
+NUM_PROMPTS, NUM_GENERATIONS, MAX_NEW_TOKENS = 32, 8, 96
+TRL_BATCH, TRL_ATTENTION, MEGATRON_RL_TOKENS = 128, "sdpa", 8192
+PHASES = {"tokens_per_s": ("generate", "update", "rest"), "generate": ("generate",), "update": ("update",)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison."""
+
+    lengths: str
+    num_updates: int
+
+    @property
+    def name(self) -> str:
+        """In table and JSON."""
+        return f"{self.lengths}, {self.num_updates} update{'s' if self.num_updates > 1 else ''}"
+
+
+SETTINGS = (Setting("spread", 2), Setting("equal", 2), Setting("equal", 1))
+"""The first is the one whose ratios stand at the top of the JSON."""
+
+
+def main() -> None:
+    """Measure all settings, print a table, and a line of JSON last."""
+    parser = argparse.ArgumentParser(description="megatron_rl against TRL on the CPU.")
+    parser.add_argument("--trl-python", type=Path, help="interpreter of an environment that has TRL")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="measured steps of each process")
+    arguments = parser.parse_args()
+    pythons = {"megatron_rl": Path(sys.executable), "trl": arguments.trl_python or install_trl()}
+    num_threads = len(os.sched_getaffinity(0))
+    figures: dict[str, dict[str, float]] = {}
+    versions: dict[str, dict[str, str]] = {}
+    for setting in SETTINGS:
+        with tempfile.TemporaryDirectory() as folder:
+            write_inputs(Path(folder), setting, num_prompts=NUM_PROMPTS * (WARM_UP + arguments.steps))
+            work = Work(
+                directory=folder,
+                num_steps=WARM_UP + arguments.steps,
+                num_threads=num_threads,
+                num_prompts=NUM_PROMPTS,
+                num_generations=NUM_GENERATIONS,
+                max_new_tokens=MAX_NEW_TOKENS,
+                num_updates=setting.num_updates,
+                trl_batch_size=TRL_BATCH,
+                trl_attention=TRL_ATTENTION,
+                megatron_rl_tokens=MEGATRON_RL_TOKENS,
+            )
+            speeds: dict[str, list[dict[str, float]]] = {side: [] for side in pythons}
+            for _ in range(arguments.repeats):
+                for side, python in pythons.items():
+                    report = run_worker(side, python, work)
+                    versions[side] = report["versions"]
+                    speeds[side].append(summarise(report["steps"][WARM_UP:]))
+                    print(f"{setting.name}: {side}", speeds[side][-1], flush=True)
+        median = {
+            side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in speeds.items()
+        }
+        figures[setting.name] = compare(median["megatron_rl"], median["trl"])
+    print_table(figures)
+    summary = {
+        **{key: value for key, value in figures[SETTINGS[0].name].items() if key.endswith("_ratio")},
+        "settings": figures,
+        "versions": versions,
+        "machine": machine(),
+        "threads": num_threads,
+        "warm_up_steps": WARM_UP,
+        "steps": arguments.steps,
+        "repeats": arguments.repeats,
+    }
+    print(json.dumps(summary))
+
+
+def install_trl() -> Path:
+    """An environment with TRL, made on the first call."""
+    environment, requirements = ROOT / ".venv-trl", ROOT / "requirements/bench_trl.txt"
+    python, done = environment / "bin/python", environment / ".installed"
+    if not done.exists() or done.read_text() != requirements.read_text():
+        print("installing TRL into .venv-trl", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements]
+        subprocess.run(pip, check=True)
+        done.write_text(requirements.read_text())
+    return python
+
+
+def write_inputs(directory: Path, setting: Setting, *, num_prompts: int) -> None:
+    """The model, the problems for megatron_rl, and their prompts for TRL."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from megatron_rl.tasks import get_task
+    from megatron_rl.tasks.word_problems import generate, write_rows
+    from megatron_rl.tasks.word_tokenizer import END, VOCABULARY, ModelSize, save_model
+
+    save_model(directory / "model", ModelSize())
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory / "model"))
+    if setting.lengths == "equal":
+        # One direction of the residual stream is the same for every token but the end, and the tied output layer reads it.
+        embedding = model.get_input_embeddings().weight.data
+        embedding[:, 0] = 1.0
+        embedding[VOCABULARY.index(END), 0] = -4.0
+    logging.disable_progress_bar()
+    model.save_pretrained(directory / "model")
+    write_rows(directory / "problems.jsonl", generate(num_prompts, seed=1))
+    problems = get_task("word_problems").load(directory / "problems.jsonl", template=None)
+    assert len(problems) == num_prompts
+    (directory / "prompts.json").write_text(json.dumps([problem.prompt for problem in problems]))
+
+
+def run_worker(side: str, python: Path, work: Work) -> dict:
+    """One process of one side, from start to end."""
+    from megatron_rl.launch.command import ALLOCATOR
+
+    environment = os.environ | ALLOCATOR
+    environment |= {
+        "OMP_NUM_THREADS": str(work.num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join([str(HERE / "vs_trl"), os.environ.get("PYTHONPATH", "")]),
+    }
+    script = HERE / "vs_trl" / {"megatron_rl": "ours.py", "trl": "theirs.py"}[side]
+    command = [str(python), str(script), json.dumps(asdict(work))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Completion tokens per second, overall and by phase; seconds of a step by phase; tokens of a step."""
+    tokens = sum(step["tokens"] for step in steps)
+    speeds = {name: tokens / sum(step[p] for step in steps for p in phases) for name, phases in PHASES.items()}
+    seconds = {f"{p}_s": sum(step[p] for step in steps) / len(steps) for p in PHASES["tokens_per_s"]}
+    return {key: round(value, 3) for key, value in (speeds | seconds | {"tokens": tokens / len(steps)}).items()}
+
+
+def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
+    """Ratios above 1 say that megatron_rl is faster."""
+    ratios = {f"{name}_ratio": round(ours[name] / theirs[name], 3) for name in PHASES}
+    return ratios | {f"{side}_{key}": of[key] for side, of in (("megatron_rl", ours), ("trl", theirs)) for key in of}
+
+
+def print_table(figures: dict[str, dict[str, float]]) -> None:
+    """Seconds of a step, then ratios."""
+    print(f"\n{'':20}{'':14}{'generate':>10}{'update':>10}{'rest':>10}{'tokens':>10}{'tokens/s':>10}")
+    for name, row in figures.items():
+        for side in ("megatron_rl", "trl"):
+            seconds = "".join(f"{row[f'{side}_{phase}_s']:10.3f}" for phase in PHASES["tokens_per_s"])
+            print(f"{name:20}{side:14}{seconds}{row[f'{side}_tokens']:10.0f}{row[f'{side}_tokens_per_s']:10.0f}")
+        ratios = f"{row['generate_ratio']:10.2f}{row['update_ratio']:10.2f}{'':20}{row['tokens_per_s_ratio']:10.2f}"
+        print(f"{name:20}{'ratio':14}{ratios}")
+
+
+def machine() -> str:
+    """The processor in words."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    units = "with AMX" if "amx_tile" in text else "without AMX"
+    return f"{len(os.sched_getaffinity(0))} cores, {models[0] if models else 'unknown processor'}, {units}, no GPU used"
+
+
+if __name__ == "__main__":
+    main()
