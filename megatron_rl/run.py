@@ -60,6 +60,7 @@ class Run:
         self.groups = build_groups(
             tensor_parallel_size=config.policy.tensor_parallel_size,
             pipeline_parallel_size=config.policy.pipeline_parallel_size,
+            context_parallel_size=config.policy.context_parallel_size,
             device=runtime.device,
             seed=config.trainer.seed,
             timeout_s=config.trainer.timeout_s,

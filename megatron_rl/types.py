@@ -152,10 +152,11 @@ class TrainingSample:
 
 @dataclass
 class MicroBatch:
-    """One forward's tokens, packed without padding between sequences (THD); made by ``data/pack.py`` only.
+    """One forward's tokens, packed end to end (THD); made by ``data/pack.py`` only.
 
-    Token vectors are [T]. ``labels[t]`` is the token after ``input_ids[t]``; where there is none (last token of a
-    sequence, tail padding) it is 0 and both masks are False. Vectors over tokens are 0.0 outside ``response_mask``.
+    Token vectors are [T]; under context parallelism T counts the tokens that this rank holds, in its own order.
+    ``labels[t]`` is the token after ``input_ids[t]``; where there is none (last token of a sequence, padding) it is 0 and
+    both masks are False. Vectors over tokens are 0.0 outside ``response_mask``.
     """
 
     input_ids: Tensor
@@ -165,7 +166,7 @@ class MicroBatch:
     position_ids: Tensor
     """[T] int64, from 0 in each sequence."""
     cu_seqlens: Tensor
-    """[N + 1] int32 sequence borders; tail padding, where there is any, is the last sequence."""
+    """[N + 1] int32 sequence borders in the whole pack; tail padding, where there is any, is the last sequence."""
     max_seqlen: int
     response_mask: Tensor
     """[T] bool: the label is a generated or target token."""
@@ -173,6 +174,8 @@ class MicroBatch:
     """[T] bool: the label enters the loss."""
     rows: list[int]
     """Indices of the packed samples in the mini-batch, in packing order."""
+    token_indices: Tensor
+    """[T] int64: place of each token in the whole pack."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
     """``weights``, ``advantages``, ``old_log_probs``, ... each [T] float32."""
 
@@ -191,5 +194,6 @@ class MicroBatch:
             move(self.response_mask),
             move(self.loss_mask),
             self.rows,
+            move(self.token_indices),
             {k: move(v) for k, v in self.vectors.items()},
         )

@@ -15,14 +15,17 @@ from megatron_rl.types import Kind, TrainingSample
 CONFIG = Path(__file__).parent / "tiny.yaml"
 
 
-def tiny_config(model: Path, *overrides: str, tp: int = 1, pp: int = 1, dp: int = 1, sp: bool = False) -> Config:
+def tiny_config(
+    model: Path, *overrides: str, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False
+) -> Config:
     return load_config(
         CONFIG,
         [
             f"policy.model_path={model}",
-            f"trainer.devices={tp * pp * dp}",
+            f"trainer.devices={tp * pp * cp * dp}",
             f"policy.megatron_cfg.tensor_model_parallel_size={tp}",
             f"policy.megatron_cfg.pipeline_model_parallel_size={pp}",
+            f"policy.megatron_cfg.context_parallel_size={cp}",
             *(["policy.megatron_cfg.sequence_parallel=true"] if sp else []),
             *overrides,
         ],
@@ -37,6 +40,7 @@ def build_policy(config: Config):
     groups = build_groups(
         tensor_parallel_size=config.policy.tensor_parallel_size,
         pipeline_parallel_size=config.policy.pipeline_parallel_size,
+        context_parallel_size=config.policy.context_parallel_size,
         device=torch.device("cpu"),
         seed=config.trainer.seed,
     )

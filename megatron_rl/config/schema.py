@@ -183,6 +183,16 @@ class PolicyConfig:
         """Ranks that share the layers out."""
         return int(self.megatron_cfg.get("pipeline_model_parallel_size", 1))
 
+    @property
+    def context_parallel_size(self) -> int:
+        """Ranks that share each sequence."""
+        return int(self.megatron_cfg.get("context_parallel_size", 1))
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks of one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
     def __post_init__(self) -> None:
         upstream.check_names(
             "policy.megatron_cfg", self.megatron_cfg, upstream.TRANSFORMER, owned=upstream.TRANSFORMER_OWNED
@@ -202,13 +212,13 @@ class PolicyConfig:
                 "needs tensor_model_parallel_size above 1",
                 "leave it out, or raise the tensor-parallel size",
             )
-        for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
+        for name in ("expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
             if (self.megatron_cfg.get(name) or 1) != 1:
                 raise UserError(
                     f"policy.megatron_cfg.{name}",
                     self.megatron_cfg[name],
                     "this version trains with 1 here",
-                    "use tensor, pipeline and data parallelism",
+                    "use tensor, pipeline, context and data parallelism",
                 )
 
 
@@ -399,7 +409,7 @@ class Config:
     @property
     def data_parallel_size(self) -> int:
         """Copies of the model."""
-        return self.trainer.world_size // (self.policy.tensor_parallel_size * self.policy.pipeline_parallel_size)
+        return self.trainer.world_size // self.policy.model_parallel_size
 
     @property
     def num_updates_per_step(self) -> int:
@@ -431,13 +441,14 @@ class Config:
             )
 
     def _check_batch_arithmetic(self) -> None:
-        model_size = self.policy.tensor_parallel_size * self.policy.pipeline_parallel_size
+        model_size = self.policy.model_parallel_size
         world_size = self.trainer.world_size
         if world_size % model_size:
             raise UserError(
                 "trainer.devices",
                 self.trainer.devices,
-                f"devices * num_nodes = {world_size} must be a multiple of tensor * pipeline parallel size = {model_size}",
+                f"devices * num_nodes = {world_size} must be a multiple of the tensor, pipeline and context parallel sizes' "
+                f"product = {model_size}",
                 f"use a multiple of {model_size}, or smaller parallel sizes in policy.megatron_cfg",
             )
         rows, batch = self.algorithm.num_rows, self.policy.train_global_batch_size

@@ -1,6 +1,7 @@
 """TrainingSample -> MicroBatch and back. The only place where labels are shifted.
 
-Sequences are packed end to end without padding (THD). A row's response token j is the label of position ``P + j - 1``:
+Sequences are packed end to end (THD), without padding unless context parallelism has to cut each of them. A row's response
+token j is the label of position ``P + j - 1``:
 
     row        p0 p1 p2 | r0 r1        P = 3 prompt tokens, R = 2 response tokens
     input_ids  p0 p1 p2   r0 r1
@@ -11,10 +12,12 @@ Sequences are packed end to end without padding (THD). A row's response token j 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_rl.parallel.context import zigzag_indices
 from megatron_rl.types import MicroBatch, TrainingSample
 
 VECTOR_FIELDS = ("weights", "advantages", "old_log_probs", "ref_log_probs")
@@ -53,18 +56,38 @@ def plan_micro_batches(num_tokens: Sequence[int], *, num_ranks: int, max_tokens:
     return [[sorted(rows) for rows in bins_of_rank] for bins_of_rank in rank_bins]
 
 
-def pack(samples: Sequence[TrainingSample], rows: Sequence[int], *, multiple: int = 1) -> MicroBatch:
+@dataclass(frozen=True)
+class PackLayout:
+    """What a training layout asks of a pack."""
+
+    tp_size: int = 1
+    """Ranks that share the tokens out between layers: the tensor-parallel size under sequence parallelism, else 1."""
+    cp_size: int = 1
+    cp_rank: int = 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every sequence is padded to a multiple of this."""
+        return 1 if self.cp_size == 1 else 2 * self.cp_size * self.tp_size
+
+    def padded(self, num_tokens: int) -> int:
+        """Tokens that a row takes in a pack."""
+        return num_tokens + -num_tokens % self.sequence_multiple
+
+
+def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLayout = PackLayout()) -> MicroBatch:
     """Put the given rows of a mini-batch end to end.
 
     Args:
         samples: the whole mini-batch.
         rows: which of them, in packing order.
-        multiple: the packed length is filled up to a multiple of this (sequence parallelism) with a sequence of zeros
-            that no mask selects.
+        layout: what is padded: under context parallelism each sequence, at its end; under sequence parallelism alone the
+            pack, with a last sequence. No mask selects padding. Under context parallelism the result is this rank's part.
     """
     chosen = [samples[row] for row in rows]
-    lengths = [sample.num_tokens for sample in chosen]
+    lengths = [layout.padded(sample.num_tokens) for sample in chosen]
     total = sum(lengths)
+    multiple = layout.tp_size
     padding = -total % multiple
     size = total + padding
 
@@ -78,8 +101,8 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], *, multiple: in
     start = 0
     for sample, length in zip(chosen, lengths):
         ids = torch.cat([sample.prompt_ids, sample.response_ids])
-        input_ids[start : start + length] = ids
-        labels[start : start + length - 1] = ids[1:]
+        input_ids[start : start + len(ids)] = ids
+        labels[start : start + len(ids) - 1] = ids[1:]
         position_ids[start : start + length] = torch.arange(length)
         where = response_slice(start, sample)
         response_mask[where] = True
@@ -91,16 +114,19 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], *, multiple: in
     borders = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     if padding:
         borders.append(size)
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    held = zigzag_indices(cu_seqlens, size=layout.cp_size, rank=layout.cp_rank)
     return MicroBatch(
-        input_ids=input_ids,
-        labels=labels,
-        position_ids=position_ids,
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        input_ids=input_ids[held],
+        labels=labels[held],
+        position_ids=position_ids[held],
+        cu_seqlens=cu_seqlens,
         max_seqlen=max(*lengths, padding),
-        response_mask=response_mask,
-        loss_mask=response_mask.clone(),
+        response_mask=response_mask[held],
+        loss_mask=response_mask[held],
         rows=list(rows),
-        vectors=vectors,
+        token_indices=held,
+        vectors={name: vector[held] for name, vector in vectors.items()},
     )
 
 
@@ -113,13 +139,15 @@ def response_slice(start: int, sample: TrainingSample) -> slice:
 def unpack(values: Mapping[str, Tensor], micro_batch: MicroBatch, samples: Sequence[TrainingSample]) -> None:
     """Write packed per-token vectors back into their samples: the inverse of ``pack``.
 
+    Under context parallelism, what other ranks hold is 0.0: the sum over the ranks is whole.
+
     Args:
         values: field name -> [T] float32.
         micro_batch: what ``pack`` made of ``samples``.
         samples: the whole mini-batch; the rows of the micro-batch get the fields set to [R] float32.
     """
     starts = micro_batch.cu_seqlens.tolist()
-    for start, row in zip(starts, micro_batch.rows):
-        where = response_slice(start, samples[row])
-        for name, value in values.items():
-            setattr(samples[row], name, value[where].clone())
+    for name, value in values.items():
+        whole = torch.zeros(starts[-1]).index_copy(0, micro_batch.token_indices.cpu(), value)
+        for start, row in zip(starts, micro_batch.rows):
+            setattr(samples[row], name, whole[response_slice(start, samples[row])].clone())

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_rl.config import Config
 from megatron_rl.convert.shape import ModelShape
-from megatron_rl.data.pack import pack, plan_micro_batches, unpack
+from megatron_rl.data.pack import PackLayout, pack, plan_micro_batches, unpack
 from megatron_rl.errors import UserError
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.model.build import build_stage
@@ -217,13 +217,18 @@ class Policy:
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
         """This data-parallel rank's packs: a pure function of the rows, so each pass over them sees the same packs."""
         with self.timer("pack"):
+            groups = self.groups
+            layout = PackLayout(
+                tp_size=groups.tp_size if self.megatron_config.sequence_parallel else 1,
+                cp_size=groups.cp_size,
+                cp_rank=groups.cp_rank,
+            )
             plan = plan_micro_batches(
-                [sample.num_tokens for sample in samples],
+                [layout.padded(sample.num_tokens) for sample in samples],
                 num_ranks=self.groups.dp_size,
                 max_tokens=self.config.policy.train_micro_batch_tokens,
             )
-            multiple = self.groups.tp_size if self.megatron_config.sequence_parallel else 1
-            packs = [pack(samples, rows, multiple=multiple) for rows in plan[self.groups.dp_rank]]
+            packs = [pack(samples, rows, layout) for rows in plan[groups.dp_rank]]
             return [batch.to(self.groups.device) for batch in packs]
 
     def _run(self, micro_batches: Sequence[MicroBatch], loss_function: Callable, *, forward_only: bool) -> list[dict]:

@@ -15,7 +15,9 @@ class Groups:
 
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    """Ranks that differ in their rows alone."""
     cpu_group: dist.ProcessGroup
     """All ranks, over gloo: for host data (prompts, rollouts, flags)."""
     device: torch.device
@@ -39,6 +41,16 @@ class Groups:
     def tp_rank(self) -> int:
         """Rank among them."""
         return dist.get_rank(self.tp_group)
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks that share each sequence."""
+        return dist.get_world_size(self.cp_group)
+
+    @property
+    def cp_rank(self) -> int:
+        """Rank among them."""
+        return dist.get_rank(self.cp_group)
 
     @property
     def pp_size(self) -> int:
@@ -70,6 +82,7 @@ def build_groups(
     *,
     tensor_parallel_size: int,
     pipeline_parallel_size: int,
+    context_parallel_size: int = 1,
     device: torch.device,
     seed: int,
     timeout_s: float = 1800.0,
@@ -79,6 +92,7 @@ def build_groups(
     Args:
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: ranks that share the layers out.
+        context_parallel_size: ranks that share each sequence.
         device: where this rank's model lives.
         seed: of Megatron's model-parallel generators (dropout, random initialisation).
         timeout_s: of every collective in these groups; a new group does not take over the timeout of the default one. A
@@ -90,6 +104,7 @@ def build_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
+        context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=timeout_s / 60,  # Megatron says int, and makes a timedelta of it
     )
     model_parallel_cuda_manual_seed(seed)
@@ -99,6 +114,7 @@ def build_groups(
     return Groups(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         cpu_group=cpu_group,
         device=device,

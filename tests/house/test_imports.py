@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"config"},
     "rewards": {"tasks"},  # the pool looks a task up by name inside its workers
     "tasks": {"rewards"},
-    "data": {"config", "convert"},
+    "data": {"config", "convert", "parallel"},
     "metrics": {"config"},
     "curves": {"metrics"},
     "summary": {"metrics"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ from tests.tiny_models import make_tiny_model
 LAYOUTS = [
     {"tp": 1}, {"tp": 2}, {"tp": 2, "sp": True}, {"tp": 4, "sp": True}, {"pp": 2}, {"dp": 2}, {"pp": 4},
     {"tp": 2, "pp": 2, "sp": True}, {"tp": 2, "dp": 2}, {"pp": 2, "dp": 2},
+    {"cp": 2}, {"cp": 4}, {"cp": 2, "dp": 2}, {"tp": 2, "cp": 2, "sp": True}, {"tp": 2, "cp": 2},
+    {"tp": 2, "pp": 2, "cp": 2, "sp": True},
 ]  # fmt: skip
+
+
+def num_ranks(layout: dict) -> int:
+    return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +62,7 @@ def one_update(model: Path, layout: dict, overrides: tuple[str, ...] = ()) -> di
 def test_log_probs_are_those_of_transformers(models: dict, family: str, tied: bool, layout: dict) -> None:
     model = models[family, tied]
     expected = log_probs_of(AutoModelForCausalLM.from_pretrained(model), random_samples())
-    world_size = layout.get("tp", 1) * layout.get("pp", 1)
+    world_size = num_ranks(layout)
     for result in run_ranks(one_update, world_size, model, layout):
         for mine, true in zip(result["log_probs"], expected):
             assert (mine - true).abs().max() < 1e-4
@@ -65,7 +72,7 @@ def test_log_probs_are_those_of_transformers(models: dict, family: str, tied: bo
 @pytest.mark.parametrize("case", [("qwen3", True), ("llama", False)], ids=str)
 def test_first_update_is_the_same_under_every_layout(models: dict, layout: dict, case: tuple, single: dict) -> None:
     reference = single[case]
-    world_size = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+    world_size = num_ranks(layout)
     for result in run_ranks(one_update, world_size, models[case], layout):
         assert result["loss"] == pytest.approx(reference["loss"], rel=1e-6)
         assert result["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
@@ -131,7 +138,7 @@ def export(model: Path, layout: dict, target: Path) -> None:
 def test_export_is_bit_exact(models: dict, layout: dict, case: tuple, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    world_size = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+    world_size = num_ranks(layout)
     run_ranks(export, world_size, models[case], layout, tmp_path / "hf")
     source, written = (load_file(d / "model.safetensors") for d in (models[case], tmp_path / "hf"))
     assert source.keys() == written.keys()

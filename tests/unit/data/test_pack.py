@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from megatron_rl.data.pack import pack, plan_micro_batches, unpack
+from megatron_rl.data.pack import PackLayout, pack, plan_micro_batches, unpack
 from megatron_rl.types import Kind, TrainingSample
 
 
@@ -30,16 +30,32 @@ def test_every_selected_label_is_a_response_token() -> None:
 
 
 def test_padding_is_a_sequence_that_no_mask_selects() -> None:
-    batch = pack([sample([1, 2, 3], [4, 5])], [0], multiple=4)
+    batch = pack([sample([1, 2, 3], [4, 5])], [0], PackLayout(tp_size=4))
     assert len(batch.input_ids) == 8 and batch.cu_seqlens.tolist() == [0, 5, 8]
     assert not batch.response_mask[5:].any() and batch.vectors["weights"][5:].eq(0).all()
 
 
 def test_unpack_is_the_inverse() -> None:
     samples = [sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9]), sample([2, 2], [1])]
-    batch = pack(samples, [2, 0, 1], multiple=4)
+    batch = pack(samples, [2, 0, 1], PackLayout(tp_size=4))
     unpack({"old_log_probs": batch.vectors["weights"]}, batch, samples)
     assert all(torch.equal(s.old_log_probs, s.weights) for s in samples)
+
+
+def test_context_parallel_ranks_hold_a_pack_together() -> None:
+    samples = [sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9, 10, 11, 12, 13, 14]), sample([2, 2], [1])]
+    parts = [pack(samples, [2, 0, 1], PackLayout(tp_size=2, cp_size=2, cp_rank=rank)) for rank in range(2)]
+    assert all(part.cu_seqlens.tolist() == [0, 8, 16, 32] and len(part.input_ids) == 16 for part in parts)
+    filled = [[], []]
+    for part, found in zip(parts, filled):
+        unpack({"old_log_probs": part.vectors["weights"]}, part, samples)
+        found += [row.old_log_probs for row in samples]
+    assert all(torch.equal(a + b, row.weights) for a, b, row in zip(*filled, samples))
+    # A label is the next token of the whole pack, also where that token is another rank's.
+    whole = torch.zeros(32, dtype=torch.int64)
+    for part in parts:
+        whole[part.token_indices] = part.labels
+    assert whole.tolist()[16:32] == [7, 8, 9, 10, 11, 12, 13, 14, *[0] * 8]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
