@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_rl.parallel.vocab import vocab_parallel_log_probs
+from megatron_rl.parallel.vocab import vocab_parallel_statistics
 from megatron_rl.types import MicroBatch
 
 
@@ -48,15 +48,19 @@ class PolicyModel(GPTModel):
         )
         labels, mask = labels[0], loss_mask[0]
         where = mask.nonzero()[:, 0]
-        log_probs, entropy = vocab_parallel_log_probs(
+        found = vocab_parallel_statistics(
             hidden[where],
             weight,
             labels[where],
             vocab_size=self.true_vocab_size,
             temperature=self.temperature,
             tp_group=tp_group,
+            main_grad=getattr(weight, "main_grad", None),
+            is_weight_used_elsewhere=self.share_embeddings_and_output_weights and self.pre_process,
         )
-        return tuple(torch.zeros(len(mask), device=x.device).index_copy(0, where, x) for x in (log_probs, entropy))
+        return tuple(
+            torch.zeros(len(mask), device=x.device).index_copy(0, where, x) for x in (found.log_probs, found.entropy)
+        )
 
 
 def run_model(model: torch.nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor] | Tensor:

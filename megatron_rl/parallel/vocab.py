@@ -1,22 +1,49 @@
 """Hidden states -> log-probs and entropy, over a sharded vocabulary, without ever holding ``[T, V/tp]`` logits.
 
-Logits exist for one chunk of tokens at a time and are computed again in backward. Across the tensor-parallel group only
-per-token scalars travel. Forward is the same code with and without gradient, so both give the same bits.
+Logits exist for one block, some tokens by some words, and are computed again in backward. Forward goes over the words with
+a running maximum and sum; backward needs no sum over words, so it writes each row of the weight's gradient once. Across the
+tensor-parallel group only per-token scalars travel, twice a chunk. Forward is the same code with and without gradient, so
+both give the same bits.
 
-Legend: T tokens, H hidden, V vocabulary, v this rank's part of it (padded columns left out), C tokens of a chunk.
+Legend: T tokens, H hidden, V vocabulary, v this rank's part of it (padded columns left out), C tokens of a chunk, B words of
+a block.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits in one chunk: 64 MiB in float32."""
+CHUNK_TOKENS = 4096
+"""C: beyond it, the weight is read once more."""
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""C * B. A CPU works on a block in its cache; a GPU wants its kernels large."""
+
+Divergence = Literal["forward_kl", "reverse_kl", "js"]
 
 
-def vocab_parallel_log_probs(
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What the distribution at each token says, [T] each."""
+
+    log_probs: Tensor
+    """float32, with gradient: of the label."""
+    entropy: Tensor
+    """float32, with gradient: in nats, exact."""
+    log_sum_exp: Tensor
+    """float32: of the logits, divided by the temperature."""
+    top_log_prob: Tensor
+    """float32: of the likeliest word."""
+    is_top: Tensor
+    """bool: the label is the likeliest word, or one of them."""
+
+
+def vocab_parallel_statistics(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -24,8 +51,10 @@ def vocab_parallel_log_probs(
     vocab_size: int,
     temperature: float,
     tp_group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor]:
-    """``log softmax(hidden @ W^T / temperature)[label]`` and the exact entropy of that softmax.
+    main_grad: Tensor | None = None,
+    is_weight_used_elsewhere: bool = False,
+) -> TokenStatistics:
+    """``log softmax(hidden @ W^T / temperature)`` at the labels, the exact entropy of that softmax, and its top.
 
     Args:
         hidden: [T, H], the same on every rank of ``tp_group``. Its gradient is this rank's *part*: the caller sums it over
@@ -35,93 +64,266 @@ def vocab_parallel_log_probs(
         vocab_size: V without padding; padded rows get no probability.
         temperature: divides the logits.
         tp_group: ranks that hold the other rows.
-
-    Returns:
-        log_probs [T] float32, entropy [T] float32 (nats); both carry gradient to ``hidden`` and ``weight``.
+        main_grad: [V_padded / tp, H] float32 buffer that the weight's gradient is added to, as Megatron's fused layers do;
+            None returns the gradient to autograd.
+        is_weight_used_elsewhere: tied embeddings on one stage: autograd then brings the other use's gradient, and must not
+            be told that all of it is in ``main_grad`` already.
     """
-    start = dist.get_rank(tp_group) * weight.shape[0]
-    valid = max(0, min(weight.shape[0], vocab_size - start))
-    # From the padded width, which all ranks share: they must cut the tokens into the same chunks.
-    chunk_size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return _LogProbs.apply(hidden, weight[:valid], labels, start, temperature, chunk_size, tp_group)
+    block = _Block.of(hidden, weight, vocab_size, temperature, tp_group)
+    sink = None if main_grad is None else _GradSink(weight, main_grad, is_weight_used_elsewhere)
+    return TokenStatistics(*_Statistics.apply(hidden, weight, labels, block, sink))
 
 
-class _LogProbs(torch.autograd.Function):
+def vocab_parallel_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    kind: Divergence,
+    *,
+    vocab_size: int,
+    temperature: float,
+    tp_group: dist.ProcessGroup,
+) -> Tensor:
+    """[T] float32 exact divergence between two next-token distributions over the whole vocabulary.
+
+    With p of the policy and q of the reference: ``forward_kl`` is KL(q || p), ``reverse_kl`` KL(p || q), ``js`` the
+    Jensen-Shannon divergence with weights 1/2. Gradient flows to the policy alone.
+
+    Args:
+        hidden: [T, H], as in ``vocab_parallel_statistics``.
+        weight: [V_padded / tp, H].
+        reference_hidden: [T, H'] of the reference model at the same tokens.
+        reference_weight: [V_padded / tp, H'], its rows of the same words.
+        kind: which divergence.
+        vocab_size: V without padding.
+        temperature: divides the logits of both.
+        tp_group: ranks that hold the other rows.
+    """
+    mine = _Block.of(hidden, weight, vocab_size, temperature, tp_group)
+    theirs = _Block.of(reference_hidden, reference_weight, vocab_size, temperature, tp_group)
+    return _Divergence.apply(hidden, weight, reference_hidden, reference_weight, kind, mine, theirs)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """How the product is cut, and what its entries mean."""
+
+    start: int
+    """First word of this rank."""
+    valid: int
+    """v."""
+    width: int
+    """B."""
+    temperature: float
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, weight: Tensor, vocab_size: int, temperature: float, group: dist.ProcessGroup
+    ) -> _Block:
+        start = dist.get_rank(group) * weight.shape[0]
+        tokens = max(1, min(len(hidden), CHUNK_TOKENS))
+        width = max(1, BLOCK_ELEMENTS[hidden.device.type] // tokens)
+        return cls(start, max(0, min(weight.shape[0], vocab_size - start)), width, temperature, group)
+
+    def words(self) -> list[slice]:
+        return [slice(i, min(i + self.width, self.valid)) for i in range(0, self.valid, self.width)]
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[C, B] float32. The one upcast: the product runs in the model's dtype."""
+        logits = (hidden @ weight.t()).float()
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+    def columns(self, labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+        """[C] column of each label in the block, and whether it is there."""
+        columns = labels - self.start - words.start
+        return columns, (columns >= 0) & (columns < words.stop - words.start)
+
+    def sum(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Of all ranks."""
+        if dist.get_world_size(self.group) == 1:
+            return values
+        stacked = torch.stack(values)
+        dist.all_reduce(stacked, group=self.group)
+        return stacked.unbind()
+
+    def max(self, values: Tensor) -> Tensor:
+        """Of all ranks."""
+        values = values.clone()
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return values
+
+
+@dataclass(frozen=True)
+class _GradSink:
+    """Megatron's float32 gradient buffer of the output weight."""
+
+    parameter: Tensor
+    main_grad: Tensor
+    is_used_elsewhere: bool
+
+    def stand_in(self) -> Tensor | None:
+        """What autograd gets instead of the gradient."""
+        if self.is_used_elsewhere:
+            return None
+        # The hook of Megatron's DistributedDataParallel wants to see a gradient, and ignores its values then.
+        self.parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return torch.empty_like(self.parameter)
+
+
+class _Running:
+    """Maximum, sum of exponentials and their dot product with the logits, word block by word block."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.largest = torch.full((len(hidden),), float("-inf"), device=hidden.device)
+        self.total, self.dot = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
+
+    def add(self, logits: Tensor) -> None:
+        """Take a block in; overwrites it."""
+        self.move_to(torch.maximum(self.largest, logits.amax(-1)))
+        logits.sub_(self.largest[:, None])
+        exp = logits.exp()
+        self.total += exp.sum(-1)
+        self.dot += exp.mul_(logits).sum(-1)
+
+    def move_to(self, largest: Tensor) -> None:
+        """Measure from another maximum."""
+        shift = (self.largest - largest).clamp(min=-1e30)  # at first from -inf, where there is nothing to move
+        scale = shift.exp()
+        self.dot = scale * (self.dot + self.total * shift)
+        self.total = scale * self.total
+        self.largest = largest
+
+
+def _chunks(tokens: int) -> list[slice]:
+    return [slice(i, min(i + CHUNK_TOKENS, tokens)) for i in range(0, tokens, CHUNK_TOKENS)]
+
+
+class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, start, temperature, chunk_size, tp_group):  # type: ignore[no-untyped-def]
-        tokens = hidden.shape[0]
-        log_probs = hidden.new_empty(tokens, dtype=torch.float32)
-        entropy = torch.empty_like(log_probs)
-        log_sum_exp = torch.empty_like(log_probs)
-        for chunk in _chunks(tokens, chunk_size):
-            logits = _logits(hidden[chunk], weight, temperature)
-            largest = _all_reduce(_row_max(logits), dist.ReduceOp.MAX, tp_group)
-            logits.sub_(largest[:, None])
-            target = _target(logits, labels[chunk], start)
-            exp = logits.exp()
-            exp_sum = exp.sum(-1)
-            exp_dot = exp.mul_(logits).sum(-1)
-            target, exp_sum, exp_dot = _all_reduce(torch.stack([target, exp_sum, exp_dot]), dist.ReduceOp.SUM, tp_group)
-            log_sum = exp_sum.log()
-            log_probs[chunk] = target - log_sum
-            entropy[chunk] = log_sum - exp_dot / exp_sum
-            log_sum_exp[chunk] = largest + log_sum
+    def forward(ctx, hidden, weight, labels, block, sink):  # type: ignore[no-untyped-def]
+        log_probs, entropy, log_sum_exp, top = (
+            torch.empty(len(hidden), device=hidden.device, dtype=torch.float32) for _ in range(4)
+        )
+        is_top = torch.empty(len(hidden), device=hidden.device, dtype=torch.bool)
+        for chunk in _chunks(len(hidden)):
+            running = _Running(hidden[chunk])
+            target = torch.zeros_like(running.total)
+            is_mine = torch.zeros_like(target, dtype=torch.bool)
+            for words in block.words():
+                logits = block.logits(hidden[chunk], weight[words])
+                columns, is_here = block.columns(labels[chunk], words)
+                picked = logits.gather(1, columns.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                target = torch.where(is_here, picked, target)
+                is_mine |= is_here
+                running.add(logits)
+            running.move_to(block.max(running.largest))
+            target = torch.where(is_mine, target - running.largest, 0.0)
+            target, total, dot = block.sum(target, running.total, running.dot)
+            log_total = total.log()
+            log_probs[chunk] = target - log_total
+            entropy[chunk] = log_total - dot / total
+            log_sum_exp[chunk] = running.largest + log_total
+            top[chunk] = -log_total
+            is_top[chunk] = target == 0
         ctx.save_for_backward(hidden, weight, labels, log_sum_exp, entropy)
-        ctx.start, ctx.temperature, ctx.chunk_size = start, temperature, chunk_size
-        return log_probs, entropy
+        ctx.block, ctx.sink = block, sink
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(log_sum_exp, top, is_top)
+        return log_probs, entropy, log_sum_exp, top, is_top
 
     @staticmethod
-    def backward(ctx, grad_log_probs, grad_entropy):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_log_probs, grad_entropy, *_):  # type: ignore[no-untyped-def]
         hidden, weight, labels, log_sum_exp, entropy = ctx.saved_tensors
+        block, sink = ctx.block, ctx.sink
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if sink is None else sink.main_grad
+        for chunk in _chunks(len(hidden)):
+            # With l = log p: d log p[y] / dz = 1[y] - p and d entropy / dz = -p (l + entropy).
+            of_label = None if grad_log_probs is None else grad_log_probs[chunk] / block.temperature
+            of_entropy = None if grad_entropy is None else grad_entropy[chunk, None] / block.temperature
+            summed = torch.zeros_like(hidden[chunk], dtype=torch.float32)
+            for words in block.words():
+                log_p = block.logits(hidden[chunk], weight[words]).sub_(log_sum_exp[chunk, None])
+                grad = log_p.exp()
+                if of_entropy is not None:
+                    factor = log_p.add_(entropy[chunk, None]).mul_(-of_entropy)
+                    grad.mul_(factor if of_label is None else factor.sub_(of_label[:, None]))
+                elif of_label is not None:
+                    grad.mul_(-of_label[:, None])
+                if of_label is not None:
+                    columns, is_here = block.columns(labels[chunk], words)
+                    rows = is_here.nonzero()[:, 0]
+                    grad[rows, columns[rows]] += of_label[rows]
+                grad = grad.to(weight.dtype)
+                summed += grad @ weight[words]
+                grad_weight[words] += grad.t() @ hidden[chunk]
+            grad_hidden[chunk] = summed
+        return grad_hidden, sink.stand_in() if sink else grad_weight.to(weight.dtype), None, None, None
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, other_hidden, other_weight, kind, block, other_block):  # type: ignore[no-untyped-def]
+        log_sum_exp, other_log_sum_exp = (_log_sum_exp(x, w, b) for x, w, b in (
+            (hidden, weight, block), (other_hidden, other_weight, other_block)
+        ))  # fmt: skip
+        value, mean_slope = torch.zeros_like(log_sum_exp), torch.zeros_like(log_sum_exp)
+        for chunk in _chunks(len(hidden)):
+            for words in block.words():
+                log_p = block.logits(hidden[chunk], weight[words]).sub_(log_sum_exp[chunk, None])
+                log_q = block.logits(other_hidden[chunk], other_weight[words]).sub_(other_log_sum_exp[chunk, None])
+                terms, slope = _divergence_terms(kind, log_p, log_q)
+                value[chunk] += terms.sum(-1)
+                mean_slope[chunk] += slope.sum(-1)
+        value, mean_slope = block.sum(value, mean_slope)
+        ctx.save_for_backward(hidden, weight, other_hidden, other_weight, log_sum_exp, other_log_sum_exp, mean_slope)
+        ctx.kind, ctx.block = kind, block
+        return value
+
+    @staticmethod
+    def backward(ctx, grad_value):  # type: ignore[no-untyped-def]
+        hidden, weight, other_hidden, other_weight, log_sum_exp, other_log_sum_exp, mean_slope = ctx.saved_tensors
+        block = ctx.block
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for chunk in _chunks(hidden.shape[0], ctx.chunk_size):
-            # With l = log p: d log p[y] / dz = 1[y] - p and d entropy / dz = -p (l + entropy).
-            log_p = _logits(hidden[chunk], weight, ctx.temperature).sub_(log_sum_exp[chunk, None])
-            p = log_p.exp()
-            grad = log_p.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None]).sub_(grad_log_probs[chunk, None])
-            grad.mul_(p)
-            columns, is_here = _local_columns(labels[chunk], ctx.start, weight.shape[0])
-            rows = torch.arange(len(columns), device=grad.device)[is_here]
-            grad[rows, columns[is_here]] += grad_log_probs[chunk][is_here]
-            grad = grad.div_(ctx.temperature).to(weight.dtype)
-            grad_hidden[chunk] = grad @ weight
-            grad_weight.add_(grad.t() @ hidden[chunk])
+        for chunk in _chunks(len(hidden)):
+            scale = grad_value[chunk, None] / block.temperature
+            summed = torch.zeros_like(hidden[chunk], dtype=torch.float32)
+            for words in block.words():
+                log_p = block.logits(hidden[chunk], weight[words]).sub_(log_sum_exp[chunk, None])
+                log_q = block.logits(other_hidden[chunk], other_weight[words]).sub_(other_log_sum_exp[chunk, None])
+                # d D / dz_i = p_i D'_i - p_i sum_j p_j D'_j, with D'_i = d D / d p_i.
+                _, slope = _divergence_terms(ctx.kind, log_p, log_q)
+                grad = (slope - log_p.exp() * mean_slope[chunk, None]).mul_(scale).to(weight.dtype)
+                summed += grad @ weight[words]
+                grad_weight[words] += grad.t() @ hidden[chunk]
+            grad_hidden[chunk] = summed
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
-def _chunks(tokens: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+def _divergence_terms(kind: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The summand of each word, and p times its slope in p (up to a constant, which the softmax does not feel)."""
+    if kind == "forward_kl":
+        q = log_q.exp()
+        return q * (log_q - log_p), -q
+    if kind == "reverse_kl":
+        terms = log_p.exp() * (log_p - log_q)
+        return terms, terms
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    of_policy = 0.5 * log_p.exp() * (log_p - log_m)
+    return of_policy + 0.5 * log_q.exp() * (log_q - log_m), of_policy
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[C, v] float32. The one upcast: the product runs in the model's dtype."""
-    logits = (hidden @ weight.t()).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
-
-
-def _row_max(logits: Tensor) -> Tensor:
-    """A rank whose rows are all padding has no column; its maximum is -inf."""
-    if logits.shape[1] == 0:
-        return logits.new_full((logits.shape[0],), float("-inf"))
-    return logits.max(-1).values
-
-
-def _local_columns(labels: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    local = labels - start
-    return local, (local >= 0) & (local < columns)
-
-
-def _target(logits: Tensor, labels: Tensor, start: int) -> Tensor:
-    """[C] logit of the label where this rank holds it, else 0."""
-    columns, is_here = _local_columns(labels, start, logits.shape[1])
-    if logits.shape[1] == 0:
-        return logits.new_zeros(len(labels))
-    picked = logits.gather(1, columns.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    return torch.where(is_here, picked, torch.zeros_like(picked))
-
-
-def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
-    if dist.get_world_size(group) > 1:
-        dist.all_reduce(values, op=operation, group=group)
-    return values
+def _log_sum_exp(hidden: Tensor, weight: Tensor, block: _Block) -> Tensor:
+    found = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
+    for chunk in _chunks(len(hidden)):
+        running = _Running(hidden[chunk])
+        for words in block.words():
+            running.add(block.logits(hidden[chunk], weight[words]))
+        running.move_to(block.max(running.largest))
+        (total,) = block.sum(running.total)
+        found[chunk] = running.largest + total.log()
+    return found
