@@ -91,7 +91,7 @@ def measure(max_matmul_length: int) -> float:
         config,
         shape,
         groups,
-        fill_weights=lambda stage: load_hf_weights(stage, shape, groups, lambda: RandomReader(shape, seed=1)),
+        fill_weights=lambda chunks: load_hf_weights(chunks, shape, groups, lambda: RandomReader(shape, seed=1)),
         timer=lambda _phase: nullcontext(),
     )
     algorithm = SFT(config)

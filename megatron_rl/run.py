@@ -60,6 +60,7 @@ class Run:
         self.groups = build_groups(
             tensor_parallel_size=config.policy.tensor_parallel_size,
             pipeline_parallel_size=config.policy.pipeline_parallel_size,
+            virtual_pipeline_size=config.policy.virtual_pipeline_size,
             context_parallel_size=config.policy.context_parallel_size,
             device=runtime.device,
             seed=config.trainer.seed,
@@ -176,7 +177,7 @@ class Run:
         if self.config.exp_manager.export_hf:
             source = Path(self.config.policy.model_path)
             target = self.directory / "hf"
-            export_hf(self.policy.stage, self.shape, self.groups, source=source, target=target)
+            export_hf(self.policy.chunks, self.shape, self.groups, source=source, target=target)
             self.say(f"Hugging Face checkpoint: {target}")
         self.logger.close()
         if self.is_first:
@@ -238,11 +239,11 @@ class Run:
                 load(data.validation, new_tokens)[: self.config.eval.num_problems], self.config.eval, new_tokens
             )
 
-    def _fill_weights(self, stage: Any) -> None:
+    def _fill_weights(self, chunks: Any) -> None:
         policy, seed = self.config.policy, self.config.trainer.seed
         is_random = policy.initialization == "random"
         load_hf_weights(
-            stage,
+            chunks,
             self.shape,
             self.groups,
             lambda: RandomReader(self.shape, seed=seed) if is_random else HFReader(Path(policy.model_path)),

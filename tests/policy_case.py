@@ -16,7 +16,7 @@ CONFIG = Path(__file__).parent / "tiny.yaml"
 
 
 def tiny_config(
-    model: Path, *overrides: str, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False
+    model: Path, *overrides: str, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False
 ) -> Config:
     return load_config(
         CONFIG,
@@ -25,6 +25,7 @@ def tiny_config(
             f"trainer.devices={tp * pp * cp * dp}",
             f"policy.megatron_cfg.tensor_model_parallel_size={tp}",
             f"policy.megatron_cfg.pipeline_model_parallel_size={pp}",
+            f"policy.megatron_cfg.virtual_pipeline_model_parallel_size={vpp}",
             f"policy.megatron_cfg.context_parallel_size={cp}",
             *(["policy.megatron_cfg.sequence_parallel=true"] if sp else []),
             *overrides,
@@ -40,6 +41,7 @@ def build_policy(config: Config):
     groups = build_groups(
         tensor_parallel_size=config.policy.tensor_parallel_size,
         pipeline_parallel_size=config.policy.pipeline_parallel_size,
+        virtual_pipeline_size=config.policy.virtual_pipeline_size,
         context_parallel_size=config.policy.context_parallel_size,
         device=torch.device("cpu"),
         seed=config.trainer.seed,
@@ -50,7 +52,7 @@ def build_policy(config: Config):
         config,
         shape,
         groups,
-        fill_weights=lambda stage: load_hf_weights(stage, shape, groups, lambda: HFReader(directory)),
+        fill_weights=lambda chunks: load_hf_weights(chunks, shape, groups, lambda: HFReader(directory)),
         timer=lambda _phase: nullcontext(),
     )
 

@@ -184,6 +184,11 @@ class PolicyConfig:
         return int(self.megatron_cfg.get("pipeline_model_parallel_size", 1))
 
     @property
+    def virtual_pipeline_size(self) -> int:
+        """Chunks of layers on each pipeline rank."""
+        return int(self.megatron_cfg.get("virtual_pipeline_model_parallel_size") or 1)
+
+    @property
     def context_parallel_size(self) -> int:
         """Ranks that share each sequence."""
         return int(self.megatron_cfg.get("context_parallel_size", 1))
@@ -205,6 +210,13 @@ class PolicyConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 field, rule = f"policy.megatron_cfg.{name}", "must be a whole number of ranks, 1 or more"
                 raise UserError(field, value, rule, "leave it out, or give a number")
+        if self.virtual_pipeline_size > 1 and self.pipeline_parallel_size == 1:
+            raise UserError(
+                "policy.megatron_cfg.virtual_pipeline_model_parallel_size",
+                self.virtual_pipeline_size,
+                "needs pipeline_model_parallel_size above 1",
+                "leave it out, or raise the pipeline-parallel size",
+            )
         if self.megatron_cfg.get("sequence_parallel") and self.tensor_parallel_size == 1:
             raise UserError(
                 "policy.megatron_cfg.sequence_parallel",
@@ -212,7 +224,7 @@ class PolicyConfig:
                 "needs tensor_model_parallel_size above 1",
                 "leave it out, or raise the tensor-parallel size",
             )
-        for name in ("expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
+        for name in ("expert_model_parallel_size",):
             if (self.megatron_cfg.get(name) or 1) != 1:
                 raise UserError(
                     f"policy.megatron_cfg.{name}",

@@ -11,12 +11,15 @@ token j is the label of position ``P + j - 1``:
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_rl.errors import UserError
 from megatron_rl.parallel.context import zigzag_indices
 from megatron_rl.types import MicroBatch, TrainingSample
 
@@ -24,36 +27,74 @@ VECTOR_FIELDS = ("weights", "advantages", "old_log_probs", "ref_log_probs")
 """Per-token fields of a sample that travel with a micro-batch where they are set."""
 
 
-def plan_micro_batches(num_tokens: Sequence[int], *, num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+def plan_micro_batches(
+    num_tokens: Sequence[int],
+    *,
+    num_ranks: int,
+    max_tokens: int,
+    count_multiple: int = 1,
+    quadratic_length: float = math.inf,
+) -> list[list[list[int]]]:
     """Deal rows to data-parallel ranks and micro-batches: balanced, deterministic, the same count on every rank.
 
     Longest row first, each into the emptiest bin: the load of the fullest bin is then at most 4/3 of the best possible.
+    Bins go to ranks by their cost, dearest first, each round's dearest to the rank that has least to do so far.
 
     Args:
         num_tokens: tokens of every row of the mini-batch, over all ranks.
         num_ranks: data-parallel size.
         max_tokens: budget of one micro-batch; a longer row gets one to itself.
+        count_multiple: the number of micro-batches of a rank is a multiple of this.
+        quadratic_length: length at which attention costs as much as everything else; a row costs
+            ``length * (1 + length / quadratic_length)``.
 
     Returns:
         ``plan[rank][micro_batch]`` is a list of row indices in rising order. Every rank gets equally many micro-batches,
         none of them empty.
+
+    Raises:
+        UserError: there are too few rows to give every rank ``count_multiple`` micro-batches.
     """
-    assert len(num_tokens) >= num_ranks, "every data-parallel rank needs a row (the config check sees to it)"
+    unit = num_ranks * count_multiple
+    most = len(num_tokens) // unit
+    if most == 0:
+        raise UserError(
+            "policy.train_global_batch_size",
+            len(num_tokens),
+            f"is too small: {num_ranks} data-parallel ranks need {count_multiple} micro-batches each, and none is empty",
+            f"use at least {unit}",
+        )
     longest_first = sorted(range(len(num_tokens)), key=lambda row: (-num_tokens[row], row))
-    per_rank = max(1, -(-sum(num_tokens) // (num_ranks * max_tokens)))
+    count = min(most, max(1, -(-sum(num_tokens) // (unit * max_tokens))))
     while True:
-        bins: list[list[int]] = [[] for _ in range(min(per_rank * num_ranks, len(num_tokens) // num_ranks * num_ranks))]
-        loads = [0] * len(bins)
-        for row in longest_first:
-            emptiest = loads.index(min(loads))
-            bins[emptiest].append(row)
-            loads[emptiest] += num_tokens[row]
-        fits = all(load <= max_tokens or len(rows) == 1 for load, rows in zip(loads, bins))
-        if fits or len(bins) < per_rank * num_ranks:
+        bins = _fill_evenly(longest_first, num_tokens, count * unit)
+        fits = all(load <= max_tokens or len(rows) == 1 for load, rows in bins)
+        if fits or count == most:
             break
-        per_rank += 1
-    rank_bins = [bins[rank::num_ranks] for rank in range(num_ranks)]
-    return [[sorted(rows) for rows in bins_of_rank] for bins_of_rank in rank_bins]
+        count = min(most, count + max(1, count // 100))
+    costs = [sum(num_tokens[row] * (1 + num_tokens[row] / quadratic_length) for row in rows) for _, rows in bins]
+    dearest_first = sorted(range(len(bins)), key=lambda index: (-costs[index], index))
+    plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    spent = [0.0] * num_ranks
+    for start in range(0, len(bins), num_ranks):
+        ranks = sorted(range(num_ranks), key=lambda rank: (spent[rank], rank))
+        for rank, index in zip(ranks, dearest_first[start : start + num_ranks]):
+            plan[rank].append(sorted(bins[index][1]))
+            spent[rank] += costs[index]
+    return plan
+
+
+def _fill_evenly(longest_first: Sequence[int], num_tokens: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
+    """(load, rows) of each bin."""
+    heap = [(0, index) for index in range(count)]
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for row in longest_first:
+        load, index = heap[0]
+        rows[index].append(row)
+        loads[index] = load + num_tokens[row]
+        heapq.heapreplace(heap, (loads[index], index))
+    return list(zip(loads, rows))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class PackedCausalAttention(MegatronModule):
         if dropout:
             raise ValueError(f"attention_dropout = {dropout}: RL needs the same forward twice; set it to 0")
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.cp_group = parallel_state.get_context_parallel_group()
+        self.cp_group = parallel_state.get_context_parallel_group(check_initialized=False)
 
     def forward(
         self,
@@ -113,7 +113,7 @@ class _Pack:
     _last: tuple[Tensor, _Pack] | None = None
 
     def __init__(self, cu_seqlens: Tensor, cp_group: Any) -> None:
-        size, rank = cp_group.size(), cp_group.rank()
+        size, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
         self.is_shared = size > 1
         self.keys = self.queries = _PaddedLayout(cu_seqlens)
         if self.is_shared:

@@ -54,7 +54,11 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
         "variable_seq_lengths": config.policy.pipeline_parallel_size > 1,
         "moe_token_dispatcher_type": "alltoall",
         "attention_softmax_in_fp32": True,
+        "virtual_pipeline_model_parallel_size": None,
     }
+    if config.policy.virtual_pipeline_size > 1:
+        # With Megatron's defaults the interleaved schedule pairs sends and receives wrongly, and says nothing.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if device.type == "cpu":  # fused kernels that exist for GPUs only
         settings |= {
             "use_cpu_initialization": True,
@@ -70,19 +74,41 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
         settings["gradient_accumulation_fusion"] = find_spec("fused_weight_gradient_mlp_cuda") is not None
     known = {field.name for field in fields(TransformerConfig)}
     overrides = {name: value for name, value in config.policy.megatron_cfg.items() if name in known}
+    if config.policy.virtual_pipeline_size == 1:
+        overrides.pop("virtual_pipeline_model_parallel_size", None)
     return TransformerConfig(**(settings | overrides))
 
 
-def build_stage(config: Config, shape: ModelShape, groups: Groups) -> PolicyModel:
-    """This rank's pipeline stage, with random weights (a checkpoint's weights are loaded over them)."""
+def build_chunks(config: Config, shape: ModelShape, groups: Groups) -> list[PolicyModel]:
+    """This rank's part of the model, with random weights (a checkpoint's weights are loaded over them).
+
+    One pipeline stage; under virtual pipelining, chunk i is stage ``i * pp_size + pp_rank`` of ``vpp * pp_size``.
+    """
     megatron_config = transformer_config(config, shape, groups.device)
+    count = config.policy.virtual_pipeline_size
+    return [
+        _build_chunk(config, megatron_config, shape, groups, index if count > 1 else None, is_last=index == count - 1)
+        for index in range(count)
+    ]
+
+
+def _build_chunk(
+    config: Config,
+    megatron_config: TransformerConfig,
+    shape: ModelShape,
+    groups: Groups,
+    vp_stage: int | None,
+    *,
+    is_last: bool,
+) -> PolicyModel:
     model = PolicyModel(
         config=megatron_config,
         transformer_layer_spec=layer_spec(megatron_config, groups.device),
         vocab_size=padded_vocab_size(shape.vocab_size, tp_size=groups.tp_size),
         max_sequence_length=shape.max_position_embeddings,
-        pre_process=groups.pp_rank == 0,
-        post_process=groups.is_last_stage,
+        pre_process=groups.pp_rank == 0 and not vp_stage,
+        post_process=groups.is_last_stage and is_last,
+        vp_stage=vp_stage,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",

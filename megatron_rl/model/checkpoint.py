@@ -297,14 +297,14 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": policy.groups.dp_group,
+        "dp_cp_group": policy.groups.dp_cp_group,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
-    model = policy.stage.sharded_state_dict(metadata=metadata)
+    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in policy.chunks]
     return {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        "optimizer": policy.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata),
         "scheduler": policy.scheduler.state_dict(),
         "num_updates": policy.num_updates,
     }

@@ -7,7 +7,7 @@ again. So everything between two calls of this class is plain data, equal everyw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -26,7 +26,7 @@ from megatron_rl.convert.shape import ModelShape
 from megatron_rl.data.pack import PackLayout, pack, plan_micro_batches, unpack
 from megatron_rl.errors import UserError
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.model.build import build_stage
+from megatron_rl.model.build import build_chunks
 from megatron_rl.model.forward import PolicyModel, run_model
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
@@ -58,7 +58,7 @@ class Policy:
         shape: ModelShape,
         groups: Groups,
         *,
-        fill_weights: Callable[[PolicyModel], None],
+        fill_weights: Callable[[Sequence[PolicyModel]], None],
         timer: Any,
     ) -> None:
         """Build model and optimizer.
@@ -67,23 +67,24 @@ class Policy:
             config: of the run.
             shape: of the model.
             groups: process groups.
-            fill_weights: puts the initial weights into the bare stage; called before the optimizer copies them.
+            fill_weights: puts the initial weights into the bare model; called before the optimizer copies them.
             timer: ``PhaseTimer``.
         """
         self.config, self.shape, self.groups, self.timer = config, shape, groups, timer
-        self.stage: PolicyModel = build_stage(config, shape, groups)
-        fill_weights(self.stage)
-        self.megatron_config = self.stage.config
-        wrapped = Float16Module(self.megatron_config, self.stage) if config.trainer.precision == "bf16" else self.stage
-        self.model = DistributedDataParallel(self.megatron_config, self._ddp_config(), wrapped)
-        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
+        self.chunks: list[PolicyModel] = build_chunks(config, shape, groups)
+        """This rank's part of the model: one, or several under virtual pipelining."""
+        fill_weights(self.chunks)
+        self.megatron_config = self.chunks[0].config
+        self.models = [self._wrap(chunk, is_first=index == 0) for index, chunk in enumerate(self.chunks)]
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.models)
         self.scheduler = self._scheduler()
         self.num_updates = 0
         self._set_schedule()
         self.megatron_config.finalize_model_grads_func = finalize_model_grads
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
-        if self.model.ddp_config.overlap_grad_reduce:
-            self.megatron_config.no_sync_func = self.model.no_sync
+        if self.models[0].ddp_config.overlap_grad_reduce:
+            no_sync = [model.no_sync for model in self.models]
+            self.megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     # ------------------------------------------------------------------------------------------------ the two verbs
 
@@ -101,7 +102,8 @@ class Policy:
         for rows in mini_batches:
             chosen = [samples[row] for row in rows]
             micro_batches = self._micro_batches(chosen)
-            self.model.eval()
+            for model in self.models:
+                model.eval()
             with torch.no_grad(), self.timer("log_probs"):
                 outputs = self._run(micro_batches, _return_log_probs, forward_only=True)
             for batch, output in zip(micro_batches, outputs):
@@ -135,8 +137,9 @@ class Policy:
             maxima = {k: v.detach().double().masked_fill(~mask, -math.inf).max() for k, v in terms.maxima.items()}
             return loss * num_global_tokens, mask.sum().int(), {"sums": report, "maxima": maxima}
 
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self.timer("forward_backward"):
             outputs = self._run(micro_batches, weighted_loss, forward_only=False)
@@ -153,7 +156,7 @@ class Policy:
 
     def snapshot(self) -> list[Tensor]:
         """A copy of this rank's weights, on the CPU."""
-        return [parameter.detach().to("cpu", copy=True) for parameter in self.stage.parameters()]
+        return [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()]
 
     @contextmanager
     def weights_of(self, snapshot: Sequence[Tensor]):  # type: ignore[no-untyped-def]
@@ -171,7 +174,7 @@ class Policy:
     def copy_weights(self, weights: Sequence[Tensor]) -> None:
         """Overwrite this rank's model weights in place (the optimizer's float32 copies are not touched)."""
         with torch.no_grad():
-            for parameter, value in zip(self.stage.parameters(), weights, strict=True):
+            for parameter, value in zip(self._parameters(), weights, strict=True):
                 parameter.copy_(value)
 
     def load_state(self, state: Mapping[str, Any]) -> list[str]:
@@ -183,7 +186,8 @@ class Policy:
         Returns:
             The settings that differ from the checkpoint's, such as ``policy.optim.lr 0.001 -> 0.0005``.
         """
-        self.stage.load_state_dict(state["model"])
+        for chunk, weights in zip(self.chunks, state["model"], strict=True):
+            chunk.load_state_dict(weights)
         kept = ("max_lr", "min_lr", "start_wd", "end_wd", *_GROUP_FIELDS)
         ours = [{key: group[key] for key in kept if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -195,6 +199,17 @@ class Policy:
         return changed
 
     # ------------------------------------------------------------------------------------------------ private
+
+    def _wrap(self, chunk: PolicyModel, *, is_first: bool) -> DistributedDataParallel:
+        wrapped = Float16Module(self.megatron_config, chunk) if self.config.trainer.precision == "bf16" else chunk
+        # Gradients of later chunks come first, and those of the first chunk last: only there is one bucket at a time.
+        return DistributedDataParallel(
+            self.megatron_config, self._ddp_config(), wrapped, disable_bucketing=not is_first
+        )
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        for chunk in self.chunks:
+            yield from chunk.parameters()
 
     def _changed_settings(self, saved_schedule: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
         """``field old -> new``, while the parameter groups still hold the old values."""
@@ -225,8 +240,12 @@ class Policy:
             )
             plan = plan_micro_batches(
                 [layout.padded(sample.num_tokens) for sample in samples],
-                num_ranks=self.groups.dp_size,
+                num_ranks=groups.dp_size,
                 max_tokens=self.config.policy.train_micro_batch_tokens,
+                # The interleaved schedule deals micro-batches out in groups of the pipeline's size.
+                count_multiple=groups.pp_size if len(self.chunks) > 1 else 1,
+                # Of a layer's 12 H^2 weights each costs as much a token as 12 H keys do.
+                quadratic_length=12 * self.shape.hidden_size,
             )
             packs = [pack(samples, rows, layout) for rows in plan[groups.dp_rank]]
             return [batch.to(self.groups.device) for batch in packs]
@@ -241,8 +260,8 @@ class Policy:
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=self.model,
+            data_iterator=[iter(micro_batches) for _ in self.models] if len(self.models) > 1 else iter(micro_batches),
+            model=self.models if len(self.models) > 1 else self.models[0],
             num_microbatches=len(micro_batches),
             seq_length=max(len(batch.input_ids) for batch in micro_batches),
             micro_batch_size=1,
@@ -281,7 +300,7 @@ class Policy:
         return totals | dict(zip(max_keys, map(max, zip(*(r[1] for r in reports)))))
 
     def _check_finite(self, loss: float) -> None:
-        finite = torch.tensor(float(all(bool(b.grad_data.isfinite().all()) for b in self.model.buffers)))
+        finite = torch.tensor(float(all(bool(b.grad_data.isfinite().all()) for m in self.models for b in m.buffers)))
         dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.groups.cpu_group)
         if not math.isfinite(loss) or not finite.item():
             what = "loss" if not math.isfinite(loss) else "gradient"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,21 +23,22 @@ from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
 
 
-def named_parameters(stage: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+def named_parameters(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """This rank's parameters under their global Megatron names (layers counted over the whole model)."""
-    layers = stage.decoder.layers
-    first_layer = layers[0].layer_number - 1 if len(layers) else 0
-    for name, parameter in stage.named_parameters():
-        yield global_name(name, first_layer), parameter
+    for chunk in chunks:
+        layers = chunk.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        for name, parameter in chunk.named_parameters():
+            yield global_name(name, first_layer), parameter
 
 
 def load_hf_weights(
-    stage: PolicyModel, shape: ModelShape, groups: Groups, open_reader: Callable[[], TensorReader]
+    chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, open_reader: Callable[[], TensorReader]
 ) -> None:
-    """Fill the stage; each rank reads only its slices.
+    """Fill this rank's part of the model; each rank reads only its slices.
 
     Args:
-        stage: this rank's part of the model.
+        chunks: this rank's part of the model.
         shape: of the whole model.
         groups: process groups.
         open_reader: opens the checkpoint (or what stands for one); its errors are raised on all ranks alike.
@@ -49,32 +50,34 @@ def load_hf_weights(
         reader = open_reader()
         check_coverage(shape, reader, tp_size=groups.tp_size)
     with torch.no_grad(), all_ranks_agree(groups.cpu_group):
-        for name, parameter in progress(list(named_parameters(stage)), "loading weights"):
+        for name, parameter in progress(list(named_parameters(chunks)), "loading weights"):
             load_parameter(name, reader, shape, groups.tp_rank, groups.tp_size, out=parameter.data)
 
 
-def iterate_hf_tensors(stage: PolicyModel, shape: ModelShape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+def iterate_hf_tensors(
+    chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups
+) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor, whole, one after the other, on every rank. A collective: consume it to the end.
 
     Yields:
         (Hugging Face name, tensor in the model's dtype on the model's device).
     """
-    mine = dict(named_parameters(stage))
+    mine = dict(named_parameters(chunks))
     stages: list[list[tuple[str, torch.Size]]] = [[] for _ in range(groups.pp_size)]
     dist.all_gather_object(stages, [(name, p.shape) for name, p in mine.items()], group=groups.pp_group)
     for owner, parameters in enumerate(stages):
         for name, size in parameters:
             if find_entry(name, shape).is_copy:  # the last stage's copy of tied embeddings is the first stage's tensor
                 continue
-            shard = _from_stage(mine.get(name), size, owner, stage.config.params_dtype, groups)
+            shard = _from_stage(mine.get(name), size, owner, chunks[0].config.params_dtype, groups)
             yield from merge_parameter(name, _all_shards(shard, groups), shape).items()
 
 
-def export_hf(stage: PolicyModel, shape: ModelShape, groups: Groups, *, source: Path, target: Path) -> None:
+def export_hf(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, *, source: Path, target: Path) -> None:
     """Write a Hugging Face checkpoint of the current weights. A collective; rank 0 writes.
 
     Args:
-        stage: this rank's part of the model.
+        chunks: this rank's part of the model.
         shape: of the whole model.
         groups: process groups.
         source: directory whose config and tokenizer files are carried over.
@@ -85,9 +88,9 @@ def export_hf(stage: PolicyModel, shape: ModelShape, groups: Groups, *, source: 
     with all_ranks_agree(groups.cpu_group):
         if groups.rank == 0:
             shutil.rmtree(fresh, ignore_errors=True)
-            writer = HFWriter(fresh, shape, source=source, dtype=_dtype_name(stage.config.params_dtype))
+            writer = HFWriter(fresh, shape, source=source, dtype=_dtype_name(chunks[0].config.params_dtype))
     failure: OSError | None = None  # the other ranks still need this one in the coming collectives
-    for name, tensor in progress(iterate_hf_tensors(stage, shape, groups), "writing weights"):
+    for name, tensor in progress(iterate_hf_tensors(chunks, shape, groups), "writing weights"):
         try:
             if writer is not None and failure is None:
                 writer.add(name, tensor)

@@ -18,6 +18,8 @@ class Groups:
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     """Ranks that differ in their rows alone."""
+    dp_cp_group: dist.ProcessGroup
+    """Ranks that have the same weights."""
     cpu_group: dist.ProcessGroup
     """All ranks, over gloo: for host data (prompts, rollouts, flags)."""
     device: torch.device
@@ -82,6 +84,7 @@ def build_groups(
     *,
     tensor_parallel_size: int,
     pipeline_parallel_size: int,
+    virtual_pipeline_size: int = 1,
     context_parallel_size: int = 1,
     device: torch.device,
     seed: int,
@@ -92,6 +95,7 @@ def build_groups(
     Args:
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: ranks that share the layers out.
+        virtual_pipeline_size: chunks of layers on each of these.
         context_parallel_size: ranks that share each sequence.
         device: where this rank's model lives.
         seed: of Megatron's model-parallel generators (dropout, random initialisation).
@@ -104,6 +108,7 @@ def build_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size if virtual_pipeline_size > 1 else None,
         context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=timeout_s / 60,  # Megatron says int, and makes a timedelta of it
     )
@@ -116,6 +121,7 @@ def build_groups(
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         cpu_group=cpu_group,
         device=device,
     )

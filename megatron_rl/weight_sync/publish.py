@@ -16,4 +16,4 @@ def publish(policy: Policy, engine: RolloutEngine, *, version: int) -> None:
         version: publish counter; completions carry it from now on.
     """
     with policy.timer("weight_sync"):
-        engine.update_weights(lambda: iterate_hf_tensors(policy.stage, policy.shape, policy.groups), version)
+        engine.update_weights(lambda: iterate_hf_tensors(policy.chunks, policy.shape, policy.groups), version)

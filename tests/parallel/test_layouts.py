@@ -17,7 +17,7 @@ LAYOUTS = [
     {"tp": 1}, {"tp": 2}, {"tp": 2, "sp": True}, {"tp": 4, "sp": True}, {"pp": 2}, {"dp": 2}, {"pp": 4},
     {"tp": 2, "pp": 2, "sp": True}, {"tp": 2, "dp": 2}, {"pp": 2, "dp": 2},
     {"cp": 2}, {"cp": 4}, {"cp": 2, "dp": 2}, {"tp": 2, "cp": 2, "sp": True}, {"tp": 2, "cp": 2},
-    {"tp": 2, "pp": 2, "cp": 2, "sp": True},
+    {"tp": 2, "pp": 2, "cp": 2, "sp": True}, {"pp": 2, "vpp": 2}, {"pp": 2, "vpp": 2, "tp": 2, "sp": True, "dp": 2},
 ]  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def export(model: Path, layout: dict, target: Path) -> None:
     from megatron_rl.model.weights import export_hf
 
     policy = build_policy(tiny_config(model, **layout))
-    export_hf(policy.stage, policy.shape, policy.groups, source=model, target=target)
+    export_hf(policy.chunks, policy.shape, policy.groups, source=model, target=target)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2, "sp": True}, {"pp": 2}, {"tp": 2, "pp": 2, "dp": 2}], ids=str)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_rl.data.pack import PackLayout, pack, plan_micro_batches, unpack
+from megatron_rl.errors import UserError
 from megatron_rl.types import Kind, TrainingSample
 
 
@@ -82,3 +83,25 @@ def test_plan_survives_fewer_rows_than_bins() -> None:
     plan = plan_micro_batches([500, 400, 300], num_ranks=2, max_tokens=100)
     assert sorted(row for rank in plan for batch in rank for row in batch) == [0, 1, 2]
     assert len(plan[0]) == len(plan[1]) == 1
+
+
+def log_normal_lengths(count: int) -> list[int]:
+    generator = random.Random(1)
+    return [min(16384, max(16, int(generator.lognormvariate(7, 1)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 8])
+def test_micro_batches_are_full_and_ranks_have_equally_much_to_do(num_ranks: int) -> None:
+    lengths = log_normal_lengths(4096)
+    plan = plan_micro_batches(lengths, num_ranks=num_ranks, max_tokens=16384, quadratic_length=8192)
+    assert sum(lengths) / sum(16384 for rank in plan for _ in rank) > 0.95
+    costs = [sum(lengths[row] * (1 + lengths[row] / 8192) for batch in rank for row in batch) for rank in plan]
+    assert max(costs) < 1.01 * min(costs)
+
+
+def test_the_count_of_micro_batches_is_a_multiple() -> None:
+    lengths = log_normal_lengths(100)
+    plan = plan_micro_batches(lengths, num_ranks=2, max_tokens=9000, count_multiple=4)
+    assert {len(rank) % 4 for rank in plan} == {0} and all(batch for rank in plan for batch in rank)
+    with pytest.raises(UserError, match="use at least 8"):
+        plan_micro_batches([5] * 7, num_ranks=2, max_tokens=9000, count_multiple=4)
