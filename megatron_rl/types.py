@@ -135,6 +135,8 @@ class TrainingSample:
     rollout_log_probs: Tensor | None = None
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    """Exact entropy of the policy at each response token, nats; for methods that choose tokens by it."""
     advantages: Tensor | None = None
     weights: Tensor | None = None
     """[R] float32: the factor of each token's loss term. Every aggregation is such a factor (losses/aggregate.py)."""

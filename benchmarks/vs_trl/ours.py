@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from common import Clock, Work, digit_share
+
 from megatron_rl.tasks.word_problems import WordProblems
 from megatron_rl.types import Score
 

@@ -89,7 +89,12 @@ class Policy:
     # ------------------------------------------------------------------------------------------------ the two verbs
 
     def fill_log_probs(
-        self, samples: Sequence[TrainingSample], mini_batches: Sequence[Sequence[int]], name: str
+        self,
+        samples: Sequence[TrainingSample],
+        mini_batches: Sequence[Sequence[int]],
+        name: str,
+        *,
+        with_entropy: bool = False,
     ) -> None:
         """Set ``name`` (``old_log_probs`` or ``ref_log_probs``, [R] float32) of every sample, by forward passes.
 
@@ -98,7 +103,9 @@ class Policy:
             mini_batches: the row indices of each coming update. Rows run here in exactly the packs in which they will be
                 trained on, so that before the first update both passes give the same bits.
             name: the field to fill.
+            with_entropy: set ``entropy`` as well; it costs nothing more.
         """
+        fields = {name: "log_probs", **({"entropy": "entropy"} if with_entropy else {})}
         for rows in mini_batches:
             chosen = [samples[row] for row in rows]
             micro_batches = self._micro_batches(chosen)
@@ -107,8 +114,10 @@ class Policy:
             with torch.no_grad(), self.timer("log_probs"):
                 outputs = self._run(micro_batches, _return_log_probs, forward_only=True)
             for batch, output in zip(micro_batches, outputs):
-                unpack({name: output["log_probs"].cpu()}, batch, chosen)
-            self._share(chosen, {row for batch in micro_batches for row in batch.rows} if outputs else set(), name)
+                unpack({field: output[key].cpu() for field, key in fields.items()}, batch, chosen)
+            mine = {row for batch in micro_batches for row in batch.rows} if outputs else set()
+            for field in fields:
+                self._share(chosen, mine, field)
 
     def train_step(self, samples: Sequence[TrainingSample], loss_function: LossFunction) -> dict[str, float]:
         """One optimizer update on one mini-batch; every sample carries its ``weights``.

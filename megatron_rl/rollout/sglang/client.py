@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import pickle
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +79,11 @@ class SGLangClient:
         await self._call("GET", "/health", None, timeout_s)
 
     async def release_memory(self, timeout_s: float) -> None:
-        """Give up weights and cache until ``resume_memory``; the weights must be sent again."""
+        """Give up weights and cache until ``resume_memory``; the weights must be sent again.
+
+        A server that is not idle dies of this, so nobody else may ask it for anything meanwhile, not even for its health.
+        """
+        await self._flush_cache(timeout_s)
         await self._post("/release_memory_occupation", {}, timeout_s)
 
     async def resume_memory(self, timeout_s: float) -> None:
@@ -109,11 +115,23 @@ class SGLangClient:
         if adapter.has_update_session:
             await self._post("/end_weight_update", {}, timeout_s)
         if pause_mode != "in_place":  # there, the paused requests still need the cache
-            await self._post("/flush_cache", {}, timeout_s)
+            await self._flush_cache(timeout_s)
         await self._stamp(str(version), timeout_s)
         await self._post("/continue_generation", {}, timeout_s)
         if (stamp := await self.weight_version(timeout_s)) != str(version):
             raise Refused(f"{self.url} says its weights are version {stamp} after an update to {version}")
+
+    async def _flush_cache(self, timeout_s: float) -> None:
+        """Drop all cached prefixes. A server refuses while something is under way, so this waits until it is idle."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                await self._post("/flush_cache", {}, timeout_s)
+                return
+            except Refused:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
 
     async def _stamp(self, version: str, timeout_s: float) -> None:
         await self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False}, timeout_s)

@@ -141,15 +141,20 @@ class SGLangEngine:
 
     def release_memory(self) -> None:
         """See ``RolloutEngine``. Separate servers keep theirs: nobody else wants it."""
-        if self._driver is not None and self._config.rollout.servers.placement == "colocated":
-            self._driver.memory("release_memory")
+        if self._config.rollout.servers.placement != "colocated":
+            return
+        if self._supervisor is not None:
+            self._supervisor.set_busy(True)  # until new weights are in
         dist.barrier(self._group)
+        error = self._driver.release_memory() if self._driver is not None else None
+        raise_first([broadcast_json(error_to_json(error), self._group)])
 
     def resume_memory(self) -> None:
         """See ``RolloutEngine``."""
-        if self._driver is not None and self._config.rollout.servers.placement == "colocated":
-            self._driver.memory("resume_memory")
-        dist.barrier(self._group)
+        if self._config.rollout.servers.placement != "colocated":
+            return
+        error = self._driver.resume_memory() if self._driver is not None else None
+        raise_first([broadcast_json(error_to_json(error), self._group)])
 
     def health(self) -> str | None:
         """See ``RolloutEngine``; on rank 0 what the fleet knows, elsewhere nothing."""
@@ -378,32 +383,35 @@ class _Driver:
 
     def begin_update(self, targets: Sequence[int]) -> UserError | None:
         """See ``Fleet``; a refusal comes back as an error."""
-        return self._update(self.fleet.begin_update(self._servers(targets)))
+        return self._attempt(self.fleet.begin_update(self._servers(targets)))
 
     def send(self, targets: Sequence[int], bucket: Sequence[tuple[str, Tensor]]) -> UserError | None:
         """See ``Fleet``."""
-        return self._update(self.fleet.send(self._servers(targets), serialize(bucket)))
+        return self._attempt(self.fleet.send(self._servers(targets), serialize(bucket)))
 
     def end_update(self, targets: Sequence[int]) -> UserError | None:
         """See ``Fleet``."""
-        return self._update(self.fleet.end_update(self._servers(targets)))
+        return self._attempt(self.fleet.end_update(self._servers(targets)))
 
-    def memory(self, call: str) -> None:
-        """``release_memory`` or ``resume_memory`` on every server."""
-        timeout_s = self._config.weight_sync.timeout_s
-        self._loop.run(self.fleet.memory(lambda client: getattr(client, call)(timeout_s)))
+    def release_memory(self) -> UserError | None:
+        """See ``Fleet``."""
+        return self._attempt(self.fleet.release_memory(), "release of memory")
+
+    def resume_memory(self) -> UserError | None:
+        """See ``Fleet``."""
+        return self._attempt(self.fleet.resume_memory(), "resumption of memory")
 
     def _servers(self, indices: Sequence[int]) -> list[Server]:
         return [self.fleet.servers[index] for index in indices]
 
-    def _update(self, work: Any) -> UserError | None:
+    def _attempt(self, work: Any, what: str = "a weight update") -> UserError | None:
         try:
             self._loop.run(work)
         except Refused as error:
             return UserError(
                 "rollout.engine",
                 "sglang",
-                f"a weight update was refused ({error})",
+                f"{what} was refused ({error})",
                 "see the server's log; the server must serve the model of policy.model_path",
             )
         return None

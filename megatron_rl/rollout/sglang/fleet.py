@@ -9,7 +9,6 @@ Lives in one event loop; nothing here is called from another thread except throu
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -45,6 +44,10 @@ class Server:
     in_flight: int = 0
     last_sign_s: float = field(default_factory=time.monotonic)
     reason: str = "has not answered yet"
+    has_released: bool = False
+    """Its memory is the trainer's for now."""
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while it is asked for its health: SGLang answers by generating a token, which some calls do not survive."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while the server is down: whoever waits for a reply of it stops waiting."""
 
@@ -83,7 +86,8 @@ class Fleet:
         self._changed = asyncio.Condition()
         self._watchers: list[asyncio.Task[None]] = []
         self._probe: asyncio.Task[None] | None = None
-        self._is_updating = False
+        self._is_quiet = False
+        """Weights are loading, or memory is released: nobody is asked for its health."""
         self.on_serving: list[Callable[[Server], Awaitable[None]]] = []
         self.on_down: list[Callable[[Server], Awaitable[None]]] = []
 
@@ -129,7 +133,7 @@ class Fleet:
         async with self._changed:
             if server.state == "down":
                 return
-            server.state, server.reason = "down", reason
+            server.state, server.reason, server.has_released = "down", reason, False
             server.lost.set()
             self._changed.notify_all()
         self.counts["server_down"] += 1
@@ -168,9 +172,11 @@ class Fleet:
 
     async def _watch(self, server: Server) -> None:
         while True:
-            if server.state == "serving" and not self._is_updating:
+            if server.state == "serving" and not self._is_quiet:
                 await asyncio.sleep(self.config.health_interval_s)
-                await self._check_serving(server)
+                async with server.asking:
+                    if not self._is_quiet:
+                        await self._check_serving(server)
             else:
                 await asyncio.sleep(POLL_S)
                 if server.state == "down":
@@ -182,7 +188,7 @@ class Fleet:
             server.last_sign_s = time.monotonic()
             watchdog.beat()  # long responses: nothing is finished for minutes, and nothing hangs
         except (Unavailable, Refused) as error:
-            if self._is_updating or server.state != "serving":
+            if self._is_quiet or server.state != "serving":
                 server.last_sign_s = time.monotonic()  # loading weights keeps its scheduler busy
                 return
             is_gone = isinstance(error, Unavailable) and error.reason == "connection"
@@ -246,7 +252,7 @@ class Fleet:
 
         Where a late or restarted server catches up, the others go on serving.
         """
-        self._is_updating = True
+        self._is_quiet = True
         version = self.version
         await self._each(
             targets,
@@ -275,7 +281,7 @@ class Fleet:
             await self._set_state(server, "serving")
 
         await self._each(targets, end)
-        self._is_updating = False
+        self._is_quiet = False
 
     async def _each(self, targets: Iterable[Server], call: Callable[[Server, Adapter], Awaitable[None]]) -> None:
         async def one(server: Server) -> None:
@@ -292,7 +298,22 @@ class Fleet:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-    async def memory(self, call: Callable[[SGLangClient], Awaitable[None]]) -> None:
-        """Release or resume the memory of every server that is there."""
-        with contextlib.suppress(Refused):
-            await self._each(self.servers, lambda s, _: call(s.client))
+    async def release_memory(self) -> None:
+        """Let every server that is there give its memory up; nobody is asked for its health until new weights are in."""
+        self._is_quiet = True
+
+        async def release(server: Server, _: Adapter) -> None:
+            async with server.asking:  # a question under way is answered first
+                await server.client.release_memory(self.sync.timeout_s)
+            server.has_released = True
+
+        await self._each(self.servers, release)
+
+    async def resume_memory(self) -> None:
+        """Undo ``release_memory``, where it was done: a server that was restarted meanwhile has its memory."""
+
+        async def resume(server: Server, _: Adapter) -> None:
+            await server.client.resume_memory(self.sync.timeout_s)
+            server.has_released = False
+
+        await self._each([server for server in self.servers if server.has_released], resume)

@@ -56,6 +56,7 @@ class Supervisor:
         self._num_taken = 0
         self._failure: UserError | None = None
         self._is_busy = threading.Event()
+        self._asking = threading.Lock()
         self._stop = threading.Event()
         # The thread starts the servers: the kernel ends a child when the *thread* that started it ends.
         self._thread = threading.Thread(target=self._run, name="server-supervisor", daemon=True)
@@ -73,9 +74,14 @@ class Supervisor:
         return taken
 
     def set_busy(self, is_busy: bool) -> None:
-        """While servers load weights, their schedulers answer nobody; silence is no failure then."""
+        """While servers load weights or have released their memory, nobody may ask for their health, and silence is no failure.
+
+        Returns when a question under way is answered.
+        """
         if is_busy:
             self._is_busy.set()
+            with self._asking:
+                pass
         else:
             now = time.monotonic()
             for server in self._servers:
@@ -123,9 +129,13 @@ class Supervisor:
             elif now - server.started_s > self._config.start_timeout_s:
                 self._replace(server, "did not answer in time")
             return
-        if self._is_busy.is_set() or now - server.last_sign_s < self._config.health_interval_s:
+        if now - server.last_sign_s < self._config.health_interval_s:
             return
-        if _answers(f"{server.url}/health", timeout_s=self._config.health_timeout_s):
+        with self._asking:
+            if self._is_busy.is_set():
+                return
+            is_well = _answers(f"{server.url}/health", timeout_s=self._config.health_timeout_s)
+        if is_well:
             server.last_sign_s = time.monotonic()
         elif not self._is_busy.is_set() and time.monotonic() - server.last_sign_s >= self._config.health_timeout_s:
             self._replace(server, f"gave no sign of life for {time.monotonic() - server.last_sign_s:.0f} s")
