@@ -24,6 +24,14 @@ CHUNK_TOKENS = 4096
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """C * B. A CPU works on a block in its cache; a GPU wants its kernels large."""
 
+
+def multiplies_bfloat16_fast(device: torch.device) -> bool:
+    """CPUs without units for it do so many times slower than in float32, so there blocks of the operands are converted."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
 Divergence = Literal["forward_kl", "reverse_kl", "js"]
 
 
@@ -117,6 +125,8 @@ class _Block:
     """B."""
     temperature: float
     group: dist.ProcessGroup
+    in_float32: bool
+    """Products run in float32, whatever the model's dtype."""
 
     @classmethod
     def of(
@@ -125,13 +135,18 @@ class _Block:
         start = dist.get_rank(group) * weight.shape[0]
         tokens = max(1, min(len(hidden), CHUNK_TOKENS))
         width = max(1, BLOCK_ELEMENTS[hidden.device.type] // tokens)
-        return cls(start, max(0, min(weight.shape[0], vocab_size - start)), width, temperature, group)
+        valid = max(0, min(weight.shape[0], vocab_size - start))
+        return cls(start, valid, width, temperature, group, not multiplies_bfloat16_fast(hidden.device))
 
     def words(self) -> list[slice]:
         return [slice(i, min(i + self.width, self.valid)) for i in range(0, self.valid, self.width)]
 
+    def operand(self, x: Tensor) -> Tensor:
+        """As products take it."""
+        return x.float() if self.in_float32 else x
+
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[C, B] float32. The one upcast: the product runs in the model's dtype."""
+        """[C, B] float32, of operands."""
         logits = (hidden @ weight.t()).float()
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
@@ -209,11 +224,11 @@ class _Statistics(torch.autograd.Function):
         )
         is_top = torch.empty(len(hidden), device=hidden.device, dtype=torch.bool)
         for chunk in _chunks(len(hidden)):
-            running = _Running(hidden[chunk])
+            running, rows_of_chunk = _Running(hidden[chunk]), block.operand(hidden[chunk])
             target = torch.zeros_like(running.total)
             is_mine = torch.zeros_like(target, dtype=torch.bool)
             for words in block.words():
-                logits = block.logits(hidden[chunk], weight[words])
+                logits = block.logits(rows_of_chunk, block.operand(weight[words]))
                 columns, is_here = block.columns(labels[chunk], words)
                 picked = logits.gather(1, columns.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
                 target = torch.where(is_here, picked, target)
@@ -244,9 +259,11 @@ class _Statistics(torch.autograd.Function):
             # With l = log p: d log p[y] / dz = 1[y] - p and d entropy / dz = -p (l + entropy).
             of_label = None if grad_log_probs is None else grad_log_probs[chunk] / block.temperature
             of_entropy = None if grad_entropy is None else grad_entropy[chunk, None] / block.temperature
+            rows_of_chunk = block.operand(hidden[chunk])
             summed = torch.zeros_like(hidden[chunk], dtype=torch.float32)
             for words in block.words():
-                log_p = block.logits(hidden[chunk], weight[words]).sub_(log_sum_exp[chunk, None])
+                weight_block = block.operand(weight[words])
+                log_p = block.logits(rows_of_chunk, weight_block).sub_(log_sum_exp[chunk, None])
                 grad = log_p.exp()
                 if of_entropy is not None:
                     factor = log_p.add_(entropy[chunk, None]).mul_(-of_entropy)
@@ -257,9 +274,9 @@ class _Statistics(torch.autograd.Function):
                     columns, is_here = block.columns(labels[chunk], words)
                     rows = is_here.nonzero()[:, 0]
                     grad[rows, columns[rows]] += of_label[rows]
-                grad = grad.to(weight.dtype)
-                summed += grad @ weight[words]
-                grad_weight[words] += grad.t() @ hidden[chunk]
+                grad = grad.to(weight_block.dtype)
+                summed += grad @ weight_block
+                grad_weight[words] += grad.t() @ rows_of_chunk
             grad_hidden[chunk] = summed
         return grad_hidden, sink.stand_in() if sink else grad_weight.to(weight.dtype), None, None, None
 
@@ -272,9 +289,10 @@ class _Divergence(torch.autograd.Function):
         ))  # fmt: skip
         value, mean_slope = torch.zeros_like(log_sum_exp), torch.zeros_like(log_sum_exp)
         for chunk in _chunks(len(hidden)):
+            mine, theirs = block.operand(hidden[chunk]), block.operand(other_hidden[chunk])
             for words in block.words():
-                log_p = block.logits(hidden[chunk], weight[words]).sub_(log_sum_exp[chunk, None])
-                log_q = block.logits(other_hidden[chunk], other_weight[words]).sub_(other_log_sum_exp[chunk, None])
+                log_p = block.logits(mine, block.operand(weight[words])).sub_(log_sum_exp[chunk, None])
+                log_q = block.logits(theirs, block.operand(other_weight[words])).sub_(other_log_sum_exp[chunk, None])
                 terms, slope = _divergence_terms(kind, log_p, log_q)
                 value[chunk] += terms.sum(-1)
                 mean_slope[chunk] += slope.sum(-1)
@@ -291,15 +309,17 @@ class _Divergence(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for chunk in _chunks(len(hidden)):
             scale = grad_value[chunk, None] / block.temperature
+            mine, theirs = block.operand(hidden[chunk]), block.operand(other_hidden[chunk])
             summed = torch.zeros_like(hidden[chunk], dtype=torch.float32)
             for words in block.words():
-                log_p = block.logits(hidden[chunk], weight[words]).sub_(log_sum_exp[chunk, None])
-                log_q = block.logits(other_hidden[chunk], other_weight[words]).sub_(other_log_sum_exp[chunk, None])
+                weight_block = block.operand(weight[words])
+                log_p = block.logits(mine, weight_block).sub_(log_sum_exp[chunk, None])
+                log_q = block.logits(theirs, block.operand(other_weight[words])).sub_(other_log_sum_exp[chunk, None])
                 # d D / dz_i = p_i D'_i - p_i sum_j p_j D'_j, with D'_i = d D / d p_i.
                 _, slope = _divergence_terms(ctx.kind, log_p, log_q)
-                grad = (slope - log_p.exp() * mean_slope[chunk, None]).mul_(scale).to(weight.dtype)
-                summed += grad @ weight[words]
-                grad_weight[words] += grad.t() @ hidden[chunk]
+                grad = (slope - log_p.exp() * mean_slope[chunk, None]).mul_(scale).to(weight_block.dtype)
+                summed += grad @ weight_block
+                grad_weight[words] += grad.t() @ mine
             grad_hidden[chunk] = summed
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
@@ -320,9 +340,9 @@ def _divergence_terms(kind: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[T
 def _log_sum_exp(hidden: Tensor, weight: Tensor, block: _Block) -> Tensor:
     found = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
     for chunk in _chunks(len(hidden)):
-        running = _Running(hidden[chunk])
+        running, rows_of_chunk = _Running(hidden[chunk]), block.operand(hidden[chunk])
         for words in block.words():
-            running.add(block.logits(hidden[chunk], weight[words]))
+            running.add(block.logits(rows_of_chunk, block.operand(weight[words])))
         running.move_to(block.max(running.largest))
         (total,) = block.sum(running.total)
         found[chunk] = running.largest + total.log()
