@@ -10,9 +10,10 @@
     time_tp2_vs_tp1                 two ranks of one thread over one rank of two threads
     seconds, gigabytes              ours at 2,048, 8,192 and 32,768 tokens: both grow linearly
 
-Each figure comes from a process of its own, with the same allocator settings; memory is the peak above the inputs, the float32
-gradient of the weight (0.62 GB) included. Both run in bfloat16, or in float32 on CPUs that have no units for bfloat16: there
-the naive path would take an hour, and ours, which then multiplies in float32, would win by nothing but that. On a GPU it also measures Liger's fused loss where installed (no entropy there).
+Each figure comes from a process of its own, with the same allocator settings; memory is the peak above the inputs, the
+float32 gradient of the weight (0.62 GB) included. Both run in bfloat16, or in float32 on CPUs that have no units for
+bfloat16: there the naive path would take an hour, and ours, which then multiplies in float32, would win by nothing but that.
+On a GPU it also measures Liger's fused loss where installed (no entropy there).
 """
 
 from __future__ import annotations

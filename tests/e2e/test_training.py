@@ -132,6 +132,7 @@ LAYOUTS = {
     "tp2sp": ["policy.megatron_cfg.tensor_model_parallel_size=2", "policy.megatron_cfg.sequence_parallel=true"],
     "pp2": ["policy.megatron_cfg.pipeline_model_parallel_size=2"],
     "dp2": [],
+    "cp2": ["policy.megatron_cfg.context_parallel_size=2"],
 }
 
 

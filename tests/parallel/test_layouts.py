@@ -133,7 +133,11 @@ def export(model: Path, layout: dict, target: Path) -> None:
     export_hf(policy.chunks, policy.shape, policy.groups, source=model, target=target)
 
 
-@pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2, "sp": True}, {"pp": 2}, {"tp": 2, "pp": 2, "dp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [{"tp": 1}, {"tp": 2, "sp": True}, {"pp": 2}, {"tp": 2, "pp": 2, "dp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("case", [("qwen3", True), ("qwen2", False), ("llama", True)], ids=str)
 def test_export_is_bit_exact(models: dict, layout: dict, case: tuple, tmp_path: Path) -> None:
     from safetensors.torch import load_file
