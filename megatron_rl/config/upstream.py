@@ -79,7 +79,6 @@ SGLANG_OWNED: dict[str, str] = {
     "weight_version": "is the publish counter",
     "admin_api_key": "is drawn at random for every run",
     "base_gpu_id": "follows rollout.servers.placement",
-    "skip_tokenizer_init": "is fixed: token ids go in and out",
     "enable_memory_saver": "follows rollout.servers.placement",
 }
 
