@@ -62,6 +62,8 @@ class Run:
             pipeline_parallel_size=config.policy.pipeline_parallel_size,
             virtual_pipeline_size=config.policy.virtual_pipeline_size,
             context_parallel_size=config.policy.context_parallel_size,
+            expert_parallel_size=config.policy.expert_parallel_size,
+            expert_tensor_parallel_size=config.policy.megatron_cfg.get("expert_tensor_parallel_size"),
             device=runtime.device,
             seed=config.trainer.seed,
             timeout_s=config.trainer.timeout_s,

@@ -43,6 +43,8 @@ def build_policy(config: Config):
         pipeline_parallel_size=config.policy.pipeline_parallel_size,
         virtual_pipeline_size=config.policy.virtual_pipeline_size,
         context_parallel_size=config.policy.context_parallel_size,
+        expert_parallel_size=config.policy.expert_parallel_size,
+        expert_tensor_parallel_size=config.policy.megatron_cfg.get("expert_tensor_parallel_size"),
         device=torch.device("cpu"),
         seed=config.trainer.seed,
     )

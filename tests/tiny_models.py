@@ -21,10 +21,15 @@ _DEFAULTS: dict[str, Any] = {
     "pad_token_id": PAD_ID,
 }  # fmt: skip
 
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
 
 def make_tiny_model(
     directory: str | Path,
-    family: Literal["llama", "qwen2", "qwen3"],
+    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe"],
     *,
     tied: bool,
     seed: int,
@@ -45,7 +50,8 @@ def make_tiny_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {**_DEFAULTS, "tie_word_embeddings": tied, **({"head_dim": 16} if family == "qwen3" else {}), **overrides}
+    special = {"qwen3": {"head_dim": 16}, "qwen3_moe": {"head_dim": 16, **_EXPERTS}}.get(family, {})
+    fields = {**_DEFAULTS, "tie_word_embeddings": tied, **special, **overrides}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,6 +88,8 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
     values = torch.randn(shape, generator=generator)
     if name.endswith("bias"):
         return 0.5 * values
+    if name.endswith("mlp.gate.weight"):  # routers: chosen and other experts far apart, for any rounding
+        return 4.0 * values / shape[-1] ** 0.5
     # Vocabulary: the final norm gives vectors of length sqrt(hidden), hence logits with a deviation of about 2.
     scale = 2.0 if "embed_tokens" in name or "lm_head" in name else 1.0
     return values * scale / shape[-1] ** 0.5

@@ -71,7 +71,7 @@ def _check_layout(config: Config, shape: ModelShape) -> None:
     for size, what, length in (
         (policy.tensor_parallel_size, "num_attention_heads", shape.num_attention_heads),
         (policy.tensor_parallel_size, "num_key_value_heads", shape.num_key_value_heads),
-        (policy.tensor_parallel_size, "intermediate_size", shape.intermediate_size),
+        (policy.tensor_parallel_size, shape.width_field, getattr(shape, shape.width_field)),
         (1 if is_uneven else policy.pipeline_parallel_size, "num_hidden_layers", shape.num_layers),
     ):
         if length % size:
@@ -82,10 +82,39 @@ def _check_layout(config: Config, shape: ModelShape) -> None:
                 f"must divide the model's {what} = {length}",
                 f"choose a divisor of {length}",
             )
+    _check_experts(config, shape)
     if config.rollout.max_new_tokens >= shape.max_position_embeddings and config.trainer.stage == "rl":
         raise UserError(
             "rollout.max_new_tokens",
             config.rollout.max_new_tokens,
             f"leaves no room for a prompt in the model's context of {shape.max_position_embeddings} tokens",
             "lower it",
+        )
+
+
+def _check_experts(config: Config, shape: ModelShape) -> None:
+    policy = config.policy
+    size, field = policy.expert_parallel_size, "policy.megatron_cfg.expert_model_parallel_size"
+    if size > 1 and (shape.num_experts == 0 or shape.num_experts % size):
+        rule = (
+            f"must divide the model's number of experts = {shape.num_experts}" if shape.num_experts else "needs experts"
+        )
+        raise UserError(field, size, rule, "leave it out, or choose a divisor")
+    if not shape.num_experts:
+        return
+    expert_tensor = policy.megatron_cfg.get("expert_tensor_parallel_size") or policy.tensor_parallel_size
+    ranks = config.trainer.world_size // policy.pipeline_parallel_size
+    if ranks % (size * expert_tensor):
+        raise UserError(
+            field,
+            size,
+            f"times the expert tensor-parallel size {expert_tensor} must divide the ranks of a pipeline stage = {ranks}",
+            "use more ranks, or smaller sizes",
+        )
+    if policy.tensor_parallel_size > 1 and not policy.megatron_cfg.get("sequence_parallel"):
+        raise UserError(
+            "policy.megatron_cfg.sequence_parallel",
+            False,
+            "must be true where a model with experts is trained under tensor parallelism",
+            "set it",
         )

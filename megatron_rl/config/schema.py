@@ -194,6 +194,11 @@ class PolicyConfig:
         return int(self.megatron_cfg.get("context_parallel_size", 1))
 
     @property
+    def expert_parallel_size(self) -> int:
+        """Ranks that share the experts of a layer out; of those that have the same other weights."""
+        return int(self.megatron_cfg.get("expert_model_parallel_size", 1))
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks of one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
@@ -224,14 +229,6 @@ class PolicyConfig:
                 "needs tensor_model_parallel_size above 1",
                 "leave it out, or raise the tensor-parallel size",
             )
-        for name in ("expert_model_parallel_size",):
-            if (self.megatron_cfg.get(name) or 1) != 1:
-                raise UserError(
-                    f"policy.megatron_cfg.{name}",
-                    self.megatron_cfg[name],
-                    "this version trains with 1 here",
-                    "use tensor, pipeline, context and data parallelism",
-                )
 
 
 @section

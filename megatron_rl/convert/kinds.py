@@ -11,8 +11,8 @@ boxes in one direction or the other, so that what one writes the other reads bac
     qkv           q, k, v: [heads * head_dim, ...]   whole query groups, each: its query heads, its key, its value
     gated         gate, up: [d0, ...]   rows of gate [r, r + 1) * d0 / tp, then the same rows of up
 
-An expert's tensors are ``gated`` and ``row`` with the expert-parallel group's rank and size: what is special about
-experts is their names, not their cuts.
+An expert's tensors are ``gated`` and ``row``, cut over the expert-tensor-parallel group: what is special about experts is
+their names, not their cuts.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
     Raises:
         UserError: a size is not divisible by ``tp_size``.
     """
-    for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+    for what in ("num_attention_heads", "num_key_value_heads", shape.width_field):
         if tp_size < 1 or getattr(shape, what) % tp_size:
             raise UserError(
                 "policy.megatron_cfg.tensor_model_parallel_size", tp_size,
@@ -209,7 +209,7 @@ class Rule:
     """One line of a family's table: a Megatron name, the HF names it is made of, how they are cut."""
 
     megatron: str
-    """``{layer}`` stands for the global layer number."""
+    """``{layer}`` stands for the global layer number, ``{expert}`` for that of an expert among the layer's."""
     hf: tuple[str, ...]
     kind: Kind
     needs: str = ""

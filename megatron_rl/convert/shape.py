@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_rl.convert.fields import ConfigFields
 from megatron_rl.convert.rope import RopeScaling, read_rope
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 ARCHITECTURES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder, as ``config.json`` describes it. Hashable."""
+    """A decoder, dense or with a mixture of experts in each layer, as ``config.json`` describes it. Hashable."""
 
     family: Family
     num_layers: int
@@ -58,6 +59,19 @@ class ModelShape:
     eos_token_ids: tuple[int, ...]
     """Of ``config.json`` only; ``generation_config.json`` may list more."""
     pad_token_id: int | None
+    num_experts: int = 0
+    """In each layer; 0: a dense model."""
+    num_experts_per_tok: int = 0
+    """Megatron: ``moe_router_topk``."""
+    moe_intermediate_size: int = 0
+    """Of one expert."""
+    norm_topk_prob: bool = False
+    """The chosen experts' weights sum to 1."""
+
+    @property
+    def width_field(self) -> str:
+        """Which field has the width that the MLP, or each expert, is cut along."""
+        return "moe_intermediate_size" if self.num_experts else "intermediate_size"
 
     @property
     def untied(self) -> bool:
@@ -70,7 +84,8 @@ class ModelShape:
         return {
             "hidden": self.hidden_size, "ffn": self.intermediate_size, "vocab": self.vocab_size,
             "head": self.head_dim, "q": self.num_attention_heads * self.head_dim,
-            "kv": self.num_key_value_heads * self.head_dim,
+            "kv": self.num_key_value_heads * self.head_dim, "experts": self.num_experts,
+            "moe_ffn": self.moe_intermediate_size,
         }  # fmt: skip
 
 
@@ -108,14 +123,35 @@ def read_shape(directory: str | Path) -> ModelShape:
         qkv_bias=family == "qwen2" or attention_bias,
         proj_bias=attention_bias,
         mlp_bias=family == "llama" and config.boolean("mlp_bias", False),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         max_position_embeddings=config.positive_int("max_position_embeddings"),
         initializer_range=config.positive_float("initializer_range", 0.02),
         dtype=_dtype(config),
         bos_token_id=config.token_id("bos_token_id"),
         eos_token_ids=config.token_ids("eos_token_id"),
         pad_token_id=config.token_id("pad_token_id"),
+        **(_experts(config) if family == "qwen3_moe" else {}),
     )
+
+
+def _experts(config: ConfigFields) -> dict[str, Any]:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise config.error(
+            "mlp_only_layers",
+            "every layer must have experts (decoder_sparse_step 1)",
+            "use a model without dense layers",
+        )
+    # transformers 5 writes num_local_experts where released checkpoints have num_experts.
+    name = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    num_experts, chosen = config.positive_int(name), config.positive_int("num_experts_per_tok")
+    if chosen > num_experts:
+        raise config.error("num_experts_per_tok", f"must not exceed {name} = {num_experts}")
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": config.positive_int("moe_intermediate_size"),
+        "norm_topk_prob": config.boolean("norm_topk_prob", False),
+    }
 
 
 def _family(config: ConfigFields) -> Family:
@@ -150,7 +186,7 @@ def _refuse_unsupported(config: ConfigFields) -> None:
 
 
 def _head_dim(config: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe"):
         head_dim = config.positive_int("head_dim", 128)
     elif config.get("head_dim") is None and hidden_size % num_heads:
         raise config.error("hidden_size", f"must be a multiple of num_attention_heads = {num_heads}")

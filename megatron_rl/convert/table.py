@@ -11,18 +11,24 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_rl.convert import llama, qwen2, qwen3
+from megatron_rl.convert import llama, qwen2, qwen3, qwen3_moe
 from megatron_rl.convert.kinds import Extent, Kind, Rule, hf_shapes
 from megatron_rl.convert.shape import Family, ModelShape
 from megatron_rl.errors import UserError
 
-TABLES: dict[Family, tuple[Rule, ...]] = {"llama": llama.TABLE, "qwen2": qwen2.TABLE, "qwen3": qwen3.TABLE}
+TABLES: dict[Family, tuple[Rule, ...]] = {
+    "llama": llama.TABLE,
+    "qwen2": qwen2.TABLE,
+    "qwen3": qwen3.TABLE,
+    "qwen3_moe": qwen3_moe.TABLE,
+}
 
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
+_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Entry:
     kind: Kind
     is_copy: bool
     """Another entry owns the HF tensors: this one is loaded, never exported (tied output layer)."""
+    expert: int | None = None
+    """Which of the layer's experts it belongs to; such a parameter lives on one expert-parallel rank."""
 
 
 def entries(shape: ModelShape) -> dict[str, Entry]:
@@ -66,12 +74,13 @@ def plain_name(name: str) -> str:
     return f"{prefix}{layer}.{_FUSED_NORMS.get(rest[1:], rest[1:])}"
 
 
-def global_name(local_name: str, layer_offset: int) -> str:
+def global_name(local_name: str, layer_offset: int, expert_offset: int = 0) -> str:
     """The global name of a parameter of one pipeline stage or chunk.
 
     Args:
         local_name: as ``named_parameters`` gives it, with or without the ``module.`` of wrappers.
         layer_offset: global number of the chunk's layer 0 (``layer.layer_number - 1`` of that layer).
+        expert_offset: number of this expert-parallel rank's first expert.
 
     Example:
         >>> global_name("module.decoder.layers.1.mlp.linear_fc2.weight", layer_offset=4)
@@ -82,6 +91,7 @@ def global_name(local_name: str, layer_offset: int) -> str:
     if match is None:
         return name
     prefix, layer, rest = match.groups()
+    rest = _EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + expert_offset}{found[3]}", rest)
     return f"{prefix}{int(layer) + layer_offset}{rest}"
 
 
@@ -102,9 +112,11 @@ def _entries(table: tuple[Rule, ...], shape: ModelShape) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
 
     def add(rule: Rule, layer: int) -> None:
-        name = rule.megatron.format(layer=layer)
-        assert name not in found, f"{name} is declared twice"
-        found[name] = Entry(name, tuple(hf.format(layer=layer) for hf in rule.hf), rule.kind, rule.is_copy)
+        for expert in range(shape.num_experts) if "{expert}" in rule.megatron else (None,):
+            name = rule.megatron.format(layer=layer, expert=expert)
+            assert name not in found, f"{name} is declared twice"
+            hf_names = tuple(hf.format(layer=layer, expert=expert) for hf in rule.hf)
+            found[name] = Entry(name, hf_names, rule.kind, rule.is_copy, expert)
 
     add(embedding, 0)
     for layer in range(shape.num_layers):

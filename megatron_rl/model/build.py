@@ -56,6 +56,16 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
         "attention_softmax_in_fp32": True,
         "virtual_pipeline_model_parallel_size": None,
     }
+    if shape.num_experts:
+        settings |= {
+            "num_moe_experts": shape.num_experts,
+            "moe_ffn_hidden_size": shape.moe_intermediate_size,
+            "moe_router_topk": shape.num_experts_per_tok,
+            # Weights that sum to 1 are the softmax over the chosen experts alone.
+            "moe_router_pre_softmax": not shape.norm_topk_prob,
+            # Balancing is another objective than the reward's: who wants it asks for it.
+            "moe_router_load_balancing_type": "none",
+        }
     if config.policy.virtual_pipeline_size > 1:
         # With Megatron's defaults the interleaved schedule pairs sends and receives wrongly, and says nothing.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}

@@ -23,7 +23,13 @@ def has_transformer_engine() -> bool:
 def layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec:
     """The spec of one decoder layer where the model lives: Transformer Engine has no kernels for CPUs."""
     if device.type != "cpu" and has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
     spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention
     return spec

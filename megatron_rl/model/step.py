@@ -216,6 +216,11 @@ class Policy:
             self.megatron_config, self._ddp_config(), wrapped, disable_bucketing=not is_first
         )
 
+    def _gradient_buffers(self) -> Iterator[Any]:
+        for model in self.models:
+            yield from model.buffers
+            yield from model.expert_parallel_buffers
+
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         for chunk in self.chunks:
             yield from chunk.parameters()
@@ -309,7 +314,7 @@ class Policy:
         return totals | dict(zip(max_keys, map(max, zip(*(r[1] for r in reports)))))
 
     def _check_finite(self, loss: float) -> None:
-        finite = torch.tensor(float(all(bool(b.grad_data.isfinite().all()) for m in self.models for b in m.buffers)))
+        finite = torch.tensor(float(all(bool(b.grad_data.isfinite().all()) for b in self._gradient_buffers())))
         dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.groups.cpu_group)
         if not math.isfinite(loss) or not finite.item():
             what = "loss" if not math.isfinite(loss) else "gradient"

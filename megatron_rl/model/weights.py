@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.convert.export import merge_parameter
+from megatron_rl.convert.kinds import shard_shape
 from megatron_rl.convert.load import check_coverage, load_parameter
 from megatron_rl.convert.reader import TensorReader
 from megatron_rl.convert.shape import Dtype, ModelShape
@@ -23,13 +24,14 @@ from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
 
 
-def named_parameters(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters under their global Megatron names (layers counted over the whole model)."""
+def named_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+    """This rank's parameters under their global Megatron names (layers and experts counted over the whole model)."""
+    first_expert = groups.ep_rank * (shape.num_experts // groups.ep_size)
     for chunk in chunks:
         layers = chunk.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in chunk.named_parameters():
-            yield global_name(name, first_layer), parameter
+            yield global_name(name, first_layer, first_expert), parameter
 
 
 def load_hf_weights(
@@ -50,8 +52,10 @@ def load_hf_weights(
         reader = open_reader()
         check_coverage(shape, reader, tp_size=groups.tp_size)
     with torch.no_grad(), all_ranks_agree(groups.cpu_group):
-        for name, parameter in progress(list(named_parameters(chunks)), "loading weights"):
-            load_parameter(name, reader, shape, groups.tp_rank, groups.tp_size, out=parameter.data)
+        for name, parameter in progress(list(named_parameters(chunks, shape, groups)), "loading weights"):
+            is_expert = find_entry(name, shape).expert is not None
+            rank, size = (groups.etp_rank, groups.etp_size) if is_expert else (groups.tp_rank, groups.tp_size)
+            load_parameter(name, reader, shape, rank, size, out=parameter.data)
 
 
 def iterate_hf_tensors(
@@ -62,15 +66,31 @@ def iterate_hf_tensors(
     Yields:
         (Hugging Face name, tensor in the model's dtype on the model's device).
     """
-    mine = dict(named_parameters(chunks))
-    stages: list[list[tuple[str, torch.Size]]] = [[] for _ in range(groups.pp_size)]
-    dist.all_gather_object(stages, [(name, p.shape) for name, p in mine.items()], group=groups.pp_group)
-    for owner, parameters in enumerate(stages):
-        for name, size in parameters:
-            if find_entry(name, shape).is_copy:  # the last stage's copy of tied embeddings is the first stage's tensor
+    mine = dict(named_parameters(chunks, shape, groups))
+    held: list[tuple[int, list[str]]] = [(0, []) for _ in range(groups.world_size)]
+    dist.all_gather_object(held, (groups.pp_rank, list(mine)), group=groups.cpu_group)
+    stages: list[dict[str, None]] = [
+        {} for _ in range(groups.pp_size)
+    ]  # ordered sets: experts of all ranks of the stage
+    for stage, held_names in held:
+        stages[stage] |= dict.fromkeys(held_names)
+    per_rank = max(1, shape.num_experts // groups.ep_size)
+    for stage, names in enumerate(stages):
+        for name in names:
+            entry = find_entry(name, shape)
+            if entry.is_copy:  # the last stage's copy of tied embeddings is the first stage's tensor
                 continue
-            shard = _from_stage(mine.get(name), size, owner, chunks[0].config.params_dtype, groups)
-            yield from merge_parameter(name, _all_shards(shard, groups), shape).items()
+            is_expert = entry.expert is not None
+            group = groups.etp_group if is_expert else groups.tp_group
+            size = shard_shape(entry.kind, shape, dist.get_world_size(group))
+            shard = mine.get(name)
+            if shard is None:
+                shard = torch.empty(size, dtype=chunks[0].config.params_dtype, device=groups.device)
+            shard = shard.detach().contiguous()
+            if entry.expert is not None and groups.pp_rank == stage:
+                _broadcast(shard, entry.expert // per_rank, groups.ep_group)
+            _broadcast(shard, stage, groups.pp_group)
+            yield from merge_parameter(name, _all_shards(shard, group), shape).items()
 
 
 def export_hf(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, *, source: Path, target: Path) -> None:
@@ -123,21 +143,16 @@ def _dtype_name(dtype: torch.dtype) -> Dtype:
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
-def _from_stage(mine: Tensor | None, size: torch.Size, owner: int, dtype: torch.dtype, groups: Groups) -> Tensor:
-    """The owner stage's shard, on the ranks of all stages that have the same tensor-parallel rank."""
-    if groups.pp_rank == owner:
-        assert mine is not None
-        shard = mine.detach().contiguous()
-    else:
-        shard = torch.empty(size, dtype=dtype, device=groups.device)
-    if groups.pp_size > 1:
-        dist.broadcast(shard, dist.get_global_rank(groups.pp_group, owner), group=groups.pp_group)
-    return shard
+def _broadcast(shard: Tensor, owner: int, group: dist.ProcessGroup) -> None:
+    """From the group's rank ``owner`` to its others."""
+    if dist.get_world_size(group) > 1:
+        dist.broadcast(shard, dist.get_global_rank(group, owner), group=group)
 
 
-def _all_shards(shard: Tensor, groups: Groups) -> list[Tensor]:
-    if groups.tp_size == 1:
+def _all_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    size = dist.get_world_size(group)
+    if size == 1:
         return [shard]
-    shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
-    dist.all_gather(shards, shard.contiguous(), group=groups.tp_group)
+    shards = [torch.empty_like(shard) for _ in range(size)]
+    dist.all_gather(shards, shard, group=group)
     return shards

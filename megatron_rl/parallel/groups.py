@@ -19,7 +19,11 @@ class Groups:
     dp_group: dist.ProcessGroup
     """Ranks that differ in their rows alone."""
     dp_cp_group: dist.ProcessGroup
-    """Ranks that have the same weights."""
+    """Ranks that have the same weights, experts apart."""
+    ep_group: dist.ProcessGroup
+    """Ranks that share the experts of a layer out."""
+    etp_group: dist.ProcessGroup
+    """Ranks that share each expert."""
     cpu_group: dist.ProcessGroup
     """All ranks, over gloo: for host data (prompts, rollouts, flags)."""
     device: torch.device
@@ -55,6 +59,26 @@ class Groups:
         return dist.get_rank(self.cp_group)
 
     @property
+    def ep_size(self) -> int:
+        """Ranks that share the experts of a layer out."""
+        return dist.get_world_size(self.ep_group)
+
+    @property
+    def ep_rank(self) -> int:
+        """Rank among them."""
+        return dist.get_rank(self.ep_group)
+
+    @property
+    def etp_size(self) -> int:
+        """Ranks that share each expert."""
+        return dist.get_world_size(self.etp_group)
+
+    @property
+    def etp_rank(self) -> int:
+        """Rank among them."""
+        return dist.get_rank(self.etp_group)
+
+    @property
     def pp_size(self) -> int:
         """Pipeline stages."""
         return dist.get_world_size(self.pp_group)
@@ -86,6 +110,8 @@ def build_groups(
     pipeline_parallel_size: int,
     virtual_pipeline_size: int = 1,
     context_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     device: torch.device,
     seed: int,
     timeout_s: float = 1800.0,
@@ -97,6 +123,8 @@ def build_groups(
         pipeline_parallel_size: ranks that share the layers out.
         virtual_pipeline_size: chunks of layers on each of these.
         context_parallel_size: ranks that share each sequence.
+        expert_parallel_size: ranks that share the experts of a layer out.
+        expert_tensor_parallel_size: ranks that share each expert; None: as many as share each layer.
         device: where this rank's model lives.
         seed: of Megatron's model-parallel generators (dropout, random initialisation).
         timeout_s: of every collective in these groups; a new group does not take over the timeout of the default one. A
@@ -110,6 +138,8 @@ def build_groups(
         pipeline_model_parallel_size=pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_size if virtual_pipeline_size > 1 else None,
         context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_s / 60,  # Megatron says int, and makes a timedelta of it
     )
     model_parallel_cuda_manual_seed(seed)
@@ -121,6 +151,8 @@ def build_groups(
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         cpu_group=cpu_group,
         device=device,

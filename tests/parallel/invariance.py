@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.config import Config
+from megatron_rl.rollout.transformers_engine import checkpoint_views
 from megatron_rl.types import Kind, MicroBatch, TrainingSample
 from tests.policy_case import build_policy, tiny_config
 
@@ -38,7 +39,9 @@ def recorded_batch(model: Path) -> list[TrainingSample]:
 
 
 def load(model: Path) -> torch.nn.Module:
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     network.get_input_embeddings().padding_idx = None  # else torch drops the gradient of this word's embedding
     return network
 
@@ -69,7 +72,7 @@ def reference(model: Path, samples: list[TrainingSample]) -> dict[str, object]:
         for name, value in terms.means.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / count
     total_loss.backward()
-    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    gradients = checkpoint_views({name: parameter.grad for name, parameter in network.named_parameters()})
     return {"loss": float(total_loss.detach()), "metrics": sums, "gradients": gradients}
 
 
@@ -110,9 +113,11 @@ def one_update(
     return {"loss": metrics["loss"], "metrics": metrics, "gradients": gradients if policy.groups.rank == 0 else {}}
 
 
-def entropies(model: Path, samples: list[TrainingSample], layout: dict) -> list[torch.Tensor]:
+def entropies(
+    model: Path, samples: list[TrainingSample], layout: dict, overrides: tuple[str, ...] = ()
+) -> list[torch.Tensor]:
     """Of each response token, row by row, as the layout computes them; after a check that the first ratio is exact."""
-    config = config_of(model, **layout)
+    config = config_of(model, *overrides, **layout)
     policy, algorithm = build_policy(config), GRPO(config)
     policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs", with_entropy=True)
     assert policy.train_step(samples, algorithm.loss)["ratio/max_abs_log_ratio"] == 0.0

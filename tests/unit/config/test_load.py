@@ -34,11 +34,6 @@ def load(*overrides: str):
         (["policy.megatron_cfg.tensor_parallel_size=2"], "policy.megatron_cfg.tensor_parallel_size", "tensor_model_"),
         (["policy.megatron_cfg.num_layers=2"], "policy.megatron_cfg.num_layers", "config.json"),
         (["policy.megatron_cfg.bf16=true"], "policy.megatron_cfg.bf16", "trainer.precision"),
-        (
-            ["policy.megatron_cfg.expert_model_parallel_size=2"],
-            "policy.megatron_cfg.expert_model_parallel_size",
-            "with 1",
-        ),
         (["policy.megatron_cfg.sequence_parallel=true"], "policy.megatron_cfg.sequence_parallel", "above 1"),
         (["policy.ddp_cfg.average_in_collective=true"], "policy.ddp_cfg.average_in_collective", "layout"),
         (["policy.optim.optimizer_cfg.lr=1"], "policy.optim.optimizer_cfg.lr", "has its own field"),

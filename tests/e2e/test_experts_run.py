@@ -1,0 +1,56 @@
+"""A whole run of a model with experts: rollouts, updates, publishing, checkpoint, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Case
+from tests.tiny_models import make_tiny_model
+
+SMALL = ("policy.megatron_cfg.expert_model_parallel_size=2", "trainer.max_steps=2")
+
+
+@pytest.fixture
+def experts(case: Case, tmp_path: Path) -> Case:
+    model = make_tiny_model(
+        tmp_path / "experts", "qwen3_moe", tied=False, seed=3, tokenizer=True, max_position_embeddings=512
+    )
+    return Case(model, case.train, case.root)
+
+
+def test_grpo_with_expert_parallelism(experts: Case) -> None:
+    assert experts.run(*SMALL, "exp_manager.export_hf=true", ranks=2) == [0, 0]
+    rows = experts.rows()
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:  # the second step samples from published experts
+        assert row["mismatch/log_prob_abs_diff_max"] < 1e-3
+        assert row["ratio/first_update_max_abs_log_ratio"] == 0.0
+    assert experts.run(*SMALL[:1], "trainer.max_steps=3", ranks=2) == [0, 0]
+    whole = ("exp_manager.name=whole", "trainer.max_steps=3")
+    assert experts.run(*SMALL[:1], *whole, ranks=2) == [0, 0]
+    assert experts.rows() == experts.rows("whole")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy.megatron_cfg.expert_model_parallel_size=3"], "number of experts = 4"),
+        (["policy.megatron_cfg.tensor_model_parallel_size=2"], "policy.megatron_cfg.sequence_parallel"),
+        (
+            ["policy.megatron_cfg.expert_model_parallel_size=4"],
+            "must divide the ranks of a pipeline stage = 2",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    experts: Case, capfd: pytest.CaptureFixture[str], overrides: list[str], words: str
+) -> None:
+    assert set(experts.run(*overrides, ranks=2)) == {2}
+    assert words in capfd.readouterr().err
+
+
+def test_experts_of_a_dense_model_are_refused(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    assert set(case.run(*SMALL, ranks=2)) == {2}
+    assert "needs experts" in capfd.readouterr().err
