@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -40,12 +41,17 @@ class Work:
 
 
 class Clock:
-    """Seconds of ``generate``, ``update`` and ``rest`` of each step. A nested phase is taken out of the one around it."""
+    """Seconds of ``generate``, ``update`` and ``rest`` of each step. A nested phase is taken out of the one around it.
+
+    ``crowded`` is the share of the step in which some task of the machine waited for a processor (Linux's pressure stall
+    information): near 0 when nothing else runs.
+    """
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self._open = ["rest"]
         self._border = time.perf_counter()
+        self._waited = waited_s()
         self._step = self._empty()
 
     def push(self, phase: str) -> None:
@@ -82,7 +88,9 @@ class Clock:
     def end_step(self) -> None:
         """A rollout batch has been used up."""
         self._charge()
-        self.steps.append(self._step)
+        before, self._waited = self._waited, waited_s()
+        seconds = sum(self._step[phase] for phase in ("generate", "update", "rest"))
+        self.steps.append(self._step | {"crowded": (self._waited - before) / seconds})
         self._step = self._empty()
 
     def report(self, **versions: str) -> None:
@@ -97,6 +105,15 @@ class Clock:
     @staticmethod
     def _empty() -> dict[str, float]:
         return {"generate": 0.0, "update": 0.0, "rest": 0.0, "tokens": 0}
+
+
+def waited_s() -> float:
+    """Seconds since boot in which some task was ready and had no processor; 0 where the kernel does not say."""
+    file = Path("/proc/pressure/cpu")
+    if not file.exists():
+        return 0.0
+    some = file.read_text().splitlines()[0]  # some avg10=0.00 avg60=0.00 avg300=0.00 total=123456
+    return int(some.rsplit("=", 1)[1]) / 1e6
 
 
 def digit_share(text: str) -> float:
