@@ -7,15 +7,17 @@
     update_ratio          the same of what follows until the new weights stand: log-probs before the first update, then
                           forward, backward, clipping and optimizer of every update
 
-The rest of a step (scoring, advantages, weight sync, metrics, each trainer's own loop) counts into whole steps only. Each
-figure is of medians over ``REPEATS`` processes a side, which take turns; the first ``WARM_UP`` steps of each do not count.
+The rest of a step (scoring, advantages, weight sync, metrics, each trainer's own loop) counts into whole steps only. The
+sides take turns, ``REPEATS`` processes each, the first ``WARM_UP`` steps of each left out; figures are medians over the
+steps. Steps during which other work held a processor for more than ``MAX_CROWDED`` of the time are left out as well, and
+counted: threads that spin at a barrier while another program has the core lose far more than its share.
 
 Lengths
     spread    the model as initialised: any token may be the end, so lengths are geometric, cut at the limit
     equal     the end token's logit is far below all others, in the weights both sides load: every completion has full length
 
 Alike on both sides
-    model and prompts   the quickstart's: 0.8M-parameter Qwen3, word problems of 14 to 32 tokens, in the same order
+    model and prompts   the quickstart's: 0.8M-parameter Qwen3, word problems of 16 to 36 tokens, in the same order
     step                32 prompts x 8 completions, at most 96 tokens at temperature 1, then 2 updates on 128 rows each,
                         so that both sides must compute the log-probs before the first update. Setting ``equal, 1 update``:
                         one update of all 256 rows, where TRL needs no such pass and omits it
@@ -59,6 +61,7 @@ sys.path.insert(0, str(HERE / "vs_trl"))
 from common import Work  # noqa: E402
 
 REPEATS, WARM_UP, STEPS = 3, 2, 6
+MAX_CROWDED, MIN_QUIET = 0.1, 3
 NUM_PROMPTS, NUM_GENERATIONS, MAX_NEW_TOKENS = 32, 8, 96
 TRL_BATCH, TRL_ATTENTION, MEGATRON_RL_TOKENS = 128, "sdpa", 8192
 PHASES = {"tokens_per_s": ("generate", "update", "rest"), "generate": ("generate",), "update": ("update",)}
@@ -107,17 +110,14 @@ def main() -> None:
                 trl_attention=TRL_ATTENTION,
                 megatron_rl_tokens=MEGATRON_RL_TOKENS,
             )
-            speeds: dict[str, list[dict[str, float]]] = {side: [] for side in pythons}
+            steps: dict[str, list[dict[str, float]]] = {side: [] for side in pythons}
             for _ in range(arguments.repeats):
                 for side, python in pythons.items():
                     report = run_worker(side, python, work)
                     versions[side] = report["versions"]
-                    speeds[side].append(summarise(report["steps"][WARM_UP:]))
-                    print(f"{setting.name}: {side}", speeds[side][-1], flush=True)
-        median = {
-            side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in speeds.items()
-        }
-        figures[setting.name] = compare(median["megatron_rl"], median["trl"])
+                    steps[side] += report["steps"][WARM_UP:]
+                    print(f"{setting.name}: {side}", summarise(report["steps"][WARM_UP:]), flush=True)
+        figures[setting.name] = compare(summarise(steps["megatron_rl"]), summarise(steps["trl"]))
     print_table(figures)
     summary = {
         **{key: value for key, value in figures[SETTINGS[0].name].items() if key.endswith("_ratio")},
@@ -192,11 +192,22 @@ def run_worker(side: str, python: Path, work: Work) -> dict:
 
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Completion tokens per second, overall and by phase; seconds of a step by phase; tokens of a step."""
-    tokens = sum(step["tokens"] for step in steps)
-    speeds = {name: tokens / sum(step[p] for step in steps for p in phases) for name, phases in PHASES.items()}
-    seconds = {f"{p}_s": sum(step[p] for step in steps) / len(steps) for p in PHASES["tokens_per_s"]}
-    return {key: round(value, 3) for key, value in (speeds | seconds | {"tokens": tokens / len(steps)}).items()}
+    """Medians over the steps that had the machine to themselves (over all of them where hardly one had).
+
+    Returns:
+        Completion tokens per second, overall and by phase; seconds of a step by phase; its tokens; how many steps count.
+    """
+    quiet = [step for step in steps if step["crowded"] <= MAX_CROWDED]
+    chosen = quiet if len(quiet) >= MIN_QUIET else steps
+    values = {
+        name: [step["tokens"] / sum(step[phase] for phase in phases) for step in chosen]
+        for name, phases in PHASES.items()
+    }
+    values |= {f"{phase}_s": [step[phase] for step in chosen] for phase in PHASES["tokens_per_s"]}
+    values["tokens"] = [step["tokens"] for step in chosen]
+    values["crowded"] = [step["crowded"] for step in chosen]
+    medians = {key: round(statistics.median(of), 3) for key, of in values.items()}
+    return medians | {"quiet_steps": len(quiet), "all_steps": len(steps)}
 
 
 def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:

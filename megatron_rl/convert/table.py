@@ -95,6 +95,13 @@ def global_name(local_name: str, layer_offset: int, expert_offset: int = 0) -> s
     return f"{prefix}{int(layer) + layer_offset}{rest}"
 
 
+def names_of_all_experts(name: str, shape: ModelShape) -> list[str]:
+    """The same parameter of every expert of the layer; of what belongs to no expert, the name itself."""
+    if _EXPERT.search(name) is None:
+        return [name]
+    return [_EXPERT.sub(rf"\g<1>{expert}\g<3>", name) for expert in range(shape.num_experts)]
+
+
 def hf_tensors(shape: ModelShape) -> dict[str, Extent]:
     """Every tensor of the HF checkpoint and its shape, in the order of ``entries``."""
     return {

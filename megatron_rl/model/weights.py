@@ -15,7 +15,7 @@ from megatron_rl.convert.kinds import shard_shape
 from megatron_rl.convert.load import check_coverage, load_parameter
 from megatron_rl.convert.reader import TensorReader
 from megatron_rl.convert.shape import Dtype, ModelShape
-from megatron_rl.convert.table import find_entry, global_name
+from megatron_rl.convert.table import find_entry, global_name, names_of_all_experts
 from megatron_rl.convert.writer import HFWriter
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
@@ -67,16 +67,13 @@ def iterate_hf_tensors(
         (Hugging Face name, tensor in the model's dtype on the model's device).
     """
     mine = dict(named_parameters(chunks, shape, groups))
-    held: list[tuple[int, list[str]]] = [(0, []) for _ in range(groups.world_size)]
-    dist.all_gather_object(held, (groups.pp_rank, list(mine)), group=groups.cpu_group)
-    stages: list[dict[str, None]] = [
-        {} for _ in range(groups.pp_size)
-    ]  # ordered sets: experts of all ranks of the stage
-    for stage, held_names in held:
-        stages[stage] |= dict.fromkeys(held_names)
+    held: list[list[str]] = [list(mine)] * groups.pp_size
+    if groups.pp_size > 1:
+        dist.all_gather_object(held, list(mine), group=groups.pp_group)
     per_rank = max(1, shape.num_experts // groups.ep_size)
-    for stage, names in enumerate(stages):
-        for name in names:
+    for stage, names in enumerate(held):
+        # Of each expert parameter a rank knows its own experts' alone; the same order on every rank.
+        for name in dict.fromkeys(each for known in names for each in names_of_all_experts(known, shape)):
             entry = find_entry(name, shape)
             if entry.is_copy:  # the last stage's copy of tied embeddings is the first stage's tensor
                 continue
