@@ -3,7 +3,7 @@
     command      the torchrun command of this node, which ``megatron-rl train`` becomes
     meeting      where nodes meet, and which of them this is
     node_watch   the launchers of all nodes, watching each other
-    __main__     the launcher: torchrun itself, less its traceback when a rank fails
+    launcher     torchrun itself, less its traceback when a rank fails
 
 With several nodes, every node runs one launcher; they meet at node 0, and watch each other while they run:
 

@@ -10,9 +10,10 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import megatron_rl.patches
-from megatron_rl import launch, runtime
+from megatron_rl import runtime
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
+from megatron_rl.launch import launcher
 from tests.forked import run_ranks
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -68,7 +69,7 @@ def what_the_launcher_says(monkeypatch: pytest.MonkeyPatch, *failed_ranks: int) 
         raise error
 
     monkeypatch.setattr("torch.distributed.run.main", torchrun)
-    return launch._run_torchrun(None)
+    return launcher._run_torchrun(None)
 
 
 def test_the_launcher_points_at_the_log_of_a_rank_that_failed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

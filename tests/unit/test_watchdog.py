@@ -16,7 +16,8 @@ import pytest
 from torch.distributed import distributed_c10d
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_rl import launch, watchdog
+from megatron_rl import watchdog
+from megatron_rl.launch import launcher
 from megatron_rl.metrics import PhaseTimer, progress, terminal
 from megatron_rl.watchdog import State, explain, locate
 
@@ -336,7 +337,7 @@ def failure(tmp_path: Path, exit_code: int, text: str = "", at_s: float = 0.0) -
 
 
 def chosen(*failures: ProcessFailure) -> int:
-    return min(range(len(failures)), key=lambda rank: launch._distance_from_cause(failures[rank]))
+    return min(range(len(failures)), key=lambda rank: launcher._distance_from_cause(failures[rank]))
 
 
 def test_the_cause_among_failures_of_one_moment(tmp_path: Path) -> None:
@@ -346,7 +347,7 @@ def test_the_cause_among_failures_of_one_moment(tmp_path: Path) -> None:
     assert chosen(killed, hang, early) == 1
     assert chosen(late, killed, asked) == 1
     assert chosen(asked, late, early) == 2
-    assert launch._describe(3, hang) == "hang: x"
-    assert launch._describe(3, killed) == "rank 3 ended with signal SIGKILL; see logs/ in the run's folder"
-    assert launch._describe(1, early).startswith("rank 1 failed: y\n")
-    assert launch._describe(1, failure(tmp_path, 7)) == "rank 1 ended with status 7; see logs/ in the run's folder"
+    assert launcher._describe(3, hang) == "hang: x"
+    assert launcher._describe(3, killed) == "rank 3 ended with signal SIGKILL; see logs/ in the run's folder"
+    assert launcher._describe(1, early).startswith("rank 1 failed: y\n")
+    assert launcher._describe(1, failure(tmp_path, 7)) == "rank 1 ended with status 7; see logs/ in the run's folder"

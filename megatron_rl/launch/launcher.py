@@ -1,0 +1,108 @@
+"""``python -m megatron_rl.launch <torchrun arguments>``: torchrun, with one line instead of a traceback when ranks fail.
+
+The rank has already said why.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_rl.launch.meeting import read_back
+from megatron_rl.launch.node_watch import NodeWatch
+from megatron_rl.lifetime import PARENT_VARIABLE
+from megatron_rl.watchdog import HANG
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+
+def main() -> int:
+    """Exit status: 0; 2 what a user can fix; 4 a hang; 1 a failure; 128 + N ended by signal N."""
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # ranks end with us from their first second on
+    meeting, num_nodes, timeout_s = read_back(sys.argv[1:])
+    watch = None
+    if meeting is not None:
+        _import_torch_quietly()
+        watch = NodeWatch(meeting, num_nodes, timeout_s)
+    status, message = _run_torchrun(watch)
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if watch is not None:
+        watch.leave(status)
+        if status not in (0, 2) and watch.verdict is None and (lost := watch.first_lost()):
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+    return status
+
+
+def _import_torch_quietly() -> None:
+    """A store that ends with its node is nothing that torch's C++ side need report, with its stack, from the launchers.
+
+    It reads its level when it is loaded; ranks keep theirs.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "ERROR"
+    import torch  # noqa: F401
+
+    if before is None:
+        del os.environ[name]
+
+
+def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
+    """Exit status, and what there is to say about it."""
+    import logging
+
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import main as torchrun
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # These have levels of their own. The first complains that torchrun has no parent to hand our message on to, the second
+    # repeats the signal that we report.
+    for name in ("multiprocessing.errors.error_handler", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    try:
+        torchrun(sys.argv[1:])
+    except ChildFailedError as error:
+        rank, failure = min(error.failures.items(), key=lambda item: _distance_from_cause(item[1]))
+        status = failure.exitcode if failure.exitcode > 0 else 1
+        if status == 2:  # a UserError, which the first rank of each node has printed, unless it was another's alone
+            has_spoken = any(each.exitcode == 2 and each.local_rank == 0 for each in error.failures.values())
+            return status, None if has_spoken else f"rank {rank} stopped: see logs/rank_{rank}.log in the run's folder"
+        return status, _describe(rank, failure)
+    except SignalException as error:
+        if watch is not None and watch.verdict is not None:
+            return 1, watch.verdict
+        return 128 + error.sigval, f"ended by {signal.Signals(error.sigval).name}"
+    except (DistError, RendezvousError) as error:
+        reason = str(error).splitlines()[0]
+        fix = "start all nodes within trainer.timeout_s, with a free port of node 0 in --rdzv-endpoint"
+        return 1, f"the nodes did not meet, says {socket.gethostname()}: {reason.rstrip('.')}. Fix: {fix}."
+    return 0, None
+
+
+def _distance_from_cause(failure: ProcessFailure) -> tuple[int, float]:
+    """Smallest for the failure that the others follow from, of those that torchrun saw in one look.
+
+    A hang is told by whoever noticed it. Who dies by a signal does not die of another's end, unless torchrun sent it: that
+    is SIGTERM. Who raised has left the time.
+    """
+    if failure.message.startswith(HANG):
+        return 0, 0.0
+    if failure.exitcode < 0:
+        return (3 if failure.exitcode == -signal.SIGTERM else 1), 0.0
+    return 2, failure.error_file_data.get("timestamp", failure.timestamp)
+
+
+def _describe(rank: int, failure: ProcessFailure) -> str:
+    if "timestamp" in failure.error_file_data:  # written by the watchdog or the rank itself
+        text = failure.message
+        return text if text.startswith(HANG) else f"{text}\n  traceback: logs/ in the run's folder (rank 0: above)"
+    how = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"status {failure.exitcode}"
+    return f"rank {rank} ended with {how}; see logs/ in the run's folder"
