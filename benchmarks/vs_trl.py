@@ -9,8 +9,9 @@
 
 The rest of a step (scoring, advantages, weight sync, metrics, each trainer's own loop) counts into whole steps only. The
 sides take turns, ``REPEATS`` processes each, the first ``WARM_UP`` steps of each left out; figures are medians over the
-steps. Steps during which other work held a processor for more than ``MAX_CROWDED`` of the time are left out as well, and
-counted: threads that spin at a barrier while another program has the core lose far more than its share.
+steps. Steps in which something waited for a processor for more than ``MAX_CROWDED`` of the time are left out as well, and
+counted: threads that spin at a barrier while another program has the core lose far more than its share, TRL's more than
+ours. Turns go on, up to ``MAX_TURNS``, until each side has ``MIN_QUIET`` quiet steps.
 
 Lengths
     spread    the model as initialised: any token may be the end, so lengths are geometric, cut at the limit
@@ -60,8 +61,8 @@ sys.path.insert(0, str(HERE / "vs_trl"))
 
 from common import Work  # noqa: E402
 
-REPEATS, WARM_UP, STEPS = 3, 2, 6
-MAX_CROWDED, MIN_QUIET = 0.1, 3
+REPEATS, WARM_UP, STEPS = 3, 2, 4
+MAX_CROWDED, MIN_QUIET, MAX_TURNS = 0.1, 8, 10
 NUM_PROMPTS, NUM_GENERATIONS, MAX_NEW_TOKENS = 32, 8, 96
 TRL_BATCH, TRL_ATTENTION, MEGATRON_RL_TOKENS = 128, "sdpa", 8192
 PHASES = {"tokens_per_s": ("generate", "update", "rest"), "generate": ("generate",), "update": ("update",)}
@@ -88,7 +89,7 @@ def main() -> None:
     """Measure all settings, print a table, and a line of JSON last."""
     parser = argparse.ArgumentParser(description="megatron_rl against TRL on the CPU.")
     parser.add_argument("--trl-python", type=Path, help="interpreter of an environment that has TRL")
-    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="turns, at least")
     parser.add_argument("--steps", type=int, default=STEPS, help="measured steps of each process")
     arguments = parser.parse_args()
     pythons = {"megatron_rl": Path(sys.executable), "trl": arguments.trl_python or install_trl()}
@@ -111,7 +112,9 @@ def main() -> None:
                 megatron_rl_tokens=MEGATRON_RL_TOKENS,
             )
             steps: dict[str, list[dict[str, float]]] = {side: [] for side in pythons}
-            for _ in range(arguments.repeats):
+            for turn in range(MAX_TURNS):
+                if turn >= arguments.repeats and all(len(quiet(of)) >= MIN_QUIET for of in steps.values()):
+                    break
                 for side, python in pythons.items():
                     report = run_worker(side, python, work)
                     versions[side] = report["versions"]
@@ -191,14 +194,18 @@ def run_worker(side: str, python: Path, work: Work) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def quiet(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The steps that had the machine to themselves."""
+    return [step for step in steps if step["crowded"] <= MAX_CROWDED]
+
+
 def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Medians over the steps that had the machine to themselves (over all of them where hardly one had).
+    """Medians over the quiet steps (over all of them where hardly one was quiet).
 
     Returns:
         Completion tokens per second, overall and by phase; seconds of a step by phase; its tokens; how many steps count.
     """
-    quiet = [step for step in steps if step["crowded"] <= MAX_CROWDED]
-    chosen = quiet if len(quiet) >= MIN_QUIET else steps
+    chosen = quiet(steps) if len(quiet(steps)) >= MIN_QUIET // 4 else steps
     values = {
         name: [step["tokens"] / sum(step[phase] for phase in phases) for step in chosen]
         for name, phases in PHASES.items()
@@ -207,7 +214,7 @@ def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
     values["tokens"] = [step["tokens"] for step in chosen]
     values["crowded"] = [step["crowded"] for step in chosen]
     medians = {key: round(statistics.median(of), 3) for key, of in values.items()}
-    return medians | {"quiet_steps": len(quiet), "all_steps": len(steps)}
+    return medians | {"quiet_steps": len(quiet(steps)), "all_steps": len(steps)}
 
 
 def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -92,6 +93,8 @@ def _run_rank(
     try:
         os.setsid()  # so that its children can be ended with it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # and itself with its parent
+        # A fork server that an earlier test has started is the parent's child, which we cannot wait for.
+        forkserver._forkserver.__init__()  # type: ignore[misc]
         outcome: Any
         try:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
