@@ -479,6 +479,15 @@ class Config:
                 "many rows",
                 f"use a multiple of {self.data_parallel_size}, or change trainer.devices",
             )
+        unit = self.data_parallel_size * self.policy.pipeline_parallel_size
+        if self.policy.virtual_pipeline_size > 1 and batch < unit:
+            raise UserError(
+                "policy.train_global_batch_size",
+                batch,
+                f"must be at least the data-parallel times the pipeline-parallel size = {unit} under virtual pipelining, "
+                "whose schedule needs a micro-batch for every pipeline rank",
+                f"use at least {unit}, or leave virtual_pipeline_model_parallel_size out",
+            )
         overlong = getattr(self.algorithm, "overlong", None)
         if overlong is not None and overlong.buffer > self.rollout.max_new_tokens:
             raise UserError(

@@ -66,6 +66,21 @@ def load(*overrides: str):
         (["policy.optim.sched.name=cosine"], "policy.optim.sched.decay_updates", "number of updates"),
         (["policy.optim.min_lr=1"], "policy.optim.min_lr", "must not exceed"),
         (["policy.tokenizer_path=${nowhere}"], "policy.tokenizer_path", "cannot be resolved"),
+        (
+            ["policy.megatron_cfg.virtual_pipeline_model_parallel_size=2"],
+            "policy.megatron_cfg.virtual_pipeline_model_parallel_size",
+            "needs pipeline_model_parallel_size above 1",
+        ),
+        (
+            [
+                "policy.megatron_cfg.virtual_pipeline_model_parallel_size=2",
+                "policy.megatron_cfg.pipeline_model_parallel_size=2",
+                "policy.train_global_batch_size=2",
+                "trainer.devices=4",
+            ],
+            "policy.train_global_batch_size",
+            "pipeline-parallel size = 4",
+        ),
         (["trainer"], "override", "section.field=value"),
     ],
 )
