@@ -27,7 +27,9 @@ def run_online(run: Run) -> None:
         run.rest_engine()
         samples = algorithm.samples(groups)
         mini_batches = split(len(samples), run.config.policy.train_global_batch_size)
-        policy.fill_log_probs(samples, mini_batches, "old_log_probs")
+        # The first update brings the old log-probs of its rows from its own pass, unless credit needs them sooner.
+        ahead = mini_batches if algorithm.needs_old_log_probs else mini_batches[1:]
+        policy.fill_log_probs(samples, ahead, "old_log_probs")
         if algorithm.needs_reference:
             with policy.weights_of(run.reference):
                 policy.fill_log_probs(samples, mini_batches, "ref_log_probs")

@@ -49,6 +49,8 @@ class Algorithm(ABC):
 class OnlineAlgorithm(Algorithm):
     """An algorithm that learns from its own rollouts."""
 
+    needs_old_log_probs: bool = False
+    """``assign_advantages`` reads ``old_log_probs``."""
     num_epochs: int = 1
     """Passes over each rollout batch."""
 
@@ -62,7 +64,7 @@ class OnlineAlgorithm(Algorithm):
 
     @abstractmethod
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
-        """Set ``advantages`` of every row; log-probs are filled by now."""
+        """Set ``advantages`` of every row; the log-probs that the algorithm says it needs are filled by now."""
 
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the last step that only the algorithm knows."""

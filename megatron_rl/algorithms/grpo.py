@@ -40,6 +40,7 @@ class GRPO(OnlineAlgorithm):
         self.settings = config.algorithm
         self.num_epochs = self.settings.num_epochs
         self.needs_reference = self.settings.kl.coef > 0
+        self.needs_old_log_probs = self.needs_reference and self.settings.kl.placement == "reward"
         self._metrics: dict[str, float] = {}
 
     # ---- rollouts

@@ -1,13 +1,13 @@
 """Core attention in plain torch for packed sequences, for machines without Transformer Engine.
 
-The pack's sequences are laid side by side in a padded batch and attended there with an ordinary causal mask: keys of the
-padding come after every real query, so causality alone hides them. Work grows with the longest sequence squared, not with
-the pack squared.
+Sequences of like length are laid side by side in a padded batch and attended there with an ordinary causal mask: keys of
+the padding come after every real query, so causality alone hides them. Work grows with each sequence's length squared, not
+with the pack's.
 
 Under context parallelism each rank has the queries of its own tokens, and gathers the keys and values of all.
 
-Legend: T packed tokens, t this rank's (T without context parallelism), N sequences, S longest sequence, s its longest part
-here, n query heads, g key-value heads, r = n / g, d head size.
+Legend: T packed tokens, t this rank's (T without context parallelism), N sequences of a batch, S the longest of them, s its
+longest part here, n query heads, g key-value heads, r = n / g, d head size.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ from megatron_rl.parallel.context import gather_order, zigzag_indices
 
 MATMUL_MAX_LENGTH = 512
 """Up to here plain batched products, which use a CPU's matrix units in bf16; benchmarks/results/cpu_step.md has the figures."""
+
+
+BATCH_MIN_SHARE, BATCH_MIN_LENGTH = 0.75, 32
+"""Sequences share a batch with one that is no longer than 4/3 of them; below the length nothing is won by parting them."""
 
 
 class PackedCausalAttention(MegatronModule):
@@ -79,20 +83,23 @@ class PackedCausalAttention(MegatronModule):
             # One gather for both; its backward sums what all ranks' queries say of this rank's keys.
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
             key, value = _Gather.apply(both, pack.order, pack.held).chunk(2, dim=-1)
-        num_groups, repeats = key.shape[1], query.shape[1] // key.shape[1]
-        mine, whole = pack.queries, pack.keys
-        q = mine.pad(query).view(mine.num, mine.longest, num_groups, repeats, -1).permute(0, 2, 3, 1, 4)
-        k, v = (whole.pad(x).transpose(1, 2) for x in (key, value))  # [N, g, S, d]
-        if whole.longest <= MATMUL_MAX_LENGTH:
-            context = self._matmul_attention(q, k, v, pack.causal_bias(query.dtype))
+        batches = zip(pack.queries.pad(query), pack.keys.pad(key), pack.keys.pad(value), pack.biases(query.dtype))
+        return pack.queries.unpad([self._attend(q, k, v, bias) for q, k, v, bias in batches])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """[N, s, n, d], [N, S, g, d] twice, and a bias of ``_Pack.biases`` -> [N, s, n * d]."""
+        num_groups = key.shape[2]
+        q = query.unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [N, g, r, s, d]
+        k, v = key.transpose(1, 2), value.transpose(1, 2)  # [N, g, S, d]
+        if key.shape[1] <= MATMUL_MAX_LENGTH:
+            context = self._matmul_attention(q, k, v, bias)
         else:
-            mask = pack.causal_bias(query.dtype)[:, 0] if pack.is_shared else None
+            mask = bias[:, 0] if bias.dim() == 5 else None
             context = F.scaled_dot_product_attention(
                 q.flatten(1, 2), k, v, mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
             )
-            context = context.unflatten(1, (num_groups, repeats))
-        context = context.permute(0, 3, 1, 2, 4).reshape(mine.num, mine.longest, -1)
-        return mine.unpad(context)
+            context = context.unflatten(1, (num_groups, -1))
+        return context.permute(0, 3, 1, 2, 4).flatten(2)
 
     def _matmul_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """[N, g, r, s, d]: the r query heads of a key-value head are one tall product, so keys are never repeated."""
@@ -115,14 +122,16 @@ class _Pack:
     def __init__(self, cu_seqlens: Tensor, cp_group: Any) -> None:
         size, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
         self.is_shared = size > 1
-        self.keys = self.queries = _PaddedLayout(cu_seqlens)
+        batches = _batches(cu_seqlens.diff().tolist())
+        self.keys = self.queries = _Batches(cu_seqlens, batches)
         if self.is_shared:
-            self.queries = _PaddedLayout(cu_seqlens // size)
+            self.queries = _Batches(cu_seqlens // size, batches)
             self.order = gather_order(cu_seqlens, size=size)
             self.held = self.order.argsort()
             mine = zigzag_indices(cu_seqlens, size=size, rank=rank)
-            self._positions = (mine - cu_seqlens.long()[self.queries.sequence])[self.queries.slot_to_token]
-        self._bias: Tensor | None = None
+            sequence = torch.repeat_interleave((cu_seqlens // size).diff().long())
+            self._positions = (mine - cu_seqlens.long()[sequence])[self.queries.slot_to_token]
+        self._biases: list[Tensor] = []
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, cp_group: Any) -> _Pack:
@@ -131,44 +140,70 @@ class _Pack:
             cls._last = (cu_seqlens, cls(cu_seqlens, cp_group))
         return cls._last[1]
 
-    def causal_bias(self, dtype: torch.dtype) -> Tensor:
-        """0 where the key is not after the query, -inf elsewhere: [S, S], or [N, 1, 1, s, S] of this rank's queries."""
-        if self._bias is None or self._bias.dtype != dtype:
-            places = torch.arange(self.keys.longest, device=self.keys.slot_to_token.device)
+    def biases(self, dtype: torch.dtype) -> list[Tensor]:
+        """Of each batch: 0 where the key is not after the query, -inf elsewhere.
+
+        Returns:
+            [S, S] each, or, of this rank's queries, [N, 1, 1, s, S].
+        """
+        if not self._biases or self._biases[0].dtype != dtype:
+            device = self.keys.slot_to_token.device
+            zero = torch.zeros((), dtype=dtype, device=device)
+            places = [torch.arange(longest, device=device) for _, longest in self.keys.shapes]
             if self.is_shared:
-                queries = self._positions.view(self.queries.num, 1, 1, self.queries.longest, 1)
+                positions = self._positions.split(self.queries.sizes)
+                queries = [q.view(num, 1, 1, longest, 1) for q, (num, longest) in zip(positions, self.queries.shapes)]
             else:
-                queries = places[:, None]
-            bias = torch.zeros((), dtype=dtype, device=places.device)
-            self._bias = bias.masked_fill(places > queries, float("-inf"))
-        return self._bias
+                queries = [place[:, None] for place in places]
+            self._biases = [zero.masked_fill(key > query, float("-inf")) for key, query in zip(places, queries)]
+        return self._biases
 
 
-class _PaddedLayout:
-    """Where each packed token goes in a padded [N, S] batch."""
+def _batches(lengths: list[int]) -> list[list[int]]:
+    """Sequences that are padded together, longest first."""
+    batches: list[list[int]] = []
+    limit = 0.0
+    for sequence in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or lengths[sequence] < limit:
+            batches.append([])
+            limit = BATCH_MIN_SHARE * lengths[sequence] if lengths[sequence] > BATCH_MIN_LENGTH else 0.0
+        batches[-1].append(sequence)
+    return [sorted(batch) for batch in batches]
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
-        lengths = cu_seqlens.diff().long()
-        self.num, self.longest = len(lengths), int(lengths.max())
-        total = int(cu_seqlens[-1])
-        rows = torch.repeat_interleave(torch.arange(self.num, device=lengths.device), lengths)
-        self.sequence = rows
-        """[T] which sequence each token belongs to."""
-        within = torch.arange(total, device=lengths.device) - cu_seqlens[:-1].long()[rows]
-        self.is_dense = self.num * self.longest == total
-        self.token_to_slot = rows * self.longest + within
-        self.slot_to_token = torch.zeros(self.num * self.longest, dtype=torch.long, device=lengths.device)
-        self.slot_to_token[self.token_to_slot] = torch.arange(total, device=lengths.device)
 
-    def pad(self, x: Tensor) -> Tensor:
-        """[T, heads, d] -> [N, S, heads, d]. Padding slots repeat token 0: finite, and hidden by causality."""
+class _Batches:
+    """Where each packed token goes in padded [N, S] batches that lie one after another."""
+
+    def __init__(self, cu_seqlens: Tensor, batches: list[list[int]]) -> None:
+        device, total = cu_seqlens.device, int(cu_seqlens[-1])
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        self.shapes: list[tuple[int, int]] = []
+        """(N, S) of each."""
+        slots, tokens, end = [], [], 0
+        for members in (torch.tensor(batch, device=device) for batch in batches):
+            longest = int(lengths[members].max())
+            row = torch.repeat_interleave(lengths[members])
+            within = torch.arange(len(row), device=device) - (lengths[members].cumsum(0) - lengths[members])[row]
+            slots.append(end + row * longest + within)
+            tokens.append(starts[members][row] + within)
+            self.shapes.append((len(members), longest))
+            end += len(members) * longest
+        self.sizes = [num * longest for num, longest in self.shapes]
+        self.token_to_slot = torch.empty(total, dtype=torch.long, device=device)
+        self.token_to_slot[torch.cat(tokens)] = torch.cat(slots)
+        self.slot_to_token = torch.zeros(end, dtype=torch.long, device=device)
+        self.slot_to_token[self.token_to_slot] = torch.arange(total, device=device)
+        self.is_dense = len(batches) == 1 and end == total
+
+    def pad(self, x: Tensor) -> list[Tensor]:
+        """[T, heads, d] -> [N, S, heads, d] each. Padding slots repeat token 0: finite, and hidden by causality."""
         if not self.is_dense:
             x = _Gather.apply(x, self.slot_to_token, self.token_to_slot)
-        return x.view(self.num, self.longest, *x.shape[1:])
+        return [part.unflatten(0, shape) for part, shape in zip(x.split(self.sizes), self.shapes)]
 
-    def unpad(self, x: Tensor) -> Tensor:
-        """[N, S, ...] -> [T, ...]."""
-        x = x.reshape(self.num * self.longest, *x.shape[2:])
+    def unpad(self, parts: list[Tensor]) -> Tensor:
+        """[N, S, ...] each -> [T, ...]."""
+        x = torch.cat([part.flatten(0, 1) for part in parts])
         return x if self.is_dense else _Gather.apply(x, self.token_to_slot, None)
 
 

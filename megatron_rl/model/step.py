@@ -30,7 +30,7 @@ from megatron_rl.model.build import build_chunks
 from megatron_rl.model.forward import PolicyModel, run_model
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.types import MicroBatch, TrainingSample
+from megatron_rl.types import Kind, MicroBatch, TrainingSample
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], TokenTerms]
 """(log_probs [T], entropy [T], micro_batch) -> terms."""
@@ -113,14 +113,14 @@ class Policy:
                 model.eval()
             with torch.no_grad(), self.timer("log_probs"):
                 outputs = self._run(micro_batches, _return_log_probs, forward_only=True)
-            for batch, output in zip(micro_batches, outputs):
-                unpack({field: output[key].cpu() for field, key in fields.items()}, batch, chosen)
-            mine = {row for batch in micro_batches for row in batch.rows} if outputs else set()
-            for field in fields:
-                self._share(chosen, mine, field)
+            with self.timer("log_probs"):
+                self._keep(outputs, fields, micro_batches, chosen)
 
     def train_step(self, samples: Sequence[TrainingSample], loss_function: LossFunction) -> dict[str, float]:
         """One optimizer update on one mini-batch; every sample carries its ``weights``.
+
+        Where RL rows have no ``old_log_probs`` yet, they get those of this very pass, before the update: a pass of
+        ``fill_log_probs`` over the same packs would give the same bits.
 
         Returns:
             Metrics over the whole mini-batch, the same on every rank: ``loss``, ``grad_norm``, ``lr``, and what the loss
@@ -133,8 +133,11 @@ class Policy:
         # exactly sum(weight * term). Auxiliary losses of experts rely on true counts.
         num_global_tokens = max(1, sum(sample.num_response_tokens for sample in samples))  # all responses may be empty
         micro_batches = self._micro_batches(samples)
+        is_own_past = any(sample.kind is Kind.RL and sample.old_log_probs is None for sample in samples)
 
         def weighted_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:
+            if is_own_past:
+                batch.vectors["old_log_probs"] = log_probs.detach()
             terms = loss_function(log_probs, entropy, batch)
             loss = (terms.loss * batch.vectors["weights"]).sum()
             mask = batch.loss_mask
@@ -144,7 +147,8 @@ class Policy:
             }
             # Not value[mask].max(): a micro-batch of empty responses has no maximum, but the ranks go on together.
             maxima = {k: v.detach().double().masked_fill(~mask, -math.inf).max() for k, v in terms.maxima.items()}
-            return loss * num_global_tokens, mask.sum().int(), {"sums": report, "maxima": maxima}
+            output = {"sums": report, "maxima": maxima, "log_probs": log_probs.detach()}
+            return loss * num_global_tokens, mask.sum().int(), output
 
         for model in self.models:
             model.train()
@@ -152,6 +156,8 @@ class Policy:
         self.optimizer.zero_grad()
         with self.timer("forward_backward"):
             outputs = self._run(micro_batches, weighted_loss, forward_only=False)
+            if is_own_past:
+                self._keep(outputs, {"old_log_probs": "log_probs"}, micro_batches, samples)
         metrics = self._reduce_reports(outputs)
         self._check_finite(metrics["loss"])
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -282,19 +288,32 @@ class Policy:
             forward_only=forward_only,
         )
 
-    def _share(self, samples: Sequence[TrainingSample], mine: set[int], name: str) -> None:
-        """Give every rank the vectors that only the last stage of one data-parallel rank has computed."""
-        with self.timer("log_probs"):
-            is_owner = self.groups.is_last_stage and self.groups.tp_rank == 0
+    def _keep(
+        self,
+        outputs: Sequence[dict],
+        fields: Mapping[str, str],
+        micro_batches: Sequence[MicroBatch],
+        samples: Sequence[TrainingSample],
+    ) -> None:
+        """Write vectors of the outputs (field of a sample -> key of an output) into all samples, on every rank.
+
+        Only the last stage of one data-parallel rank has computed any given row.
+        """
+        for batch, output in zip(micro_batches, outputs):
+            unpack({field: output[key].cpu() for field, key in fields.items()}, batch, samples)
+        mine = {row for batch in micro_batches for row in batch.rows} if outputs else set()
+        is_owner = self.groups.is_last_stage and self.groups.tp_rank == 0
+        sizes = [sample.num_response_tokens for sample in samples]
+        for field in fields:
             flat = torch.cat(
                 [
-                    getattr(sample, name) if is_owner and row in mine else torch.zeros(sample.num_response_tokens)
-                    for row, sample in enumerate(samples)
+                    getattr(sample, field) if is_owner and row in mine else torch.zeros(size)
+                    for row, (sample, size) in enumerate(zip(samples, sizes))
                 ]
             )
             dist.all_reduce(flat, group=self.groups.cpu_group)
-            for sample, values in zip(samples, flat.split([sample.num_response_tokens for sample in samples])):
-                setattr(sample, name, values.clone())
+            for sample, values in zip(samples, flat.split(sizes)):
+                setattr(sample, field, values.clone())
 
     def _reduce_reports(self, outputs: Sequence[dict]) -> dict[str, float]:
         """Sum (or take the maximum of) the reports of all micro-batches of all data-parallel ranks, in float64."""

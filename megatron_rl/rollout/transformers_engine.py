@@ -1,13 +1,13 @@
 """Engine ``transformers``: an in-process Hugging Face model on every rank, each generating its share of the requests.
 
-Sampling happens in a logits processor of ``generate``: it sees every step's logits, so it can return log-probs without
-keeping ``[tokens, vocabulary]`` scores, and it draws from numbers that belong to the request, so that a completion does
-not depend on which rank or batch it was generated in (up to rounding).
+The sampler sees every step's logits, so it can return log-probs without keeping ``[tokens, vocabulary]`` scores, and it
+draws from numbers that belong to the request, so that a completion does not depend on which rank or batch it was generated
+in (up to rounding).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,8 +47,12 @@ class TransformersEngine:
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from megatron_rl.rollout.decode import ATTENTION
+
         with torch.random.fork_rng():  # the random weights, soon overwritten, must not move the trainer's generators
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(model_path), dtype=dtype, attn_implementation=ATTENTION
+            )
         self.model = model.to(device).eval().requires_grad_(False)
         self.device, self.max_batch_size, self.cpu_group = device, max_batch_size, cpu_group
         self.stop_ids, self.pad_id = list(stop_ids), pad_id
@@ -110,44 +114,30 @@ class TransformersEngine:
             while start < len(order):
                 settings = _settings(requests[order[start]])
                 batch = [i for i in order[start : start + self.max_batch_size] if _settings(requests[i]) == settings]
-                for i, completion in zip(batch, self._generate_batch([requests[i] for i in batch])):
+
+                def advance(num_done: int, before: int = start) -> None:
+                    bar.advance_to(before + num_done)
+
+                for i, completion in zip(batch, self._generate_batch([requests[i] for i in batch], advance)):
                     completions[i] = completion
                 start += len(batch)
-                bar.advance_to(start)
         assert all(c is not None for c in completions)
         return completions  # type: ignore[return-value]
 
-    @torch.inference_mode()
-    def _generate_batch(self, requests: Sequence[Request]) -> list[Completion]:
-        from transformers import GenerationConfig
+    def _generate_batch(self, requests: Sequence[Request], on_progress: Callable[[int], None]) -> list[Completion]:
+        from megatron_rl.rollout.decode import decode
 
-        longest = max(len(r.prompt_ids) for r in requests)
-        input_ids = torch.full((len(requests), longest), self.pad_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, request in enumerate(requests):
-            input_ids[row, longest - len(request.prompt_ids) :] = request.prompt_ids
-            attention_mask[row, longest - len(request.prompt_ids) :] = 1
-        sampler = _Sampler(requests, self.device)
-        output = self.model.generate(
-            input_ids=input_ids.to(self.device),
-            attention_mask=attention_mask.to(self.device),
-            generation_config=GenerationConfig(
-                max_new_tokens=requests[0].max_new_tokens,
-                do_sample=False,  # the processor has chosen; greedy search picks its choice up
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.pad_id,
-            ),
-            logits_processor=[sampler],
+        rows = decode(
+            self.model,
+            [request.prompt_ids for request in requests],
+            _Sampler(requests, self.device),
+            max_new_tokens=requests[0].max_new_tokens,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            on_progress=on_progress,
         )
-        tokens = output[:, longest:].cpu()
-        log_probs = torch.stack(sampler.log_probs, dim=1).cpu()
-        return [self._completion(tokens[row], log_probs[row]) for row in range(len(requests))]
-
-    def _completion(self, tokens: Tensor, log_probs: Tensor) -> Completion:
-        is_stop = torch.isin(tokens, torch.tensor(self.stop_ids))
-        length = int(is_stop.int().argmax()) + 1 if bool(is_stop.any()) else len(tokens)
-        reason: FinishReason = "stop" if bool(is_stop.any()) else "length"
-        return Completion(tokens[:length].clone(), log_probs[:length].float().clone(), reason, self.weight_version)
+        reasons: list[FinishReason] = ["stop" if int(tokens[-1]) in self.stop_ids else "length" for tokens, _ in rows]
+        return [Completion(*row, reason, self.weight_version) for row, reason in zip(rows, reasons)]
 
 
 def _settings(request: Request) -> tuple[float, float, int, int]:
@@ -155,25 +145,22 @@ def _settings(request: Request) -> tuple[float, float, int, int]:
 
 
 class _Sampler:
-    """Chooses every row's next token and remembers its log-prob. A logits processor of transformers."""
+    """Chooses every row's next token; see ``decode.Choose``."""
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
         first = requests[0]
         self.temperature, self.top_p, self.top_k = first.temperature, first.top_p, first.top_k
-        self.log_probs: list[Tensor] = []
         self._draws = torch.stack([_uniforms(r.seed, r.max_new_tokens) for r in requests]).to(device)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = scores.float()
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        logits = logits.float()
         log_probs = torch.log_softmax(logits / self.temperature if self.temperature > 0 else logits, dim=-1)
         if self.temperature == 0:
             chosen = log_probs.argmax(-1)
         else:
-            chosen = self._draw(log_probs.exp(), self._draws[:, len(self.log_probs)])
+            chosen = self._draw(log_probs.exp(), self._draws[rows, step])
         # Log-probs are those of the full softmax at the sampling temperature: what the trainer recomputes.
-        self.log_probs.append(log_probs.gather(1, chosen[:, None])[:, 0])
-        choice = torch.full_like(scores, float("-inf"))
-        return choice.scatter_(1, chosen[:, None], 0.0)
+        return chosen, log_probs.gather(1, chosen[:, None])[:, 0]
 
     def _draw(self, probabilities: Tensor, uniform: Tensor) -> Tensor:
         """[B] tokens by inverse transform: the first whose cumulative probability exceeds the row's number."""

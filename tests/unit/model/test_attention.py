@@ -49,7 +49,7 @@ def one_by_one(tensors: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("lengths", [[5, 1, 9, 3], [4, 4, 4], [7], [1, 1]])
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 3], [4, 4, 4], [7], [1, 1], [70, 3, 52, 64, 1, 38, 45, 33]])
 @pytest.mark.parametrize("max_matmul", [512, 0])
 def test_equals_each_sequence_alone(lengths: list[int], max_matmul: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MATMUL_MAX_LENGTH", max_matmul)
@@ -62,6 +62,11 @@ def test_equals_each_sequence_alone(lengths: list[int], max_matmul: int, monkeyp
     true = torch.autograd.grad(expected, tensors, upstream.double())
     for got, want in zip(mine, true):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_sequences_of_like_length_share_a_batch() -> None:
+    assert attention._batches([70, 3, 53, 64, 1, 38, 45, 33]) == [[0, 2, 3], [5, 6], [7], [1, 4]]
+    assert attention._batches([40, 40]) == [[0, 1]]
 
 
 def test_dropout_is_refused() -> None:

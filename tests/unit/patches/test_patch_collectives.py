@@ -51,3 +51,27 @@ def test_reduce_scatter(sizes: list[int] | None, first: int) -> None:
 
 def test_no_rows_anywhere() -> None:
     assert run_ranks(gather, 2, [0, 0], 0) == [([], []), ([], [])]
+
+
+def gather_and_reduce(size: int) -> tuple[list[float], list[float], int]:
+    """Both collectives of the distributed optimizer, and how often gloo was asked."""
+    from megatron.core.distributed import param_and_grad_buffer as buffer
+
+    from patches.megatron_core.collectives import _unless_alone
+
+    asked = []
+
+    def counted(collective):  # type: ignore[no-untyped-def]
+        return _unless_alone(lambda *args, **kwargs: (asked.append(1), collective(*args, **kwargs)))
+
+    group, mine, whole = dist.group.WORLD, torch.full((2,), dist.get_rank() + 1.0), torch.zeros(2 * size)
+    counted(buffer.dist_all_gather_func)(whole, mine, group=group, async_op=False)
+    part = torch.zeros(2)
+    counted(buffer.dist_reduce_scatter_func)(part, whole, op=dist.ReduceOp.SUM, group=group, async_op=False)
+    return whole.tolist(), part.tolist(), len(asked)
+
+
+def test_a_single_rank_asks_nobody() -> None:
+    assert run_ranks(gather_and_reduce, 1, 1) == [([1.0, 1.0], [1.0, 1.0], 0)]
+    whole = [1.0, 1.0, 2.0, 2.0]
+    assert run_ranks(gather_and_reduce, 2, 2) == [(whole, [2.0, 2.0], 2), (whole, [4.0, 4.0], 2)]

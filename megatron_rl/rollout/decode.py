@@ -1,0 +1,188 @@
+"""Token-by-token decoding of a transformers model, for batches whose rows end at very different lengths.
+
+What ``generate`` of transformers does not do: a prompt that several rows share is computed once; rows that have ended leave
+the batch; keys and values are written in place, and a group of query heads reads those of its key-value head where they are.
+
+Legend: U distinct prompts, B rows still in the batch, N all rows, R most new tokens, g key-value heads, d head size, S keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "sdpa_grouped_decode"
+"""What ``attn_implementation`` of a model has to be for the last of the savings above."""
+_DROP_SHARE = 1 / 16
+"""Dropping rows copies the cache, so it waits for so many of them."""
+_GROW = 64
+"""Tokens, at least, that the cache grows by."""
+
+
+class Choose(Protocol):
+    """Chooses every row's next token."""
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """[B, V] logits of the given rows [B] -> chosen tokens [B] int64, their log-probs [B] float32."""
+        ...
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    choose: Choose,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Continue every prompt until a stop token or ``max_new_tokens``.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: [*] int64 each, none of them empty; equal ones are computed once.
+        choose: next tokens from logits.
+        max_new_tokens: R.
+        stop_ids: tokens that end a row, and belong to it.
+        pad_id: fills batches.
+        on_progress: told how many rows are done.
+
+    Returns:
+        tokens [*] int64 and log-probs [*] float32 of each row, on the CPU.
+    """
+    device = model.device
+    distinct, prompt_of_row = _distinct(prompts)
+    input_ids, mask = _left_padded(distinct, pad_id, device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    which = torch.tensor(prompt_of_row, device=device)
+    cache = _RowCache(output.past_key_values, which, most=input_ids.shape[1] + max_new_tokens)
+    logits, mask, position = output.logits[which, -1], mask[which], positions[which, -1]
+
+    rows = torch.arange(len(prompts), device=device)
+    is_going = torch.ones_like(rows, dtype=torch.bool)
+    stops = torch.tensor(list(stop_ids), device=device)
+    tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
+    log_probs = torch.zeros(tokens.shape, device=device)
+    lengths = torch.full_like(rows, max_new_tokens)
+    for step in range(max_new_tokens):
+        chosen, log_prob = choose(logits, rows, step)
+        tokens[rows, step], log_probs[rows, step] = chosen, log_prob
+        is_last = is_going & torch.isin(chosen, stops)
+        lengths[rows[is_last]] = step + 1
+        is_going &= ~is_last
+        num_going = int(is_going.sum())
+        on_progress(len(prompts) - num_going)
+        if num_going == 0 or step == max_new_tokens - 1:
+            break
+        if len(rows) - num_going >= _DROP_SHARE * len(rows):
+            cache.batch_select_indices(is_going.nonzero()[:, 0])
+            rows, chosen, mask, position = rows[is_going], chosen[is_going], mask[is_going], position[is_going]
+            is_going = is_going[is_going]
+        position = position + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        logits = model(
+            input_ids=chosen[:, None],
+            attention_mask=mask,
+            position_ids=position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    cut = zip(tokens.cpu(), log_probs.cpu(), lengths.tolist())
+    return [(row[:length].clone(), values[:length].clone()) for row, values, length in cut]
+
+
+def _distinct(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The different prompts, and which of them each row has."""
+    places: dict[tuple[int, ...], int] = {}
+    prompt_of_row = [places.setdefault(tuple(prompt.tolist()), len(places)) for prompt in prompts]
+    return [torch.tensor(prompt) for prompt in places], prompt_of_row
+
+
+def _left_padded(prompts: Sequence[Tensor], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[U, longest] ids, and the mask of those that are real."""
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return input_ids.to(device), mask.to(device)
+
+
+class _RowLayer(DynamicLayer):
+    """Keys and values of one layer, the front parts of buffers."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor, most: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._most = most
+        self._hold(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, g, n, d] each; all so far."""
+        length, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if end > self._buffers[0].shape[2]:
+            self._hold(self.keys, self.values)
+        for buffer, new in zip(self._buffers, (key_states, value_states)):
+            buffer[:, :, length:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._hold(self.keys[indices], self.values[indices])
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        """Move into buffers with room for more."""
+        length = keys.shape[2]
+        room = min(self._most, length + max(_GROW, length // 2))
+        self._buffers = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values)]
+        for buffer, x in zip(self._buffers, (keys, values)):
+            buffer[:, :, :length] = x
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+class _RowCache(Cache):
+    """The cache of the prompts, spread over the rows."""
+
+    def __init__(self, prompts: Cache, which: Tensor, most: int) -> None:
+        filled: Any = prompts.layers
+        super().__init__(layers=[_RowLayer(layer.keys[which], layer.values[which], most) for layer in filled])
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One query a row: its group of heads is one small product with keys that stay where they are. Others go to torch's."""
+    if query.shape[2] > 1 or query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    grouped = query[:, :, 0].unflatten(1, (key.shape[1], -1))  # [B, g, n / g, d]
+    scores = (grouped * scale) @ key.transpose(-1, -2)
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask, float("-inf"))
+    weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
+    return (weights @ value).flatten(1, 2)[:, None], None  # [B, 1, n, d]
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

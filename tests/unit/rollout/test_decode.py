@@ -1,0 +1,81 @@
+"""Decoding with shared prompts, dropped rows and a growing cache: log-probs are still those of a plain forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_rl.rollout import decode as module
+from megatron_rl.rollout.decode import ATTENTION, decode
+from tests.tiny_models import EOS_ID, make_tiny_model
+
+MAX_NEW_TOKENS = 60
+STOPS = [EOS_ID, *range(5, 13)]
+PROMPT_OF_ROW = [0, 0, 1, 2, 2, 2, 0, 1, 1, 3] * 4
+
+
+def draw(logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """A draw that belongs to row and step."""
+    noise = [torch.rand(logits.shape[1], generator=torch.Generator().manual_seed(int(r) * 1000 + step)) for r in rows]
+    log_probs = logits.float().log_softmax(-1)
+    chosen = (log_probs - (-torch.stack(noise).log()).log()).argmax(-1)
+    return chosen, log_probs.gather(1, chosen[:, None])[:, 0]
+
+
+def prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    distinct = [torch.randint(6, 131, (length,), generator=generator) for length in (7, 21, 1, 64)]
+    return [distinct[index] for index in PROMPT_OF_ROW]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_log_probs_are_those_of_a_whole_forward(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_GROW", 8)
+    path = make_tiny_model(tmp_path, family, tied=False, seed=5, max_position_embeddings=256)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), attn_implementation=ATTENTION).eval()
+    plain = AutoModelForCausalLM.from_pretrained(path).eval()
+    model.load_state_dict(plain.state_dict())
+    batch_sizes: list[int] = []
+    model.register_forward_pre_hook(lambda *args: batch_sizes.append(len(args[2]["input_ids"])), with_kwargs=True)
+    progress: list[int] = []
+    rows = decode(
+        model,
+        prompts(),
+        draw,
+        max_new_tokens=MAX_NEW_TOKENS,
+        stop_ids=STOPS,
+        pad_id=0,
+        on_progress=progress.append,
+    )
+    for prompt, (tokens, log_probs) in zip(prompts(), rows):
+        with torch.no_grad():
+            logits = plain(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
+        assert not set(STOPS) & set(tokens[:-1].tolist())
+        assert len(tokens) == MAX_NEW_TOKENS or int(tokens[-1]) in STOPS
+    lengths = [len(tokens) for tokens, _ in rows]
+    assert min(lengths) < 20 and max(lengths) > 40, "rows must leave at different times, and the cache grow repeatedly"
+    assert batch_sizes == [4, *sorted(batch_sizes[1:], reverse=True)]
+    assert batch_sizes[-1] < 25
+    assert progress == sorted(progress) and progress[-1] == sum(length < MAX_NEW_TOKENS for length in lengths)
+
+
+def test_rows_of_one_prompt_differ_and_belong_to_themselves(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path, "qwen3", tied=True, seed=5, max_position_embeddings=256)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION).eval()
+    settings = {"max_new_tokens": 30, "stop_ids": STOPS, "pad_id": 0}
+    together = decode(model, prompts(), draw, **settings)
+    assert len({tuple(tokens.tolist()) for tokens, _ in together[3:6]}) == 3
+
+    for row in (3, 9, 17):
+
+        def draw_row(logits: Tensor, rows: Tensor, step: int, row: int = row) -> tuple[Tensor, Tensor]:
+            return draw(logits, rows + row, step)
+
+        (alone,) = decode(model, [prompts()[row]], draw_row, **settings)
+        assert torch.equal(alone[0], together[row][0])
