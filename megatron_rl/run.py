@@ -301,7 +301,8 @@ class Run:
             from megatron_rl.rollout.sglang.engine import ServedModel, SGLangEngine  # needs aiohttp
 
             self._check_kv_pool()
-            served = ServedModel(model_path, self.shape, dtype, tuple(self._stop_ids))
+            replay = self.config.policy.router_replay
+            served = ServedModel(model_path, self.shape, dtype, tuple(self._stop_ids), records_experts=replay)
             engine = SGLangEngine(self.config, served, device=device, cpu_group=group)
         else:
             pad_id = self.tokenizer.pad_token_id
@@ -313,6 +314,7 @@ class Run:
                 pad_id=self._stop_ids[0] if pad_id is None else pad_id,
                 max_batch_size=rollout.max_batch_size,
                 cpu_group=group,
+                record_experts=self.config.policy.router_replay,
             )
         if not rollout.record:
             return engine

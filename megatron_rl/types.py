@@ -95,6 +95,8 @@ class Completion:
     finish_reason: FinishReason
     weight_version: int
     """Publish counter of the weights that sampled it."""
+    experts: Tensor | None = None
+    """[P + R - 1, layers, k] int16: experts chosen at each position that was computed; None where it was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class TrainingSample:
     finish_reason: FinishReason = "stop"
     weight_version: int = 0
     rollout_log_probs: Tensor | None = None
+    experts: Tensor | None = None
+    """[P + R - 1, layers, k] int16: experts that training shall choose, too (routing replay)."""
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     entropy: Tensor | None = None
@@ -178,8 +182,14 @@ class MicroBatch:
     """Indices of the packed samples in the mini-batch, in packing order."""
     token_indices: Tensor
     """[T] int64: place of each token in the whole pack."""
+    sequence: Tensor
+    """[T] int64: the token's place in ``rows``; -1 on padding."""
+    lengths: Tensor
+    """[N] int64: tokens of each of ``rows``, over all context-parallel ranks."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
     """``weights``, ``advantages``, ``old_log_probs``, ... each [T] float32."""
+    experts: Tensor | None = None
+    """[T, layers, k] int16: experts to choose; -1 where the router shall choose. None: everywhere."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on another device."""
@@ -197,5 +207,8 @@ class MicroBatch:
             move(self.loss_mask),
             self.rows,
             move(self.token_indices),
+            move(self.sequence),
+            move(self.lengths),
             {k: move(v) for k, v in self.vectors.items()},
+            None if self.experts is None else move(self.experts),
         )

@@ -101,6 +101,8 @@ def _check_experts(config: Config, shape: ModelShape) -> None:
         )
         raise UserError(field, size, rule, "leave it out, or choose a divisor")
     if not shape.num_experts:
+        if policy.router_replay:
+            raise UserError("policy.router_replay", True, "needs a model with experts", "leave it out")
         return
     expert_tensor = policy.megatron_cfg.get("expert_tensor_parallel_size") or policy.tensor_parallel_size
     ranks = config.trainer.world_size // policy.pipeline_parallel_size

@@ -167,6 +167,8 @@ class PolicyConfig:
     model is not among them: it comes from config.json."""
     ddp_cfg: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's DistributedDataParallelConfig."""
+    router_replay: bool = False
+    """In a model of experts: train through the experts that the rollout chose (R3, arXiv 2510.11370)."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train_global_batch_size: PositiveInt = 512
     """Rows of one optimizer update, over all ranks."""
@@ -223,12 +225,30 @@ class PolicyConfig:
                 "needs pipeline_model_parallel_size above 1",
                 "leave it out, or raise the pipeline-parallel size",
             )
+        self._check_routing()
         if self.megatron_cfg.get("sequence_parallel") and self.tensor_parallel_size == 1:
             raise UserError(
                 "policy.megatron_cfg.sequence_parallel",
                 True,
                 "needs tensor_model_parallel_size above 1",
                 "leave it out, or raise the tensor-parallel size",
+            )
+
+    def _check_routing(self) -> None:
+        kind = self.megatron_cfg.get("moe_router_load_balancing_type", "none")
+        if kind not in ("none", "seq_aux_loss"):
+            raise UserError(
+                "policy.megatron_cfg.moe_router_load_balancing_type",
+                kind,
+                "would depend on which rows share a micro-batch",
+                "use seq_aux_loss, which balances each sequence, or none",
+            )
+        if kind != "none" and "moe" in (self.megatron_cfg.get("recompute_modules") or ()):
+            raise UserError(
+                "policy.megatron_cfg.recompute_modules",
+                self.megatron_cfg["recompute_modules"],
+                "cannot contain moe under an auxiliary loss, whose counts belong to the pack under way",
+                "use recompute_granularity: full, or leave moe out",
             )
 
 

@@ -53,6 +53,16 @@ TRANSFORMER_OWNED: dict[str, str] = {
     ),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), _SAME_NETWORK),
     "calculate_per_token_loss": _EXACTNESS,
+    **dict.fromkeys(
+        ("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy"),
+        "drops tokens by what else is in their pack",
+    ),
+    **dict.fromkeys(
+        ("moe_input_jitter_eps", "moe_router_force_load_balancing"),
+        "makes routing random: log-probs before and after an update would be of different networks",
+    ),
+    "moe_enable_routing_replay": "is policy.router_replay",
+    "moe_router_fusion": "is fixed at false: the fused kernel cannot repeat the rollout's choices",
     "moe_grouped_gemm": "is fixed at false: experts are loaded, published and exported one by one",
     "layernorm_zero_centered_gamma": "is not how Hugging Face stores norms",
     "variable_seq_lengths": "is fixed: packed micro-batches differ in length",

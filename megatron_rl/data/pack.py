@@ -138,13 +138,19 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
     response_mask = torch.zeros(size, dtype=torch.bool)
     names = [name for name in VECTOR_FIELDS if all(getattr(sample, name) is not None for sample in chosen)]
     vectors = {name: torch.zeros(size) for name in names}
+    sequence = torch.full((size,), -1)
+    told = next((sample.experts for sample in chosen if sample.experts is not None), None)
+    experts = None if told is None else torch.full((size, *told.shape[1:]), -1, dtype=torch.int16)
 
     start = 0
-    for sample, length in zip(chosen, lengths):
+    for number, (sample, length) in enumerate(zip(chosen, lengths)):
         ids = torch.cat([sample.prompt_ids, sample.response_ids])
         input_ids[start : start + len(ids)] = ids
         labels[start : start + len(ids) - 1] = ids[1:]
         position_ids[start : start + length] = torch.arange(length)
+        sequence[start : start + len(ids)] = number
+        if experts is not None and sample.experts is not None:
+            experts[start : start + len(sample.experts)] = sample.experts
         where = response_slice(start, sample)
         response_mask[where] = True
         for name in names:
@@ -167,6 +173,9 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
         loss_mask=response_mask[held],
         rows=list(rows),
         token_indices=held,
+        sequence=sequence[held],
+        lengths=torch.tensor([sample.num_tokens for sample in chosen]),
+        experts=None if experts is None else experts[held],
         vectors={name: vector[held] for name, vector in vectors.items()},
     )
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
 
+from megatron_rl.model.experts import Pack
 from megatron_rl.parallel.vocab import vocab_parallel_statistics
 from megatron_rl.types import MicroBatch
 
@@ -63,18 +63,27 @@ class PolicyModel(GPTModel):
         )
 
 
-def run_model(model: torch.nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor] | Tensor:
+def run_model(model: torch.nn.Module, batch: MicroBatch, *, row_weight: float = 0.0) -> tuple[Tensor, Tensor] | Tensor:
     """Forward one packed micro-batch through one (wrapped) pipeline stage.
+
+    Args:
+        model: the stage.
+        batch: the pack.
+        row_weight: of each row's auxiliary loss, in a model of experts that is asked for one.
 
     Returns:
         On the last stage ``(log_probs, entropy)``, each [T] float32; elsewhere the hidden states for the next stage.
     """
-    packed = PackedSeqParams(
+    packed = Pack(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        sequence=batch.sequence,
+        lengths=batch.lengths,
+        row_weight=row_weight,
+        experts=batch.experts,
     )
     return model(
         batch.input_ids[None],

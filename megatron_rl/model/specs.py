@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.model import experts
 from megatron_rl.model.attention import PackedCausalAttention
 
 
@@ -23,13 +24,17 @@ def has_transformer_engine() -> bool:
 def layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec:
     """The spec of one decoder layer where the model lives: Transformer Engine has no kernels for CPUs."""
     if device.type != "cpu" and has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
-    )
-    spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention
+    else:
+        spec = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        )
+        spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention
+    if config.num_moe_experts:
+        spec.module = experts.Layer
+        spec.submodules.mlp.submodules.router = experts.Router
     return spec

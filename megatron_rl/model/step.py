@@ -130,7 +130,7 @@ class Policy:
             UserError: the loss or a gradient is not finite; on all ranks, before any weight has changed.
         """
         # Megatron divides gradients by the integer number of loss tokens of the mini-batch; multiplying by it here leaves
-        # exactly sum(weight * term). Auxiliary losses of experts rely on true counts.
+        # exactly sum(weight * term).
         num_global_tokens = max(1, sum(sample.num_response_tokens for sample in samples))  # all responses may be empty
         micro_batches = self._micro_batches(samples)
         is_own_past = any(sample.kind is Kind.RL and sample.old_log_probs is None for sample in samples)
@@ -155,7 +155,9 @@ class Policy:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self.timer("forward_backward"):
-            outputs = self._run(micro_batches, weighted_loss, forward_only=False)
+            # Megatron will divide auxiliary losses of experts by the same count.
+            row_weight = num_global_tokens / len(samples)
+            outputs = self._run(micro_batches, weighted_loss, forward_only=False, row_weight=row_weight)
             if is_own_past:
                 self._keep(outputs, {"old_log_probs": "log_probs"}, micro_batches, samples)
         metrics = self._reduce_reports(outputs)
@@ -270,12 +272,19 @@ class Policy:
             packs = [pack(samples, rows, layout) for rows in plan[groups.dp_rank]]
             return [batch.to(self.groups.device) for batch in packs]
 
-    def _run(self, micro_batches: Sequence[MicroBatch], loss_function: Callable, *, forward_only: bool) -> list[dict]:
+    def _run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_function: Callable,
+        *,
+        forward_only: bool,
+        row_weight: float = 0.0,
+    ) -> list[dict]:
         """Megatron's schedule over the packs. The last stage gets the loss function's reports; others an empty list."""
 
         def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Any, Callable]:
             batch = next(batches)
-            output = run_model(model, batch)
+            output = run_model(model, batch, row_weight=row_weight)
             return output, lambda out: loss_function(*out, batch)
 
         return get_forward_backward_func()(

@@ -9,7 +9,8 @@ Legend: U distinct prompts, B rows still in the batch, N all rows, R most new to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ class Choose(Protocol):
         ...
 
 
+class Decoded(NamedTuple):
+    """One row, on the CPU."""
+
+    tokens: Tensor
+    """[R] int64."""
+    log_probs: Tensor
+    """[R] float32."""
+    experts: Tensor | None
+    """[P + R - 1, layers, k] int16: what the routers chose at each position that was computed."""
+
+
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel,
@@ -44,7 +56,8 @@ def decode(
     stop_ids: Sequence[int],
     pad_id: int,
     on_progress: Callable[[int], None] = lambda _: None,
-) -> list[tuple[Tensor, Tensor]]:
+    record_experts: bool = False,
+) -> list[Decoded]:
     """Continue every prompt until a stop token or ``max_new_tokens``.
 
     Args:
@@ -55,16 +68,31 @@ def decode(
         stop_ids: tokens that end a row, and belong to it.
         pad_id: fills batches.
         on_progress: told how many rows are done.
-
-    Returns:
-        tokens [*] int64 and log-probs [*] float32 of each row, on the CPU.
+        record_experts: of a model of experts, say which it chose.
     """
+    with ExitStack() as hooks:
+        routes = _Routes(model, hooks) if record_experts else None
+        return _decode(model, prompts, choose, max_new_tokens, stop_ids, pad_id, on_progress, routes)
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    choose: Choose,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    on_progress: Callable[[int], None],
+    routes: _Routes | None,
+) -> list[Decoded]:
     device = model.device
     distinct, prompt_of_row = _distinct(prompts)
     input_ids, mask = _left_padded(distinct, pad_id, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     which = torch.tensor(prompt_of_row, device=device)
+    if routes is not None:
+        routes.of_prompts(mask, which, max_new_tokens)
     cache = _RowCache(output.past_key_values, which, most=input_ids.shape[1] + max_new_tokens)
     logits, mask, position = output.logits[which, -1], mask[which], positions[which, -1]
 
@@ -97,8 +125,11 @@ def decode(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-    cut = zip(tokens.cpu(), log_probs.cpu(), lengths.tolist())
-    return [(row[:length].clone(), values[:length].clone()) for row, values, length in cut]
+        if routes is not None:
+            routes.of_step(rows, step)
+    experts = [None] * len(prompts) if routes is None else routes.per_row(lengths)
+    cut = zip(tokens.cpu(), log_probs.cpu(), lengths.tolist(), experts)
+    return [Decoded(row[:length].clone(), values[:length].clone(), chosen) for row, values, length, chosen in cut]
 
 
 def _distinct(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
@@ -117,6 +148,38 @@ def _left_padded(prompts: Sequence[Tensor], pad_id: int, device: torch.device) -
         input_ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     return input_ids.to(device), mask.to(device)
+
+
+class _Routes:
+    """Which experts the routers of a model choose, while it decodes."""
+
+    def __init__(self, model: PreTrainedModel, hooks: ExitStack) -> None:
+        self._last: list[Tensor] = []
+        routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
+        assert routers, f"{type(model).__name__} has no routers that are known here"
+        for router in routers:  # each returns (logits, weights, indices [tokens, k])
+            hooks.callback(router.register_forward_hook(lambda *args: self._last.append(args[2][2])).remove)
+
+    def of_prompts(self, mask: Tensor, which: Tensor, max_new_tokens: int) -> None:
+        """After the forward of the [U, S] left-padded prompts, which the given ones of are the rows'."""
+        chosen = self._take(mask.shape)
+        self._prompts = [row[keep.bool()] for row, keep in zip(chosen.cpu(), mask.cpu())]
+        self._which = which.tolist()
+        self._steps = torch.full((len(which), max_new_tokens, *chosen.shape[2:]), -1, dtype=torch.int16)
+
+    def of_step(self, rows: Tensor, step: int) -> None:
+        """After the forward of the tokens that were chosen in a step."""
+        self._steps[rows.cpu(), step] = self._take((len(rows), 1))[:, 0].cpu()
+
+    def per_row(self, lengths: Tensor) -> list[Tensor]:
+        """[P + R - 1, layers, k] each; the last token was never computed."""
+        ends = zip(self._which, self._steps, lengths.tolist())
+        return [torch.cat([self._prompts[prompt], steps[: length - 1]]) for prompt, steps, length in ends]
+
+    def _take(self, shape: Sequence[int]) -> Tensor:
+        chosen = torch.stack(self._last, dim=1).to(torch.int16).unflatten(0, tuple(shape))
+        self._last.clear()
+        return chosen
 
 
 class _RowLayer(DynamicLayer):

@@ -17,23 +17,33 @@ def flatten(completions: Sequence[Completion]) -> dict[str, Tensor]:
     """A list of completions as four flat tensors.
 
     Returns:
-        ``meta`` [n, 3] int64 (tokens, finish reason, weight version), ``ids`` [sum of tokens] int64 and ``log_probs``
-        [sum of tokens] float32.
+        ``meta`` [n, 6] int64 (tokens, finish reason, weight version, and the three dimensions of ``experts``, 0 where there
+        are none), ``ids`` [sum of tokens] int64, ``log_probs`` [sum of tokens] float32, ``experts`` uint8: the bytes of all
+        int16 numbers, because gloo knows no int16.
     """
-    meta = [(len(c.response_ids), FINISH_REASONS.index(c.finish_reason), c.weight_version) for c in completions]
+    experts = [c.experts if c.experts is not None else torch.empty(0, 0, 0, dtype=torch.int16) for c in completions]
+    meta = [
+        (len(c.response_ids), FINISH_REASONS.index(c.finish_reason), c.weight_version, *chosen.shape)
+        for c, chosen in zip(completions, experts)
+    ]
     return {
-        "meta": torch.tensor(meta, dtype=torch.int64).reshape(-1, 3),
+        "meta": torch.tensor(meta, dtype=torch.int64).reshape(-1, 6),
         "ids": torch.cat([c.response_ids for c in completions] or [torch.empty(0, dtype=torch.int64)]),
         "log_probs": torch.cat([c.log_probs for c in completions] or [torch.empty(0)]),
+        "experts": torch.cat([torch.empty(0, dtype=torch.int16), *(chosen.flatten() for chosen in experts)]).view(
+            torch.uint8
+        ),
     }
 
 
 def unflatten(flat: dict[str, Tensor]) -> list[Completion]:
     """The inverse of ``flatten``."""
     sizes = flat["meta"][:, 0].tolist()
-    parts = zip(flat["meta"].tolist(), flat["ids"].split(sizes), flat["log_probs"].split(sizes))
+    experts = flat["experts"].view(torch.int16).split(flat["meta"][:, 3:].prod(1).tolist())
+    parts = zip(flat["meta"].tolist(), flat["ids"].split(sizes), flat["log_probs"].split(sizes), experts)
     return [
-        Completion(ids, log_probs, FINISH_REASONS[reason], version) for (_, reason, version), ids, log_probs in parts
+        Completion(ids, log_probs, FINISH_REASONS[reason], version, chosen.view(shape) if shape[0] else None)
+        for (_, reason, version, *shape), ids, log_probs, chosen in parts
     ]
 
 
@@ -49,16 +59,11 @@ def gather_completions(mine: Sequence[Completion], group: dist.ProcessGroup) -> 
     """
     flat = flatten(mine)
     world_size = dist.get_world_size(group)
-    counts = torch.tensor([len(flat["meta"]), len(flat["ids"])])
+    counts = torch.tensor([len(values) for values in flat.values()])
     all_counts = [torch.zeros_like(counts) for _ in range(world_size)]
     dist.all_gather(all_counts, counts, group=group)
-    rows = [int(c[0]) for c in all_counts]
-    tokens = [int(c[1]) for c in all_counts]
-    gathered = {
-        "meta": _gather_uneven(flat["meta"], rows, group),
-        "ids": _gather_uneven(flat["ids"], tokens, group),
-        "log_probs": _gather_uneven(flat["log_probs"], tokens, group),
-    }
+    sizes = torch.stack(all_counts, dim=1).tolist()
+    gathered = {name: _gather_uneven(flat[name], of_name, group) for name, of_name in zip(flat, sizes)}
     return [unflatten({name: parts[rank] for name, parts in gathered.items()}) for rank in range(world_size)]
 
 
@@ -82,16 +87,15 @@ def broadcast_completions(completions: Sequence[Completion] | None, group: dist.
     if dist.get_rank(group) == 0:
         assert completions is not None
         flat = flatten(completions)
-        sizes = torch.tensor([len(flat["meta"]), len(flat["ids"])])
+        sizes = torch.tensor([len(values) for values in flat.values()])
     else:
-        sizes = torch.zeros(2, dtype=torch.int64)
+        flat = flatten([])
+        sizes = torch.zeros(len(flat), dtype=torch.int64)
     dist.broadcast(sizes, source, group=group)
-    rows, tokens = sizes.tolist()
     if dist.get_rank(group) != 0:
         flat = {
-            "meta": torch.empty(rows, 3, dtype=torch.int64),
-            "ids": torch.empty(tokens, dtype=torch.int64),
-            "log_probs": torch.empty(tokens),
+            name: values.new_empty(size, *values.shape[1:])
+            for (name, values), size in zip(flat.items(), sizes.tolist())
         }
     for tensor in flat.values():
         dist.broadcast(tensor, source, group=group)

@@ -33,6 +33,7 @@ class TransformersEngine:
         pad_id: int,
         max_batch_size: int,
         cpu_group: dist.ProcessGroup,
+        record_experts: bool = False,
     ) -> None:
         """Build the model without weights; the first ``update_weights`` fills it.
 
@@ -44,6 +45,7 @@ class TransformersEngine:
             pad_id: fills batches; never part of a response.
             max_batch_size: sequences generated at once by this rank.
             cpu_group: all ranks, over gloo.
+            record_experts: of a model of experts, say which it chose.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,6 +58,7 @@ class TransformersEngine:
         self.model = model.to(device).eval().requires_grad_(False)
         self.device, self.max_batch_size, self.cpu_group = device, max_batch_size, cpu_group
         self.stop_ids, self.pad_id = list(stop_ids), pad_id
+        self.record_experts = record_experts
         self.weight_version = -1
 
     def generate(
@@ -135,9 +138,13 @@ class TransformersEngine:
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
             on_progress=on_progress,
+            record_experts=self.record_experts,
         )
-        reasons: list[FinishReason] = ["stop" if int(tokens[-1]) in self.stop_ids else "length" for tokens, _ in rows]
-        return [Completion(*row, reason, self.weight_version) for row, reason in zip(rows, reasons)]
+        reasons: list[FinishReason] = ["stop" if int(row.tokens[-1]) in self.stop_ids else "length" for row in rows]
+        return [
+            Completion(row.tokens, row.log_probs, reason, self.weight_version, row.experts)
+            for row, reason in zip(rows, reasons)
+        ]
 
 
 def _settings(request: Request) -> tuple[float, float, int, int]:

@@ -61,19 +61,65 @@ def config_of(model: Path, *overrides: str, **layout: object) -> Config:
     return tiny_config(model, "policy.optim.clip_grad=0", "rollout.temperature=1.0", *overrides, **layout)
 
 
-def reference(model: Path, samples: list[TrainingSample]) -> dict[str, object]:
-    """Loss, metrics, and the gradient of each Hugging Face tensor, in float64 and without any layout."""
+def reference(
+    model: Path,
+    samples: list[TrainingSample],
+    row_loss: Callable[[list[torch.Tensor]], torch.Tensor] | None = None,
+    experts: list[torch.Tensor] | None = None,
+) -> dict[str, object]:
+    """Loss, metrics, and the gradient of each Hugging Face tensor, in float64 and without any layout.
+
+    Args:
+        model: directory.
+        samples: the batch.
+        row_loss: an auxiliary loss of each row, from the logits [L, E] of each layer's router; its mean over the rows is
+            added to the gradient, not to the reported loss.
+        experts: [P + R, layers, k] of each row, which its routers are made to choose.
+    """
     network, algorithm = load(model), GRPO(config_of(model))
+    logits = watch_routers(network)
+    forced = force_routers(network) if experts else None
     total_loss, count = torch.zeros(()).double(), sum(row.num_response_tokens for row in samples)
-    sums: dict[str, float] = {}
-    for row, found in zip(samples, naive_log_probs(network, samples)):
+    auxiliary, sums = torch.zeros(()).double(), {}
+    for number, row in enumerate(samples):
+        logits.clear()
+        if forced is not None:
+            forced[:] = list(experts[number].unbind(1))
+        (found,) = naive_log_probs(network, [row])
+        if row_loss is not None:
+            auxiliary = auxiliary + row_loss(logits) / len(samples)
         terms = algorithm.loss(*found, _row_as_batch(row))
         total_loss = total_loss + (terms.loss * row.weights.double()).sum()
         for name, value in terms.means.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / count
-    total_loss.backward()
+    (total_loss + auxiliary).backward()
     gradients = checkpoint_views({name: parameter.grad for name, parameter in network.named_parameters()})
     return {"loss": float(total_loss.detach()), "metrics": sums, "gradients": gradients}
+
+
+def watch_routers(network: torch.nn.Module) -> list[torch.Tensor]:
+    """Where the routers' logits [L, E] of the last forward will be, layer by layer; empty in a dense model."""
+    seen: list[torch.Tensor] = []
+    for layer in network.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(
+                lambda gate, args, _out: seen.append(args[0].reshape(-1, args[0].shape[-1]) @ gate.weight.t())
+            )
+    return seen
+
+
+def force_routers(network: torch.nn.Module) -> list[torch.Tensor]:
+    """A list of [L, k] choices, one a layer, that the routers will follow in their next forward."""
+    choices: list[torch.Tensor] = []
+
+    def follow(number: int, args: tuple, gate: torch.nn.Module) -> tuple:
+        scores = (args[0].reshape(-1, args[0].shape[-1]) @ gate.weight.t()).softmax(-1)
+        chosen = scores.gather(1, choices[number])
+        return scores, chosen / chosen.sum(-1, keepdim=True), choices[number]
+
+    for number, layer in enumerate(network.model.layers):
+        layer.mlp.gate.register_forward_hook(lambda gate, args, _out, number=number: follow(number, args, gate))
+    return choices
 
 
 def _row_as_batch(row: TrainingSample) -> MicroBatch:
@@ -81,7 +127,7 @@ def _row_as_batch(row: TrainingSample) -> MicroBatch:
     vectors = {name: getattr(row, name).double() for name in names}
     mask = torch.ones(row.num_response_tokens, dtype=torch.bool)
     empty = torch.zeros(0)
-    return MicroBatch(empty, empty, empty, empty, 0, mask, mask, [0], empty, vectors)
+    return MicroBatch(empty, empty, empty, empty, 0, mask, mask, [0], empty, empty, empty, vectors)
 
 
 def num_ranks(layout: dict) -> int:

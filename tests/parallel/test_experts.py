@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.forked import run_ranks
-from tests.parallel.invariance import entropies, errors, load, num_ranks, one_update, recorded_batch, reference
+from tests.parallel.invariance import (
+    entropies,
+    errors,
+    force_routers,
+    load,
+    naive_log_probs,
+    num_ranks,
+    one_update,
+    recorded_batch,
+    reference,
+)
 from tests.policy_case import build_policy, tiny_config
 from tests.tiny_models import make_tiny_model
 
@@ -70,6 +81,105 @@ def test_every_gradient_under_every_layout(
 @pytest.mark.parametrize(("layout", "overrides"), [LAYOUTS[0], LAYOUTS[1], LAYOUTS[-1]], ids=str)
 def test_the_first_ratio_is_exact(model: Path, batch: list, layout: dict, overrides: tuple[str, ...]) -> None:
     run_ranks(entropies, num_ranks(layout), model, batch, layout, overrides)
+
+
+# ------------------------------------------------------------------------------------------------ auxiliary losses
+
+BALANCE = (
+    "policy.megatron_cfg.moe_router_load_balancing_type=seq_aux_loss",
+    "policy.megatron_cfg.moe_aux_loss_coeff=0.5",
+    "policy.megatron_cfg.moe_z_loss_coeff=0.1",
+)
+
+
+def auxiliary(logits: list[torch.Tensor]) -> torch.Tensor:
+    """Of one row, from each layer's [L, E]: the formulas of model/experts.py, with the coefficients of ``BALANCE``."""
+    total = torch.zeros(()).double()
+    for layer in logits:
+        probs, (length, num_experts) = layer.softmax(-1), layer.shape
+        counts = torch.bincount(probs.topk(2).indices.flatten(), minlength=num_experts)
+        balance = num_experts / (2 * length**2) * (counts * probs.sum(0)).sum()
+        total = total + 0.5 * balance + 0.1 * layer.logsumexp(-1).square().mean()
+    return total
+
+
+@pytest.fixture(scope="module")
+def balanced(model: Path, batch: list) -> dict:
+    return reference(model, batch, auxiliary)
+
+
+@pytest.mark.parametrize("tokens", [8192, 100, 1])
+@pytest.mark.parametrize(("layout", "overrides"), [*LAYOUTS[:1], LAYOUTS[2], LAYOUTS[4], *LAYOUTS[-3:]], ids=str)
+def test_auxiliary_losses_do_not_depend_on_layout_or_packing(
+    model: Path, batch: list, true: dict, balanced: dict, layout: dict, overrides: tuple[str, ...], tokens: int
+) -> None:
+    overrides = (*overrides, *BALANCE, f"policy.train_micro_batch_tokens={tokens}")
+    found = errors(run_ranks(one_update, num_ranks(layout), model, batch, layout, overrides)[0], balanced)
+    assert found["loss"] < 1e-6 and found["gradient"] < 1e-5, found
+    gate = next(name for name in true["gradients"] if "gate.weight" in name)
+    of_both = balanced["gradients"][gate]
+    assert (of_both - true["gradients"][gate]).norm() > 0.1 * of_both.norm(), "the case must be about these losses"
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+def test_auxiliary_losses_when_layers_are_recomputed(model: Path, batch: list, balanced: dict, kind: str) -> None:
+    recompute = [f"policy.megatron_cfg.recompute_granularity={kind}"]
+    if kind == "full":
+        recompute += ["policy.megatron_cfg.recompute_method=uniform", "policy.megatron_cfg.recompute_num_layers=1"]
+    overrides = (*BALANCE, *recompute, "policy.train_micro_batch_tokens=100")
+    found = errors(run_ranks(one_update, 2, model, batch, {"pp": 2}, overrides)[0], balanced)
+    assert found["gradient"] < 1e-5, found
+
+
+def count_padding() -> None:
+    from megatron_rl.model.experts import Router
+
+    mine = Router._sequences
+
+    def wrong(self, num_tokens: int):  # type: ignore[no-untyped-def]
+        sequence = self._mine(self.pack.sequence, num_tokens).clamp(min=0)
+        return sequence, torch.ones_like(sequence, dtype=torch.bool)
+
+    Router._sequences = wrong
+    assert mine is not wrong
+
+
+def count_local_tokens() -> None:
+    from megatron_rl.model import experts
+
+    experts.dist = type("Alone", (), {"all_reduce": staticmethod(lambda *_args, **_kwargs: None)})
+
+
+@pytest.mark.parametrize("mutate", [count_padding, count_local_tokens])
+def test_an_error_in_the_counts_is_noticed(model: Path, batch: list, balanced: dict, mutate) -> None:  # type: ignore[no-untyped-def]
+    found = errors(run_ranks(one_update, 2, model, batch, {"cp": 2}, BALANCE, mutate)[0], balanced)
+    assert found["gradient"] > 1e-4, found
+
+
+# ------------------------------------------------------------------------------------------------ routing replay
+
+
+@pytest.mark.parametrize("tokens", [8192, 100])
+@pytest.mark.parametrize(("layout", "overrides"), [*LAYOUTS[:2], LAYOUTS[4], *LAYOUTS[-2:]], ids=str)
+def test_recorded_choices_are_repeated(
+    model: Path, batch: list, layout: dict, overrides: tuple[str, ...], tokens: int
+) -> None:
+    generator, samples = torch.Generator().manual_seed(8), copy.deepcopy(batch)
+    shape = (2, 2)  # layers, experts chosen; a random choice is hardly ever the router's own
+    told = [torch.rand(row.num_tokens, *shape[:1], 4, generator=generator).topk(2).indices for row in samples]
+    network = load(model)
+    forced = force_routers(network)
+    for row, choice in zip(samples, told):
+        row.experts = choice[:-1].to(torch.int16)
+        forced[:] = list(choice.unbind(1))
+        noise = torch.randn(row.num_response_tokens, generator=generator) * 0.2
+        row.old_log_probs = naive_log_probs(network, [row])[0][0].detach().float() + noise
+    true = reference(model, samples, experts=told)
+    overrides = (*overrides, f"policy.train_micro_batch_tokens={tokens}")
+    found = errors(run_ranks(one_update, num_ranks(layout), model, samples, layout, overrides)[0], true)
+    assert found["loss"] < 1e-6 and found["metric"] < 1e-5 and found["gradient"] < 1e-5, found
+    samples[1].experts = None  # its routers choose themselves: not what was recorded
+    assert errors(run_ranks(one_update, 1, model, samples, {"tp": 1})[0], true)["gradient"] > 1e-3
 
 
 def swap_two_experts() -> None:

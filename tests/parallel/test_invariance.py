@@ -102,7 +102,7 @@ def divide_by_local_count() -> None:
 
     run = Policy._run
 
-    def wrong(self, micro_batches, loss_function, *, forward_only):  # type: ignore[no-untyped-def]
+    def wrong(self, micro_batches, loss_function, **options):  # type: ignore[no-untyped-def]
         total = sum(LENGTHS_OF_RESPONSES)
         mine = sum(int(batch.loss_mask.sum()) for batch in micro_batches)
 
@@ -110,7 +110,7 @@ def divide_by_local_count() -> None:
             loss, count, report = loss_function(*args)
             return loss * total / mine / self.groups.dp_size, count, report
 
-        return run(self, micro_batches, local, forward_only=forward_only)
+        return run(self, micro_batches, local, **options)
 
     Policy._run = wrong
 

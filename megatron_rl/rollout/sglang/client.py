@@ -7,6 +7,7 @@ import base64
 import pickle
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -44,9 +45,19 @@ class SGLangClient:
     # ------------------------------------------------------------------------------------------------ generation
 
     async def generate(
-        self, request: Request, *, stop_ids: Sequence[int], adapter: Adapter, version: int, timeout_s: float
+        self,
+        request: Request,
+        *,
+        stop_ids: Sequence[int],
+        experts: tuple[int, int] | None = None,
+        adapter: Adapter,
+        version: int,
+        timeout_s: float,
     ) -> Completion:
-        """Complete one request, and check that the reply is whole and from the wanted weights."""
+        """Complete one request, and check that the reply is whole and from the wanted weights.
+
+        ``experts`` (layers, experts chosen in each) asks to be told which they were.
+        """
         body = {
             "input_ids": request.prompt_ids.tolist(),
             "sampling_params": {
@@ -57,10 +68,12 @@ class SGLangClient:
                 "stop_token_ids": list(stop_ids),
             },
             "return_logprob": True,
+            "return_routed_experts": experts is not None,
         }
         reply = await self._post("/generate", body, timeout_s)
         try:
-            return _completion(reply, request, adapter, version)
+            completion = _completion(reply, request, adapter, version)
+            return completion if experts is None else replace(completion, experts=_experts(reply, request, experts))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise Unavailable("bad_reply", f"{self.url} sent a reply that cannot be read ({error!r})") from error
 
@@ -166,6 +179,12 @@ class SGLangClient:
 def serialize(named_tensors: Sequence[tuple[str, Tensor]]) -> str:
     """A bucket as SGLang reads it: a plain pickle in base64. Its own shared-memory pickles kill a CPU server."""
     return base64.b64encode(pickle.dumps([(name, tensor.cpu()) for name, tensor in named_tensors], protocol=4)).decode()
+
+
+def _experts(reply: Any, request: Request, shape: tuple[int, int]) -> Tensor:
+    """[P + R - 1, layers, k] int16, from int32 in base64."""
+    told = torch.frombuffer(bytearray(base64.b64decode(reply["meta_info"]["routed_experts"])), dtype=torch.int32)
+    return told.view(len(request.prompt_ids) + len(reply["output_ids"]) - 1, *shape).to(torch.int16)
 
 
 async def _text(response: aiohttp.ClientResponse) -> str:

@@ -18,13 +18,22 @@ from megatron_rl.types import Completion, Request
 class Dispatch:
     """Places requests on the servers that serve."""
 
-    def __init__(self, fleet: Fleet, *, stop_ids: Sequence[int], router: Callable[[], SGLangClient | None]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        stop_ids: Sequence[int],
+        router: Callable[[], SGLangClient | None],
+        experts: tuple[int, int] | None = None,
+    ) -> None:
         """Args:
         fleet: the servers.
         stop_ids: token ids that end a response.
         router: the way in, where there is one; else requests go to the servers themselves.
+        experts: layers, and experts chosen in each, where completions shall tell them.
         """
         self.fleet, self.stop_ids, self._router = fleet, list(stop_ids), router
+        self.experts = experts
         self.num_done = 0
         """Requests done in the current ``run``."""
 
@@ -97,6 +106,7 @@ class Dispatch:
             client.generate(
                 request,
                 stop_ids=self.stop_ids,
+                experts=self.experts,
                 adapter=server.adapter,
                 version=self.fleet.version,
                 timeout_s=self.fleet.config.request_timeout_s,

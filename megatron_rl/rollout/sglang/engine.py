@@ -53,6 +53,13 @@ class ServedModel:
     shape: ModelShape
     dtype: torch.dtype
     stop_ids: tuple[int, ...]
+    records_experts: bool = False
+    """Completions say which experts were chosen."""
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """Layers, and experts of each that a token is sent to, where completions tell them."""
+        return (self.shape.num_layers, self.shape.num_experts_per_tok) if self.records_experts else None
 
 
 class SGLangEngine:
@@ -250,6 +257,7 @@ class SGLangEngine:
                 config.rollout.sglang_cfg,
                 model_path=str(self._model.path),
                 dtype=self._model.dtype,
+                records_experts=self._model.records_experts,
                 is_cpu=self._is_cpu,
                 host=host,
                 port=port,
@@ -305,7 +313,12 @@ class _Driver:
             fleet.on_serving.append(self._router.add)
             fleet.on_down.append(self._router.remove)
         fleet.start()
-        return fleet, Dispatch(fleet, stop_ids=self._model.stop_ids, router=self._way_in)
+        return fleet, Dispatch(
+            fleet,
+            stop_ids=self._model.stop_ids,
+            experts=self._model.experts,
+            router=self._way_in,
+        )
 
     def _way_in(self) -> SGLangClient | None:
         if self._router is None:
@@ -332,6 +345,13 @@ class _Driver:
                 server.client.url,
                 f"serves another model ({folder}) than policy.model_path ({self._model.path})",
                 "start the server with the model of policy.model_path",
+            )
+        if self._model.records_experts and not info.get("enable_return_routed_experts"):
+            raise UserError(
+                "rollout.servers.urls",
+                server.client.url,
+                "does not say which experts it chose, which policy.router_replay needs",
+                "start the server with --enable-return-routed-experts",
             )
         dtype = str(self._model.dtype).removeprefix("torch.")
         if self._config.rollout.servers.urls is not None and info.get("dtype") != dtype:

@@ -27,6 +27,7 @@ def server_command(
     *,
     model_path: str,
     dtype: torch.dtype,
+    records_experts: bool = False,
     is_cpu: bool,
     host: str,
     port: int,
@@ -42,6 +43,7 @@ def server_command(
         passed: ``rollout.sglang_cfg``; wins over our defaults.
         model_path: Hugging Face directory with config.json and tokenizer.
         dtype: of the trainer's weights; SGLang's ``auto`` would take float16 for a float32 model.
+        records_experts: completions say which experts were chosen.
         is_cpu: no GPU here.
         host, port, nccl_port: where to listen; tensor-parallel ranks meet at the last.
         base_gpu_id: first GPU.
@@ -63,6 +65,7 @@ def server_command(
         "random_seed": seed,
         "admin_api_key": admin_key,
         "log_level_http": "warning",
+        "enable_return_routed_experts": records_experts,
     }
     if is_cpu:
         settings |= _CPU

@@ -75,7 +75,15 @@ def test_the_shaped_reward_is_reported_where_shaping_is_on() -> None:
 def test_the_loss_reports_means_and_known_maxima(setting: str, is_reported: bool) -> None:
     algorithm = grpo(f"algorithm.ratio_clip_c={setting}", "algorithm.kl.coef=0")
     vectors = {"old_log_probs": torch.zeros(2), "advantages": -torch.ones(2)}
-    batch = MicroBatch(*[torch.zeros(2)] * 4, 2, *[torch.ones(2, dtype=torch.bool)] * 2, [0], torch.arange(2), vectors)
+    batch = MicroBatch(
+        *[torch.zeros(2)] * 4,
+        2,
+        *[torch.ones(2, dtype=torch.bool)] * 2,
+        [0],
+        torch.arange(2),
+        *[torch.zeros(2)] * 2,
+        vectors,
+    )
     terms = algorithm.loss(torch.tensor([5.0, 0.5]).log(), torch.zeros(2), batch)
     assert set(terms.maxima) == MAXIMA
     assert ("dual_clip_frac" in terms.means) == is_reported

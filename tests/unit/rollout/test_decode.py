@@ -42,6 +42,9 @@ def test_log_probs_are_those_of_a_whole_forward(family: str, tmp_path: Path, mon
     batch_sizes: list[int] = []
     model.register_forward_pre_hook(lambda *args: batch_sizes.append(len(args[2]["input_ids"])), with_kwargs=True)
     progress: list[int] = []
+    routes: list[Tensor] = []
+    for layer in plain.model.layers if family == "qwen3_moe" else []:
+        layer.mlp.gate.register_forward_hook(lambda _gate, _args, out: routes.append(out[2]))
     rows = decode(
         model,
         prompts(),
@@ -50,15 +53,20 @@ def test_log_probs_are_those_of_a_whole_forward(family: str, tmp_path: Path, mon
         stop_ids=STOPS,
         pad_id=0,
         on_progress=progress.append,
+        record_experts=family == "qwen3_moe",
     )
-    for prompt, (tokens, log_probs) in zip(prompts(), rows):
+    for prompt, (tokens, log_probs, experts) in zip(prompts(), rows):
+        routes.clear()
         with torch.no_grad():
             logits = plain(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
+        if routes:  # of every token but the last, which was never computed
+            assert experts is not None and len(experts) == len(prompt) + len(tokens) - 1
+            assert torch.equal(experts.sort(-1).values, torch.stack(routes, dim=1)[:-1].short().sort(-1).values)
         assert not set(STOPS) & set(tokens[:-1].tolist())
         assert len(tokens) == MAX_NEW_TOKENS or int(tokens[-1]) in STOPS
-    lengths = [len(tokens) for tokens, _ in rows]
+    lengths = [len(tokens) for tokens, _, _ in rows]
     assert min(lengths) < 20 and max(lengths) > 40, "rows must leave at different times, and the cache grow repeatedly"
     assert batch_sizes == [4, *sorted(batch_sizes[1:], reverse=True)]
     assert batch_sizes[-1] < 25
@@ -70,7 +78,7 @@ def test_rows_of_one_prompt_differ_and_belong_to_themselves(tmp_path: Path) -> N
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION).eval()
     settings = {"max_new_tokens": 30, "stop_ids": STOPS, "pad_id": 0}
     together = decode(model, prompts(), draw, **settings)
-    assert len({tuple(tokens.tolist()) for tokens, _ in together[3:6]}) == 3
+    assert len({tuple(tokens.tolist()) for tokens, _, _ in together[3:6]}) == 3
 
     for row in (3, 9, 17):
 

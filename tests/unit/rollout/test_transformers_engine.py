@@ -154,8 +154,10 @@ def test_recorded_rollouts_come_back(model: Path, tmp_path: Path) -> None:
 
 def test_flat_tensors_keep_everything() -> None:
     made = [Completion(torch.tensor([1, 2]), torch.tensor([-0.5, -1.0]), "length", 7),
-            Completion(torch.tensor([], dtype=torch.int64), torch.tensor([]), "abort", 0)]  # fmt: skip
+            Completion(torch.tensor([], dtype=torch.int64), torch.tensor([]), "abort", 0),
+            Completion(torch.tensor([3]), torch.tensor([-1.0]), "stop", 7, torch.arange(12).short().view(2, 3, 2))]  # fmt: skip
     for a, b in zip(made, unflatten(flatten(made))):
         assert torch.equal(a.response_ids, b.response_ids) and torch.equal(a.log_probs, b.log_probs)
         assert (a.finish_reason, a.weight_version) == (b.finish_reason, b.weight_version)
+        assert (b.experts is None) if a.experts is None else torch.equal(a.experts, b.experts)
     assert unflatten(flatten([])) == []
