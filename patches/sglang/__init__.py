@@ -12,7 +12,8 @@ def apply_cpu() -> list[str]:
     Returns:
         Names of the applied topics.
     """
-    from . import absent_packages
+    from . import absent_packages, unpinned_memory
 
     absent_packages.apply()
-    return ["absent_packages"]
+    unpinned_memory.apply()
+    return ["absent_packages", "unpinned_memory"]
