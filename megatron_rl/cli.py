@@ -53,6 +53,20 @@ def train(
     start(checked, config, overrides or [], meeting)
 
 
+doctor = typer.Typer(no_args_is_help=True, help="Check a config before spending a cluster on it.")
+app.add_typer(doctor, name="doctor")
+
+
+@doctor.command()
+def layout(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Is the gradient exact under this config's parallel layout? On the CPU, scaled down, against float64; status 1 if not."""
+    from megatron_rl.config import load_config
+    from megatron_rl.doctor.layout import check_layout
+
+    if not check_layout(load_config(config, overrides or [])):
+        raise typer.Exit(1)
+
+
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config without loading torch, and print it with every default filled in."""

@@ -26,11 +26,11 @@ from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
 from megatron_rl.evaluate import Evaluator
 from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
+from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree
-from megatron_rl.parallel.groups import build_groups
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
@@ -57,17 +57,7 @@ class Run:
         )
         self._checkpoint_seconds: dict[str, float] = {}
         torch.manual_seed(config.trainer.seed)
-        self.groups = build_groups(
-            tensor_parallel_size=config.policy.tensor_parallel_size,
-            pipeline_parallel_size=config.policy.pipeline_parallel_size,
-            virtual_pipeline_size=config.policy.virtual_pipeline_size,
-            context_parallel_size=config.policy.context_parallel_size,
-            expert_parallel_size=config.policy.expert_parallel_size,
-            expert_tensor_parallel_size=config.policy.megatron_cfg.get("expert_tensor_parallel_size"),
-            device=runtime.device,
-            seed=config.trainer.seed,
-            timeout_s=config.trainer.timeout_s,
-        )
+        self.groups = build_groups_of(config, runtime.device)
         with all_ranks_agree(self.groups.cpu_group):
             self.shape = read_shape(Path(config.policy.model_path))
             self.tokenizer = load_tokenizer(self._tokenizer_dir, self.shape)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from megatron_rl.config import Config, load_config
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.doctor.layout import build_policy
 from megatron_rl.types import Kind, TrainingSample
 
+__all__ = ["build_policy", "log_probs_of", "random_samples", "tiny_config"]
 CONFIG = Path(__file__).parent / "tiny.yaml"
 
 
@@ -30,32 +29,6 @@ def tiny_config(
             *(["policy.megatron_cfg.sequence_parallel=true"] if sp else []),
             *overrides,
         ],
-    )
-
-
-def build_policy(config: Config):
-    from megatron_rl.model.step import Policy
-    from megatron_rl.model.weights import load_hf_weights
-    from megatron_rl.parallel.groups import build_groups
-
-    groups = build_groups(
-        tensor_parallel_size=config.policy.tensor_parallel_size,
-        pipeline_parallel_size=config.policy.pipeline_parallel_size,
-        virtual_pipeline_size=config.policy.virtual_pipeline_size,
-        context_parallel_size=config.policy.context_parallel_size,
-        expert_parallel_size=config.policy.expert_parallel_size,
-        expert_tensor_parallel_size=config.policy.megatron_cfg.get("expert_tensor_parallel_size"),
-        device=torch.device("cpu"),
-        seed=config.trainer.seed,
-    )
-    directory = Path(config.policy.model_path)
-    shape = read_shape(directory)
-    return Policy(
-        config,
-        shape,
-        groups,
-        fill_weights=lambda chunks: load_hf_weights(chunks, shape, groups, lambda: HFReader(directory)),
-        timer=lambda _phase: nullcontext(),
     )
 
 

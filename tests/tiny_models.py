@@ -1,9 +1,4 @@
-"""Random Hugging Face checkpoints, small enough for any test and made to show mistakes.
-
-A norm of ones, a bias of zeros or a flat distribution would hide a dropped norm, a lost bias or a wrong head order:
-so norm weights are drawn from U(0.5, 1.5), biases are not zero, there are fewer key than query heads, Qwen3's head_dim
-is not hidden_size / heads, the vocabulary fills no multiple of 128, and logits have a standard deviation of about 2.
-"""
+"""Random Hugging Face checkpoints, small enough for any test and made to show mistakes (see doctor/small_model.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from megatron_rl.doctor.small_model import randomize
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 
@@ -53,10 +50,7 @@ def make_tiny_model(
     special = {"qwen3": {"head_dim": 16}, "qwen3_moe": {"head_dim": 16, **_EXPERTS}}.get(family, {})
     fields = {**_DEFAULTS, "tie_word_embeddings": tied, **special, **overrides}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(_random(name, parameter.shape, generator))
+    randomize(model, seed=seed)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     if tokenizer:
         # transformers 5 reads any tokenizer beside model_type qwen2 with Qwen2's splitting rules: spaces would vanish.
@@ -80,16 +74,3 @@ def write_tokenizer(directory: str | Path) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         clean_up_tokenization_spaces=False,
     ).save_pretrained(directory)  # fmt: skip
-
-
-def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    if "norm" in name:
-        return torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
-    values = torch.randn(shape, generator=generator)
-    if name.endswith("bias"):
-        return 0.5 * values
-    if name.endswith("mlp.gate.weight"):  # routers: chosen and other experts far apart, for any rounding
-        return 4.0 * values / shape[-1] ** 0.5
-    # Vocabulary: the final norm gives vectors of length sqrt(hidden), hence logits with a deviation of about 2.
-    scale = 2.0 if "embed_tokens" in name or "lm_head" in name else 1.0
-    return values * scale / shape[-1] ** 0.5

@@ -6,7 +6,7 @@ every pair of values (schema.py, algorithms.py), and checks the names of pass-th
 """
 
 from megatron_rl.config.algorithms import AlgorithmConfig, GRPOConfig, KLConfig, OverlongConfig, SFTConfig
-from megatron_rl.config.files import check_files
+from megatron_rl.config.files import check_files, read_model_shape
 from megatron_rl.config.load import load_config, save_resolved
 from megatron_rl.config.schema import Config
 
@@ -19,5 +19,6 @@ __all__ = [
     "SFTConfig",
     "check_files",
     "load_config",
+    "read_model_shape",
     "save_resolved",
 ]

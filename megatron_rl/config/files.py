@@ -20,13 +20,8 @@ def check_files(config: Config) -> None:
     policy = config.policy
     get_task(config.data.task)
     _check_writable(config.exp_manager.run_dir)
+    read_model_shape(config)
     directory = Path(policy.model_path)
-    if not directory.is_dir():
-        raise UserError(
-            "policy.model_path", policy.model_path, "is not a directory", "give a Hugging Face checkpoint directory"
-        )
-    shape = read_shape(directory)
-    _check_layout(config, shape)
     tokenizer = Path(policy.tokenizer_path or directory)
     if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         key = "policy.tokenizer_path" if policy.tokenizer_path else "policy.model_path"
@@ -48,6 +43,22 @@ def check_files(config: Config) -> None:
         raise UserError(
             "rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run"
         )
+
+
+def read_model_shape(config: Config) -> ModelShape:
+    """The model's shape, of which only config.json is needed.
+
+    Raises:
+        UserError: it is not there, not of a kind that we know, or does not fit the layout.
+    """
+    directory = Path(config.policy.model_path)
+    if not directory.is_dir():
+        raise UserError(
+            "policy.model_path", str(directory), "is not a directory", "give a Hugging Face checkpoint directory"
+        )
+    shape = read_shape(directory)
+    _check_layout(config, shape)
+    return shape
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_rl.convert.shape import ModelShape
 from megatron_rl.errors import UserError
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.specs import layer_spec
-from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.groups import Groups, build_groups
 
 
 def transformer_config(config: Config, shape: ModelShape, device: torch.device) -> TransformerConfig:
@@ -87,6 +87,22 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     if config.policy.virtual_pipeline_size == 1:
         overrides.pop("virtual_pipeline_model_parallel_size", None)
     return TransformerConfig(**(settings | overrides))
+
+
+def build_groups_of(config: Config, device: torch.device) -> Groups:
+    """The process groups that a config asks for."""
+    policy = config.policy
+    return build_groups(
+        tensor_parallel_size=policy.tensor_parallel_size,
+        pipeline_parallel_size=policy.pipeline_parallel_size,
+        virtual_pipeline_size=policy.virtual_pipeline_size,
+        context_parallel_size=policy.context_parallel_size,
+        expert_parallel_size=policy.expert_parallel_size,
+        expert_tensor_parallel_size=policy.megatron_cfg.get("expert_tensor_parallel_size"),
+        device=device,
+        seed=config.trainer.seed,
+        timeout_s=config.trainer.timeout_s,
+    )
 
 
 def build_chunks(config: Config, shape: ModelShape, groups: Groups) -> list[PolicyModel]:

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"config", "convert", "data", "losses", "metrics", "parallel"},
     "weight_sync": {"config", "convert", "parallel", "model", "rollout"},
     "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout"},
+    "doctor": {"algorithms", "config", "convert", "model", "parallel", "patches", "rollout"},
     "launch": {"config", "lifetime", "watchdog"},
     "evaluate": {"config", "rewards", "rollout"},
     "measure": {"rewards"},

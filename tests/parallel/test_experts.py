@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rl.algorithms.grpo import GRPO
+from megatron_rl.doctor import exactness
+from megatron_rl.doctor.exactness import load_reference, naive_log_probs, sequence_balance
 from tests.forked import run_ranks
 from tests.parallel.invariance import (
+    config_of,
     entropies,
     errors,
-    force_routers,
-    load,
-    naive_log_probs,
     num_ranks,
     one_update,
     recorded_batch,
@@ -50,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch(model: Path) -> list:
     samples = recorded_batch(model)
     # A token whose second and third choice were closer than rounding would go elsewhere under another layout.
-    network, gaps = load(model), []
+    network, gaps = load_reference(model), []
     for layer in network.model.layers:
         layer.mlp.gate.register_forward_hook(
             lambda _gate, args, _out, weight=layer.mlp.gate.weight: gaps.append(args[0] @ weight.t())
@@ -92,20 +93,9 @@ BALANCE = (
 )
 
 
-def auxiliary(logits: list[torch.Tensor]) -> torch.Tensor:
-    """Of one row, from each layer's [L, E]: the formulas of model/experts.py, with the coefficients of ``BALANCE``."""
-    total = torch.zeros(()).double()
-    for layer in logits:
-        probs, (length, num_experts) = layer.softmax(-1), layer.shape
-        counts = torch.bincount(probs.topk(2).indices.flatten(), minlength=num_experts)
-        balance = num_experts / (2 * length**2) * (counts * probs.sum(0)).sum()
-        total = total + 0.5 * balance + 0.1 * layer.logsumexp(-1).square().mean()
-    return total
-
-
 @pytest.fixture(scope="module")
 def balanced(model: Path, batch: list) -> dict:
-    return reference(model, batch, auxiliary)
+    return reference(model, batch, row_loss=sequence_balance(0.5, 0.1, num_chosen=2))
 
 
 @pytest.mark.parametrize("tokens", [8192, 100, 1])
@@ -159,6 +149,20 @@ def test_an_error_in_the_counts_is_noticed(model: Path, batch: list, balanced: d
 # ------------------------------------------------------------------------------------------------ routing replay
 
 
+def force_routers(network: torch.nn.Module) -> list[torch.Tensor]:
+    """A list of [L, k] choices, one a layer, that the routers of a transformers model will follow in their next forward."""
+    choices: list[torch.Tensor] = []
+
+    def follow(number: int, args: tuple, gate: torch.nn.Module) -> tuple:
+        scores = (args[0].reshape(-1, args[0].shape[-1]) @ gate.weight.t()).softmax(-1)
+        chosen = scores.gather(1, choices[number])
+        return scores, chosen / chosen.sum(-1, keepdim=True), choices[number]
+
+    for number, layer in enumerate(network.model.layers):
+        layer.mlp.gate.register_forward_hook(lambda gate, args, _out, number=number: follow(number, args, gate))
+    return choices
+
+
 @pytest.mark.parametrize("tokens", [8192, 100])
 @pytest.mark.parametrize(("layout", "overrides"), [*LAYOUTS[:2], LAYOUTS[4], *LAYOUTS[-2:]], ids=str)
 def test_recorded_choices_are_repeated(
@@ -167,14 +171,20 @@ def test_recorded_choices_are_repeated(
     generator, samples = torch.Generator().manual_seed(8), copy.deepcopy(batch)
     shape = (2, 2)  # layers, experts chosen; a random choice is hardly ever the router's own
     told = [torch.rand(row.num_tokens, *shape[:1], 4, generator=generator).topk(2).indices for row in samples]
-    network = load(model)
+    network = load_reference(model)
     forced = force_routers(network)
     for row, choice in zip(samples, told):
         row.experts = choice[:-1].to(torch.int16)
         forced[:] = list(choice.unbind(1))
         noise = torch.randn(row.num_response_tokens, generator=generator) * 0.2
-        row.old_log_probs = naive_log_probs(network, [row])[0][0].detach().float() + noise
-    true = reference(model, samples, experts=told)
+        row.old_log_probs = naive_log_probs(network, row)[0].detach().float() + noise
+    network = load_reference(model)
+    forced = force_routers(network)
+
+    def follow(number: int) -> None:
+        forced[:] = list(told[number].unbind(1))
+
+    true = exactness.reference(network, GRPO(config_of(model)), samples, before_row=follow)
     overrides = (*overrides, f"policy.train_micro_batch_tokens={tokens}")
     found = errors(run_ranks(one_update, num_ranks(layout), model, samples, layout, overrides)[0], true)
     assert found["loss"] < 1e-6 and found["metric"] < 1e-5 and found["gradient"] < 1e-5, found

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rl.doctor.exactness import BOUNDS, load_reference, naive_log_probs
 from megatron_rl.parallel.statistics import top_k_mask
 from tests.forked import run_ranks
 from tests.parallel.invariance import (
     entropies,
     errors,
-    load,
-    naive_log_probs,
     num_ranks,
     one_update,
     recorded_batch,
@@ -21,7 +20,6 @@ from tests.parallel.invariance import (
 )
 from tests.tiny_models import make_tiny_model
 
-BOUNDS = {"loss": 1e-6, "metric": 1e-5, "gradient": 1e-5}
 LAYOUTS = [
     {"tp": 1}, {"tp": 2}, {"tp": 2, "sp": True}, {"tp": 4}, {"tp": 4, "sp": True},
     {"pp": 2}, {"pp": 4}, {"pp": 2, "vpp": 2}, {"cp": 2}, {"cp": 4}, {"dp": 2},
@@ -84,7 +82,8 @@ def test_overlapped_gradient_reduction(models: dict, recorded: dict, layout: dic
 def test_selected_tokens_are_the_same(models: dict, recorded: dict, layout: dict) -> None:
     """The top 20 % by entropy of the whole batch; and a rollout's first update has ratio 1 exactly."""
     batch, _ = recorded[MODELS[0]]
-    true = torch.cat([found[1] for found in naive_log_probs(load(models[MODELS[0]]), batch)]).detach()
+    network = load_reference(models[MODELS[0]])
+    true = torch.cat([naive_log_probs(network, row)[1] for row in batch]).detach()
     count = len(true) // 5
     wanted = top_k_mask(true.float(), torch.arange(len(true)), count)
     threshold = float(true[wanted].min())

@@ -1,0 +1,1 @@
+"""Checks that a user runs before spending a cluster on a config."""

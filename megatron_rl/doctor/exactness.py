@@ -1,0 +1,192 @@
+"""One update of the policy against a float64 model that knows nothing of layouts: loss, metrics, every gradient.
+
+The reference is transformers' own model, one row at a time, with full logits. Gradients are compared under the names and
+shapes of the Hugging Face checkpoint, so a wrong conversion would show as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.algorithms.base import Algorithm
+from megatron_rl.model.step import Policy
+from megatron_rl.model.weights import iterate_hf_tensors
+from megatron_rl.rollout.transformers_engine import checkpoint_views
+from megatron_rl.types import Kind, MicroBatch, TrainingSample
+
+BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
+"""Of ``errors``: what float32 gives when nothing is wrong is some three times less."""
+LENGTHS = ((1, 1), (7, 120), (3, 2), (30, 9), (1, 64), (12, 17), (2, 33), (5, 5))
+"""(prompt, response) tokens of each row: very unequal."""
+
+
+class Outcome(TypedDict):
+    """What one update gives."""
+
+    loss: float
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+    """By Hugging Face name; empty on ranks above 0."""
+
+
+def load_reference(model: Path) -> Any:
+    """Transformers' model in float64, with its plainest parts."""
+    from transformers import AutoModelForCausalLM
+
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    network.get_input_embeddings().padding_idx = None  # else torch drops the gradient of this word's embedding
+    return network
+
+
+def recorded_batch(
+    network: Any, *, vocab_size: int, temperature: float = 1.0, lengths: Sequence[tuple[int, int]] = LENGTHS
+) -> list[TrainingSample]:
+    """Rows as if rolled out by a policy that was a little different: ratios leave the clip range on both sides."""
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for prompt, response in lengths:
+        ids = torch.randint(0, vocab_size, (prompt + response,), generator=generator)
+        row = TrainingSample(ids[:prompt], ids[prompt:], Kind.RL)
+        row.advantages = torch.randn(1, generator=generator).expand(response).clone()
+        samples.append(row)
+    total = sum(row.num_response_tokens for row in samples)
+    for row in samples:
+        with torch.no_grad():
+            log_probs, _ = naive_log_probs(network, row, temperature=temperature)
+        noise = torch.randn(2, len(log_probs), generator=generator) * 0.2
+        row.old_log_probs, row.ref_log_probs = (log_probs.float() + noise).unbind()
+        row.weights = torch.full((len(log_probs),), 1 / total)
+    return samples
+
+
+def naive_log_probs(network: Any, row: TrainingSample, *, temperature: float = 1.0) -> Tensor:
+    """[2, R] float64: log-prob of each response token, and the entropy there, from full logits."""
+    ids = torch.cat([row.prompt_ids, row.response_ids])[None]
+    log_p = (network(ids).logits[0, len(row.prompt_ids) - 1 : -1] / temperature).log_softmax(-1)
+    log_probs = log_p.gather(1, row.response_ids[:, None])[:, 0]
+    return torch.stack([log_probs, -(log_p.exp() * log_p).sum(-1)])
+
+
+def reference(
+    network: Any,
+    algorithm: Algorithm,
+    samples: Sequence[TrainingSample],
+    *,
+    temperature: float = 1.0,
+    row_loss: Callable[[list[Tensor]], Tensor] | None = None,
+    before_row: Callable[[int], None] = lambda _: None,
+) -> Outcome:
+    """The truth.
+
+    Args:
+        network: of ``load_reference``.
+        algorithm: whose loss is taken.
+        samples: the batch.
+        temperature: divides the logits.
+        row_loss: an auxiliary loss of each row, from the logits [L, E] of each layer's router; its mean over the rows is
+            added to the gradient, not to the reported loss.
+        before_row: called with the number of each row.
+    """
+    logits = watch_routers(network)
+    total_loss = auxiliary = torch.zeros((), dtype=torch.float64)
+    count = sum(row.num_response_tokens for row in samples)
+    sums: dict[str, float] = {}
+    for number, row in enumerate(samples):
+        logits.clear()
+        before_row(number)
+        log_probs, entropy = naive_log_probs(network, row, temperature=temperature)
+        if row_loss is not None:
+            auxiliary = auxiliary + row_loss(logits) / len(samples)
+        assert row.weights is not None
+        terms = algorithm.loss(log_probs, entropy, _row_as_batch(row))
+        total_loss = total_loss + (terms.loss * row.weights.double()).sum()
+        for name, value in terms.means.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / count
+    (total_loss + auxiliary).backward()
+    gradients = checkpoint_views({name: parameter.grad for name, parameter in network.named_parameters()})
+    return {"loss": float(total_loss.detach()), "metrics": sums, "gradients": gradients}
+
+
+def sequence_balance(balance: float, z_loss: float, num_chosen: int) -> Callable[[list[Tensor]], Tensor]:
+    """The auxiliary losses of ``model/experts.py`` as a ``row_loss``."""
+
+    def of_row(logits: list[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for layer in logits:
+            probs, (length, num_experts) = layer.softmax(-1), layer.shape
+            counts = torch.bincount(probs.topk(num_chosen).indices.flatten(), minlength=num_experts)
+            shares = num_experts / (num_chosen * length**2) * counts
+            total = total + balance * (shares * probs.sum(0)).sum() + z_loss * layer.logsumexp(-1).square().mean()
+        return total
+
+    return of_row
+
+
+def watch_routers(network: Any) -> list[Tensor]:
+    """Where the routers' logits [L, E] of the last forward will be, layer by layer; empty in a dense model."""
+    seen: list[Tensor] = []
+    for layer in network.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(
+                lambda gate, args, _out: seen.append(args[0].reshape(-1, args[0].shape[-1]) @ gate.weight.t())
+            )
+    return seen
+
+
+def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingSample]) -> Outcome:
+    """Loss, metrics, and gradients (rank 0) of one update; the weights are gone after it."""
+    policy.optimizer.step = lambda: (True, 0.0, None)  # the gradients shall stay as they are
+    metrics = policy.train_step(samples, algorithm.loss)
+    _make_whole(policy)
+    with torch.no_grad():
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.main_grad)
+    gradients = {n: g.clone() for n, g in iterate_hf_tensors(policy.chunks, policy.shape, policy.groups)}
+    return {"loss": metrics["loss"], "metrics": metrics, "gradients": gradients if policy.groups.rank == 0 else {}}
+
+
+def errors(found: Outcome, true: Outcome) -> dict[str, float]:
+    """How far off the loss is (relative), the worst metric (relative to it or to 1, whichever is more), and the worst
+    parameter's gradient: norm of the difference over its own norm, or over 1e-3 of the whole gradient's if that is more."""
+    return {
+        "loss": abs(found["loss"] - true["loss"]) / abs(true["loss"]),
+        "metric": max(
+            abs(found["metrics"][name] - value) / max(abs(value), 1.0) for name, value in true["metrics"].items()
+        ),
+        "gradient": max(gradient_errors(found, true).values()),
+    }
+
+
+def gradient_errors(found: Outcome, true: Outcome) -> dict[str, float]:
+    """Of each parameter, as ``errors`` defines it."""
+    norm = torch.stack([g.norm() for g in true["gradients"].values()]).norm()
+    return {
+        name: float((found["gradients"][name].double() - g).norm() / max(g.norm(), 1e-3 * norm))
+        for name, g in true["gradients"].items()
+    }
+
+
+def _row_as_batch(row: TrainingSample) -> MicroBatch:
+    vectors = {name: getattr(row, name).double() for name in ("advantages", "old_log_probs", "ref_log_probs")}
+    mask = torch.ones(row.num_response_tokens, dtype=torch.bool)
+    none = torch.zeros(0)
+    return MicroBatch(none, none, none, none, 0, mask, mask, [0], none, none, none, vectors)
+
+
+def _make_whole(policy: Policy) -> None:
+    """The distributed optimizer leaves each rank its shard of a gradient; collect the others'."""
+    for model in policy.models:
+        for group in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shards = list(bucket.grad_data.chunk(ranks.size()))
+                dist.all_gather(shards, shards[ranks.rank()].clone(), group=ranks)
