@@ -71,7 +71,8 @@ def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means (of ``MAXIMA``: maxima) over the optimizer updates of a step.
 
     ``ratio/first_update_max_abs_log_ratio`` is that of the first update alone, where the policy is still the one that
-    ``old_log_probs`` came from: anything but 0.0 there means that two passes over the same rows differ.
+    ``old_log_probs`` came from: anything but 0.0 there means that two passes over the same rows differ. (From a run's second
+    step on, those are the update's own.)
     """
     metrics = {
         key: max(u[key] for u in updates) if key in MAXIMA else _mean([u[key] for u in updates]) for key in updates[0]

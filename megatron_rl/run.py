@@ -20,6 +20,7 @@ from megatron_rl.convert.random_weights import RandomReader
 from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.curves import plot_curves
+from megatron_rl.data.pack import PackLayout, too_long
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
 from megatron_rl.data.stream import Stream
 from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
@@ -225,11 +226,24 @@ class Run:
             )
             self.demonstrations: Stream[TrainingSample] = Stream(rows, seed, data.shuffle)
             self.stream = self.demonstrations
+        self._check_budget()
         if self.config.eval.is_used:
             assert data.validation is not None
             self.evaluator = Evaluator(
                 load(data.validation, new_tokens)[: self.config.eval.num_problems], self.config.eval, new_tokens
             )
+
+    def _check_budget(self) -> None:
+        """A row that no micro-batch has room for is found before anything is built."""
+        if self.config.trainer.stage == "rl":
+            longest = max(len(p.prompt_ids) for p in self.prompts.items) + self.config.rollout.max_new_tokens
+        else:
+            longest = max(row.num_tokens for row in self.demonstrations.items)
+        policy = self.config.policy
+        tp_size = policy.tensor_parallel_size if policy.megatron_cfg.get("sequence_parallel") else 1
+        longest = PackLayout(tp_size, policy.context_parallel_size).padded(longest)
+        if longest > policy.train_micro_batch_tokens:
+            raise too_long(longest, policy.train_micro_batch_tokens)
 
     def _fill_weights(self, chunks: Any) -> None:
         policy, seed = self.config.policy, self.config.trainer.seed

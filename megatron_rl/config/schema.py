@@ -173,8 +173,8 @@ class PolicyConfig:
     train_global_batch_size: PositiveInt = 512
     """Rows of one optimizer update, over all ranks."""
     train_micro_batch_tokens: PositiveInt = 16384
-    """Tokens of one forward and backward of one copy of the model (context-parallel ranks share them); a longer single row
-    still goes alone."""
+    """Tokens of one forward and backward of one copy of the model (context-parallel ranks share them). The longest prompt
+    with ``rollout.max_new_tokens`` has to fit."""
 
     @property
     def tensor_parallel_size(self) -> int:

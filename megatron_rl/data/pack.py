@@ -43,7 +43,7 @@ def plan_micro_batches(
     Args:
         num_tokens: tokens of every row of the mini-batch, over all ranks.
         num_ranks: data-parallel size.
-        max_tokens: budget of one micro-batch; a longer row gets one to itself.
+        max_tokens: budget of one micro-batch.
         count_multiple: the number of micro-batches of a rank is a multiple of this.
         quadratic_length: length at which attention costs as much as everything else; a row costs
             ``length * (1 + length / quadratic_length)``.
@@ -53,8 +53,11 @@ def plan_micro_batches(
         none of them empty.
 
     Raises:
-        UserError: there are too few rows to give every rank ``count_multiple`` micro-batches.
+        UserError: a row is longer than the budget, or there are too few rows to give every rank ``count_multiple``
+            micro-batches within it.
     """
+    if max(num_tokens) > max_tokens:
+        raise too_long(max(num_tokens), max_tokens)
     unit = num_ranks * count_multiple
     most = len(num_tokens) // unit
     if most == 0:
@@ -68,9 +71,17 @@ def plan_micro_batches(
     count = min(most, max(1, -(-sum(num_tokens) // (unit * max_tokens))))
     while True:
         bins = _fill_evenly(longest_first, num_tokens, count * unit)
-        fits = all(load <= max_tokens or len(rows) == 1 for load, rows in bins)
-        if fits or count == most:
+        fits = all(load <= max_tokens for load, _ in bins)
+        if fits:
             break
+        if count == most:
+            raise UserError(
+                "policy.train_micro_batch_tokens",
+                max_tokens,
+                f"is too small: {len(num_tokens)} rows have to make at most {most * unit} micro-batches "
+                f"({num_ranks} data-parallel ranks, {count_multiple} at a time), and some must share one",
+                f"raise it, or use a multiple of {unit} for policy.train_global_batch_size",
+            )
         count = min(most, count + max(1, count // 100))
     costs = [sum(num_tokens[row] * (1 + num_tokens[row] / quadratic_length) for row in rows) for _, rows in bins]
     dearest_first = sorted(range(len(bins)), key=lambda index: (-costs[index], index))
@@ -82,6 +93,16 @@ def plan_micro_batches(
             plan[rank].append(sorted(bins[index][1]))
             spent[rank] += costs[index]
     return plan
+
+
+def too_long(longest: int, max_tokens: int) -> UserError:
+    """What to say of a row that no micro-batch has room for."""
+    return UserError(
+        "policy.train_micro_batch_tokens",
+        max_tokens,
+        f"the longest row has {longest} tokens, which must fit into one micro-batch",
+        f"use {longest} or more, or shorter prompts and responses",
+    )
 
 
 def _fill_evenly(longest_first: Sequence[int], num_tokens: Sequence[int], count: int) -> list[tuple[int, list[int]]]:

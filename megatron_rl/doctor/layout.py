@@ -84,7 +84,7 @@ def scale_down(config: Config, model: Path) -> Scaled:
             megatron_cfg=passed,
             optim=replace(policy.optim, clip_grad=0.0, optimizer_cfg={}),
             train_global_batch_size=8 * sizes.get("dp", 1),
-            train_micro_batch_tokens=128,
+            train_micro_batch_tokens=160,
         ),
     )
     return Scaled(small, sizes, left_out)

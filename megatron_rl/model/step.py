@@ -24,10 +24,10 @@ from torch import Tensor
 from megatron_rl.config import Config
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.data.pack import PackLayout, pack, plan_micro_batches, unpack
-from megatron_rl.errors import UserError
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.model.build import build_chunks
 from megatron_rl.model.forward import PolicyModel, run_model
+from megatron_rl.model.guards import check_finite, check_log_probs, check_rows
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import Kind, MicroBatch, TrainingSample
@@ -104,6 +104,9 @@ class Policy:
                 trained on, so that before the first update both passes give the same bits.
             name: the field to fill.
             with_entropy: set ``entropy`` as well; it costs nothing more.
+
+        Raises:
+            UserError: a value is not finite; on all ranks.
         """
         fields = {name: "log_probs", **({"entropy": "entropy"} if with_entropy else {})}
         for rows in mini_batches:
@@ -127,11 +130,13 @@ class Policy:
             reports.
 
         Raises:
-            UserError: the loss or a gradient is not finite; on all ranks, before any weight has changed.
+            UserError: ranks have different rows, no token is trained on, or the loss or a gradient is not finite; on all
+                ranks, before any weight has changed.
         """
+        check_rows(samples, update=self.num_updates + 1, cpu_group=self.groups.cpu_group)
         # Megatron divides gradients by the integer number of loss tokens of the mini-batch; multiplying by it here leaves
         # exactly sum(weight * term).
-        num_global_tokens = max(1, sum(sample.num_response_tokens for sample in samples))  # all responses may be empty
+        num_global_tokens = sum(sample.num_response_tokens for sample in samples)
         micro_batches = self._micro_batches(samples)
         is_own_past = any(sample.kind is Kind.RL and sample.old_log_probs is None for sample in samples)
 
@@ -161,7 +166,8 @@ class Policy:
             if is_own_past:
                 self._keep(outputs, {"old_log_probs": "log_probs"}, micro_batches, samples)
         metrics = self._reduce_reports(outputs)
-        self._check_finite(metrics["loss"])
+        gradients = (buffer.grad_data for buffer in self._gradient_buffers())
+        check_finite(metrics["loss"], gradients, update=self.num_updates + 1, cpu_group=self.groups.cpu_group)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with self.timer("optimizer"):
             _, grad_norm, _ = self.optimizer.step()
@@ -323,6 +329,7 @@ class Policy:
             dist.all_reduce(flat, group=self.groups.cpu_group)
             for sample, values in zip(samples, flat.split(sizes)):
                 setattr(sample, field, values.clone())
+            check_log_probs(samples, field)
 
     def _reduce_reports(self, outputs: Sequence[dict]) -> dict[str, float]:
         """Sum (or take the maximum of) the reports of all micro-batches of all data-parallel ranks, in float64."""
@@ -340,18 +347,6 @@ class Policy:
         sum_keys, max_keys = next((s, m) for values, s, m in gathered if values is not None)
         totals = dict(zip(sum_keys, map(math.fsum, zip(*(r[0] for r in reports)))))
         return totals | dict(zip(max_keys, map(max, zip(*(r[1] for r in reports)))))
-
-    def _check_finite(self, loss: float) -> None:
-        finite = torch.tensor(float(all(bool(b.grad_data.isfinite().all()) for b in self._gradient_buffers())))
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.groups.cpu_group)
-        if not math.isfinite(loss) or not finite.item():
-            what = "loss" if not math.isfinite(loss) else "gradient"
-            raise UserError(
-                f"{what} at optimizer update {self.num_updates + 1}",
-                loss if what == "loss" else None,
-                "is not finite; no weight was changed and the last checkpoint is intact",
-                "lower policy.optim.lr, check the data of this step, or use trainer.precision=fp32 to find the cause",
-            )
 
     def _ddp_config(self) -> DistributedDataParallelConfig:
         settings = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": True}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e.conftest import Case
 from tests.tiny_models import make_tiny_model
@@ -33,6 +34,32 @@ def test_grpo_with_expert_parallelism(experts: Case) -> None:
     assert experts.rows() == experts.rows("whole")
 
 
+def test_training_repeats_the_rollouts_choices(experts: Case) -> None:
+    from safetensors.torch import load_file
+
+    replay = ("policy.router_replay=true", "rollout.record=true", "trainer.max_steps=2")
+    assert experts.run(*SMALL, *replay, ranks=2) == [0, 0]
+    for row in experts.rows():
+        assert row["mismatch/log_prob_abs_diff_max"] < 1e-3 and row["ratio/first_update_max_abs_log_ratio"] == 0.0
+    recorded = sorted((experts.root / "tiny" / "rollouts").glob("*.safetensors"))
+    assert recorded
+    for file in recorded:
+        flat = load_file(file)
+        positions, layers, chosen = flat["meta"][:, 3:].unbind(1)
+        assert (positions > 0).all() and set(layers.tolist()) == {2} and set(chosen.tolist()) == {2}
+
+    # What is recorded is what is trained through: with every choice set to expert 0 and 1, log-probs are others.
+    for file in recorded:
+        from safetensors.torch import save_file
+
+        flat = load_file(file)
+        flat["experts"] = torch.arange(2, dtype=torch.int16).repeat(len(flat["experts"]) // 4).view(torch.uint8)
+        save_file(flat, file)
+    forced = ("exp_manager.name=forced", f"rollout.recorded_dir={recorded[0].parent}", "policy.router_replay=true")
+    assert experts.run(*SMALL, *forced, "trainer.max_steps=1", ranks=2) == [0, 0]
+    assert experts.rows("forced")[0]["mismatch/log_prob_abs_diff_max"] > 0.01
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -54,3 +81,5 @@ def test_what_does_not_fit_is_refused(
 def test_experts_of_a_dense_model_are_refused(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     assert set(case.run(*SMALL, ranks=2)) == {2}
     assert "needs experts" in capfd.readouterr().err
+    assert set(case.run("policy.router_replay=true", ranks=2)) == {2}
+    assert "policy.router_replay" in capfd.readouterr().err

@@ -50,6 +50,16 @@ def one_update(
     return exactness.one_update(build_policy(config), GRPO(config), samples)
 
 
+def never_pack() -> None:
+    """Each row goes alone; for ``mutate``."""
+    from megatron_rl.model import step
+
+    def alone(num_tokens, *, num_ranks, **_options):  # type: ignore[no-untyped-def]
+        return [[[row] for row in range(rank, len(num_tokens), num_ranks)] for rank in range(num_ranks)]
+
+    step.plan_micro_batches = alone
+
+
 def entropies(
     model: Path, samples: list[TrainingSample], layout: dict, overrides: tuple[str, ...] = ()
 ) -> list[torch.Tensor]:

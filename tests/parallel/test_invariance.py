@@ -13,6 +13,7 @@ from tests.forked import run_ranks
 from tests.parallel.invariance import (
     entropies,
     errors,
+    never_pack,
     num_ranks,
     one_update,
     recorded_batch,
@@ -60,13 +61,13 @@ def test_every_gradient_under_every_layout(models: dict, recorded: dict, layout:
     assert all(result["metrics"] == results[0]["metrics"] for result in results), "ranks report different numbers"
 
 
-@pytest.mark.parametrize("tokens", [1, 100, 200])
+@pytest.mark.parametrize("tokens", [0, 150, 200])
 @pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2, "pp": 2, "cp": 2, "sp": True}, {"pp": 2, "vpp": 2}], ids=str)
 def test_every_gradient_under_every_packing(models: dict, recorded: dict, layout: dict, tokens: int) -> None:
-    """With a budget of 1 each row goes alone: not packed."""
+    """0: not packed."""
     batch, true = recorded[MODELS[0]]
-    override = (f"policy.train_micro_batch_tokens={tokens}",)
-    check(run_ranks(one_update, num_ranks(layout), models[MODELS[0]], batch, layout, override)[0], true)
+    how = ((f"policy.train_micro_batch_tokens={tokens}",), None) if tokens else ((), never_pack)
+    check(run_ranks(one_update, num_ranks(layout), models[MODELS[0]], batch, layout, *how)[0], true)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "sp": True}, {"cp": 2, "dp": 2}, {"pp": 2, "vpp": 2}], ids=str)
@@ -74,7 +75,7 @@ def test_overlapped_gradient_reduction(models: dict, recorded: dict, layout: dic
     """The output weight's gradient goes straight to Megatron's buffer: the hook must fire all the same."""
     for case in MODELS:
         batch, true = recorded[case]
-        override = ("policy.ddp_cfg.overlap_grad_reduce=true", "policy.train_micro_batch_tokens=100")
+        override = ("policy.ddp_cfg.overlap_grad_reduce=true", "policy.train_micro_batch_tokens=150")
         check(run_ranks(one_update, num_ranks(layout), models[case], batch, layout, override)[0], true)
 
 

@@ -1,4 +1,4 @@
-"""Rows without a response token: they count for nothing, and stop nothing."""
+"""Rows without a response token: they count for nothing, and stop nothing. And what must stop an update."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def update(model: Path, empty: list[int]) -> dict[str, float]:
     from megatron_rl.algorithms.grpo import GRPO
+    from megatron_rl.model import step
 
-    config = tiny_config(model, "policy.train_micro_batch_tokens=1", "algorithm.kl.coef=0")  # one row a micro-batch
+    step.plan_micro_batches = lambda *_args, **_options: [[[row] for row in range(4)]]
+    config = tiny_config(model, "algorithm.kl.coef=0")
     policy, samples = build_policy(config), random_samples(count=4)
     for row in empty:
         samples[row].response_ids = samples[row].response_ids[:0]
@@ -37,5 +39,46 @@ def test_a_micro_batch_without_response_tokens(model: Path) -> None:
 
 
 def test_a_mini_batch_without_response_tokens(model: Path) -> None:
-    [metrics] = run_ranks(update, 1, model, [0, 1, 2, 3])
-    assert metrics["loss"] == metrics["grad_norm"] == 0.0
+    with pytest.raises(AssertionError, match="optimizer update 1 = 4: have no token to train on"):
+        run_ranks(update, 1, model, [0, 1, 2, 3])
+
+
+def refused(model: Path, spoil: str) -> tuple[str, bool]:
+    """(error, whether all weights are as they were) of this rank of two."""
+    import torch.distributed as dist
+
+    from megatron_rl.algorithms.grpo import GRPO
+    from megatron_rl.errors import UserError
+
+    config = tiny_config(model, "algorithm.kl.coef=0", dp=2)
+    policy, samples = build_policy(config), random_samples(count=8)
+    if spoil == "rows" and dist.get_rank() == 1:
+        samples[3].advantages = samples[3].advantages * 1.001
+    if spoil in ("hidden", "hidden before") and dist.get_rank() == 1:
+        policy.chunks[0].decoder.layers[0].register_forward_hook(
+            lambda _module, _args, out: (out[0] * math.inf, out[1])
+        )
+    before = policy.snapshot()
+    try:
+        for sample in samples:
+            sample.old_log_probs = torch.zeros(sample.num_response_tokens)
+        if spoil == "hidden before":
+            policy.fill_log_probs(samples, [range(8)], "old_log_probs")
+        policy.train_step(samples, GRPO(config).loss)
+    except UserError as error:
+        return str(error), all(map(torch.equal, before, policy.snapshot()))
+    return "accepted", False
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("rows", "rows of optimizer update 1 = 8: differ between rank 0 and rank 1"),
+        ("hidden", "loss at optimizer update 1 = nan: is not finite"),
+        ("hidden before", "old_log_probs = 'row"),
+    ],
+)
+def test_every_rank_refuses_alike(model: Path, spoil: str, message: str) -> None:
+    results = run_ranks(refused, 2, model, spoil)
+    assert all(error.startswith(message) and is_unharmed for error, is_unharmed in results), results
+    assert results[0] == results[1]

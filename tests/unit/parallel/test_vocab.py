@@ -183,3 +183,33 @@ def test_divergences_equal_the_float64_oracle(world_size: int, kind: str, cuts: 
     for results in run_ranks(diverge, world_size, kind, cuts, shift):
         for mine, true in zip(results, (values.detach(), hidden.grad, weight.grad)):
             torch.testing.assert_close(mine.double(), true, rtol=5e-5, atol=2e-5 * max(shift, float(true.abs().max())))
+
+
+def large_vocabulary() -> dict[str, torch.Tensor]:
+    """Qwen's vocabulary and one word: cut in two, 151,937 words are 76,032 rows of a rank, 127 of the last not words."""
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(9, HIDDEN, generator=generator).requires_grad_()
+    weight, labels = (
+        torch.randn(152_064, HIDDEN, generator=generator),
+        torch.randint(0, 151_937, (9,), generator=generator),
+    )
+    weight[151_937:] *= 10
+    labels[0] = 151_936
+    shard = my_shard(weight)
+    found = vocab_parallel_statistics(
+        hidden, shard, labels, vocab_size=151_937, temperature=1.0, tp_group=dist.group.WORLD
+    )
+    (found.log_probs.sum() + found.entropy.sum()).backward()
+    dist.all_reduce(hidden.grad)
+    log_p = (hidden.detach().double() @ weight[:151_937].double().t()).log_softmax(-1)
+    torch.testing.assert_close(found.log_probs.double(), log_p.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.is_top, log_p.argmax(-1) == labels)
+    return {"hidden": hidden.grad, "weight": gathered(shard.grad)}
+
+
+def test_a_vocabulary_that_does_not_divide() -> None:
+    two, one = run_ranks(large_vocabulary, 2)[0], run_ranks(large_vocabulary, 1)[0]
+    torch.testing.assert_close(two["hidden"], one["hidden"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["weight"], one["weight"], rtol=1e-4, atol=1e-6)
+    assert two["weight"][151_937:].eq(0).all() and two["weight"][151_936].norm() > 0.1

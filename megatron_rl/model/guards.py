@@ -1,0 +1,90 @@
+"""What must hold before weights change. Each check ends in the same error on every rank, or in none."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.errors import UserError
+from megatron_rl.parallel.agree import gather_json
+from megatron_rl.types import TrainingSample
+
+
+def check_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group: dist.ProcessGroup) -> None:
+    """The rows of a mini-batch are the same on every rank, and at least one of their tokens is trained on.
+
+    Raises:
+        UserError: naming the ranks that differ from rank 0.
+    """
+    digests = gather_json(_digest(samples), cpu_group)
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise UserError(
+            f"rows of optimizer update {update}",
+            len(samples),
+            f"differ between rank 0 and rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}",
+            "see that every node reads the same files and runs the same version; no weight was changed",
+        )
+    if not any(sample.num_response_tokens for sample in samples):
+        raise UserError(
+            f"rows of optimizer update {update}",
+            len(samples),
+            "have no token to train on: every response is empty",
+            "look at the rollouts of this step, and at rollout.max_new_tokens; no weight was changed",
+        )
+
+
+def check_log_probs(samples: Sequence[TrainingSample], name: str) -> None:
+    """What a forward pass has filled is finite; the same data on all ranks, so no rank has to ask another.
+
+    Raises:
+        UserError: naming the first row that is not.
+    """
+    for row, sample in enumerate(samples):
+        if not bool(getattr(sample, name).isfinite().all()):
+            raise UserError(
+                name,
+                f"row {row} of {len(samples)}",
+                "is not finite: the model's hidden states overflow or hold NaN",
+                "look for the first bad update in the metrics, or use trainer.precision=fp32 to find the cause",
+            )
+
+
+def check_finite(loss: float, gradients: Iterable[Tensor], *, update: int, cpu_group: dist.ProcessGroup) -> None:
+    """Loss and gradients are finite.
+
+    Args:
+        loss: the same on every rank.
+        gradients: this rank's.
+        update: counted from 1.
+        cpu_group: all ranks, over gloo.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    finite = torch.tensor(float(all(bool(gradient.isfinite().all()) for gradient in gradients)))
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=cpu_group)
+    if not math.isfinite(loss) or not finite.item():
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        raise UserError(
+            f"{what} at optimizer update {update}",
+            loss if what == "loss" else None,
+            "is not finite; no weight was changed and the last checkpoint is intact",
+            "lower policy.optim.lr, check the data of this step, or use trainer.precision=fp32 to find the cause",
+        )
+
+
+def _digest(samples: Sequence[TrainingSample]) -> list[int]:
+    """Of what the update depends on: tokens, advantages, weights."""
+    digest, tokens = 0, 0
+    for sample in samples:
+        tokens += sample.num_tokens
+        for values in (sample.prompt_ids, sample.response_ids, sample.advantages, sample.weights):
+            if values is not None:
+                digest = zlib.crc32(memoryview(values.contiguous().numpy()), digest)  # type: ignore[arg-type]
+    return [len(samples), tokens, digest]
