@@ -67,6 +67,19 @@ def layout(config: ConfigPath, overrides: Overrides = None) -> None:
         raise typer.Exit(1)
 
 
+plan = typer.Typer(no_args_is_help=True, help="Work out what a config will do, for any size, on a laptop.")
+app.add_typer(plan, name="plan")
+
+
+@plan.command()
+def weights(config: ConfigPath, overrides: Overrides = None) -> None:
+    """What each weight sync moves: bytes of every rank, rounds, and how far that is from the least possible."""
+    from megatron_rl.config import load_config
+    from megatron_rl.weight_sync.report import print_report, report
+
+    print_report(report(load_config(config, overrides or [])))
+
+
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config without loading torch, and print it with every default filled in."""

@@ -55,7 +55,8 @@ def test_training_repeats_the_rollouts_choices(experts: Case) -> None:
         flat = load_file(file)
         flat["experts"] = torch.arange(2, dtype=torch.int16).repeat(len(flat["experts"]) // 4).view(torch.uint8)
         save_file(flat, file)
-    forced = ("exp_manager.name=forced", f"rollout.recorded_dir={recorded[0].parent}", "policy.router_replay=true")
+    engine = ("rollout.engine=recorded", f"rollout.recorded_dir={recorded[0].parent}")
+    forced = ("exp_manager.name=forced", *engine, "policy.router_replay=true")
     assert experts.run(*SMALL, *forced, "trainer.max_steps=1", ranks=2) == [0, 0]
     assert experts.rows("forced")[0]["mismatch/log_prob_abs_diff_max"] > 0.01
 

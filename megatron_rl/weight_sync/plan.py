@@ -1,0 +1,231 @@
+"""Who sends what to whom: the copies that turn a trainer's shards into a server's, each byte once and no byte in vain.
+
+A plan is a function of the model's shape and both layouts alone, so every rank computes the same one without asking, and a
+laptop computes it for any cluster. Both sides are described as boxes of Hugging Face tensors (``convert.kinds`` for
+Megatron, ``served`` for SGLang); a copy is where two boxes meet.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+from megatron_rl.convert.kinds import Extent, boxes
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.table import Entry, entries
+from megatron_rl.weight_sync.served import RolloutLayout, all_served
+
+
+@dataclass(frozen=True)
+class TrainingLayout:
+    """Megatron's ranks: tensor parallel inside context and data parallel inside pipeline parallel."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    dp_size: int = 1
+    """Ranks with the same weights, experts apart: data times context parallel."""
+    vpp_size: int = 1
+    ep_size: int = 1
+    etp_size: int | None = None
+    """Of each expert; as many as each layer unless given."""
+
+    @property
+    def num_ranks(self) -> int:
+        """World size."""
+        return self.tp_size * self.dp_size * self.pp_size
+
+    @property
+    def expert_tp_size(self) -> int:
+        """Ranks that share each expert."""
+        return self.tp_size if self.etp_size is None else self.etp_size
+
+    def stage_of(self, entry: Entry, num_layers: int) -> int:
+        """Pipeline rank that holds a parameter."""
+        name = entry.name
+        if name.startswith("decoder.layers."):
+            chunk = int(name.split(".", 3)[2]) // (num_layers // (self.pp_size * self.vpp_size))
+            return chunk % self.pp_size
+        return 0 if name.startswith("embedding.") else self.pp_size - 1
+
+    def holders(self, entry: Entry, shape: ModelShape) -> list[tuple[int, int, list[int]]]:
+        """(rank in the cut, its size, world ranks with that shard) of each shard of a parameter."""
+        per_stage = self.tp_size * self.dp_size
+        first = self.stage_of(entry, shape.num_layers) * per_stage
+        if entry.expert is None:
+            return [
+                (rank, self.tp_size, list(range(first + rank, first + per_stage, self.tp_size)))
+                for rank in range(self.tp_size)
+            ]
+        cut, owner = self.expert_tp_size, entry.expert // (shape.num_experts // self.ep_size)
+        step = cut * self.ep_size
+        return [(rank, cut, list(range(first + owner * cut + rank, first + per_stage, step))) for rank in range(cut)]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One rectangle, from a trainer's rank to a server's."""
+
+    sender: int
+    """World rank of the trainer."""
+    receiver: int
+    """Server number times its tensor-parallel size, plus the rank in it."""
+    source: str
+    """Global Megatron name of the parameter."""
+    source_start: Extent
+    target: str
+    """SGLang's name of the parameter."""
+    target_start: Extent
+    size: Extent
+    """In the Hugging Face tensor's dimensions."""
+
+
+@dataclass
+class Plan:
+    """All copies, by sender and receiver in the order in which both go through them."""
+
+    copies: list[Copy]
+    sent: dict[int, int] = field(default_factory=dict)
+    """Elements that each trainer rank sends."""
+    received: dict[int, int] = field(default_factory=dict)
+    """Elements that each server rank gets."""
+    held: int = 0
+    """Elements of all server ranks' parameters, padding of the vocabulary left out."""
+
+    @property
+    def received_ratio(self) -> float:
+        """Received over held: 1.0 when nothing is sent in vain or missing."""
+        return sum(self.received.values()) / self.held
+
+    @property
+    def balance(self) -> float:
+        """The busiest sender's load over the mean of those that hold something of the model."""
+        return max(self.sent.values()) * len(self.sent) / sum(self.sent.values())
+
+
+def make_plan(shape: ModelShape, training: TrainingLayout, rollout: RolloutLayout) -> Plan:
+    """The plan.
+
+    Args:
+        shape: of the model.
+        training: of the trainer.
+        rollout: of the servers.
+
+    Raises:
+        UserError: a layout does not fit the model.
+    """
+    meetings = list(_meetings(shape, _sources(shape, training), rollout))
+    loads: dict[int, int] = dict.fromkeys(range(training.num_ranks), 0)
+    received: dict[int, int] = defaultdict(int)
+    senders = [0] * (len(meetings) * rollout.num_servers)
+    # Largest first, each to the holder that has sent least: what is left in the end is small enough to level it.
+    for index in sorted(range(len(senders)), key=lambda i: -prod(meetings[i // rollout.num_servers].size)):
+        meeting = meetings[index // rollout.num_servers]
+        senders[index] = min(meeting.source.ranks, key=loads.__getitem__)
+        loads[senders[index]] += prod(meeting.size)
+    copies = []
+    for index, sender in enumerate(senders):
+        number, server = divmod(index, rollout.num_servers)
+        meeting = meetings[number]
+        receiver = server * rollout.tp_size + meeting.tp_rank
+        received[receiver] += prod(meeting.size)
+        source = meeting.source.name
+        copies.append(
+            Copy(sender, receiver, source, meeting.source_start, meeting.target, meeting.target_start, meeting.size)
+        )
+    parts = (part for _, served in all_served(shape, rollout) for parameter in served for part in parameter.parts)
+    held = sum(prod(part.size) for part in parts) * rollout.num_servers
+    return Plan(copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    """What a trainer's box and a server rank's part share."""
+
+    source: _Source
+    tp_rank: int
+    source_start: Extent
+    target: str
+    target_start: Extent
+    size: Extent
+
+
+def _meetings(shape: ModelShape, sources: dict[str, list[_Source]], rollout: RolloutLayout) -> Iterator[_Meeting]:
+    for tp_rank, parameters in all_served(shape, rollout):
+        for parameter in parameters:
+            for part in parameter.parts:
+                for source in sources[part.hf_name]:
+                    shared = _meet(part.hf_start, part.size, source.hf_start, source.size)
+                    if shared is not None:
+                        start, size = shared
+                        source_start = _shift(start, source.hf_start, source.start)
+                        target_start = _shift(start, part.hf_start, part.start)
+                        yield _Meeting(source, tp_rank, source_start, parameter.name, target_start, size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A box of a Hugging Face tensor, and the ranks that hold it."""
+
+    name: str
+    start: Extent
+    hf_start: Extent
+    size: Extent
+    ranks: list[int]
+
+
+def _sources(shape: ModelShape, training: TrainingLayout) -> dict[str, list[_Source]]:
+    found: dict[str, list[_Source]] = defaultdict(list)
+    for entry in entries(shape).values():
+        if entry.is_copy:
+            continue
+        for rank, size, ranks in training.holders(entry, shape):
+            for box in boxes(entry.kind, shape, rank, size):
+                source = _Source(entry.name, box.shard_start, box.hf_start, box.size, ranks)
+                found[entry.hf_names[box.tensor]].append(source)
+            if entry.kind.name == "replicated":  # every rank of the cut has all of it
+                found[entry.hf_names[0]][-1].ranks.extend(
+                    r for other, _, more in training.holders(entry, shape) if other != rank for r in more
+                )
+                break
+    return found
+
+
+def _meet(a_start: Extent, a_size: Extent, b_start: Extent, b_size: Extent) -> tuple[Extent, Extent] | None:
+    """Start and size of what two rectangles share."""
+    start = tuple(map(max, a_start, b_start))
+    size = tuple(min(a + n, b + m) - s for a, n, b, m, s in zip(a_start, a_size, b_start, b_size, start, strict=True))
+    return (start, size) if min(size) > 0 else None
+
+
+def _shift(start: Extent, origin: Extent, place: Extent) -> Extent:
+    """Where a corner lies once its rectangle's origin lies at ``place``, which may have dimensions in front."""
+    front = len(place) - len(origin)
+    return (*place[:front], *(p + s - o for p, s, o in zip(place[front:], start, origin, strict=True)))
+
+
+def rounds(plan: Plan) -> Iterator[list[Copy]]:
+    """Copies in rounds in which every rank sends to one rank at most, and gets from one at most; big pairs first."""
+    pairs: dict[tuple[int, int], list[Copy]] = defaultdict(list)
+    for copy in plan.copies:
+        pairs[copy.sender, copy.receiver].append(copy)
+    heap = [(-sum(prod(c.size) for c in of_pair), pair) for pair, of_pair in pairs.items()]
+    heapq.heapify(heap)
+    while heap:
+        busy_senders: set[int] = set()
+        busy_receivers: set[int] = set()
+        later, now = [], []
+        while heap:
+            item = heapq.heappop(heap)
+            sender, receiver = item[1]
+            if sender in busy_senders or receiver in busy_receivers:
+                later.append(item)
+                continue
+            busy_senders.add(sender)
+            busy_receivers.add(receiver)
+            now += pairs[item[1]]
+        yield now
+        heap = later
+        heapq.heapify(heap)

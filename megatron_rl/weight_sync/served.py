@@ -1,0 +1,187 @@
+"""What each rank of an SGLang server holds: its parameters, and the boxes of Hugging Face tensors that they are made of.
+
+Read from SGLang 0.5.23's layers (QKVParallelLinear, MergedColumnParallelLinear, VocabParallelEmbedding, FusedMoE):
+
+    qkv_proj, gate_up_proj     the rank's rows of q, k, v (of gate, up), stacked; fewer key-value heads than ranks: repeated
+    o_proj, down_proj          the rank's columns
+    embed_tokens, lm_head      the rank's rows of the vocabulary, padded to a multiple of 64
+    experts.w13, experts.w2    [experts of the rank, ...]: gate rows above up rows; columns of down
+    everything else            whole
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_rl.convert.kinds import Extent
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.table import hf_tensors
+from megatron_rl.errors import UserError
+
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class RolloutLayout:
+    """Servers of one kind."""
+
+    num_servers: int = 1
+    tp_size: int = 1
+    ep_size: int = 1
+    """Of the ``tp_size`` ranks, groups that share the experts out; within a group each expert is cut."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Over all servers."""
+        return self.num_servers * self.tp_size
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises ``UserError`` where SGLang could not serve the model this way."""
+        tp_size, heads, kv_heads = self.tp_size, shape.num_attention_heads, shape.num_key_value_heads
+        if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
+            rule = f"must divide {heads} heads, and divide or be a multiple of {kv_heads} key-value heads"
+            raise UserError("rollout.sglang_cfg.tp_size", tp_size, rule, "choose another size")
+        if tp_size % self.ep_size or (shape.num_experts and shape.num_experts % self.ep_size):
+            rule = f"must divide tp_size = {tp_size} and the number of experts = {shape.num_experts}"
+            raise UserError("rollout.sglang_cfg.ep_size", self.ep_size, rule, "choose another size")
+        width = getattr(shape, shape.width_field)
+        cut = tp_size // self.ep_size if shape.num_experts else tp_size
+        if width % cut:
+            rule = f"must cut the width {width} of the MLP evenly"
+            raise UserError("rollout.sglang_cfg.tp_size", tp_size, rule, "choose another size")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a Hugging Face tensor, and where it lies in a server rank's parameter."""
+
+    hf_name: str
+    hf_start: Extent
+    start: Extent
+    """In the parameter. An expert's part has one dimension more than its tensor: the expert's place comes first."""
+    size: Extent
+    """In the tensor."""
+
+
+@dataclass(frozen=True)
+class ServedParameter:
+    """One parameter of one server rank."""
+
+    name: str
+    shape: Extent
+    parts: tuple[Part, ...]
+    """They cover it without overlap; what none covers is padding of the vocabulary."""
+
+
+_STACKED = {
+    "q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
+}  # fmt: skip
+"""Hugging Face layer -> SGLang's fused one, and the place in it."""
+_BY_COLUMNS = ("o_proj", "down_proj")
+_VOCABULARY = ("embed_tokens", "lm_head")
+
+
+def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> list[ServedParameter]:
+    """All parameters of one rank of a server, in the order of the model.
+
+    Raises:
+        UserError: the layout does not fit the model.
+    """
+    layout.check(shape)
+    tensors, found = hf_tensors(shape), []
+    done: set[str] = set()
+    for name, extent in tensors.items():
+        target = _target(name)
+        if target in done:
+            continue
+        done.add(target)
+        if ".experts." in name:
+            found.append(_experts(target, name, tensors, shape, layout, tp_rank))
+        elif (layer := _layer(name)) in _STACKED:
+            found.append(_stacked(target, name, tensors, shape, layout.tp_size, tp_rank))
+        elif layer in _VOCABULARY:
+            rows = -(-shape.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE // layout.tp_size
+            start = tp_rank * rows
+            count = max(0, min(rows, shape.vocab_size - start))
+            parts = (Part(name, (start, 0), (0, 0), (count, extent[1])),) if count else ()
+            found.append(ServedParameter(target, (rows, extent[1]), parts))
+        elif layer in _BY_COLUMNS and len(extent) == 2:
+            columns = extent[1] // layout.tp_size
+            size = (extent[0], columns)
+            found.append(ServedParameter(target, size, (Part(name, (0, tp_rank * columns), (0, 0), size),)))
+        else:
+            corner = tuple(0 for _ in extent)
+            found.append(ServedParameter(target, extent, (Part(name, corner, corner, extent),)))
+    return found
+
+
+def _layer(name: str) -> str:
+    """``model.layers.0.mlp.up_proj.weight`` -> ``up_proj``."""
+    return name.rsplit(".", 2)[-2]
+
+
+def _target(name: str) -> str:
+    """The parameter that a tensor is part of."""
+    if ".experts." in name:
+        prefix, rest = name.split(".experts.")
+        return f"{prefix}.experts.{'w2' if 'down_proj' in rest else 'w13'}_weight"
+    layer = _layer(name)
+    return name.replace(layer, _STACKED[layer][0]) if layer in _STACKED else name
+
+
+def _rows(layer: str, rows: int, shape: ModelShape, tp_size: int, tp_rank: int) -> tuple[int, int]:
+    """First row and number of rows of a rank."""
+    if layer in ("k_proj", "v_proj") and tp_size > shape.num_key_value_heads:
+        repeats = tp_size // shape.num_key_value_heads
+        return tp_rank // repeats * shape.head_dim, shape.head_dim
+    return tp_rank * (rows // tp_size), rows // tp_size
+
+
+def _stacked(
+    target: str, name: str, tensors: dict[str, Extent], shape: ModelShape, tp_size: int, tp_rank: int
+) -> ServedParameter:
+    layer, position, parts = _layer(name), 0, []
+    for other in sorted((key for key, (fused, _) in _STACKED.items() if fused == _STACKED[layer][0]), key=_place):
+        extent = tensors[name.replace(layer, other)]
+        start, count = _rows(other, extent[0], shape, tp_size, tp_rank)
+        rest, corner = extent[1:], tuple(0 for _ in extent[1:])
+        parts.append(Part(name.replace(layer, other), (start, *corner), (position, *corner), (count, *rest)))
+        position += count
+    return ServedParameter(target, (position, *tensors[name][1:]), tuple(parts))
+
+
+def _place(layer: str) -> int:
+    return _STACKED[layer][1]
+
+
+def _experts(
+    target: str, name: str, tensors: dict[str, Extent], shape: ModelShape, layout: RolloutLayout, tp_rank: int
+) -> ServedParameter:
+    cut = layout.tp_size // layout.ep_size
+    group, rank_in_expert = divmod(tp_rank, cut)
+    held = shape.num_experts // layout.ep_size
+    width = shape.moe_intermediate_size // cut
+    first = rank_in_expert * width
+    prefix = name.split(".experts.")[0]
+    parts: list[Part] = []
+    for place in range(held):
+        expert = f"{prefix}.experts.{group * held + place}."
+        if target.endswith("w2_weight"):
+            size = (shape.hidden_size, width)
+            parts.append(Part(f"{expert}down_proj.weight", (0, first), (place, 0, 0), size))
+        else:
+            size = (width, shape.hidden_size)
+            parts += [
+                Part(f"{expert}{half}_proj.weight", (first, 0), (place, number * width, 0), size)
+                for number, half in enumerate(("gate", "up"))
+            ]
+    whole = (held, shape.hidden_size, width) if target.endswith("w2_weight") else (held, 2 * width, shape.hidden_size)
+    return ServedParameter(target, whole, tuple(parts))
+
+
+def all_served(shape: ModelShape, layout: RolloutLayout) -> Iterator[tuple[int, list[ServedParameter]]]:
+    """(rank in its server, its parameters); all servers are alike."""
+    for tp_rank in range(layout.tp_size):
+        yield tp_rank, served_parameters(shape, layout, tp_rank)
