@@ -20,7 +20,7 @@ from megatron_rl.convert.random_weights import RandomReader
 from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.curves import plot_curves
-from megatron_rl.data.pack import PackLayout, too_long
+from megatron_rl.data.pack import pack_layout, too_long
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
 from megatron_rl.data.stream import Stream
 from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
@@ -240,8 +240,7 @@ class Run:
         else:
             longest = max(row.num_tokens for row in self.demonstrations.items)
         policy = self.config.policy
-        tp_size = policy.tensor_parallel_size if policy.megatron_cfg.get("sequence_parallel") else 1
-        longest = PackLayout(tp_size, policy.context_parallel_size).padded(longest)
+        longest = pack_layout(policy).padded(longest)
         if longest > policy.train_micro_batch_tokens:
             raise too_long(longest, policy.train_micro_batch_tokens)
 
@@ -318,7 +317,6 @@ class Run:
                 pad_id=self._stop_ids[0] if pad_id is None else pad_id,
                 max_batch_size=rollout.max_batch_size,
                 cpu_group=group,
-                record_experts=self.config.policy.router_replay,
             )
         if not rollout.record:
             return engine

@@ -27,15 +27,15 @@ def run_online(run: Run) -> None:
         run.rest_engine()
         samples = algorithm.samples(groups)
         mini_batches = split(len(samples), run.config.policy.train_global_batch_size)
-        # The first update brings the old log-probs of its rows from its own pass, unless credit needs them sooner. The first
-        # step of a run does without: there, a pass of its own shows that both give the same bits.
-        is_proof = step == run.start_step
-        ahead = mini_batches if is_proof or algorithm.needs_old_log_probs else mini_batches[1:]
+        # The first update brings the old log-probs of its rows from its own pass, unless credit needs them sooner.
+        ahead = mini_batches if algorithm.needs_old_log_probs else mini_batches[1:]
         policy.fill_log_probs(samples, ahead, "old_log_probs")
         if algorithm.needs_reference:
             with policy.weights_of(run.reference):
                 policy.fill_log_probs(samples, mini_batches, "ref_log_probs")
         algorithm.assign_advantages(samples)
+        if step == run.start_step:  # once a run, a pass of their own shows that both give the same bits
+            policy.fill_log_probs(samples, mini_batches[:1], "old_log_probs")
         updates = []
         for rows in mini_batches * algorithm.num_epochs:
             mini_batch = [samples[row] for row in rows]

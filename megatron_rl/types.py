@@ -80,6 +80,8 @@ class Request:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary."""
+    record_experts: bool = False
+    """The completion shall say which experts were chosen (a model of experts)."""
     seed: int = 0
     """Sampling is a function of (weights, prompt, seed): no generator state has to survive a restart."""
 

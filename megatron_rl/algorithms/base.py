@@ -10,10 +10,11 @@ from torch import Tensor
 
 from megatron_rl.config import Config
 from megatron_rl.data.stream import Stream
+from megatron_rl.errors import UserError
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rollout.collect import Collector, Sampling
-from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import Completion, MicroBatch, Prompt, RolloutGroup, TrainingSample
 
 
 class Algorithm(ABC):
@@ -66,11 +67,30 @@ class OnlineAlgorithm(Algorithm):
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
         """Set ``advantages`` of every row; the log-probs that the algorithm says it needs are filled by now."""
 
+    def replayed_experts(self, completion: Completion) -> Tensor | None:
+        """What a row's ``experts`` are, under ``policy.router_replay``.
+
+        Raises:
+            UserError: the engine has not told them.
+        """
+        if not self.config.policy.router_replay:
+            return None
+        if completion.experts is None:
+            raise UserError(
+                "policy.router_replay",
+                True,
+                "needs completions that say which experts were chosen; these do not",
+                "record rollouts with router_replay on, or leave it out",
+            )
+        return completion.experts
+
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the last step that only the algorithm knows."""
         return {}
 
     def sampling(self) -> Sampling:
         """Training rollouts are drawn as ``rollout`` says."""
-        rollout = self.config.rollout
-        return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
+        rollout, replay = self.config.rollout, self.config.policy.router_replay
+        return Sampling(
+            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, record_experts=replay
+        )

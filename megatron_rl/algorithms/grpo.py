@@ -104,7 +104,7 @@ class GRPO(OnlineAlgorithm):
                 finish_reason=rollout.completion.finish_reason,
                 weight_version=rollout.completion.weight_version,
                 rollout_log_probs=rollout.completion.log_probs,
-                experts=rollout.completion.experts,
+                experts=self.replayed_experts(rollout.completion),
             )
             for index, group in enumerate(groups)
             for rollout in group.rollouts

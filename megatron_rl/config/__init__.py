@@ -8,7 +8,7 @@ every pair of values (schema.py, algorithms.py), and checks the names of pass-th
 from megatron_rl.config.algorithms import AlgorithmConfig, GRPOConfig, KLConfig, OverlongConfig, SFTConfig
 from megatron_rl.config.files import check_files, read_model_shape
 from megatron_rl.config.load import load_config, save_resolved
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, PolicyConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -16,6 +16,7 @@ __all__ = [
     "GRPOConfig",
     "KLConfig",
     "OverlongConfig",
+    "PolicyConfig",
     "SFTConfig",
     "check_files",
     "load_config",

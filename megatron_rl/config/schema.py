@@ -243,13 +243,19 @@ class PolicyConfig:
                 "would depend on which rows share a micro-batch",
                 "use seq_aux_loss, which balances each sequence, or none",
             )
-        if kind != "none" and "moe" in (self.megatron_cfg.get("recompute_modules") or ()):
-            raise UserError(
-                "policy.megatron_cfg.recompute_modules",
-                self.megatron_cfg["recompute_modules"],
-                "cannot contain moe under an auxiliary loss, whose counts belong to the pack under way",
-                "use recompute_granularity: full, or leave moe out",
-            )
+        reads_pack = kind != "none" or self.megatron_cfg.get("moe_z_loss_coeff") or self.router_replay
+        for field, is_set in (
+            ("recompute_modules", "moe" in (self.megatron_cfg.get("recompute_modules") or ())),
+            ("moe_layer_recompute", self.megatron_cfg.get("moe_layer_recompute")),
+        ):
+            if reads_pack and is_set:
+                raise UserError(
+                    f"policy.megatron_cfg.{field}",
+                    self.megatron_cfg[field],
+                    "cannot compute expert layers again under an auxiliary loss or router_replay: their router would see "
+                    "the pack of a later micro-batch",
+                    "use recompute_granularity: full, or leave it out",
+                )
 
 
 @section
@@ -500,13 +506,13 @@ class Config:
                 f"use a multiple of {self.data_parallel_size}, or change trainer.devices",
             )
         unit = self.data_parallel_size * self.policy.pipeline_parallel_size
-        if self.policy.virtual_pipeline_size > 1 and batch < unit:
+        if self.policy.virtual_pipeline_size > 1 and batch % unit:
             raise UserError(
                 "policy.train_global_batch_size",
                 batch,
-                f"must be at least the data-parallel times the pipeline-parallel size = {unit} under virtual pipelining, "
-                "whose schedule needs a micro-batch for every pipeline rank",
-                f"use at least {unit}, or leave virtual_pipeline_model_parallel_size out",
+                f"must be a multiple of the data-parallel times the pipeline-parallel size = {unit} under virtual "
+                "pipelining, whose schedule takes a micro-batch for every pipeline rank at a time",
+                f"use a multiple of {unit}, or leave virtual_pipeline_model_parallel_size out",
             )
         overlong = getattr(self.algorithm, "overlong", None)
         if overlong is not None and overlong.buffer > self.rollout.max_new_tokens:

@@ -96,6 +96,7 @@ SGLANG_OWNED: dict[str, str] = {
     "admin_api_key": "is drawn at random for every run",
     "base_gpu_id": "follows rollout.servers.placement",
     "enable_memory_saver": "follows rollout.servers.placement",
+    "enable_return_routed_experts": "follows policy.router_replay",
 }
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rl.config import PolicyConfig
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.context import zigzag_indices
 from megatron_rl.types import MicroBatch, TrainingSample
@@ -135,6 +136,13 @@ class PackLayout:
     def padded(self, num_tokens: int) -> int:
         """Tokens that a row takes in a pack."""
         return num_tokens + -num_tokens % self.sequence_multiple
+
+
+def pack_layout(policy: PolicyConfig, *, cp_rank: int = 0) -> PackLayout:
+    """What a config's layout asks of a pack."""
+    is_sequence_parallel = bool(policy.megatron_cfg.get("sequence_parallel"))
+    tp_size = policy.tensor_parallel_size if is_sequence_parallel else 1
+    return PackLayout(tp_size, policy.context_parallel_size, cp_rank)
 
 
 def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLayout = PackLayout()) -> MicroBatch:

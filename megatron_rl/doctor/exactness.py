@@ -6,7 +6,8 @@ shapes of the Hugging Face checkpoint, so a wrong conversion would show as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -157,12 +158,11 @@ def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingS
 def errors(found: Outcome, true: Outcome) -> dict[str, float]:
     """How far off the loss is (relative), the worst metric (relative to it or to 1, whichever is more), and the worst
     parameter's gradient: norm of the difference over its own norm, or over 1e-3 of the whole gradient's if that is more."""
+    of_metrics = [abs(found["metrics"][name] - value) / max(abs(value), 1.0) for name, value in true["metrics"].items()]
     return {
         "loss": abs(found["loss"] - true["loss"]) / abs(true["loss"]),
-        "metric": max(
-            abs(found["metrics"][name] - value) / max(abs(value), 1.0) for name, value in true["metrics"].items()
-        ),
-        "gradient": max(gradient_errors(found, true).values()),
+        "metric": _largest(of_metrics),
+        "gradient": _largest(gradient_errors(found, true).values()),
     }
 
 
@@ -173,6 +173,11 @@ def gradient_errors(found: Outcome, true: Outcome) -> dict[str, float]:
         name: float((found["gradients"][name].double() - g).norm() / max(g.norm(), 1e-3 * norm))
         for name, g in true["gradients"].items()
     }
+
+
+def _largest(values: Iterable[float]) -> float:
+    """NaN is worse than any number; ``max`` would pass over it."""
+    return max((value if math.isfinite(value) else math.inf for value in values), default=0.0)
 
 
 def _row_as_batch(row: TrainingSample) -> MicroBatch:

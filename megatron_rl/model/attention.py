@@ -28,7 +28,8 @@ from torch import Tensor
 from megatron_rl.parallel.context import gather_order, zigzag_indices
 
 MATMUL_MAX_LENGTH = 512
-"""Up to here plain batched products, which use a CPU's matrix units in bf16; benchmarks/results/cpu_step.md has the figures."""
+"""Up to here plain batched products, which use a CPU's matrix units in bf16 (benchmarks/results/cpu_step.md has the figures);
+longer sequences go through torch's attention, which holds no [S, S] scores."""
 
 
 BATCH_MIN_SHARE, BATCH_MIN_LENGTH = 0.75, 32
@@ -86,15 +87,15 @@ class PackedCausalAttention(MegatronModule):
         batches = zip(pack.queries.pad(query), pack.keys.pad(key), pack.keys.pad(value), pack.biases(query.dtype))
         return pack.queries.unpad([self._attend(q, k, v, bias) for q, k, v, bias in batches])
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """[N, s, n, d], [N, S, g, d] twice, and a bias of ``_Pack.biases`` -> [N, s, n * d]."""
         num_groups = key.shape[2]
         q = query.unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [N, g, r, s, d]
         k, v = key.transpose(1, 2), value.transpose(1, 2)  # [N, g, S, d]
-        if key.shape[1] <= MATMUL_MAX_LENGTH:
+        if bias is not None and key.shape[1] <= MATMUL_MAX_LENGTH:
             context = self._matmul_attention(q, k, v, bias)
         else:
-            mask = bias[:, 0] if bias.dim() == 5 else None
+            mask = None if bias is None else bias[:, 0]
             context = F.scaled_dot_product_attention(
                 q.flatten(1, 2), k, v, mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
             )
@@ -131,7 +132,7 @@ class _Pack:
             mine = zigzag_indices(cu_seqlens, size=size, rank=rank)
             sequence = torch.repeat_interleave((cu_seqlens // size).diff().long())
             self._positions = (mine - cu_seqlens.long()[sequence])[self.queries.slot_to_token]
-        self._biases: list[Tensor] = []
+        self._biases: dict[torch.dtype, list[Tensor | None]] = {}
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, cp_group: Any) -> _Pack:
@@ -140,23 +141,26 @@ class _Pack:
             cls._last = (cu_seqlens, cls(cu_seqlens, cp_group))
         return cls._last[1]
 
-    def biases(self, dtype: torch.dtype) -> list[Tensor]:
+    def biases(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Of each batch: 0 where the key is not after the query, -inf elsewhere.
 
         Returns:
-            [S, S] each, or, of this rank's queries, [N, 1, 1, s, S].
+            [S, S] each, or, of this rank's queries, [N, 1, 1, s, S]; None where a long batch is plainly causal.
         """
-        if not self._biases or self._biases[0].dtype != dtype:
-            device = self.keys.slot_to_token.device
-            zero = torch.zeros((), dtype=dtype, device=device)
-            places = [torch.arange(longest, device=device) for _, longest in self.keys.shapes]
+        if dtype not in self._biases:
+            places = [torch.arange(longest, device=self.keys.slot_to_token.device) for _, longest in self.keys.shapes]
+            queries: list[Tensor | None] = [
+                place[:, None] if len(place) <= MATMUL_MAX_LENGTH else None for place in places
+            ]
             if self.is_shared:
                 positions = self._positions.split(self.queries.sizes)
                 queries = [q.view(num, 1, 1, longest, 1) for q, (num, longest) in zip(positions, self.queries.shapes)]
-            else:
-                queries = [place[:, None] for place in places]
-            self._biases = [zero.masked_fill(key > query, float("-inf")) for key, query in zip(places, queries)]
-        return self._biases
+            zero = torch.zeros((), dtype=dtype, device=self.keys.slot_to_token.device)
+            self._biases[dtype] = [
+                None if query is None else zero.masked_fill(key > query, float("-inf"))
+                for key, query in zip(places, queries)
+            ]
+        return self._biases[dtype]
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:

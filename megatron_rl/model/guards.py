@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.data.pack import VECTOR_FIELDS
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.types import TrainingSample
 
 
-def check_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group: dist.ProcessGroup) -> None:
-    """The rows of a mini-batch are the same on every rank, and at least one of their tokens is trained on.
+def check_same_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group: dist.ProcessGroup) -> None:
+    """The rows are the same on every rank, in all that an update depends on.
 
     Raises:
         UserError: naming the ranks that differ from rank 0.
@@ -30,6 +31,15 @@ def check_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group: dis
             f"differ between rank 0 and rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}",
             "see that every node reads the same files and runs the same version; no weight was changed",
         )
+
+
+def check_trainable(samples: Sequence[TrainingSample], *, update: int) -> None:
+    """At least one token is trained on, and either all rows know their old log-probs or none does.
+
+    Raises:
+        UserError: no row has a response.
+    """
+    assert len({sample.old_log_probs is None for sample in samples}) == 1, "old_log_probs of some rows alone"
     if not any(sample.num_response_tokens for sample in samples):
         raise UserError(
             f"rows of optimizer update {update}",
@@ -80,11 +90,12 @@ def check_finite(loss: float, gradients: Iterable[Tensor], *, update: int, cpu_g
 
 
 def _digest(samples: Sequence[TrainingSample]) -> list[int]:
-    """Of what the update depends on: tokens, advantages, weights."""
-    digest, tokens = 0, 0
+    digest = 0
     for sample in samples:
-        tokens += sample.num_tokens
-        for values in (sample.prompt_ids, sample.response_ids, sample.advantages, sample.weights):
-            if values is not None:
-                digest = zlib.crc32(memoryview(values.contiguous().numpy()), digest)  # type: ignore[arg-type]
-    return [len(samples), tokens, digest]
+        vectors = [getattr(sample, name) for name in ("prompt_ids", "response_ids", "experts", *VECTOR_FIELDS)]
+        outline = [int(sample.kind), *(-1 if vector is None else vector.numel() for vector in vectors)]
+        digest = zlib.crc32(repr(outline).encode(), digest)
+        for vector in vectors:
+            if vector is not None:
+                digest = zlib.crc32(memoryview(vector.contiguous().numpy()), digest)  # type: ignore[arg-type]
+    return [len(samples), digest]

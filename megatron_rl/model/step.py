@@ -23,11 +23,11 @@ from torch import Tensor
 
 from megatron_rl.config import Config
 from megatron_rl.convert.shape import ModelShape
-from megatron_rl.data.pack import PackLayout, pack, plan_micro_batches, unpack
+from megatron_rl.data.pack import pack, pack_layout, plan_micro_batches, unpack
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.model.build import build_chunks
 from megatron_rl.model.forward import PolicyModel, run_model
-from megatron_rl.model.guards import check_finite, check_log_probs, check_rows
+from megatron_rl.model.guards import check_finite, check_log_probs, check_same_rows, check_trainable
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import Kind, MicroBatch, TrainingSample
@@ -106,8 +106,9 @@ class Policy:
             with_entropy: set ``entropy`` as well; it costs nothing more.
 
         Raises:
-            UserError: a value is not finite; on all ranks.
+            UserError: ranks have different rows, or a value is not finite; on all ranks.
         """
+        check_same_rows(samples, update=self.num_updates + 1, cpu_group=self.groups.cpu_group)
         fields = {name: "log_probs", **({"entropy": "entropy"} if with_entropy else {})}
         for rows in mini_batches:
             chosen = [samples[row] for row in rows]
@@ -122,8 +123,8 @@ class Policy:
     def train_step(self, samples: Sequence[TrainingSample], loss_function: LossFunction) -> dict[str, float]:
         """One optimizer update on one mini-batch; every sample carries its ``weights``.
 
-        Where RL rows have no ``old_log_probs`` yet, they get those of this very pass, before the update: a pass of
-        ``fill_log_probs`` over the same packs would give the same bits.
+        RL rows that have no ``old_log_probs`` yet (all of them or none) get those of this very pass, before the update: a
+        pass of ``fill_log_probs`` over the same packs would give the same bits.
 
         Returns:
             Metrics over the whole mini-batch, the same on every rank: ``loss``, ``grad_norm``, ``lr``, and what the loss
@@ -133,7 +134,9 @@ class Policy:
             UserError: ranks have different rows, no token is trained on, or the loss or a gradient is not finite; on all
                 ranks, before any weight has changed.
         """
-        check_rows(samples, update=self.num_updates + 1, cpu_group=self.groups.cpu_group)
+        update = self.num_updates + 1
+        check_same_rows(samples, update=update, cpu_group=self.groups.cpu_group)
+        check_trainable(samples, update=update)
         # Megatron divides gradients by the integer number of loss tokens of the mini-batch; multiplying by it here leaves
         # exactly sum(weight * term).
         num_global_tokens = sum(sample.num_response_tokens for sample in samples)
@@ -167,7 +170,7 @@ class Policy:
                 self._keep(outputs, {"old_log_probs": "log_probs"}, micro_batches, samples)
         metrics = self._reduce_reports(outputs)
         gradients = (buffer.grad_data for buffer in self._gradient_buffers())
-        check_finite(metrics["loss"], gradients, update=self.num_updates + 1, cpu_group=self.groups.cpu_group)
+        check_finite(metrics["loss"], gradients, update=update, cpu_group=self.groups.cpu_group)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         with self.timer("optimizer"):
             _, grad_norm, _ = self.optimizer.step()
@@ -261,11 +264,7 @@ class Policy:
         """This data-parallel rank's packs: a pure function of the rows, so each pass over them sees the same packs."""
         with self.timer("pack"):
             groups = self.groups
-            layout = PackLayout(
-                tp_size=groups.tp_size if self.megatron_config.sequence_parallel else 1,
-                cp_size=groups.cp_size,
-                cp_rank=groups.cp_rank,
-            )
+            layout = pack_layout(self.config.policy, cp_rank=groups.cp_rank)
             plan = plan_micro_batches(
                 [layout.padded(sample.num_tokens) for sample in samples],
                 num_ranks=groups.dp_size,

@@ -20,6 +20,7 @@ class Sampling:
     top_p: float
     top_k: int
     max_new_tokens: int
+    record_experts: bool = False
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Collector:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
+                record_experts=sampling.record_experts,
                 seed=_request_seed(self.seed, purpose, index),
             )
             for index, prompt in enumerate(repeated)

@@ -95,6 +95,7 @@ def _decode(
         routes.of_prompts(mask, which, max_new_tokens)
     cache = _RowCache(output.past_key_values, which, most=input_ids.shape[1] + max_new_tokens)
     logits, mask, position = output.logits[which, -1], mask[which], positions[which, -1]
+    del output  # the prompts' own cache
 
     rows = torch.arange(len(prompts), device=device)
     is_going = torch.ones_like(rows, dtype=torch.bool)

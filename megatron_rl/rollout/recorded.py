@@ -125,7 +125,12 @@ class RecordedEngine:
                 f"has no record of these requests ({path.name})",
                 "replay with the data, seed and sampling settings of the recorded run",
             )
-        return [c if len(c.response_ids) else None for c in unflatten(load_file(path))]
+        flat = load_file(path)
+        if flat.keys() != flatten([]).keys():
+            raise UserError(
+                "rollout.recorded_dir", str(path), "was written by another version of this package", "record it again"
+            )
+        return [c if len(c.response_ids) else None for c in unflatten(flat)]
 
     def update_weights(self, weights: WeightSource, version: int) -> None:
         """See ``RolloutEngine``."""

@@ -33,7 +33,6 @@ class TransformersEngine:
         pad_id: int,
         max_batch_size: int,
         cpu_group: dist.ProcessGroup,
-        record_experts: bool = False,
     ) -> None:
         """Build the model without weights; the first ``update_weights`` fills it.
 
@@ -45,7 +44,6 @@ class TransformersEngine:
             pad_id: fills batches; never part of a response.
             max_batch_size: sequences generated at once by this rank.
             cpu_group: all ranks, over gloo.
-            record_experts: of a model of experts, say which it chose.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,7 +56,6 @@ class TransformersEngine:
         self.model = model.to(device).eval().requires_grad_(False)
         self.device, self.max_batch_size, self.cpu_group = device, max_batch_size, cpu_group
         self.stop_ids, self.pad_id = list(stop_ids), pad_id
-        self.record_experts = record_experts
         self.weight_version = -1
 
     def generate(
@@ -138,7 +135,7 @@ class TransformersEngine:
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
             on_progress=on_progress,
-            record_experts=self.record_experts,
+            record_experts=requests[0].record_experts,
         )
         reasons: list[FinishReason] = ["stop" if int(row.tokens[-1]) in self.stop_ids else "length" for row in rows]
         return [
@@ -147,8 +144,8 @@ class TransformersEngine:
         ]
 
 
-def _settings(request: Request) -> tuple[float, float, int, int]:
-    return request.temperature, request.top_p, request.top_k, request.max_new_tokens
+def _settings(request: Request) -> tuple[float, float, int, int, bool]:
+    return request.temperature, request.top_p, request.top_k, request.max_new_tokens, request.record_experts
 
 
 class _Sampler:

@@ -10,11 +10,23 @@ Tested by: tests/servers/test_experts_server.py
 
 from __future__ import annotations
 
+from importlib.machinery import PathFinder
+from pathlib import Path
+
 import torch
 
 
 def apply() -> None:
-    """Let CUDA's runtime say yes; nothing is imported for it, SGLang reads the attribute when it needs it."""
+    """Let CUDA's runtime say yes; nothing is imported for it, SGLang reads the attribute when it needs it.
+
+    Raises:
+        RuntimeError: SGLang does not register memory there any more, so this patch needs a look.
+    """
+    spec = PathFinder.find_spec("sglang")
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).parent / "srt/mem_cache/pool_host/common.py"
+    if "def _cuda_host_register(" not in source.read_text():
+        raise RuntimeError(f"{source} has no _cuda_host_register: this patch of megatron_rl needs a look")
     torch.cuda.cudart = _NoRuntime
 
 
@@ -22,6 +34,10 @@ class _NoRuntime:
     def cudaHostRegister(self, *_: int) -> int:
         """Success."""
         return 0
+
+    def cudaGetErrorString(self, *_: int) -> str:
+        """Never asked for: nothing fails."""
+        return "no CUDA"
 
     def cudaHostUnregister(self, *_: int) -> int:
         """Success."""

@@ -59,6 +59,9 @@ def test_training_repeats_the_rollouts_choices(experts: Case) -> None:
     forced = ("exp_manager.name=forced", *engine, "policy.router_replay=true")
     assert experts.run(*SMALL, *forced, "trainer.max_steps=1", ranks=2) == [0, 0]
     assert experts.rows("forced")[0]["mismatch/log_prob_abs_diff_max"] > 0.01
+    own = ("exp_manager.name=own", *engine, "policy.router_replay=false", "trainer.max_steps=1")
+    assert experts.run(*SMALL, *own, ranks=2) == [0, 0]
+    assert experts.rows("own")[0]["mismatch/log_prob_abs_diff_max"] < 1e-3
 
 
 @pytest.mark.parametrize(

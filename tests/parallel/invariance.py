@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,15 @@ def never_pack() -> None:
 def entropies(
     model: Path, samples: list[TrainingSample], layout: dict, overrides: tuple[str, ...] = ()
 ) -> list[torch.Tensor]:
-    """Of each response token, row by row, as the layout computes them; after a check that the first ratio is exact."""
+    """Of each response token, row by row, as the layout computes them; after a check that the first ratio is exact,
+    and that an update which brings its own old log-probs brings the same bits."""
     config = config_of(model, *overrides, **layout)
     policy, algorithm = build_policy(config), GRPO(config)
     policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs", with_entropy=True)
+    policy.optimizer.step = lambda: (True, 0.0, None)
     assert policy.train_step(samples, algorithm.loss)["ratio/max_abs_log_ratio"] == 0.0
+    fresh = [replace(row, old_log_probs=None) for row in samples]
+    policy.train_step(fresh, algorithm.loss)
+    for row, own in zip(samples, fresh, strict=True):  # the update's own pass gives what the pass ahead of it gave
+        assert torch.equal(row.old_log_probs, own.old_log_probs)
     return [row.entropy for row in samples]

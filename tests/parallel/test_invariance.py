@@ -70,7 +70,7 @@ def test_every_gradient_under_every_packing(models: dict, recorded: dict, layout
     check(run_ranks(one_update, num_ranks(layout), models[MODELS[0]], batch, layout, *how)[0], true)
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "sp": True}, {"cp": 2, "dp": 2}, {"pp": 2, "vpp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2, "sp": True}, {"cp": 2, "dp": 2}, {"pp": 2, "vpp": 2}], ids=str)
 def test_overlapped_gradient_reduction(models: dict, recorded: dict, layout: dict) -> None:
     """The output weight's gradient goes straight to Megatron's buffer: the hook must fire all the same."""
     for case in MODELS:
@@ -125,16 +125,18 @@ def forget_the_other_ranks_queries() -> None:
 def select_per_rank() -> None:
     from megatron_rl.model.step import Policy
 
-    fill = Policy.train_step
+    make = Policy._micro_batches
 
-    def wrong(self, samples, loss_function):  # type: ignore[no-untyped-def]
+    def wrong(self, samples):  # type: ignore[no-untyped-def]
         # What a selection inside the loss would do: the best fifth of each data-parallel rank's own tokens.
-        plan = self._micro_batches(samples)
-        rows = sorted(row for batch in plan for row in batch.rows)
-        _zero_all_but_top([samples[row] for row in rows])
-        return fill(self, samples, loss_function)
+        batches = make(self, samples)
+        values = torch.cat([batch.vectors["old_log_probs"][batch.loss_mask] for batch in batches])
+        mask = top_k_mask(values, torch.arange(len(values)), len(values) // 5)
+        for batch, chosen in zip(batches, mask.split([int(batch.loss_mask.sum()) for batch in batches])):
+            batch.vectors["weights"][batch.loss_mask] *= chosen
+        return batches
 
-    Policy.train_step = wrong
+    Policy._micro_batches = wrong
 
 
 def _zero_all_but_top(samples: list) -> None:

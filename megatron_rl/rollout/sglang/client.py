@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import pickle
 import time
 from collections.abc import Mapping, Sequence
@@ -184,7 +185,10 @@ def serialize(named_tensors: Sequence[tuple[str, Tensor]]) -> str:
 def _experts(reply: Any, request: Request, shape: tuple[int, int]) -> Tensor:
     """[P + R - 1, layers, k] int16, from int32 in base64."""
     told = torch.frombuffer(bytearray(base64.b64decode(reply["meta_info"]["routed_experts"])), dtype=torch.int32)
-    return told.view(len(request.prompt_ids) + len(reply["output_ids"]) - 1, *shape).to(torch.int16)
+    whole = (len(request.prompt_ids) + len(reply["output_ids"]) - 1, *shape)
+    if told.numel() != math.prod(whole):
+        raise ValueError(f"{told.numel()} numbers of experts instead of {whole}")
+    return told.view(whole).to(torch.int16)
 
 
 async def _text(response: aiohttp.ClientResponse) -> str:

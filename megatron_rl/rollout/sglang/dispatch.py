@@ -106,7 +106,7 @@ class Dispatch:
             client.generate(
                 request,
                 stop_ids=self.stop_ids,
-                experts=self.experts,
+                experts=self.experts if request.record_experts else None,
                 adapter=server.adapter,
                 version=self.fleet.version,
                 timeout_s=self.fleet.config.request_timeout_s,

@@ -81,6 +81,21 @@ def load(*overrides: str):
             "policy.train_global_batch_size",
             "pipeline-parallel size = 4",
         ),
+        (
+            ["policy.megatron_cfg.moe_router_load_balancing_type=aux_loss"],
+            "policy.megatron_cfg.moe_router_load_balancing_type",
+            "share a micro-batch",
+        ),
+        (
+            ["policy.megatron_cfg.moe_z_loss_coeff=0.1", "policy.megatron_cfg.recompute_modules=[moe]"],
+            "policy.megatron_cfg.recompute_modules",
+            "later micro-batch",
+        ),
+        (
+            ["policy.router_replay=true", "policy.megatron_cfg.moe_layer_recompute=true"],
+            "policy.megatron_cfg.moe_layer_recompute",
+            "later micro-batch",
+        ),
         (["trainer"], "override", "section.field=value"),
     ],
 )

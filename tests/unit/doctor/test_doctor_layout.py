@@ -60,6 +60,12 @@ def test_sizes_become_two(model: Path) -> None:
     assert kept["sequence_parallel"] and kept["recompute_num_layers"] == 1 and "fp8" not in kept
 
 
+def test_any_number_of_rows_will_do(model: Path) -> None:
+    rows = ("algorithm.num_prompts_per_step=6", "algorithm.num_generations_per_prompt=6")
+    config = load_config(CONFIG, overrides(model, *rows, "trainer.devices=8", "policy.train_global_batch_size=18"))
+    assert scale_down(config, model).config.policy.train_global_batch_size == 8
+
+
 def test_a_layout_is_checked(model: Path) -> None:
     done = doctor(*overrides(model, *LARGE))
     assert done.returncode == 0, done.stderr

@@ -54,6 +54,9 @@ def refused(model: Path, spoil: str) -> tuple[str, bool]:
     policy, samples = build_policy(config), random_samples(count=8)
     if spoil == "rows" and dist.get_rank() == 1:
         samples[3].advantages = samples[3].advantages * 1.001
+    if spoil == "lengths" and dist.get_rank() == 1:  # same tokens in all, another border
+        samples[3].prompt_ids = torch.cat([samples[3].prompt_ids, samples[3].response_ids[:1]])
+        samples[3].response_ids = samples[3].response_ids[1:]
     if spoil in ("hidden", "hidden before") and dist.get_rank() == 1:
         policy.chunks[0].decoder.layers[0].register_forward_hook(
             lambda _module, _args, out: (out[0] * math.inf, out[1])
@@ -62,7 +65,7 @@ def refused(model: Path, spoil: str) -> tuple[str, bool]:
     try:
         for sample in samples:
             sample.old_log_probs = torch.zeros(sample.num_response_tokens)
-        if spoil == "hidden before":
+        if spoil in ("hidden before", "lengths"):
             policy.fill_log_probs(samples, [range(8)], "old_log_probs")
         policy.train_step(samples, GRPO(config).loss)
     except UserError as error:
@@ -74,6 +77,7 @@ def refused(model: Path, spoil: str) -> tuple[str, bool]:
     ("spoil", "message"),
     [
         ("rows", "rows of optimizer update 1 = 8: differ between rank 0 and rank 1"),
+        ("lengths", "rows of optimizer update 1 = 8: differ between rank 0 and rank 1"),
         ("hidden", "loss at optimizer update 1 = nan: is not finite"),
         ("hidden before", "old_log_probs = 'row"),
     ],

@@ -87,3 +87,16 @@ def test_rows_of_one_prompt_differ_and_belong_to_themselves(tmp_path: Path) -> N
 
         (alone,) = decode(model, [prompts()[row]], draw_row, **settings)
         assert torch.equal(alone[0], together[row][0])
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 20])
+def test_bfloat16_and_a_single_token(tmp_path: Path, max_new_tokens: int) -> None:
+    path = make_tiny_model(tmp_path, "qwen3", tied=True, seed=5, max_position_embeddings=256)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION, dtype=torch.bfloat16).eval()
+    rows = decode(model, prompts(), draw, max_new_tokens=max_new_tokens, stop_ids=STOPS, pad_id=0)
+    for prompt, (tokens, log_probs, _) in zip(prompts(), rows):
+        assert 1 <= len(tokens) <= max_new_tokens and log_probs.dtype == torch.float32
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(log_probs, expected, atol=0.3, rtol=0)
