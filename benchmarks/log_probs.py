@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 
 HIDDEN, VOCABULARY = 1024, 151_936
+_PAIR = {"peak_memory": "gigabytes", "time": "seconds"}
 
 
 def main() -> None:
@@ -36,6 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="smaller, for a quick look")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=usual_dtype())
+    parser.add_argument(
+        "--pair", action="store_true", help="naive and ours with half of the tokens prompt, nothing else"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -49,6 +53,10 @@ def main() -> None:
 
     half, all_rows = {"trained_share": 0.5}, {"trained_share": 1.0}
     naive, ours = run("naive", **half), run("ours", **half)
+    if arguments.pair:
+        ratios = {f"{what}_ratio": ours[key] / naive[key] for what, key in _PAIR.items()}
+        print(json.dumps({"dtype": arguments.dtype} | {name: round(value, 3) for name, value in ratios.items()}))
+        return
     naive_all, ours_all, chunked = run("naive", **all_rows), run("ours", **all_rows), run("chunked", **all_rows)
     figures = {
         "peak_memory_ratio": ours["gigabytes"] / naive["gigabytes"],

@@ -99,8 +99,12 @@ def balanced(model: Path, batch: list) -> dict:
     return reference(model, batch, row_loss=sequence_balance(0.5, 0.1, num_chosen=2))
 
 
-@pytest.mark.parametrize("tokens", [8192, 150, 0])
-@pytest.mark.parametrize(("layout", "overrides"), [*LAYOUTS[:1], LAYOUTS[2], LAYOUTS[4], *LAYOUTS[-3:]], ids=str)
+PACKED = [(*case, 8192) for case in (LAYOUTS[0], LAYOUTS[2], LAYOUTS[4], *LAYOUTS[-3:])]
+PACKED += [(*case, tokens) for case in (LAYOUTS[0], LAYOUTS[4]) for tokens in (150, 0)]
+"""Layouts and budgets; 0: not packed."""
+
+
+@pytest.mark.parametrize(("layout", "overrides", "tokens"), PACKED, ids=str)
 def test_auxiliary_losses_do_not_depend_on_layout_or_packing(
     model: Path, batch: list, true: dict, balanced: dict, layout: dict, overrides: tuple[str, ...], tokens: int
 ) -> None:
@@ -162,8 +166,11 @@ def force_routers(network: torch.nn.Module) -> list[torch.Tensor]:
     return choices
 
 
-@pytest.mark.parametrize("tokens", [8192, 150])
-@pytest.mark.parametrize(("layout", "overrides"), [*LAYOUTS[:2], LAYOUTS[4], *LAYOUTS[-2:]], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "overrides", "tokens"),
+    [(*LAYOUTS[0], 8192), (*LAYOUTS[0], 150), (*LAYOUTS[1], 8192), (*LAYOUTS[4], 150), (*LAYOUTS[-1], 8192)],
+    ids=str,
+)
 def test_recorded_choices_are_repeated(
     model: Path, batch: list, layout: dict, overrides: tuple[str, ...], tokens: int
 ) -> None:
