@@ -56,8 +56,9 @@ def scale_down(config: Config, model: Path) -> Scaled:
     """The config that is checked in place of ``config``, on the small model in ``model``."""
     policy, sizes = config.policy, {}
     passed: dict[str, Any] = {}
-    left_out = ["Transformer Engine, NCCL and their kernels", "bf16"] if config.trainer.precision == "bf16" else []
-    left_out += ["the optimizer's update"] + [f"optimizer_cfg.{name}" for name in policy.optim.optimizer_cfg]
+    left_out = ["Transformer Engine, NCCL and their kernels", "the optimizer's update"]
+    left_out += ["bf16"] if config.trainer.precision == "bf16" else []
+    left_out += [f"optimizer_cfg.{name}" for name in policy.optim.optimizer_cfg]
     left_out += ["router_replay"] if policy.router_replay else []
     for name, value in policy.megatron_cfg.items():
         if name in _BOUND_BY_DEPTH or name.startswith(_GPU_ONLY) or name.endswith("_fusion"):

@@ -72,65 +72,54 @@ def decode(
     """
     with ExitStack() as hooks:
         routes = _Routes(model, hooks) if record_experts else None
-        return _decode(model, prompts, choose, max_new_tokens, stop_ids, pad_id, on_progress, routes)
-
-
-def _decode(
-    model: PreTrainedModel,
-    prompts: Sequence[Tensor],
-    choose: Choose,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    pad_id: int,
-    on_progress: Callable[[int], None],
-    routes: _Routes | None,
-) -> list[Decoded]:
-    device = model.device
-    distinct, prompt_of_row = _distinct(prompts)
-    input_ids, mask = _left_padded(distinct, pad_id, device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    which = torch.tensor(prompt_of_row, device=device)
-    if routes is not None:
-        routes.of_prompts(mask, which, max_new_tokens)
-    cache = _RowCache(output.past_key_values, which, most=input_ids.shape[1] + max_new_tokens)
-    logits, mask, position = output.logits[which, -1], mask[which], positions[which, -1]
-    del output  # the prompts' own cache
-
-    rows = torch.arange(len(prompts), device=device)
-    is_going = torch.ones_like(rows, dtype=torch.bool)
-    stops = torch.tensor(list(stop_ids), device=device)
-    tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
-    log_probs = torch.zeros(tokens.shape, device=device)
-    lengths = torch.full_like(rows, max_new_tokens)
-    for step in range(max_new_tokens):
-        chosen, log_prob = choose(logits, rows, step)
-        tokens[rows, step], log_probs[rows, step] = chosen, log_prob
-        is_last = is_going & torch.isin(chosen, stops)
-        lengths[rows[is_last]] = step + 1
-        is_going &= ~is_last
-        num_going = int(is_going.sum())
-        on_progress(len(prompts) - num_going)
-        if num_going == 0 or step == max_new_tokens - 1:
-            break
-        if len(rows) - num_going >= _DROP_SHARE * len(rows):
-            cache.batch_select_indices(is_going.nonzero()[:, 0])
-            rows, chosen, mask, position = rows[is_going], chosen[is_going], mask[is_going], position[is_going]
-            is_going = is_going[is_going]
-        position = position + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        logits = model(
-            input_ids=chosen[:, None],
-            attention_mask=mask,
-            position_ids=position[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        device = model.device
+        distinct, prompt_of_row = _distinct(prompts)
+        input_ids, mask = _left_padded(distinct, pad_id, device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        which = torch.tensor(prompt_of_row, device=device)
         if routes is not None:
-            routes.of_step(rows, step)
-    experts = [None] * len(prompts) if routes is None else routes.per_row(lengths)
-    cut = zip(tokens.cpu(), log_probs.cpu(), lengths.tolist(), experts)
-    return [Decoded(row[:length].clone(), values[:length].clone(), chosen) for row, values, length, chosen in cut]
+            routes.of_prompts(mask, which, max_new_tokens)
+        cache = _RowCache(output.past_key_values, which, most=input_ids.shape[1] + max_new_tokens)
+        logits, mask, position = output.logits[which, -1], mask[which], positions[which, -1]
+        del output  # the prompts' own cache
+
+        rows = torch.arange(len(prompts), device=device)
+        is_going = torch.ones_like(rows, dtype=torch.bool)
+        stops = torch.tensor(list(stop_ids), device=device)
+        tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
+        log_probs = torch.zeros(tokens.shape, device=device)
+        lengths = torch.full_like(rows, max_new_tokens)
+        for step in range(max_new_tokens):
+            chosen, log_prob = choose(logits, rows, step)
+            tokens[rows, step], log_probs[rows, step] = chosen, log_prob
+            is_last = is_going & torch.isin(chosen, stops)
+            lengths[rows[is_last]] = step + 1
+            is_going &= ~is_last
+            num_going = int(is_going.sum())
+            on_progress(len(prompts) - num_going)
+            if num_going == 0 or step == max_new_tokens - 1:
+                break
+            if len(rows) - num_going >= _DROP_SHARE * len(rows):
+                cache.batch_select_indices(is_going.nonzero()[:, 0])
+                rows, chosen, mask, position = rows[is_going], chosen[is_going], mask[is_going], position[is_going]
+                is_going = is_going[is_going]
+            position = position + 1
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = model(
+                input_ids=chosen[:, None],
+                attention_mask=mask,
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            if routes is not None:
+                routes.of_step(rows, step)
+        experts = [None] * len(prompts) if routes is None else routes.per_row(lengths)
+        cut = zip(tokens.cpu(), log_probs.cpu(), lengths.tolist(), experts)
+        return [Decoded(row[:length].clone(), values[:length].clone(), chosen) for row, values, length, chosen in cut]
 
 
 def _distinct(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:

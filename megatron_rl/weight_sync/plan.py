@@ -16,7 +16,7 @@ from math import prod
 from megatron_rl.convert.kinds import Extent, boxes
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.convert.table import Entry, entries
-from megatron_rl.weight_sync.served import RolloutLayout, all_served
+from megatron_rl.weight_sync.served import RolloutLayout, ServedParameter, served_parameters
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def make_plan(shape: ModelShape, training: TrainingLayout, rollout: RolloutLayou
     Raises:
         UserError: a layout does not fit the model.
     """
-    meetings = list(_meetings(shape, _sources(shape, training), rollout))
+    served = [served_parameters(shape, rollout, tp_rank) for tp_rank in range(rollout.tp_size)]
+    meetings = list(_meetings(_sources(shape, training), served))
     loads: dict[int, int] = dict.fromkeys(range(training.num_ranks), 0)
     received: dict[int, int] = defaultdict(int)
     senders = [0] * (len(meetings) * rollout.num_servers)
@@ -135,7 +136,7 @@ def make_plan(shape: ModelShape, training: TrainingLayout, rollout: RolloutLayou
         copies.append(
             Copy(sender, receiver, source, meeting.source_start, meeting.target, meeting.target_start, meeting.size)
         )
-    parts = (part for _, served in all_served(shape, rollout) for parameter in served for part in parameter.parts)
+    parts = (part for of_rank in served for parameter in of_rank for part in parameter.parts)
     held = sum(prod(part.size) for part in parts) * rollout.num_servers
     return Plan(copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
 
@@ -152,8 +153,8 @@ class _Meeting:
     size: Extent
 
 
-def _meetings(shape: ModelShape, sources: dict[str, list[_Source]], rollout: RolloutLayout) -> Iterator[_Meeting]:
-    for tp_rank, parameters in all_served(shape, rollout):
+def _meetings(sources: dict[str, list[_Source]], served: list[list[ServedParameter]]) -> Iterator[_Meeting]:
+    for tp_rank, parameters in enumerate(served):
         for parameter in parameters:
             for part in parameter.parts:
                 for source in sources[part.hf_name]:

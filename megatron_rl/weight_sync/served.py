@@ -11,7 +11,6 @@ Read from SGLang 0.5.23's layers (QKVParallelLinear, MergedColumnParallelLinear,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_rl.convert.kinds import Extent
@@ -98,7 +97,7 @@ def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) ->
             continue
         done.add(target)
         if ".experts." in name:
-            found.append(_experts(target, name, tensors, shape, layout, tp_rank))
+            found.append(_experts(target, name, shape, layout, tp_rank))
         elif (layer := _layer(name)) in _STACKED:
             found.append(_stacked(target, name, tensors, shape, layout.tp_size, tp_rank))
         elif layer in _VOCABULARY:
@@ -156,9 +155,7 @@ def _place(layer: str) -> int:
     return _STACKED[layer][1]
 
 
-def _experts(
-    target: str, name: str, tensors: dict[str, Extent], shape: ModelShape, layout: RolloutLayout, tp_rank: int
-) -> ServedParameter:
+def _experts(target: str, name: str, shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> ServedParameter:
     cut = layout.tp_size // layout.ep_size
     group, rank_in_expert = divmod(tp_rank, cut)
     held = shape.num_experts // layout.ep_size
@@ -179,9 +176,3 @@ def _experts(
             ]
     whole = (held, shape.hidden_size, width) if target.endswith("w2_weight") else (held, 2 * width, shape.hidden_size)
     return ServedParameter(target, whole, tuple(parts))
-
-
-def all_served(shape: ModelShape, layout: RolloutLayout) -> Iterator[tuple[int, list[ServedParameter]]]:
-    """(rank in its server, its parameters); all servers are alike."""
-    for tp_rank in range(layout.tp_size):
-        yield tp_rank, served_parameters(shape, layout, tp_rank)
