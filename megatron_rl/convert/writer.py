@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +25,12 @@ from megatron_rl.convert.shape import Dtype, ModelShape
 from megatron_rl.convert.table import hf_tensors
 from megatron_rl.errors import UserError
 
-_FORMAT_NAMES: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+Layout = Mapping[str, tuple[Extent, torch.dtype]]
+"""Shape and dtype of each tensor of a checkpoint, in the order of its files."""
+
+_FORMAT_NAMES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 _COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -38,21 +44,17 @@ class _Place:
     file: str
     offset: int
     shape: Extent
+    dtype: torch.dtype
 
 
-class HFWriter:
+class LayoutWriter:
     """Writes ``directory`` as a whole or not at all: under a temporary name beside it, renamed at the end.
-
-        with HFWriter(directory, shape, source=model_path) as writer:
-            for name in entries(shape):
-                for hf_name, tensor in merge_parameter(name, shards_of(name), shape).items():
-                    writer.add(hf_name, tensor)
 
     Args:
         directory: the new checkpoint; must not exist, or be empty.
-        shape: of the model.
+        layout: of its tensors.
         source: the checkpoint that the model came from: config.json, tokenizer and generation_config are copied.
-        dtype: type of the written tensors, also set in config.json; by default the source's.
+        config: fields to change or add in config.json.
         max_shard_bytes: limit of one file; a larger tensor has a file of its own.
 
     Raises:
@@ -61,17 +63,15 @@ class HFWriter:
     """
 
     def __init__(
-        self, directory: str | Path, shape: ModelShape, *, source: str | Path, dtype: Dtype | None = None,
-        max_shard_bytes: int = 4 * 2**30,
+        self, directory: str | Path, layout: Layout, *, source: str | Path,
+        config: Mapping[str, object] | None = None, max_shard_bytes: int = 4 * 2**30,
     ) -> None:  # fmt: skip
         self.directory, self.source = Path(directory).absolute(), Path(source)
-        self._dtype: Dtype = dtype or shape.dtype
-        assert self._dtype in get_args(Dtype), self._dtype
-        self._torch_dtype: torch.dtype = getattr(torch, self._dtype)
+        self._config = dict(config or {})
         self._partial = self.directory.with_name(f".{self.directory.name}.partial")
-        self._places, headers = _plan(hf_tensors(shape), self._dtype, max_shard_bytes)
+        self._places, headers = _plan(layout, max_shard_bytes)
         self._missing = set(self._places)
-        self._total_bytes = sum(prod(place.shape) for place in self._places.values()) * self._torch_dtype.itemsize
+        self._total_bytes = sum(prod(place.shape) * place.dtype.itemsize for place in self._places.values())
         try:
             self._check_target()
             self._create(headers)
@@ -81,17 +81,23 @@ class HFWriter:
             raise UserError(str(self.directory), None, rule, fix) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, converted to the writer's dtype; it may change again as soon as this returns."""
+        """Write one tensor, converted to its dtype here; it may change again as soon as this returns."""
         if name not in self._missing:
             raise ValueError(f"{name} was already written" if name in self._places else f"{name} is not in this model")
         place = self._places[name]
         if tuple(tensor.shape) != place.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {place.shape}")
-        data = tensor.detach().to("cpu", self._torch_dtype).contiguous().view(torch.uint8)
+        # Without its scale a conversion to eight bits would be no weight.
+        assert place.dtype.itemsize > 1 or tensor.dtype == place.dtype, f"{name} is {tensor.dtype}"
+        data = tensor.detach().to("cpu", place.dtype).contiguous().reshape(-1).view(torch.uint8)
         with open(self._partial / place.file, "r+b") as file:
             file.seek(place.offset)
             file.write(data.numpy().data)
         self._missing.remove(name)
+
+    def add_file(self, name: str, text: str) -> None:
+        """Put a file beside the weights."""
+        (self._partial / name).write_text(text, encoding="utf-8")
 
     def finish(self) -> None:
         """Check that every tensor arrived, and give the checkpoint its final name."""
@@ -107,7 +113,7 @@ class HFWriter:
         """Remove what was written."""
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def __enter__(self) -> HFWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -157,19 +163,50 @@ class HFWriter:
             if (self.source / file).is_file():
                 shutil.copyfile(self.source / file, self._partial / file)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        fields = self._config_fields(config)
+        (self._partial / "config.json").write_text(json.dumps(config | fields, indent=2) + "\n", encoding="utf-8")
+
+    def _config_fields(self, config: Mapping[str, object]) -> dict[str, object]:
+        """Fields of config.json to change or add, given those of the source."""
+        return self._config
+
+
+class HFWriter(LayoutWriter):
+    """Writes the checkpoint of a model whose tensors are all of one dtype.
+
+        with HFWriter(directory, shape, source=model_path) as writer:
+            for name in entries(shape):
+                for hf_name, tensor in merge_parameter(name, shards_of(name), shape).items():
+                    writer.add(hf_name, tensor)
+
+    Args:
+        directory: the new checkpoint; must not exist, or be empty.
+        shape: of the model.
+        source: the checkpoint that the model came from: config.json, tokenizer and generation_config are copied.
+        dtype: type of the written tensors, also set in config.json; by default the source's.
+        max_shard_bytes: limit of one file; a larger tensor has a file of its own.
+    """
+
+    def __init__(
+        self, directory: str | Path, shape: ModelShape, *, source: str | Path, dtype: Dtype | None = None,
+        max_shard_bytes: int = 4 * 2**30,
+    ) -> None:  # fmt: skip
+        self._dtype: Dtype = dtype or shape.dtype
+        assert self._dtype in get_args(Dtype), self._dtype
+        layout = {name: (extent, getattr(torch, self._dtype)) for name, extent in hf_tensors(shape).items()}
+        super().__init__(directory, layout, source=source, max_shard_bytes=max_shard_bytes)
+
+    def _config_fields(self, config: Mapping[str, object]) -> dict[str, object]:
         # transformers 4 writes torch_dtype, 5 writes dtype; each reads its own, and 5 also the old one.
-        for key in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
-            config[key] = self._dtype
-        (self._partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}, self._dtype)
 
 
-def _plan(tensors: dict[str, Extent], dtype: Dtype, max_shard_bytes: int) -> tuple[dict[str, _Place], dict[str, bytes]]:
+def _plan(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, _Place], dict[str, bytes]]:
     """Where each tensor goes, and the header of each file (8 bytes of length, then json)."""
-    itemsize = getattr(torch, dtype).itemsize
     groups: list[list[str]] = [[]]
     used = 0
-    for name, shape in tensors.items():
-        num_bytes = prod(shape) * itemsize
+    for name, (shape, dtype) in layout.items():
+        num_bytes = prod(shape) * dtype.itemsize
         if groups[-1] and used + num_bytes > max_shard_bytes:
             groups.append([])
             used = 0
@@ -180,15 +217,17 @@ def _plan(tensors: dict[str, Extent], dtype: Dtype, max_shard_bytes: int) -> tup
         file = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name in names:
-            start, end = end, end + prod(tensors[name]) * itemsize
-            fields[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": tensors[name], "data_offsets": [start, end]}
-            places[name] = _Place(file, start, tensors[name])
+        # Wide types first: readers map the file, and a float32 behind an odd number of bytes could not be mapped.
+        for name in sorted(names, key=lambda name: -layout[name][1].itemsize):
+            shape, dtype = layout[name]
+            start, end = end, end + prod(shape) * dtype.itemsize
+            fields[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+            places[name] = _Place(file, start, shape, dtype)
         text = json.dumps(fields, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
         headers[file] = len(text).to_bytes(8, "little") + text
         for name in names:
-            places[name] = _Place(file, places[name].offset + len(headers[file]), tensors[name])
+            places[name] = replace(places[name], offset=places[name].offset + len(headers[file]))
     return places, headers
 
 
