@@ -74,6 +74,11 @@ class HFReader:
         """Names of the tensors in the files."""
         return set(self._file_of)
 
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, in the order of their names."""
+        return [self.directory / file for file in self._files]
+
     def shape(self, name: str) -> Extent:
         """Shape of a tensor, from the header."""
         return tuple(self._slice(name).get_shape())

@@ -34,11 +34,14 @@ _FORMAT_NAMES = {
 _COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "sentencepiece.bpe.model", "spiece.model", "tiktoken.model",
 )  # fmt: skip
+_SPACE_FOR_SMALL_FILES = 2**26
+"""Headers, tokenizer."""
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a tensor goes."""
 
     file: str
@@ -69,7 +72,7 @@ class LayoutWriter:
         self.directory, self.source = Path(directory).absolute(), Path(source)
         self._config = dict(config or {})
         self._partial = self.directory.with_name(f".{self.directory.name}.partial")
-        self._places, headers = _plan(layout, max_shard_bytes)
+        self._places, headers = plan_files(layout, max_shard_bytes)
         self._missing = set(self._places)
         self._total_bytes = sum(prod(place.shape) * place.dtype.itemsize for place in self._places.values())
         try:
@@ -104,10 +107,10 @@ class LayoutWriter:
         if self._missing:
             raise ValueError(f"{len(self._missing)} tensors were not written, for example {min(self._missing)}")
         for path in self._partial.iterdir():
-            _sync(path)
-        _sync(self._partial)
+            sync(path)
+        sync(self._partial)
         os.replace(self._partial, self.directory)
-        _sync(self.directory.parent)
+        sync(self.directory.parent)
 
     def abort(self) -> None:
         """Remove what was written."""
@@ -126,42 +129,17 @@ class LayoutWriter:
             self.abort()  # after a rename nothing is left under the temporary name
 
     def _check_target(self) -> None:
-        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-            raise UserError(
-                str(self.directory),
-                None,
-                "already exists and is not an empty directory",
-                "choose another output directory, or remove it",
-            )
-        if not (self.source / "config.json").is_file():
-            raise UserError(
-                str(self.source / "config.json"), None, "is missing", "give the checkpoint that the model came from"
-            )
+        check_target(self.directory, self._total_bytes)
+        check_source(self.source)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._partial, ignore_errors=True)  # left by an export that was killed
-        free = shutil.disk_usage(self.directory.parent).free
-        needed = self._total_bytes + 2**26  # headers, tokenizer
-        if free < needed:
-            raise UserError(
-                str(self.directory.parent),
-                None,
-                f"has {free / 2**30:.1f} GiB free, the checkpoint needs {needed / 2**30:.1f} GiB",
-                "free disk space or choose another output directory",
-            )
 
     def _create(self, headers: dict[str, bytes]) -> None:
         self._partial.mkdir()
         for file, header in headers.items():
             (self._partial / file).write_bytes(header)
-        if SINGLE_FILE not in headers:
-            index = {
-                "metadata": {"total_size": self._total_bytes},
-                "weight_map": {name: place.file for name, place in self._places.items()},
-            }
-            (self._partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        for file in _COMPANIONS:
-            if (self.source / file).is_file():
-                shutil.copyfile(self.source / file, self._partial / file)
+        write_index(self._partial, self._places)
+        carry_companions(self.source, self._partial)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
         fields = self._config_fields(config)
         (self._partial / "config.json").write_text(json.dumps(config | fields, indent=2) + "\n", encoding="utf-8")
@@ -197,11 +175,67 @@ class HFWriter(LayoutWriter):
         super().__init__(directory, layout, source=source, max_shard_bytes=max_shard_bytes)
 
     def _config_fields(self, config: Mapping[str, object]) -> dict[str, object]:
-        # transformers 4 writes torch_dtype, 5 writes dtype; each reads its own, and 5 also the old one.
-        return dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}, self._dtype)
+        return dtype_fields(config, self._dtype)
 
 
-def _plan(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, _Place], dict[str, bytes]]:
+def dtype_fields(config: Mapping[str, object], dtype: Dtype) -> dict[str, object]:
+    """The fields that tell the type of the weights, given those that a config.json has.
+
+    transformers 4 writes torch_dtype, 5 writes dtype; each reads its own, and 5 also the old one.
+    """
+    return dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}, dtype)
+
+
+def check_target(directory: Path, num_bytes: int) -> None:
+    """A new directory can be made there, and the disk has room for ``num_bytes``.
+
+    Raises:
+        UserError: something is there already, or there is not enough free space.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            str(directory),
+            None,
+            "already exists and is not an empty directory",
+            "choose another output directory, or remove it",
+        )
+    parent = next(path for path in directory.absolute().parents if path.exists())
+    free, needed = shutil.disk_usage(parent).free, num_bytes + _SPACE_FOR_SMALL_FILES
+    if free < needed:
+        raise UserError(
+            str(parent),
+            None,
+            f"has {free / 2**30:.1f} GiB free, the checkpoint needs {needed / 2**30:.1f} GiB",
+            "free disk space or choose another output directory",
+        )
+
+
+def check_source(source: Path) -> None:
+    """It has the config.json that the new checkpoint needs."""
+    path = source / "config.json"
+    if not path.is_file():
+        raise UserError(str(path), None, "is missing", "give the checkpoint that the model came from")
+
+
+def carry_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer and the other files beside the weights, as far as they exist; config.json is not among them."""
+    for file in _COMPANIONS:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, target / file)
+
+
+def write_index(directory: Path, places: Mapping[str, Place]) -> None:
+    """The index of a checkpoint of several files; nothing for one file."""
+    if {place.file for place in places.values()} == {SINGLE_FILE}:
+        return
+    index = {
+        "metadata": {"total_size": sum(prod(place.shape) * place.dtype.itemsize for place in places.values())},
+        "weight_map": {name: place.file for name, place in places.items()},
+    }
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def plan_files(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, Place], dict[str, bytes]]:
     """Where each tensor goes, and the header of each file (8 bytes of length, then json)."""
     groups: list[list[str]] = [[]]
     used = 0
@@ -222,7 +256,7 @@ def _plan(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, _Place], dict
             shape, dtype = layout[name]
             start, end = end, end + prod(shape) * dtype.itemsize
             fields[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-            places[name] = _Place(file, start, shape, dtype)
+            places[name] = Place(file, start, shape, dtype)
         text = json.dumps(fields, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
         headers[file] = len(text).to_bytes(8, "little") + text
@@ -231,7 +265,7 @@ def _plan(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, _Place], dict
     return places, headers
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """To disk, so that a rename never outlives the data it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,0 +1,98 @@
+"""Files mapped into memory: tensors that are views of a file, read when touched, never held.
+
+The mapping is private and copy-on-write, which torch takes for writable memory; nobody writes to it, so its pages stay those
+of the file and count as no memory of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.convert.kinds import Extent
+from megatron_rl.convert.reader import HFReader
+
+BLOCK_BYTES = 2**22
+"""Of one tensor, handled at a time: small enough for a core's cache, large enough for the disk."""
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class MappedFile:
+    """One file, readable at any offset."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.num_bytes else b""
+
+    def bytes(self, offset: int, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8, a view of the file.
+
+        Raises:
+            ValueError: the file ends before.
+        """
+        if offset < 0 or offset + num_bytes > self.num_bytes:
+            raise ValueError(f"bytes {offset} to {offset + num_bytes} of {self.num_bytes}")
+        if num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=num_bytes, offset=offset)
+
+    def announce(self, offset: int, num_bytes: int) -> None:
+        """Ask the system to start reading these bytes: a mapping alone is read ahead badly."""
+        if isinstance(self.memory, mmap.mmap):
+            first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self.memory.madvise(mmap.MADV_WILLNEED, first, min(num_bytes + offset, self.num_bytes) - first)
+
+
+def as_dtype(raw: Tensor, dtype: torch.dtype, extent: Extent) -> Tensor:
+    """uint8 bytes as a tensor: a view where the address allows it, else a copy."""
+    if not raw.is_contiguous() or raw.data_ptr() % dtype.itemsize or raw.storage_offset() % dtype.itemsize:
+        raw = raw.contiguous().clone()
+    return raw.reshape(-1).view(dtype).reshape(extent)
+
+
+def row_blocks(extent: Extent, itemsize: int, limit: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) rows of blocks of at most ``limit`` bytes, or of one row where a row is larger."""
+    step = max(1, limit // max(1, prod(extent[1:]) * itemsize))
+    for first in range(0, extent[0], step):
+        yield first, min(first + step, extent[0])
+
+
+class MappedHF:
+    """The tensors of a Hugging Face checkpoint that ``HFReader`` has found sound, as views of their files."""
+
+    def __init__(self, reader: HFReader) -> None:
+        self._places: dict[str, tuple[MappedFile, int, torch.dtype, Extent]] = {}
+        for path in reader.files:
+            mapped = MappedFile(path)
+            length = int.from_bytes(bytes(mapped.bytes(0, 8).tolist()), "little")
+            header = json.loads(bytes(mapped.bytes(8, length).numpy().data))
+            for name, field in header.items():
+                if name != "__metadata__" and field["dtype"] in _DTYPES:
+                    start = 8 + length + field["data_offsets"][0]
+                    self._places[name] = (mapped, start, _DTYPES[field["dtype"]], tuple(field["shape"]))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return self._places[name][2]
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a tensor, with all its other dimensions: a view of the file."""
+        mapped, offset, dtype, extent = self._places[name]
+        row_bytes = prod(extent[1:]) * dtype.itemsize
+        raw = mapped.bytes(offset + first * row_bytes, (last - first) * row_bytes)
+        return as_dtype(raw, dtype, (last - first, *extent[1:]))
+
+    def announce(self, name: str, first: int, last: int) -> None:
+        """These rows will be read soon."""
+        mapped, offset, dtype, extent = self._places[name]
+        row_bytes = prod(extent[1:]) * dtype.itemsize
+        mapped.announce(offset + first * row_bytes, (last - first) * row_bytes)
