@@ -42,7 +42,7 @@ from megatron_rl.runtime import Runtime
 from megatron_rl.summary import print_before_after, write_summary
 from megatron_rl.tasks import get_task
 from megatron_rl.types import Prompt, RolloutGroup, TrainingSample
-from megatron_rl.weight_sync.publish import publish
+from megatron_rl.weight_sync.publish import publish, shard_source
 
 
 class Run:
@@ -91,6 +91,7 @@ class Run:
             scorer = self._build_scorer()
             parts.callback(scorer.close)
             self.collector = Collector(engine, scorer, config.trainer.seed, self.timer)
+        self._shards = shard_source(config, self.policy) if engine is not None else None
         if config.trainer.stage == "rl":
             self.publish(version=self.start_step)
 
@@ -162,7 +163,7 @@ class Run:
         """Give the engine the current weights."""
         with self.timer("weight_sync"):
             self.rollouts.engine.resume_memory()
-        publish(self.policy, self.rollouts.engine, version=version)
+        publish(self.policy, self.rollouts.engine, version=version, shards=self._shards)
 
     @watchdog.phase("finish")
     def finish(self) -> None:

@@ -419,12 +419,16 @@ class EvalConfig:
 class WeightSyncConfig:
     """How servers get new weights. The in-process engine copies."""
 
+    transport: Literal["auto", "shards", "tensors"] = "auto"
+    """``shards``: each trainer rank sends server ranks what they lack of its shards, and digests of both ends are compared
+    before a server serves. ``tensors``: rank 0 gives each server whole tensors. ``auto``: shards to servers that can take
+    them, whole tensors to others."""
     pause_mode: Literal["abort", "retract", "in_place"] = "retract"
     """What happens to requests under way, under SGLang's names. ``retract``: they start again from their tokens so far,
     with a fresh cache. ``in_place``: they go on with the old cache, so their next tokens belong to neither version.
     ``abort``: they end and are asked again."""
     bucket_bytes: PositiveInt = 512 * 2**20
-    """Weights sent in one request."""
+    """Whole tensors in one request, or small pieces of shards in one message."""
     timeout_s: PositiveFloat = 600.0
     """Deadline of each request of an update."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -12,6 +14,50 @@ from megatron_rl.types import Completion, Request
 WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives all current weights, Hugging Face names and full tensors, each time it is called. A collective; every rank
 consumes it to the end. Valid until the next optimizer update."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What became of an update of one server's weights, shard to shard."""
+
+    state: Literal["proven", "mismatch", "failed", "unfit"]
+    """``proven``: both ends have the same digests. ``unfit``: the server's parameters are not cut as the plan says, and
+    nothing was sent."""
+    detail: str
+    """For people; empty if proven."""
+
+
+class ShardSource(Protocol):
+    """Sends this trainer's shards straight to the ranks of servers."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Of the last ``send``, by full name."""
+        ...
+
+    def send(
+        self,
+        servers: Sequence[int],
+        *,
+        num_servers: int,
+        tp_size: int,
+        ep_size: int,
+        post: Callable[[int, bytes], Future[str | None]] | None,
+    ) -> dict[int, Delivery]:
+        """Send the current weights to some servers and compare digests. A collective.
+
+        Args:
+            servers: numbers, the same on every rank.
+            num_servers: all there are.
+            tp_size: ranks of each.
+            ep_size: of these, groups that share the experts out.
+            post: on rank 0, hands a payload to all ranks of a server; resolves to None once they are done with it, or to
+                what the server said instead. None on other ranks.
+
+        Returns:
+            How it went, by server, the same on every rank.
+        """
+        ...
 
 
 class RolloutEngine(Protocol):
@@ -37,12 +83,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, weights: WeightSource, version: int) -> None:
+    def update_weights(self, weights: WeightSource, version: int, *, shards: ShardSource | None = None) -> None:
         """Replace all weights.
 
         Args:
             weights: the engine may call it again, before the next update, for a server that had to be restarted.
             version: the publish counter that completions will carry from now on.
+            shards: sends them without ever making them whole, to engines that can take them so.
         """
         ...
 

@@ -65,27 +65,43 @@ class TrainingLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """One rectangle, from a trainer's rank to a server's."""
+class Piece:
+    """A rectangle that a trainer's parameter and a server rank's have in common; the same for every server."""
 
-    sender: int
-    """World rank of the trainer."""
-    receiver: int
-    """Server number times its tensor-parallel size, plus the rank in it."""
+    index: int
+    hf_name: str
+    hf_start: Extent
+    size: Extent
+    """In the Hugging Face tensor's dimensions, as ``hf_start``."""
     source: str
     """Global Megatron name of the parameter."""
     source_start: Extent
     target: str
     """SGLang's name of the parameter."""
     target_start: Extent
-    size: Extent
-    """In the Hugging Face tensor's dimensions."""
+    """May have one dimension more, in front: the expert's place."""
+    tp_rank: int
+    """Of the server's rank."""
+    holders: tuple[int, ...]
+    """World ranks of the trainer that have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One piece, from a trainer's rank to a server's."""
+
+    sender: int
+    """World rank of the trainer."""
+    receiver: int
+    """Server number times its tensor-parallel size, plus the rank in it."""
+    piece: Piece
 
 
 @dataclass
 class Plan:
-    """All copies, by sender and receiver in the order in which both go through them."""
+    """All copies, server by server, piece by piece."""
 
+    pieces: list[Piece]
     copies: list[Copy]
     sent: dict[int, int] = field(default_factory=dict)
     """Elements that each trainer rank sends."""
@@ -117,53 +133,45 @@ def make_plan(shape: ModelShape, training: TrainingLayout, rollout: RolloutLayou
         UserError: a layout does not fit the model.
     """
     served = [served_parameters(shape, rollout, tp_rank) for tp_rank in range(rollout.tp_size)]
-    meetings = list(_meetings(_sources(shape, training), served))
+    pieces = list(_pieces(_sources(shape, training), served))
+    count = len(pieces)
     loads: dict[int, int] = dict.fromkeys(range(training.num_ranks), 0)
     received: dict[int, int] = defaultdict(int)
-    senders = [0] * (len(meetings) * rollout.num_servers)
+    senders = [0] * (count * rollout.num_servers)
     # Largest first, each to the holder that has sent least: what is left in the end is small enough to level it.
-    for index in sorted(range(len(senders)), key=lambda i: -prod(meetings[i // rollout.num_servers].size)):
-        meeting = meetings[index // rollout.num_servers]
-        senders[index] = min(meeting.source.ranks, key=loads.__getitem__)
-        loads[senders[index]] += prod(meeting.size)
+    for index in sorted(range(len(senders)), key=lambda i: -prod(pieces[i % count].size)):
+        piece = pieces[index % count]
+        senders[index] = min(piece.holders, key=loads.__getitem__)
+        loads[senders[index]] += prod(piece.size)
     copies = []
     for index, sender in enumerate(senders):
-        number, server = divmod(index, rollout.num_servers)
-        meeting = meetings[number]
-        receiver = server * rollout.tp_size + meeting.tp_rank
-        received[receiver] += prod(meeting.size)
-        source = meeting.source.name
-        copies.append(
-            Copy(sender, receiver, source, meeting.source_start, meeting.target, meeting.target_start, meeting.size)
-        )
+        server, number = divmod(index, count)
+        piece = pieces[number]
+        receiver = server * rollout.tp_size + piece.tp_rank
+        received[receiver] += prod(piece.size)
+        copies.append(Copy(sender, receiver, piece))
     parts = (part for of_rank in served for parameter in of_rank for part in parameter.parts)
     held = sum(prod(part.size) for part in parts) * rollout.num_servers
-    return Plan(copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
+    return Plan(pieces, copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
 
 
-@dataclass(frozen=True, slots=True)
-class _Meeting:
-    """What a trainer's box and a server rank's part share."""
-
-    source: _Source
-    tp_rank: int
-    source_start: Extent
-    target: str
-    target_start: Extent
-    size: Extent
-
-
-def _meetings(sources: dict[str, list[_Source]], served: list[list[ServedParameter]]) -> Iterator[_Meeting]:
+def _pieces(sources: dict[str, list[_Source]], served: list[list[ServedParameter]]) -> Iterator[Piece]:
+    count = 0
     for tp_rank, parameters in enumerate(served):
         for parameter in parameters:
             for part in parameter.parts:
                 for source in sources[part.hf_name]:
                     shared = _meet(part.hf_start, part.size, source.hf_start, source.size)
-                    if shared is not None:
-                        start, size = shared
-                        source_start = _shift(start, source.hf_start, source.start)
-                        target_start = _shift(start, part.hf_start, part.start)
-                        yield _Meeting(source, tp_rank, source_start, parameter.name, target_start, size)
+                    if shared is None:
+                        continue
+                    start, size = shared
+                    source_start = _shift(start, source.hf_start, source.start)
+                    target_start = _shift(start, part.hf_start, part.start)
+                    yield Piece(
+                        count, part.hf_name, start, size, source.name, source_start, parameter.name, target_start, tp_rank,
+                        tuple(source.ranks),
+                    )  # fmt: skip
+                    count += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +220,7 @@ def rounds(plan: Plan) -> Iterator[list[Copy]]:
     pairs: dict[tuple[int, int], list[Copy]] = defaultdict(list)
     for copy in plan.copies:
         pairs[copy.sender, copy.receiver].append(copy)
-    heap = [(-sum(prod(c.size) for c in of_pair), pair) for pair, of_pair in pairs.items()]
+    heap = [(-sum(prod(c.piece.size) for c in of_pair), pair) for pair, of_pair in pairs.items()]
     heapq.heapify(heap)
     while heap:
         busy_senders: set[int] = set()

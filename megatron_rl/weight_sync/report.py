@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_rl.config import Config, read_model_shape
 from megatron_rl.convert.shape import ModelShape
+from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
 from megatron_rl.weight_sync.plan import Plan, TrainingLayout, make_plan, rounds
 from megatron_rl.weight_sync.served import RolloutLayout
 
@@ -32,26 +33,6 @@ class Report:
         return math.ceil(max(holders, *self.plan.received.values())) * self.bytes_per_element
 
 
-def training_layout(config: Config, shape: ModelShape) -> TrainingLayout:
-    """Of the trainer."""
-    policy = config.policy
-    return TrainingLayout(
-        tp_size=policy.tensor_parallel_size,
-        pp_size=policy.pipeline_parallel_size,
-        dp_size=config.data_parallel_size * policy.context_parallel_size,
-        vpp_size=policy.virtual_pipeline_size,
-        ep_size=policy.expert_parallel_size if shape.num_experts else 1,
-        etp_size=policy.megatron_cfg.get("expert_tensor_parallel_size"),
-    )
-
-
-def rollout_layout(config: Config) -> RolloutLayout:
-    """Of the servers."""
-    servers, passed = config.rollout.servers, config.rollout.sglang_cfg
-    count = len(servers.urls) if servers.urls is not None else servers.num_per_node * config.trainer.num_nodes
-    return RolloutLayout(count, int(passed.get("tp_size", 1)), int(passed.get("ep_size", 1)))
-
-
 def report(config: Config) -> Report:
     """Work the plan out.
 
@@ -67,7 +48,7 @@ def report(config: Config) -> Report:
         num_rounds += 1
         pairs: dict[tuple[int, int], int] = defaultdict(int)
         for copy in copies:
-            pairs[copy.sender, copy.receiver] += math.prod(copy.size)
+            pairs[copy.sender, copy.receiver] += math.prod(copy.piece.size)
         critical += max(pairs.values())
     return Report(shape, training, rollout, plan, width, num_rounds, critical * width)
 

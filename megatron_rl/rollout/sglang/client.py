@@ -118,10 +118,23 @@ class SGLangClient:
             await self._post("/end_weight_update", {}, timeout_s)
             await self._post("/begin_weight_update", {}, timeout_s)
 
-    async def send(self, bucket: str, *, tensor_parallel_size: int, timeout_s: float) -> None:
-        """Load one bucket of whole tensors; every tensor-parallel rank takes its part of them."""
+    async def send(
+        self, bucket: str, *, tensor_parallel_size: int, loader: str | None = None, timeout_s: float
+    ) -> None:
+        """Give one bucket of tensors to every tensor-parallel rank.
+
+        Args:
+            bucket: as ``serialize`` makes it.
+            tensor_parallel_size: of the server.
+            loader: function that takes it inside the ranks; None: whole tensors, of which each rank loads its part.
+            timeout_s: deadline.
+        """
         # The cache is flushed once, in end_update.
-        body = {"serialized_named_tensors": [bucket] * tensor_parallel_size, "flush_cache": False}
+        body = {
+            "serialized_named_tensors": [bucket] * tensor_parallel_size,
+            "load_format": loader,
+            "flush_cache": False,
+        }
         await self._post("/update_weights_from_tensor", body, timeout_s)
 
     async def end_update(self, version: int, *, pause_mode: str, adapter: Adapter, timeout_s: float) -> None:

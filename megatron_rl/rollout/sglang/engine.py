@@ -8,11 +8,11 @@ first rank of each node   Supervisor (thread): starts, watches and restarts the 
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
-import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,13 @@ from megatron_rl.convert.shape import ARCHITECTURES, ModelShape, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.parallel.agree import broadcast_json, error_to_json, gather_json, raise_first
-from megatron_rl.rollout.engine import WeightSource
+from megatron_rl.rollout.engine import Delivery, ShardSource, WeightSource
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient, serialize
 from megatron_rl.rollout.sglang.dispatch import Dispatch
-from megatron_rl.rollout.sglang.flags import server_command, server_environment
+from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER, server_command, server_environment
 from megatron_rl.rollout.sglang.fleet import Fleet, Server
 from megatron_rl.rollout.sglang.loop import LoopThread
-from megatron_rl.rollout.sglang.process import ChildProcess, free_port, is_port_free
+from megatron_rl.rollout.sglang.process import ChildProcess, free_port, is_port_free, own_address
 from megatron_rl.rollout.sglang.router import Router
 from megatron_rl.rollout.sglang.supervisor import Managed, Supervisor
 from megatron_rl.rollout.share import broadcast_completions
@@ -43,6 +43,10 @@ from megatron_rl.types import Completion, Request
 
 MEET_S = 1.0
 """How often the ranks meet while the servers work."""
+NUM_RESENDS = 1
+"""Shards that did not arrive as sent are sent again so often."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class SGLangEngine:
         self._rank, self._is_first = dist.get_rank(cpu_group), dist.get_rank(cpu_group) == 0
         self._is_cpu = device.type == "cpu"
         self._weights: WeightSource | None = None
+        self._shards: ShardSource | None = None
         self._supervisor: Supervisor | None = None
         self._driver: _Driver | None = None
         self._admin_key: str | None = None
@@ -133,13 +138,13 @@ class SGLangEngine:
             completions[index] = completion
         return completions
 
-    def update_weights(self, weights: WeightSource, version: int) -> None:
+    def update_weights(self, weights: WeightSource, version: int, *, shards: ShardSource | None = None) -> None:
         """See ``RolloutEngine``.
 
         Raises:
-            UserError: on all ranks; no server answers in time, or one refuses the weights.
+            UserError: on all ranks; no server answers in time, one refuses the weights, or has others than were sent.
         """
-        self._weights, self.weight_version = weights, version
+        self._weights, self._shards, self.weight_version = weights, shards, version
         if self._driver is not None:
             self._driver.withdraw(version)
         with progress(None, "waiting for servers"):
@@ -171,7 +176,8 @@ class SGLangEngine:
         """See ``RolloutEngine``: ``rollout/<what went wrong and was mended>`` since the last call."""
         restarts = sum(gather_json(self._supervisor.take_restarts() if self._supervisor else 0, self._group))
         counts = broadcast_json(self._driver.take_counts() if self._driver else None, self._group)
-        return {f"rollout/{name}": float(count) for name, count in {**counts, "server_restarts": restarts}.items()}
+        mended = {f"rollout/{name}": float(count) for name, count in {**counts, "server_restarts": restarts}.items()}
+        return mended | dict(self._shards.metrics if self._shards is not None else {})
 
     def close(self) -> None:
         """Stop router and servers. Safe to call twice, and by one rank alone."""
@@ -202,21 +208,67 @@ class SGLangEngine:
         return str(verdict["state"])
 
     def _send_weights(self, targets: Sequence[int]) -> None:
-        assert self._weights is not None
         if self._supervisor is not None:
             self._supervisor.set_busy(True)
+        error = self._driver.begin_update(targets) if self._driver is not None else None
+        raise_first([broadcast_json(error_to_json(error), self._group)])
+        whole = self._send_shards(targets)
+        if whole:
+            self._send_tensors(whole)
+        error = self._driver.end_update(targets) if self._driver is not None else None
+        if self._supervisor is not None:
+            self._supervisor.set_busy(False)
+        raise_first([broadcast_json(error_to_json(error), self._group)])
+
+    def _send_tensors(self, targets: Sequence[int]) -> None:
+        """Give each target every tensor, whole."""
+        assert self._weights is not None
         error: UserError | None = None
-        if self._driver is not None:
-            error = self._driver.begin_update(targets)
         for bucket in _buckets(self._weights(), self._config.weight_sync.bucket_bytes):
             # After an error the tensors are still gathered to the end: the other ranks are in those collectives.
             if self._driver is not None and error is None:
                 error = self._driver.send(targets, bucket)
-        if self._driver is not None and error is None:
-            error = self._driver.end_update(targets)
-        if self._supervisor is not None:
-            self._supervisor.set_busy(False)
         raise_first([broadcast_json(error_to_json(error), self._group)])
+
+    def _send_shards(self, targets: Sequence[int]) -> list[int]:
+        """Give targets their shards, with proof; those that must get whole tensors instead are returned."""
+        if self._shards is None:
+            return list(targets)
+        whole: list[int] = []
+        failed, deliveries = list(targets), dict[int, Delivery]()
+        for _ in range(1 + NUM_RESENDS):
+            choice = self._choose(failed)
+            whole += choice["whole"]
+            if not choice["fit"]:
+                break
+            post = self._driver.hand_over if self._driver is not None else None
+            deliveries = self._shards.send(choice.pop("fit"), **choice["sizes"], post=post)
+            if self._driver is not None:
+                self._driver.note_deliveries(deliveries)
+            whole += [server for server, delivery in deliveries.items() if delivery.state == "unfit"]
+            failed = [server for server, delivery in deliveries.items() if delivery.state in ("failed", "mismatch")]
+        details = [f"server {server}: {deliveries[server].detail}" for server in self._choose(failed)["fit"]]
+        if details:
+            raise UserError(
+                "weight_sync.transport",
+                "shards",
+                f"weights did not arrive as they were sent, {1 + NUM_RESENDS} times over; nothing is sampled from them "
+                f"({'; '.join(details)})",
+                "see the servers' logs; weight_sync.transport=tensors sends whole tensors",
+            )
+        if whole and self._config.weight_sync.transport == "shards":
+            reasons = "; ".join(f"server {s}: {deliveries[s].detail}" for s in whole if s in deliveries)
+            raise UserError(
+                "weight_sync.transport",
+                "shards",
+                f"a server cannot take shards ({reasons or 'it was started without our weight loader'})",
+                f"start it with --custom-weight-loader {WEIGHT_LOADER}, or use weight_sync.transport=auto",
+            )
+        return whole
+
+    def _choose(self, targets: Sequence[int]) -> dict[str, Any]:
+        """Of those targets that are there, which take shards (``fit``, all of the same ``sizes``) and which ``whole``."""
+        return broadcast_json(self._driver.choose(targets) if self._driver is not None else None, self._group)
 
     # ------------------------------------------------------------------------------------------------ starting
 
@@ -226,7 +278,7 @@ class SGLangEngine:
         node, local_rank = divmod(self._rank, config.trainer.devices)
         if local_rank != 0:
             return [], None
-        host = _own_address(config.trainer.num_nodes)
+        host = own_address(config.trainer.num_nodes)
         size = int(config.rollout.sglang_cfg.get("tp_size", 1))
         managed = []
         for index in range(servers.num_per_node):
@@ -409,6 +461,37 @@ class _Driver:
         """See ``Fleet``."""
         return self._attempt(self.fleet.send(self._servers(targets), serialize(bucket)))
 
+    def choose(self, targets: Sequence[int]) -> dict[str, Any]:
+        """See ``SGLangEngine._choose``."""
+        servers = self.fleet.servers
+        sizes = {(s.tensor_parallel_size, s.expert_parallel_size) for s in servers if s.takes_shards}
+        tp_size, ep_size = min(sizes, default=(1, 1))
+        there = [server for server in self._servers(targets) if server.state != "down"]
+        fit = [
+            s.index
+            for s in there
+            if s.takes_shards and (s.tensor_parallel_size, s.expert_parallel_size) == (tp_size, ep_size)
+        ]
+        return {
+            "fit": fit,
+            "whole": [server.index for server in there if server.index not in fit],
+            "sizes": {"num_servers": len(servers), "tp_size": tp_size, "ep_size": ep_size},
+        }
+
+    def hand_over(self, target: int, payload: bytes) -> Future[str | None]:
+        """See ``Fleet``."""
+        tensor = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        return self._loop.submit(self.fleet.hand_over(self.fleet.servers[target], serialize([("recipe", tensor)])))
+
+    def note_deliveries(self, deliveries: Mapping[int, Delivery]) -> None:
+        """Count and remember what did not go well."""
+        for server, delivery in deliveries.items():
+            if delivery.state == "unfit":
+                self.fleet.servers[server].takes_shards = False
+            if delivery.state != "proven":
+                self.fleet.counts[f"sync_{delivery.state}"] += 1
+                logger.warning("weights to server %d: %s (%s)", server, delivery.state, delivery.detail)
+
     def end_update(self, targets: Sequence[int]) -> UserError | None:
         """See ``Fleet``."""
         return self._attempt(self.fleet.end_update(self._servers(targets)))
@@ -473,12 +556,3 @@ def _buckets(tensors: Any, num_bytes: int) -> Iterator[list[tuple[str, Tensor]]]
         size += tensor.nbytes
     if bucket:
         yield bucket
-
-
-def _own_address(num_nodes: int) -> str:
-    """Where this node's servers listen: loopback, unless other nodes have to reach them."""
-    if num_nodes == 1:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; the kernel chooses a route
-        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
-        return str(probe.getsockname()[0])

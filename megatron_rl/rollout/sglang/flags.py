@@ -13,6 +13,9 @@ from megatron_rl.errors import UserError
 CPU_KV_TOKENS = 65_536
 """KV pool of a CPU server unless the config says otherwise: SGLang's own default is most of the machine's memory."""
 
+WEIGHT_LOADER = "megatron_rl.weight_sync.receiver.load"
+"""What takes shards of weights inside a server's ranks. A name only: it is imported there."""
+
 _CPU = {
     "device": "cpu",
     "attention_backend": "torch_native",
@@ -60,6 +63,7 @@ def server_command(
         # Weights come from the trainer before the first request; reading others from disk would only cost time.
         "load_format": "dummy",
         "weight_version": "none",
+        "custom_weight_loader": [WEIGHT_LOADER],
         "skip_server_warmup": True,
         "grammar_backend": "none",
         "random_seed": seed,

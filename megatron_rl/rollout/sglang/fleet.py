@@ -20,6 +20,7 @@ from megatron_rl import watchdog
 from megatron_rl.config.schema import ServersConfig, WeightSyncConfig
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unavailable
+from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER
 from megatron_rl.rollout.sglang.versions import Adapter, adapter_for
 
 POLL_S = 0.5
@@ -41,6 +42,9 @@ class Server:
     """It has answered and passed the checks; its adapter and size are known."""
     adapter: Adapter | None = None
     tensor_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    takes_shards: bool = False
+    """It was started with our weight loader."""
     in_flight: int = 0
     last_sign_s: float = field(default_factory=time.monotonic)
     reason: str = "has not answered yet"
@@ -215,7 +219,9 @@ class Fleet:
     async def _get_to_know(self, server: Server) -> None:
         info = await server.client.info(STATE_TIMEOUT_S)
         server.adapter = adapter_for(str(info.get("version")), server.client.url)
-        server.tensor_parallel_size = int(info["tp_size"])
+        server.tensor_parallel_size, server.expert_parallel_size = int(info["tp_size"]), int(info.get("ep_size", 1))
+        is_plain = all(int(info.get(name) or 1) == 1 for name in ("pp_size", "dp_size"))
+        server.takes_shards = is_plain and WEIGHT_LOADER in (info.get("custom_weight_loader") or [])
         self._check(server, info)
         server.is_known = True
 
@@ -269,6 +275,26 @@ class Fleet:
                 bucket, tensor_parallel_size=s.tensor_parallel_size, timeout_s=self.sync.timeout_s
             ),
         )
+
+    async def hand_over(self, server: Server, payload: str) -> str | None:
+        """Give a payload to our weight loader in the server's ranks, and wait until they are done with it.
+
+        Returns:
+            None, or what went wrong. A server that did not answer is down then.
+        """
+        try:
+            await server.client.send(
+                payload,
+                tensor_parallel_size=server.tensor_parallel_size,
+                loader=WEIGHT_LOADER,
+                timeout_s=self.sync.timeout_s,
+            )
+        except Unavailable as error:
+            await self.mark_down(server, f"during a weight update: {error}")
+            return str(error)
+        except Refused as error:
+            return str(error)
+        return None
 
     async def end_update(self, targets: Iterable[Server]) -> None:
         """Put the targets into service."""

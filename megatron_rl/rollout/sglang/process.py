@@ -91,3 +91,20 @@ def is_port_free(host: str, port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def own_address(num_nodes: int, *peers: str) -> str:
+    """Under which address others reach this machine: loopback, unless there are other nodes or a peer elsewhere.
+
+    Args:
+        num_nodes: of the trainer.
+        peers: host names or addresses of servers.
+    """
+    elsewhere = [peer for peer in peers if peer != "localhost" and not peer.startswith("127.")]
+    if num_nodes > 1:
+        elsewhere.append(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    if not elsewhere:
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; the kernel chooses a route
+        probe.connect((elsewhere[0], 9))
+        return str(probe.getsockname()[0])

@@ -13,6 +13,7 @@ from megatron_rl.convert.kinds import boxes, shard_shape
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.convert.table import entries, hf_tensors
 from megatron_rl.errors import UserError
+from megatron_rl.weight_sync.messages import box
 from megatron_rl.weight_sync.plan import Plan, TrainingLayout, make_plan, rounds
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 
@@ -129,13 +130,10 @@ def carry_out(plan: Plan, shape: ModelShape, training: TrainingLayout, rollout: 
         for rank in range(rollout.num_ranks)
     ]
     for copy in plan.copies:
-        source = held[copy.sender][copy.source][
-            tuple(map(slice, copy.source_start, np.add(copy.source_start, copy.size)))
-        ]
-        target = servers[copy.receiver][copy.target]
-        front = copy.target_start[: len(copy.target_start) - len(copy.size)]
-        start = copy.target_start[len(front) :]
-        place = (*front, *map(slice, start, np.add(start, copy.size)))
+        piece = copy.piece
+        source = held[copy.sender][piece.source][box(piece.source_start, piece.size)]
+        target = servers[copy.receiver][piece.target]
+        place = box(piece.target_start, piece.size)
         assert not target[place].any(), "written twice"
         target[place] = source
     return servers

@@ -1,0 +1,183 @@
+"""The server's end: runs inside each tensor-parallel rank of an SGLang server, as its custom weight loader.
+
+    server --custom-weight-loader megatron_rl.weight_sync.receiver.load
+    POST /update_weights_from_tensor {"load_format": the same name, one tensor: a recipe}
+
+The recipe holds no weights but what the rank needs to work the plan out by itself and to meet the trainer. The rank takes
+part in three exchanges through the trainer's store, and may be told to give up at any of them:
+
+    ready       ->  which process group it still has, and whether its parameters are those of the table
+    group       <-  the group to receive over; empty: without this server
+    report      ->  the digests of what it now holds, read back from the parameters, or what went wrong
+
+An exception that left the loader would end the server, so none does; what stays behind is told in the report, and the
+trainer does not let the server serve.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, Protocol, cast
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.table import hf_tensors
+from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages
+from megatron_rl.weight_sync.plan import Piece, TrainingLayout, make_plan
+from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
+
+
+class Channel(Protocol):
+    """A process group as both ends use it."""
+
+    def send(self, tensors: list[Tensor], destination: int, tag: int, /) -> dist.Work:
+        """Start to send one tensor."""
+        ...
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int, /) -> dist.Work:
+        """Start to receive into one tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a server rank is told. Travels as a pickle, as everything to this endpoint does."""
+
+    host: str
+    port: int
+    """Of the trainer's store."""
+    attempt: str
+    """Prefix of this transfer's keys."""
+    server: int
+    shape: ModelShape
+    training: TrainingLayout
+    rollout: RolloutLayout
+    bucket_elements: int
+    dtype: torch.dtype
+    backend: str
+    """``gloo`` or ``nccl``."""
+    timeout_s: float
+
+    def key(self, what: str, tp_rank: int | None = None) -> str:
+        """In the store."""
+        return f"{self.attempt}/{self.server}/{what}" + ("" if tp_rank is None else f"/{tp_rank}")
+
+
+def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout_s: float) -> Channel:
+    """A process group of its own, apart from the default one; every member calls this at the same time."""
+    own = dist.PrefixStore(name, store)
+    if backend == "gloo":
+        return cast(Channel, dist.ProcessGroupGloo(own, rank, size, timedelta(seconds=timeout_s)))
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    return cast(Channel, dist.ProcessGroupNCCL(own, rank, size, options))
+
+
+def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """What SGLang calls in every rank, with one tensor: a recipe. Never raises."""
+    from sglang.srt.distributed import get_tensor_model_parallel_rank
+
+    (_, payload) = next(iter(named_tensors))
+    take(model, bytes(payload.cpu().tolist()), int(get_tensor_model_parallel_rank()))
+
+
+def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:
+    """Fill a rank's parameters from the trainer. Never raises.
+
+    Args:
+        model: its parameters have SGLang's names and this rank's shapes.
+        payload: a pickled ``Recipe``.
+        tp_rank: of the rank in its server.
+    """
+    try:
+        recipe: Recipe = pickle.loads(payload)
+        store = dist.TCPStore(recipe.host, recipe.port, is_master=False, timeout=timedelta(seconds=recipe.timeout_s))
+        report = _receive(model, recipe, store, tp_rank)
+    except Exception as error:
+        traceback.print_exc()
+        _groups.clear()
+        report = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    try:
+        store.set(recipe.key("report", tp_rank), json.dumps(report))
+    except Exception:  # nobody to report to: the trainer sees that no report came
+        traceback.print_exc()
+
+
+_groups: dict[str, Channel] = {}
+"""At most one: the group of the last transfer."""
+
+
+def _receive(model: torch.nn.Module, recipe: Recipe, store: dist.Store, tp_rank: int) -> dict[str, Any]:
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    ready = {"groups": list(_groups), "unfit": unfitness(parameters, recipe.shape, recipe.rollout, tp_rank)}
+    store.set(recipe.key("ready", tp_rank), json.dumps(ready))
+    name = store.get(recipe.key("group")).decode()
+    if not name:
+        return {"error": "told to give up"}
+    rank = recipe.training.num_ranks + tp_rank
+    if name not in _groups:
+        _groups.clear()
+        size = recipe.training.num_ranks + recipe.rollout.tp_size
+        _groups[name] = make_group(recipe.backend, store, name, rank, size, recipe.timeout_s)
+    group = _groups[name]
+    messages, pieces = _mine(recipe, tp_rank)
+    started = time.monotonic()
+    receive_messages(
+        messages, parameters, dtype=recipe.dtype, receive=lambda flat, message: group.recv([flat], message.sender, message.tag)
+    )  # fmt: skip
+    received = time.monotonic()
+    digests = digest_pieces(pieces, parameters, hf_tensors(recipe.shape), dtype=recipe.dtype, is_sender=False)
+    return {
+        "digests": encode(digests),
+        "receive_s": received - started,
+        "digest_s": time.monotonic() - received,
+        "bytes": sum(message.num_elements for message in messages) * recipe.dtype.itemsize,
+    }
+
+
+def unfitness(parameters: dict[str, Tensor], shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> str | None:
+    """Why the parameters of a server rank are not those that the plan fills, or None."""
+    expected = {parameter.name: parameter.shape for parameter in served_parameters(shape, layout, tp_rank)}
+    if shape.tied:  # the output layer's parameter is the embedding's, under its first name
+        expected.pop("lm_head.weight", None)
+    found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            return f"{name} has shape {found.get(name)}, the plan expects {expected.get(name)}"
+    return None
+
+
+def encode(digests: list[int]) -> str:
+    """As text: little-endian 64-bit numbers in base64."""
+    return base64.b64encode(numpy.array(digests, dtype="<u8").tobytes()).decode()
+
+
+def decode(text: str) -> list[int]:
+    """The inverse of ``encode``."""
+    return numpy.frombuffer(base64.b64decode(text), dtype="<u8").tolist()
+
+
+def _mine(recipe: Recipe, tp_rank: int) -> tuple[list[Message], list[Piece]]:
+    me = recipe.server * recipe.rollout.tp_size + tp_rank
+    return _of_receiver(recipe.shape, recipe.training, recipe.rollout, recipe.bucket_elements, me)
+
+
+@lru_cache(maxsize=1)
+def _of_receiver(
+    shape: ModelShape, training: TrainingLayout, rollout: RolloutLayout, bucket_elements: int, me: int
+) -> tuple[list[Message], list[Piece]]:
+    plan = make_plan(shape, training, rollout)
+    messages = [m for m in make_messages(plan, bucket_elements=bucket_elements) if m.receiver == me]
+    return messages, [piece for piece in plan.pieces if piece.tp_rank == me % rollout.tp_size]
