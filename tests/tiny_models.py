@@ -23,10 +23,22 @@ _EXPERTS: dict[str, Any] = {
     "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
 
+_MIXTRAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+_DEEPSEEK: dict[str, Any] = {
+    "q_lora_rank": 48, "kv_lora_rank": 40, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 32, "n_routed_experts": 8,
+    "n_shared_experts": 2, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True, "num_nextn_predict_layers": 0, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32,
+        "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 1.5, "mscale_all_dim": 0.7,
+    },
+}  # fmt: skip
+"""Three experts of two groups: Megatron's own sum over a group would be of one expert, not of two."""
+
 
 def make_tiny_model(
     directory: str | Path,
-    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe"],
+    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3"],
     *,
     tied: bool,
     seed: int,
@@ -47,7 +59,10 @@ def make_tiny_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    special = {"qwen3": {"head_dim": 16}, "qwen3_moe": {"head_dim": 16, **_EXPERTS}}.get(family, {})
+    special = {
+        "qwen3": {"head_dim": 16}, "qwen3_moe": {"head_dim": 16, **_EXPERTS}, "mixtral": _MIXTRAL,
+        "deepseek_v3": _DEEPSEEK,
+    }.get(family, {})  # fmt: skip
     fields = {**_DEFAULTS, "tie_word_embeddings": tied, **special, **overrides}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
     randomize(model, seed=seed)

@@ -51,6 +51,13 @@ class ConfigFields:
             raise self.error(key, "must be a positive integer")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """0 or more."""
+        value = self.get(key, default)
+        if type(value) is not int or value < 0:
+            raise self.error(key, "must be 0 or a positive integer")
+        return value
+
     def positive_float(self, key: str, default: float | None = None) -> float:
         """Above 0 and finite; required where ``default`` is None."""
         return self.check_positive(key, self.get(key, default))

@@ -109,7 +109,7 @@ def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
     Raises:
         UserError: a size is not divisible by ``tp_size``.
     """
-    for what in ("num_attention_heads", "num_key_value_heads", shape.width_field):
+    for what in ("num_attention_heads", "num_key_value_heads", *shape.width_fields):
         if tp_size < 1 or getattr(shape, what) % tp_size:
             raise UserError(
                 "policy.megatron_cfg.tensor_model_parallel_size", tp_size,
@@ -216,3 +216,7 @@ class Rule:
     """A boolean of ``ModelShape`` that must hold for the line to apply."""
     is_copy: bool = False
     """Another line owns these HF tensors: loaded here too, exported from there only."""
+    layers: Literal["all", "dense", "experts"] = "all"
+    """Which layers have it, in a model whose first layers are dense and whose others have experts."""
+    is_float32: bool = False
+    """Kept in float32 by checkpoints and by Megatron, whatever the type of the model."""

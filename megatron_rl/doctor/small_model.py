@@ -19,7 +19,14 @@ _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8,
     "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-_DROPPED = ("layer_types", "max_window_layers", "torch_dtype", "dtype", "transformers_version", "quantization_config")
+_LATENT = {
+    "q_lora_rank": 48, "kv_lora_rank": 40, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 8, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+_DROPPED = (
+    "layer_types", "max_window_layers", "torch_dtype", "dtype", "transformers_version", "quantization_config", "auto_map",
+    "num_mtp_layers",
+)  # fmt: skip
 
 
 def write_small_model(source: Path, directory: Path, *, num_layers: int, num_experts: int, seed: int) -> None:
@@ -40,9 +47,14 @@ def write_small_model(source: Path, directory: Path, *, num_layers: int, num_exp
     sizes = _SIZES | {"num_hidden_layers": num_layers, "num_key_value_heads": 4 if is_grouped else 8}
     if given.get("head_dim"):
         sizes["head_dim"] = 16
-    for name in ("num_experts", "num_local_experts"):
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if given.get(name):
             sizes |= {name: num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    if given.get("kv_lora_rank"):
+        sizes |= _LATENT | {"q_lora_rank": _LATENT["q_lora_rank"] if given.get("q_lora_rank") else None}
+        sizes |= {"n_group": 1, "topk_group": 1} | ({"first_k_dense_replace": 0} if num_layers == 1 else {})
+        given.pop("head_dim", None)  # transformers derives it
+        sizes.pop("head_dim", None)
     fields = {name: value for name, value in given.items() if name not in _DROPPED} | sizes
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
@@ -56,6 +68,9 @@ def randomize(model: torch.nn.Module, *, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_random(name, parameter.shape, generator))
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(_random(name, buffer.shape, generator))
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

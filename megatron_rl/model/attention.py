@@ -1,4 +1,4 @@
-"""Core attention in plain torch for packed sequences, for machines without Transformer Engine.
+"""Attention in plain torch for packed sequences, for machines without Transformer Engine.
 
 Sequences of like length are laid side by side in a padded batch and attended there with an ordinary causal mask: keys of
 the padding come after every real query, so causality alone hides them. Work grows with each sequence's length squared, not
@@ -7,7 +7,7 @@ with the pack's.
 Under context parallelism each rank has the queries of its own tokens, and gathers the keys and values of all.
 
 Legend: T packed tokens, t this rank's (T without context parallelism), N sequences of a batch, S the longest of them, s its
-longest part here, n query heads, g key-value heads, r = n / g, d head size.
+longest part here, n query heads, g key-value heads, r = n / g, d size of a query or key head, v of a value head.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_rl.errors import UserError
 from megatron_rl.parallel.context import gather_order, zigzag_indices
 
 MATMUL_MAX_LENGTH = 512
@@ -71,27 +73,27 @@ class PackedCausalAttention(MegatronModule):
         Args:
             query: [t, n, d].
             key: [t, g, d].
-            value: [t, g, d].
+            value: [t, g, v].
             attention_mask: None: the mask follows from ``packed_seq_params``.
             packed_seq_params: with ``cu_seqlens_q``, of the whole pack.
 
         Returns:
-            [t, n * d].
+            [t, n * v].
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "packed sequences only"
         pack = _Pack.of(packed_seq_params.cu_seqlens_q, self.cp_group)
         if pack.is_shared:
             # One gather for both; its backward sums what all ranks' queries say of this rank's keys.
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
-            key, value = _Gather.apply(both, pack.order, pack.held).chunk(2, dim=-1)
+            key, value = _Gather.apply(both, pack.order, pack.held).split([key.shape[-1], value.shape[-1]], dim=-1)
         batches = zip(pack.queries.pad(query), pack.keys.pad(key), pack.keys.pad(value), pack.biases(query.dtype))
         return pack.queries.unpad([self._attend(q, k, v, bias) for q, k, v, bias in batches])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """[N, s, n, d], [N, S, g, d] twice, and a bias of ``_Pack.biases`` -> [N, s, n * d]."""
+        """[N, s, n, d], [N, S, g, d], [N, S, g, v] and a bias of ``_Pack.biases`` -> [N, s, n * v]."""
         num_groups = key.shape[2]
         q = query.unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [N, g, r, s, d]
-        k, v = key.transpose(1, 2), value.transpose(1, 2)  # [N, g, S, d]
+        k, v = key.transpose(1, 2), value.transpose(1, 2)  # [N, g, S, d or v]
         if bias is not None and key.shape[1] <= MATMUL_MAX_LENGTH:
             context = self._matmul_attention(q, k, v, bias)
         else:
@@ -103,16 +105,53 @@ class PackedCausalAttention(MegatronModule):
         return context.permute(0, 3, 1, 2, 4).flatten(2)
 
     def _matmul_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """[N, g, r, s, d]: the r query heads of a key-value head are one tall product, so keys are never repeated."""
+        """[N, g, r, s, v]: the r query heads of a key-value head are one tall product, so keys are never repeated."""
         shape, num_keys = q.shape, k.shape[2]
         scores = (q.reshape(*shape[:2], -1, shape[-1]) * self.softmax_scale) @ k.transpose(-1, -2)
         scores = scores.view(*shape[:4], num_keys) + bias
         weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
-        return (weights.view(*shape[:2], -1, num_keys) @ v).view(shape)
+        return (weights.view(*shape[:2], -1, num_keys) @ v).view(*shape[:4], -1)
 
     def sharded_state_dict(self, *_args: Any, **_kwargs: Any) -> dict[str, Any]:
         """No parameters, nothing to save."""
         return {}
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's multi-head latent attention, with projections to the latents that every tensor-parallel rank has whole.
+
+    Megatron's own local layers cut them and gather what comes out, which gives the rotated key that all heads share the
+    gradient of this rank's heads alone. Whole projections see a rank's own tokens under sequence parallelism, and the gather
+    of the rotated key then sums over heads; it is also how Transformer Engine's layers are built.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if self.tp_group.size() > 1 and not config.sequence_parallel:
+            raise UserError(
+                "policy.megatron_cfg.sequence_parallel", False,
+                "must be true for latent attention under tensor parallelism", "set it",
+            )  # fmt: skip
+        self.linear_kv_down_proj = WholeLinear(config, config.kv_lora_rank + config.qk_pos_emb_head_dim)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank)
+
+
+class WholeLinear(MegatronModule):
+    """A linear layer of the hidden state without bias, not cut over the tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, output_size: int) -> None:
+        super().__init__(config)
+        weight = torch.empty(output_size, config.hidden_size, dtype=config.params_dtype)
+        if config.perform_initialization:
+            config.init_method(weight)
+        self.weight = torch.nn.Parameter(weight)
+        # Each rank has the gradient of its own tokens: Megatron sums those of marked parameters over the ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """[s, b, H] -> [s, b, output_size], and no bias, as Megatron's linear layers answer."""
+        return F.linear(hidden, self.weight), None
 
 
 class _Pack:

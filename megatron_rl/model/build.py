@@ -7,16 +7,22 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rl.config import Config
 from megatron_rl.convert.kinds import padded_vocab_size
+from megatron_rl.convert.rope import RopeScaling, YarnScaling
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.errors import UserError
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.specs import layer_spec
 from megatron_rl.parallel.groups import Groups, build_groups
+
+_UNEVEN_PIPELINES = (
+    "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
 
 
 def transformer_config(config: Config, shape: ModelShape, device: torch.device) -> TransformerConfig:
@@ -28,6 +34,7 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
             "has a bias in only one of attention and MLP; Megatron's layers have both or none",
             "use another model",
         )
+    _check_experts(config, shape)
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
     settings: dict[str, object] = {
         "num_layers": shape.num_layers,
@@ -56,16 +63,8 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
         "attention_softmax_in_fp32": True,
         "virtual_pipeline_model_parallel_size": None,
     }
-    if shape.num_experts:
-        settings |= {
-            "num_moe_experts": shape.num_experts,
-            "moe_ffn_hidden_size": shape.moe_intermediate_size,
-            "moe_router_topk": shape.num_experts_per_tok,
-            # Weights that sum to 1 are the softmax over the chosen experts alone.
-            "moe_router_pre_softmax": not shape.norm_topk_prob,
-            # Balancing is another objective than the reward's: who wants it asks for it.
-            "moe_router_load_balancing_type": "none",
-        }
+    kind: type[TransformerConfig] = MLATransformerConfig if shape.latent else TransformerConfig
+    settings |= _expert_settings(shape) | _latent_settings(shape)
     if config.policy.virtual_pipeline_size > 1:
         # With Megatron's defaults the interleaved schedule pairs sends and receives wrongly, and says nothing.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -82,11 +81,103 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     else:
         # Transformer Engine brings its own kernel, but Megatron's output layer needs Apex's, built from source.
         settings["gradient_accumulation_fusion"] = find_spec("fused_weight_gradient_mlp_cuda") is not None
-    known = {field.name for field in fields(TransformerConfig)}
+    known = {field.name for field in fields(kind)}
     overrides = {name: value for name, value in config.policy.megatron_cfg.items() if name in known}
     if config.policy.virtual_pipeline_size == 1:
         overrides.pop("virtual_pipeline_model_parallel_size", None)
-    return TransformerConfig(**(settings | overrides))
+    return kind(**(settings | overrides))
+
+
+def _expert_settings(shape: ModelShape) -> dict[str, object]:
+    if not shape.num_experts:
+        return {}
+    settings: dict[str, object] = {
+        "num_moe_experts": shape.num_experts,
+        "moe_ffn_hidden_size": shape.moe_intermediate_size,
+        "moe_router_topk": shape.num_experts_per_tok,
+        # Weights that sum to 1 are the softmax over the chosen experts alone.
+        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        # Balancing is another objective than the reward's: who wants it asks for it.
+        "moe_router_load_balancing_type": "none",
+    }
+    if shape.num_dense_layers:
+        settings["moe_layer_freq"] = [int(shape.has_experts(layer)) for layer in range(shape.num_layers)]
+    if shape.num_shared_experts:
+        settings["moe_shared_expert_intermediate_size"] = shape.dims["shared_ffn"]
+    if shape.sigmoid_router is not None:
+        router = shape.sigmoid_router
+        settings |= {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_pre_softmax": False,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.0,
+            "moe_router_topk_scaling_factor": router.scaling_factor,
+            "moe_router_dtype": "fp32",
+        }
+        if router.num_groups > 1:
+            settings |= {"moe_router_num_groups": router.num_groups, "moe_router_group_topk": router.groups_per_tok}
+    return settings
+
+
+def _latent_settings(shape: ModelShape) -> dict[str, object]:
+    if shape.latent is None:
+        return {}
+    latent, scaling = shape.latent, shape.rope_scaling
+    settings: dict[str, object] = {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "qk_layernorm": True,  # Megatron's switch for the norms over latents
+        "rope_type": "rope",
+        "rotary_base": shape.rope_theta,
+    }
+    if isinstance(scaling, YarnScaling):
+        settings |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "mscale": scaling.mscale,
+            "mscale_all_dim": scaling.mscale_all_dim,
+        }
+    return settings
+
+
+def _check_experts(config: Config, shape: ModelShape) -> None:
+    """Refuse what a model of experts would compute wrongly, or a checkpoint could not hold."""
+    policy, passed = config.policy, config.policy.megatron_cfg
+    if shape.num_experts and passed.get("moe_use_legacy_grouped_gemm"):
+        raise UserError(
+            "policy.megatron_cfg.moe_use_legacy_grouped_gemm", True, "keeps all experts of a rank in one matrix",
+            "leave it out: moe_grouped_gemm alone keeps one parameter an expert",
+        )  # fmt: skip
+    rate = passed.get("moe_router_bias_update_rate")
+    if shape.sigmoid_router is not None and rate:
+        raise UserError(
+            "policy.megatron_cfg.moe_router_bias_update_rate", rate,
+            "must be 0: a bias that moves outside of the gradient would change the reference model as well",
+            "leave it out; moe_router_load_balancing_type=seq_aux_loss balances by a loss",
+        )  # fmt: skip
+    if not shape.num_dense_layers:
+        return
+    if policy.router_replay:
+        raise UserError(
+            "policy.router_replay", True, "needs experts in every layer; this model's first layers have none",
+            "leave it out",
+        )  # fmt: skip
+    sizes = {name: value for name, value in passed.items() if value and name in _UNEVEN_PIPELINES}
+    num_chunks = policy.pipeline_parallel_size * policy.virtual_pipeline_size
+    # The first stage holds chunks 0, pp, 2 pp, ...: with its last one it must reach beyond the dense layers.
+    last = (policy.virtual_pipeline_size - 1) * policy.pipeline_parallel_size + 1
+    if sizes or shape.num_layers // num_chunks * last <= shape.num_dense_layers:
+        raise UserError(
+            "policy.megatron_cfg.pipeline_model_parallel_size", policy.pipeline_parallel_size,
+            f"must leave every stage a layer with experts, in equal stages; the first {shape.num_dense_layers} have none",
+            "use fewer stages, and none of " + ", ".join(_UNEVEN_PIPELINES),
+        )  # fmt: skip
 
 
 def build_groups_of(config: Config, device: torch.device) -> Groups:
@@ -129,7 +220,7 @@ def _build_chunk(
 ) -> PolicyModel:
     model = PolicyModel(
         config=megatron_config,
-        transformer_layer_spec=layer_spec(megatron_config, groups.device),
+        transformer_layer_spec=layer_spec(megatron_config, groups.device, vp_stage),
         vocab_size=padded_vocab_size(shape.vocab_size, tp_size=groups.tp_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=groups.pp_rank == 0 and not vp_stage,
@@ -143,7 +234,8 @@ def _build_chunk(
     model.true_vocab_size = shape.vocab_size
     model.temperature = config.rollout.temperature if config.trainer.stage == "rl" else 1.0
     # Megatron's own rope scaling fixes three of Llama 3's four parameters, so the frequencies are set from config.json.
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(groups.device)
+    if shape.latent is None:  # latent attention has its own, layer by layer
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(groups.device)
     return model.to(groups.device)
 
 
@@ -156,7 +248,7 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     frequencies = 1.0 / (shape.rope_theta**exponents)
     scaling = shape.rope_scaling
-    if scaling is None:
+    if not isinstance(scaling, RopeScaling):
         return frequencies
     original = scaling.original_max_position_embeddings
     low, high, factor = scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor

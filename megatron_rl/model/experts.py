@@ -56,6 +56,7 @@ class Router(TopKRouter):
     """Megatron's choice of experts, with losses and replay of ours."""
 
     pack: Pack
+    expert_bias: Tensor | None
 
     def __init__(self, config: Any, pg_collection: Any = None) -> None:
         super().__init__(config, pg_collection)
@@ -89,12 +90,23 @@ class Router(TopKRouter):
         choose: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         """The rollout's experts where it has told them, with the scores they have now; see Megatron's ``RouterReplay``."""
-        values, indices = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        if num_groups is None:
+            values, indices = choose(scores, topk)
+        else:
+            values, indices = choose_in_groups(scores, topk, num_groups, group_topk or num_groups)
         if self.pack.experts is None:
             return values, indices
         told = self._mine(self.pack.experts, len(scores))[:, self.layer_number - 1].to(indices)
         indices = torch.where(told >= 0, told, indices)
         return scores.gather(1, indices), indices
+
+    def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """A model's conversion to bfloat16 leaves the bias of the choice as it is: rounded, it would choose others."""
+        bias = self.expert_bias
+        super()._apply(convert, recurse)
+        if bias is not None:
+            self.expert_bias = bias.to(self.weight.device)
+        return self
 
     def _balanced(self, probs: Tensor, logits: Tensor, routing_map: Tensor) -> Tensor:
         sequence, is_real = self._sequences(len(logits))
@@ -128,3 +140,23 @@ class Router(TopKRouter):
         if len(values) == num_tokens:
             return values
         return values.chunk(self.tp_group.size())[self.tp_group.rank()]
+
+
+def choose_in_groups(scores: Tensor, num_chosen: int, num_groups: int, num_open: int) -> tuple[Tensor, Tensor]:
+    """The best experts of the best groups; a group is as good as its two best experts together.
+
+    Megatron sums the best ``num_chosen / num_open`` of a group, which is the same for DeepSeek-V3's own sizes only.
+
+    Args:
+        scores: [t, E], those that choose.
+        num_chosen: experts of each token.
+        num_groups: groups of neighbouring experts.
+        num_open: groups that a token may choose from.
+
+    Returns:
+        Scores and numbers of the chosen experts, [t, num_chosen] each.
+    """
+    groups = scores.unflatten(1, (num_groups, -1))
+    best = groups.topk(2, dim=-1).values.sum(-1).topk(num_open, dim=-1).indices
+    is_closed = torch.ones(groups.shape[:2], dtype=torch.bool, device=scores.device).scatter(1, best, False)
+    return tuple(groups.masked_fill(is_closed[..., None], float("-inf")).flatten(1).topk(num_chosen, dim=1))

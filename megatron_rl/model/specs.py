@@ -6,14 +6,17 @@ import importlib.util
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.model import experts
-from megatron_rl.model.attention import PackedCausalAttention
+from megatron_rl.model.attention import LatentAttention, PackedCausalAttention
 
 
 def has_transformer_engine() -> bool:
@@ -21,20 +24,46 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
-def layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec:
-    """The spec of one decoder layer where the model lives: Transformer Engine has no kernels for CPUs."""
-    if device.type != "cpu" and has_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
+def layer_spec(
+    config: TransformerConfig, device: torch.device, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec of this stage's decoder layers where the model lives: Transformer Engine has no kernels for CPUs.
+
+    Args:
+        config: Megatron's; its ``moe_layer_freq`` is a list where layers differ.
+        device: of the model.
+        vp_stage: which chunk, under virtual pipelining.
+
+    Returns:
+        One spec for all layers, or, where they differ, a block with one for each layer of this stage.
+    """
+    is_local = device.type == "cpu" or not has_transformer_engine()
+    if isinstance(config.moe_layer_freq, list):
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=not is_local, normalization=config.normalization, vp_stage=vp_stage
         )
+        for spec in {id(spec): spec for spec in block.layer_specs}.values():  # layers of a kind share theirs
+            _use_own_parts(spec, is_local=is_local, has_experts="router" in vars(spec.submodules.mlp.submodules))
+        return block
+    options = {
+        "num_experts": config.num_moe_experts,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
+    if is_local:
+        spec = get_gpt_layer_local_spec(normalization=config.normalization, **options)
     else:
-        spec = get_gpt_layer_local_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
-        )
-        spec.submodules.self_attention.submodules.core_attention = PackedCausalAttention
-    if config.num_moe_experts:
+        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=config.moe_grouped_gemm, **options)
+    _use_own_parts(spec, is_local=is_local, has_experts=bool(config.num_moe_experts))
+    return spec
+
+
+def _use_own_parts(spec: ModuleSpec, *, is_local: bool, has_experts: bool) -> None:
+    attention = spec.submodules.self_attention
+    if is_local:
+        attention.submodules.core_attention = PackedCausalAttention
+        if attention.module is MLASelfAttention:
+            attention.module = LatentAttention
+    if has_experts:
         spec.module = experts.Layer
         spec.submodules.mlp.submodules.router = experts.Router
-    return spec

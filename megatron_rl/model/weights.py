@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.convert.checkpoint_view import CheckpointView
 from megatron_rl.convert.export import merge_parameter
 from megatron_rl.convert.kinds import shard_shape
 from megatron_rl.convert.load import check_coverage, load_parameter
-from megatron_rl.convert.reader import TensorReader
+from megatron_rl.convert.reader import HFReader, TensorReader
 from megatron_rl.convert.shape import Dtype, ModelShape
-from megatron_rl.convert.table import find_entry, global_name, names_of_all_experts
+from megatron_rl.convert.table import entries, find_entry, global_name, names_of_all_experts, plain_name
 from megatron_rl.convert.writer import HFWriter
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
@@ -23,21 +27,30 @@ from megatron_rl.model.forward import PolicyModel
 from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
 
+logger = logging.getLogger(__name__)
+
 
 def named_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
-    """This rank's parameters under their global Megatron names (layers and experts counted over the whole model)."""
+    """This rank's weights under their global Megatron names (layers and experts counted over the whole model).
+
+    These are the parameters, and those buffers that a checkpoint holds, such as a router's bias.
+    """
+    known = entries(shape)
     first_expert = groups.ep_rank * (shape.num_experts // groups.ep_size)
     for chunk in chunks:
         layers = chunk.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
-        for name, parameter in chunk.named_parameters():
-            yield global_name(name, first_layer, first_expert), parameter
+        for name, tensor in chain(chunk.named_parameters(), chunk.named_buffers()):
+            name = global_name(name, first_layer, first_expert)
+            if isinstance(tensor, torch.nn.Parameter) or plain_name(name) in known:
+                yield name, tensor
 
 
 def load_hf_weights(
     chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, open_reader: Callable[[], TensorReader]
 ) -> None:
-    """Fill this rank's part of the model; each rank reads only its slices.
+    """Fill this rank's part of the model; each rank reads only its slices. What a checkpoint has beyond the model, and is left
+    out on purpose, is said in one line.
 
     Args:
         chunks: this rank's part of the model.
@@ -50,6 +63,10 @@ def load_hf_weights(
     """
     with all_ranks_agree(groups.cpu_group):
         reader = open_reader()
+        if isinstance(reader, HFReader):
+            reader = CheckpointView(reader, shape)
+            if reader.dropped and groups.rank == 0:
+                logger.warning(reader.summary())
         check_coverage(shape, reader, tp_size=groups.tp_size)
     with torch.no_grad(), all_ranks_agree(groups.cpu_group):
         for name, parameter in progress(list(named_parameters(chunks, shape, groups)), "loading weights"):
@@ -64,7 +81,7 @@ def iterate_hf_tensors(
     """Every Hugging Face tensor, whole, one after the other, on every rank. A collective: consume it to the end.
 
     Yields:
-        (Hugging Face name, tensor in the model's dtype on the model's device).
+        (Hugging Face name, tensor in the model's dtype, or float32 where the table says so, on the model's device).
     """
     mine = dict(named_parameters(chunks, shape, groups))
     held: list[list[str]] = [list(mine)] * groups.pp_size
@@ -82,7 +99,8 @@ def iterate_hf_tensors(
             size = shard_shape(entry.kind, shape, dist.get_world_size(group))
             shard = mine.get(name)
             if shard is None:
-                shard = torch.empty(size, dtype=chunks[0].config.params_dtype, device=groups.device)
+                dtype = torch.float32 if entry.is_float32 else chunks[0].config.params_dtype
+                shard = torch.empty(size, dtype=dtype, device=groups.device)
             shard = shard.detach().contiguous()
             if entry.expert is not None and groups.pp_rank == stage:
                 _broadcast(shard, entry.expert // per_rank, groups.ep_group)
@@ -115,13 +133,14 @@ def export_hf(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, 
             failure = error
     with all_ranks_agree(groups.cpu_group):
         if writer is not None:
-            _finish_export(writer, failure, fresh, target)
+            _finish_export(writer, failure, shape, fresh, target)
 
 
-def _finish_export(writer: HFWriter, failure: OSError | None, fresh: Path, target: Path) -> None:
+def _finish_export(writer: HFWriter, failure: OSError | None, shape: ModelShape, fresh: Path, target: Path) -> None:
     try:
         if failure is None:
             writer.finish()
+            _describe_as_written(fresh / "config.json", shape)
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
     except OSError as error:
@@ -134,6 +153,16 @@ def _finish_export(writer: HFWriter, failure: OSError | None, fresh: Path, targe
             f"the Hugging Face checkpoint could not be written ({failure})",
             "free some disk space and give the same command again; the training checkpoint is intact",
         ) from failure
+
+
+def _describe_as_written(config: Path, shape: ModelShape) -> None:
+    """The source's config.json speaks of 8-bit weights and of prediction layers, which an export does not have."""
+    if shape.fp8_block is None and not shape.num_mtp_layers:
+        return
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.pop("quantization_config", None)
+    fields |= {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in fields}
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _dtype_name(dtype: torch.dtype) -> Dtype:

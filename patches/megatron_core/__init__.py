@@ -28,6 +28,7 @@ _MODULES = (
     "megatron.core.transformer.moe.moe_layer",
     "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.moe.token_dispatcher",
+    "megatron.core.transformer.multi_latent_attention",
     "megatron.core.transformer.torch_norm",
 )
 
@@ -43,13 +44,13 @@ def apply_everywhere() -> list[str]:
 
 def apply_cpu() -> list[str]:
     """Import Megatron-Core without its compiler, then apply what CPU and gloo need. Returns the topics in order."""
-    from . import collectives, device, jit, moe, norm, optimizer, rng
+    from . import collectives, device, jit, latent, moe, norm, optimizer, rng
 
     with jit.without_compiler():
         for module in _MODULES:
             importlib.import_module(module)
     # ``rng`` adds to the view of torch.cuda that ``device`` hands out; the others are independent of each other.
-    topics = (device, rng, norm, moe, collectives, optimizer)
+    topics = (device, rng, norm, moe, latent, collectives, optimizer)
     for topic in topics:
         topic.apply()
     return ["jit", *(topic.__name__.rpartition(".")[2] for topic in topics)]

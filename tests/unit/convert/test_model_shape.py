@@ -115,7 +115,7 @@ def test_absent_fields_have_the_class_defaults(tmp_path: Path) -> None:
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("qwen2", {"model_type": "mixtral"}, "model_type"),
+    ("qwen2", {"model_type": "gpt_oss"}, "model_type"),
     ("qwen2", {"model_type": None}, "model_type"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),

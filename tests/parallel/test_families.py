@@ -1,0 +1,245 @@
+"""Mixtral and DeepSeek-V3 against transformers, under every kind of layout: logits, log-probs, gradients, exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_rl.algorithms.grpo import GRPO
+from megatron_rl.doctor import exactness
+from megatron_rl.doctor.exactness import LENGTHS, errors, load_reference, naive_log_probs
+from megatron_rl.types import Kind, TrainingSample
+from tests.forked import run_ranks
+from tests.parallel.invariance import config_of, num_ranks
+from tests.policy_case import build_policy
+from tests.tiny_models import make_tiny_model
+
+PLAIN = {
+    "q_lora_rank": None, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+    "n_routed_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+MODELS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "mixtral": ("mixtral", False, {}),
+    "mixtral-tied": ("mixtral", True, {}),
+    "deepseek": ("deepseek_v3", False, {"num_hidden_layers": 4}),
+    "deepseek-plain-tied": ("deepseek_v3", True, PLAIN),
+}
+EP2 = ("policy.megatron_cfg.expert_model_parallel_size=2",)
+ONE: tuple[dict, tuple[str, ...]] = ({"tp": 1}, ())
+LAYOUTS: list[tuple[dict, tuple[str, ...]]] = [
+    ONE,
+    ({"tp": 2, "sp": True}, ()),
+    ({"pp": 2}, ()),
+    ({"dp": 2}, EP2),
+    ({"cp": 2}, ()),
+]
+ALL_AT_ONCE = ({"tp": 2, "sp": True, "cp": 2, "pp": 2}, EP2)
+CASES = [(name, *layout) for name in MODELS for layout in LAYOUTS] + [("deepseek", *ALL_AT_ONCE)]
+
+
+@dataclass
+class Case:
+    """A model, rows to train on, and what transformers makes of them in float64."""
+
+    model: Path
+    samples: list[TrainingSample]
+    logits: dict[tuple[int, int], Tensor]
+    """(row, position) -> [V] where a response token is predicted."""
+    update: exactness.Outcome
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: make_case(root / name, *of_model) for name, of_model in MODELS.items()}
+
+
+def make_case(directory: Path, family: str, tied: bool, overrides: dict[str, Any]) -> Case:
+    model = make_tiny_model(directory, family, tied=tied, seed=5, **overrides)  # type: ignore[arg-type]
+    network = load_reference(model)
+    samples = rows_that_name_themselves(network)
+    check_choices_are_clear(network, samples)
+    logits = {}
+    for number, row in enumerate(samples):
+        with torch.no_grad():
+            of_row = network(torch.cat([row.prompt_ids, row.response_ids])[None]).logits[0]
+        first = len(row.prompt_ids) - 1
+        logits |= {(number, first + place): of_row[first + place] for place in range(row.num_response_tokens)}
+    update = exactness.reference(network, GRPO(config_of(model)), samples)
+    renamed = {as_stored(name, family): gradient for name, gradient in update["gradients"].items()}
+    return Case(model, samples, logits, {**update, "gradients": renamed})
+
+
+def rows_that_name_themselves(network: Any) -> list[TrainingSample]:
+    """Row r has ids that are r modulo the number of rows, so that any token tells where it belongs."""
+    generator, samples = torch.Generator().manual_seed(3), []
+    for number, (prompt, response) in enumerate(LENGTHS):
+        ids = torch.randint(0, 131 // len(LENGTHS), (prompt + response,), generator=generator) * len(LENGTHS) + number
+        row = TrainingSample(ids[:prompt], ids[prompt:], Kind.RL)
+        row.advantages = torch.randn(1, generator=generator).expand(response).clone()
+        row.weights = torch.full((response,), 1 / sum(length for _, length in LENGTHS))
+        with torch.no_grad():
+            log_probs = naive_log_probs(network, row)[0].float()
+        row.old_log_probs = log_probs + 0.2 * torch.randn(response, generator=generator)
+        row.ref_log_probs = log_probs + 0.2 * torch.randn(response, generator=generator)
+        samples.append(row)
+    return samples
+
+
+def check_choices_are_clear(network: Any, samples: list[TrainingSample]) -> None:
+    """A change of the size of rounding sends no token to other experts: else layouts could differ and all be right."""
+    moved: list[bool] = []
+
+    def compare(gate: Any, args: tuple, output: tuple) -> None:
+        noise = 1 + 1e-5 * torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
+        again = gate.forward(args[0] * noise)
+        moved.append(not torch.equal(again[2].sort().values, output[2].sort().values))
+
+    hooks = [m.mlp.gate.register_forward_hook(compare) for m in network.model.layers if hasattr(m.mlp, "gate")]
+    with torch.no_grad():
+        for row in samples:
+            network(torch.cat([row.prompt_ids, row.response_ids])[None])
+    for hook in hooks:
+        hook.remove()
+    assert moved and not any(moved)
+
+
+def as_stored(name: str, family: str) -> str:
+    """Mixtral's checkpoints have their own names for what transformers calls as in other families."""
+    if family == "mixtral" and ".mlp." in name:
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+        for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+            name = name.replace(ours, theirs)
+    return name
+
+
+@dataclass
+class Found:
+    """What one rank has to say."""
+
+    logits: dict[tuple[int, int], Tensor]
+    log_probs: list[Tensor]
+    update: exactness.Outcome
+
+
+def run_everything(
+    case: Case, layout: dict, overrides: tuple[str, ...] = (), target: Path | None = None,
+    mutate: Callable[[], None] | None = None,
+) -> Found:  # fmt: skip
+    """On one rank: an export, log-probs of all rows, and an update."""
+    from megatron_rl.model.weights import export_hf
+
+    if mutate is not None:
+        mutate()
+    config = config_of(case.model, *overrides, **layout)
+    policy = build_policy(config)
+    if target is not None:
+        export_hf(policy.chunks, policy.shape, policy.groups, source=case.model, target=target)
+    logits = watch_logits()
+    fresh = [replace(row) for row in case.samples]
+    policy.fill_log_probs(fresh, [range(len(fresh))], "old_log_probs")
+    seen = dict(logits)
+    log_probs = [row.old_log_probs for row in fresh if row.old_log_probs is not None]
+    return Found(seen, log_probs, exactness.one_update(policy, GRPO(config), case.samples))
+
+
+def watch_logits() -> dict[tuple[int, int], Tensor]:
+    """Where the logits of response tokens will be, from the hidden states and weights that log-probs are made of."""
+    from megatron_rl.model import forward
+
+    seen: dict[tuple[int, int], Tensor] = {}
+    postprocess, statistics = forward.PolicyModel._postprocess, forward.vocab_parallel_statistics
+    positions: list[Tensor] = []
+
+    def remember(self: Any, **named: Any) -> Any:
+        if self.post_process:
+            positions[:] = [named["position_ids"][0][named["loss_mask"][0]]]
+        return postprocess(self, **named)
+
+    def record(
+        hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, tp_group: Any, **options: Any
+    ) -> Any:
+        mine = (hidden @ weight.t()).detach()
+        parts = [torch.empty_like(mine) for _ in range(tp_group.size())]
+        dist.all_gather(parts, mine, group=tp_group)
+        for label, position, values in zip(labels, positions[0], torch.cat(parts, -1)[:, :vocab_size], strict=True):
+            seen[int(label) % len(LENGTHS), int(position)] = values.clone()
+        return statistics(hidden, weight, labels, vocab_size=vocab_size, tp_group=tp_group, **options)
+
+    forward.PolicyModel._postprocess = remember  # type: ignore[method-assign]
+    forward.vocab_parallel_statistics = record
+    return seen
+
+
+def largest_difference(case: Case, found: list[Found]) -> float:
+    """Of any logit of any rank to its true value."""
+    logits = {key: values for of_rank in found for key, values in of_rank.logits.items()}
+    assert logits.keys() == case.logits.keys()
+    return max(float((logits[key] - true).abs().max()) for key, true in case.logits.items())
+
+
+@pytest.mark.parametrize(("name", "layout", "overrides"), CASES, ids=str)
+def test_a_layout_computes_and_exports_what_transformers_does(
+    cases: dict[str, Case], name: str, layout: dict, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    case = cases[name]
+    found = run_ranks(run_everything, num_ranks(layout), case, layout, overrides, tmp_path / "hf")
+
+    assert torch.stack(list(case.logits.values())).std() > 1
+    assert largest_difference(case, found) < 1e-4
+    for number, (row, mine) in enumerate(zip(case.samples, found[0].log_probs, strict=True)):
+        first = len(row.prompt_ids) - 1
+        for place, log_prob in enumerate(mine):
+            true = case.logits[number, first + place].log_softmax(-1)[row.response_ids[place]]
+            assert abs(log_prob - true) < 1e-4
+
+    off = errors(found[0].update, case.update)
+    assert off["loss"] < 1e-6 and off["metric"] < 1e-5 and off["gradient"] < 1e-5, off
+
+    source, written = (load_file(folder / "model.safetensors") for folder in (case.model, tmp_path / "hf"))
+    assert source.keys() == written.keys()
+    assert all(torch.equal(source[key], written[key]) for key in source)
+
+
+def swap_in_table(family: str, one: str, other: str, *, order: tuple[int, ...] | None = None) -> None:
+    """Two Megatron parameters get each other's tensors, or one (``other`` is empty) its own in another order."""
+    from megatron_rl.convert import table
+
+    rules = list(table.TABLES[family])
+    places = [
+        next(i for i, rule in enumerate(rules) if end and rule.megatron.endswith(end)) for end in (one, other or one)
+    ]
+    first, second = (rules[place] for place in places)
+    rules[places[0]] = replace(first, hf=second.hf if order is None else tuple(first.hf[i] for i in order))
+    if order is None:
+        rules[places[1]] = replace(second, hf=first.hf)
+    table.TABLES[family] = tuple(rules)
+
+
+def forget_the_bias() -> None:
+    from megatron_rl.model import weights
+
+    weights.chain = lambda parameters, _buffers: parameters
+
+
+MUTATIONS = {
+    "mixtral keys and values": ("mixtral", lambda: swap_in_table("mixtral", "linear_qkv.weight", "", order=(0, 2, 1))),
+    "mixtral gate and up": ("mixtral", lambda: swap_in_table("mixtral", "linear_fc1.weight", "", order=(1, 0))),
+    "deepseek norms": ("deepseek", lambda: swap_in_table("deepseek_v3", ".input_layernorm.weight", "pre_mlp_layernorm.weight")),
+    "deepseek bias": ("deepseek", forget_the_bias),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_a_mistake_in_the_table_is_noticed(cases: dict[str, Case], what: str) -> None:
+    name, mutate = MUTATIONS[what]
+    found = run_ranks(run_everything, 1, cases[name], *ONE, mutate=mutate)
+    assert largest_difference(cases[name], found) > 0.01
