@@ -214,6 +214,11 @@ class Distcp:
         self._index: dict[tuple[str, int], dict[Extent, list[Chunk]]] = {}
         self._check_files()
 
+    @property
+    def files(self) -> list[Path]:
+        """The .distcp files that hold tensors."""
+        return [self.directory / name for name in sorted(self._files)]
+
     def read(self, key: str, index: Extent, first: int, last: int, columns: tuple[int, int] | None = None) -> Tensor:
         """Rows [first, last) of a parameter, as a view of the file where one chunk holds them all, else copied together.
 

@@ -11,17 +11,30 @@ import mmap
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from megatron_rl.convert.kinds import Extent
 from megatron_rl.convert.reader import HFReader
+from megatron_rl.convert.shape import Dtype
 
 BLOCK_BYTES = 2**22
 """Of one tensor, handled at a time: small enough for a core's cache, large enough for the disk."""
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """``"bfloat16"`` -> ``torch.bfloat16``; KeyError for any but the three types of weights."""
+    return _NAMES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> Dtype:
+    """``torch.bfloat16`` -> ``"bfloat16"``."""
+    return next(name for name in get_args(Dtype) if _NAMES[name] == dtype)
 
 
 class MappedFile:
@@ -79,6 +92,10 @@ class MappedHF:
                 if name != "__metadata__" and field["dtype"] in _DTYPES:
                     start = 8 + length + field["data_offsets"][0]
                     self._places[name] = (mapped, start, _DTYPES[field["dtype"]], tuple(field["shape"]))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the tensor can be used as it is stored: 8-bit weights cannot."""
+        return name in self._places
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""

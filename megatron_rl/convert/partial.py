@@ -1,0 +1,280 @@
+"""A directory that comes into being whole: written under another name by several threads, resumed when killed, renamed last.
+
+    .<name>.partial/           files of the coming directory, at their full sizes from the start
+    .<name>.partial.journal    first line: what is being written, from what; then one line for each part that is on disk
+    <name>/                    appears when every part is there and synced
+
+A part is a range of one file. Its line is written after the file was synced, so whatever the journal names survived any
+crash, and a new start skips it; everything else is written again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from megatron_rl.convert.digest import MASK, as_text
+from megatron_rl.convert.writer import check_target, sync
+from megatron_rl.errors import UserError
+
+_PART_BYTES = 2**27
+_MAX_PARTS = 512
+
+_FLUSH_BYTES = 2**23
+_FLUSH_BUFFERS = 512
+
+Work = TypeVar("Work")
+
+
+def part_bytes(total_bytes: int) -> int:
+    """Of one part, roughly: what a kill can cost a thread. Small parts sync while others are written; not too many files."""
+    return max(_PART_BYTES, total_bytes // _MAX_PARTS)
+
+
+class Reporter:
+    """What long work says of itself. This one says nothing."""
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        """Work of so many bytes starts."""
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more are done; called from any thread."""
+
+    def end(self) -> None:
+        """The work that began last is over."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+
+@dataclass(frozen=True)
+class Part(Generic[Work]):
+    """What one thread writes before it syncs."""
+
+    number: int
+    file: str
+    work: Work
+    num_bytes: int
+
+
+class Stream:
+    """Writes buffers one behind the other from a position on; many small ones go in one call of the system."""
+
+    def __init__(self, descriptor: int, position: int) -> None:
+        self._descriptor, self._position = descriptor, position
+        self._buffers: list[memoryview] = []
+        self._held = 0
+
+    def write(self, data: memoryview | bytes) -> None:
+        """``data`` must stay as it is until ``flush``."""
+        view = memoryview(data).cast("B")
+        self._buffers.append(view)
+        self._held += len(view)
+        if self._held >= _FLUSH_BYTES or len(self._buffers) >= _FLUSH_BUFFERS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        buffers = [view for view in self._buffers if len(view)]
+        while buffers:
+            written = os.pwritev(self._descriptor, buffers, self._position)
+            self._position += written
+            while buffers and written >= len(buffers[0]):
+                written -= len(buffers.pop(0))
+            if written:
+                buffers[0] = buffers[0][written:]
+        self._buffers, self._held = [], 0
+
+
+class PartialDirectory:
+    """The directory while it is being written.
+
+    Args:
+        target: its final name; must not exist, or be empty.
+        identity: plain data that tells this work from any other on the same target: what is read, what is written.
+        file_bytes: final size of every file that ``write`` fills.
+        reporter: told what is resumed.
+
+    Raises:
+        UserError: ``target`` is taken, the disk lacks room, nothing can be written there, or another process is at it.
+    """
+
+    def __init__(
+        self, target: str | Path, identity: Mapping[str, Any], file_bytes: Mapping[str, int], reporter: Reporter
+    ) -> None:
+        self.target = Path(target).absolute()
+        self.path = self.target.with_name(f".{self.target.name}.partial")
+        self.digests: dict[str, int] = {}
+        """Sums over the written parts, by tensor."""
+        self.done: set[int] = set()
+        self._journal_path = self.path.with_name(self.path.name + ".journal")
+        self._reporter, self._lock = reporter, threading.Lock()
+        there = sum(path.stat().st_blocks * 512 for path in self.path.glob("*")) if self.path.is_dir() else 0
+        check_target(self.target, max(0, sum(file_bytes.values()) - there))
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = self._journal_path.open("a+", encoding="utf-8")
+            self._take_lock()
+            self._resume(json.loads(json.dumps(identity)), file_bytes)
+        except OSError as error:
+            rule, fix = f"could not be written ({error.strerror})", "choose another output directory"
+            raise UserError(str(self.target), None, rule, fix) from error
+
+    def write(
+        self,
+        parts: Sequence[Part[Work]],
+        fill: Callable[[Part[Work], int, Callable[[int], None]], dict[str, int]],
+        *,
+        num_threads: int,
+    ) -> None:
+        """Write all parts that are not done.
+
+        Args:
+            parts: of all files.
+            fill: writes one, given an open descriptor of its file and what to call for bytes done; returns the digests of
+                the tensors that it wrote, or of its pieces of them.
+            num_threads: parts written at a time.
+
+        Raises:
+            UserError: the disk is full or fails. What is on disk stays for the next start.
+        """
+        stop = threading.Event()
+
+        def advance(num_bytes: int) -> None:
+            if stop.is_set():
+                raise _Stopped
+            self._reporter.advance(num_bytes)
+
+        def work(part: Part[Work]) -> None:
+            if stop.is_set():
+                return
+            descriptor = os.open(self.path / part.file, os.O_WRONLY)
+            try:
+                digests = fill(part, descriptor, advance)
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._record(part, digests)
+
+        self._reporter.advance(sum(part.num_bytes for part in parts if part.number in self.done))
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="convert") as pool:
+            futures = [pool.submit(work, part) for part in parts if part.number not in self.done]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException as error:
+                stop.set()
+                for future in futures:
+                    future.cancel()
+                if isinstance(error, OSError):
+                    raise self.failed(error) from error
+                raise
+
+    def finish(self) -> None:
+        """Sync everything and give the directory its name.
+
+        Raises:
+            UserError: that fails.
+        """
+        try:
+            for path in sorted(self.path.rglob("*"), reverse=True):
+                sync(path)
+            sync(self.path)
+            os.replace(self.path, self.target)
+            sync(self.target.parent)
+        except OSError as error:
+            raise self.failed(error) from error
+        self._journal_path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Leave what is written for the next start."""
+        self._journal.close()
+
+    def failed(self, error: OSError) -> UserError:
+        """An error of the system while writing, as one sentence."""
+        return UserError(
+            str(self.target),
+            None,
+            f"could not be written ({error.strerror})",
+            "free disk space and give the same command again: it goes on where it stopped",
+        )
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                str(self.target),
+                None,
+                "is being written by another process",
+                "wait for it, or choose another directory",
+            ) from error
+
+    def _resume(self, identity: Any, file_bytes: Mapping[str, int]) -> None:
+        self._journal.seek(0)
+        lines = _whole_lines(self._journal.read())
+        is_same = bool(lines) and lines[0] == {"identity": identity}
+        sizes = {path.name: path.stat().st_size for path in self.path.glob("*")} if self.path.is_dir() else {}
+        if is_same and all(sizes.get(file) == size for file, size in file_bytes.items()):
+            for line in lines[1:]:
+                self._add(line["part"], {name: int(text, 16) for name, text in line["digests"].items()})
+            # A line that a crash cut short has no end: the next one must not be glued to it.
+            self._rewrite(lines)
+            if self.done:
+                self._reporter.say(f"going on with an earlier start: {len(self.done)} parts are on disk already")
+            return
+        if lines:
+            self._reporter.say("an earlier start had other input or options, or lost files: starting over")
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir()
+        for file, size in file_bytes.items():
+            with (self.path / file).open("wb") as handle:
+                handle.truncate(size)
+        self._rewrite([{"identity": identity}])
+
+    def _rewrite(self, lines: Sequence[Any]) -> None:
+        self._journal.seek(0)
+        self._journal.truncate()
+        self._journal.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def _record(self, part: Part[Work], digests: dict[str, int]) -> None:
+        line = json.dumps({"part": part.number, "digests": {name: as_text(value) for name, value in digests.items()}})
+        with self._lock:
+            self._journal.write(line + "\n")
+            self._journal.flush()
+            os.fdatasync(self._journal.fileno())
+            self._add(part.number, digests)
+
+    def _add(self, number: int, digests: Mapping[str, int]) -> None:
+        if number not in self.done:
+            self.done.add(number)
+            for name, value in digests.items():
+                self.digests[name] = (self.digests.get(name, 0) + value) & MASK
+
+
+class _Stopped(Exception):
+    """Another thread failed; its error is the one to show."""
+
+
+def _whole_lines(text: str) -> list[Any]:
+    """All lines up to the first that is not whole."""
+    lines = []
+    for line in text.splitlines(keepends=True):
+        try:
+            lines.append(json.loads(line) if line.endswith("\n") else None)
+        except ValueError:
+            lines.append(None)
+        if lines[-1] is None:
+            return lines[:-1]
+    return lines
