@@ -23,6 +23,7 @@ RUNTIME = [
     "math-verify[antlr4_13_2]==0.9.0",
     "pebble>=5.2",
     "aiohttp",
+    "zstandard>=0.25",
     "rich",
     "matplotlib",
     "tensorboard",

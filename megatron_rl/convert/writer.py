@@ -28,9 +28,10 @@ from megatron_rl.errors import UserError
 Layout = Mapping[str, tuple[Extent, torch.dtype]]
 """Shape and dtype of each tensor of a checkpoint, in the order of its files."""
 
-_FORMAT_NAMES = {
+FORMAT_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
+"""What is written, by safetensors' names."""
 _COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -255,7 +256,7 @@ def plan_files(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, Place], 
         for name in sorted(names, key=lambda name: -layout[name][1].itemsize):
             shape, dtype = layout[name]
             start, end = end, end + prod(shape) * dtype.itemsize
-            fields[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+            fields[name] = {"dtype": FORMAT_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
             places[name] = Place(file, start, shape, dtype)
         text = json.dumps(fields, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8

@@ -10,8 +10,8 @@ each tensor's digest before and after, so that a chain of links proves itself: w
 found before anything is put in place.
 """
 
-from megatron_rl.weight_sync.disk.apply import apply
 from megatron_rl.weight_sync.disk.links import remove_newer, remove_older
-from megatron_rl.weight_sync.disk.publish import DiskPublisher, write_delta, write_full
+from megatron_rl.weight_sync.disk.restore import apply
+from megatron_rl.weight_sync.disk.write import DiskPublisher, write_delta, write_full
 
 __all__ = ["DiskPublisher", "apply", "remove_newer", "remove_older", "write_delta", "write_full"]

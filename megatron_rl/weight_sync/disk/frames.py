@@ -17,6 +17,8 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_rl.convert.digest import as_text, digest
+
 FRAME_ELEMENTS = 2**21
 LEVEL = 1
 """Of zstd; 3 and 9 are slower and hardly smaller (docs/weights.md)."""
@@ -24,7 +26,7 @@ LEVEL = 1
 Bits = NDArray[np.unsignedinteger]
 
 _TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _GAP = np.dtype(np.uint32)
 
 
@@ -35,12 +37,19 @@ class Damaged(ValueError):
 def bits_of(tensor: Tensor) -> Bits:
     """[number of elements] unsigned integers of the elements' width, in memory that a contiguous CPU tensor shares."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(_TORCH[flat.itemsize]).numpy().view(_UNSIGNED[flat.itemsize])
+    return flat.view(_TORCH[flat.itemsize]).numpy().view(UNSIGNED[flat.itemsize])
 
 
 def tensor_of(bits: Bits, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The inverse, in shared memory."""
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
+
+
+def tensor_digest(name: str, tensor: Tensor) -> str:
+    """In hexadecimal; of more than two dimensions those behind the first count as one, of none as [1]."""
+    if tensor.dim() not in (1, 2):
+        tensor = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1)
+    return as_text(digest(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)))
 
 
 def encode(new: Bits, old: Bits) -> tuple[bytes, int]:
@@ -57,7 +66,7 @@ def encode(new: Bits, old: Bits) -> tuple[bytes, int]:
     return zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compress(content), changed
 
 
-def decode_onto(frame: bytes, changed: int, bits: Bits) -> None:
+def decode_onto(frame: bytes | bytearray, changed: int, bits: Bits) -> None:
     """Turn old bits into new ones, in place; the same again turns them back.
 
     Raises:
