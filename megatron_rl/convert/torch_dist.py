@@ -1,7 +1,8 @@
 """What stands in a Megatron ``torch_dist`` checkpoint of a model: keys, extents, and where each parameter lies.
 
 Megatron stacks layers and experts: parameter ``decoder.layers.3.mlp.linear_fc2.weight`` is row 3 of the stored tensor
-``decoder.layers.mlp.linear_fc2.weight`` [L, hidden, ffn], an expert's is [L, E, ...]. Where layers differ in kind (DeepSeek's
+``decoder.layers.mlp.linear_fc2.weight`` [L, hidden, ffn], one of an expert lies in a stored tensor [L, E, ...]
+(``mlp.experts.local_experts.5.linear_fc2.weight`` in ``decoder.layers.mlp.experts.experts.linear_fc2.weight``). Where layers differ in kind (DeepSeek's
 first ones are dense), every layer has keys of its own: ``decoder.layers.3.mlp...``. Nothing is cut for tensor parallelism:
 qkv groups follow one another, all gate rows precede all up rows, and whoever loads takes its part.
 
@@ -154,7 +155,7 @@ class Layout:
             prefix, index, counts = "decoder.layers.", [layer], [self.shape.num_layers]
         if found := _EXPERT.search(rest):
             index, counts = [*index, int(found[1])], [*counts, self.shape.num_experts]
-            rest = _EXPERT.sub(".", rest)
+            rest = _EXPERT.sub(".experts.", rest)
         return Slot(prefix + rest, tuple(index), tuple(counts))
 
     def _objects(self, entry: Entry) -> Iterable[str]:
@@ -186,8 +187,8 @@ def stored_names(name: str, shape: ModelShape) -> list[Slot]:
         experts: list[tuple[str, Extent, Extent]] = [(rest, (), ())]
         if expert is not None:
             experts = [
-                (_EXPERT.sub(".", rest), (int(expert[1]),), (shape.num_experts,)),
-                (_EXPERT.sub(rf".{expert[1]}.", rest), (), ()),
+                (_EXPERT.sub(".experts.", rest), (int(expert[1]),), (shape.num_experts,)),
+                (_EXPERT.sub(rf".experts.{expert[1]}.", rest), (), ()),
             ]
         for stored, index, counts in experts:
             found.append(Slot(f"decoder.layers.{stored}", (layer, *index), (shape.num_layers, *counts)))
