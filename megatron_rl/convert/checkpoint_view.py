@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -87,3 +88,9 @@ class CheckpointView:
             index = torch.arange(part.start, part.stop) // side - blocks[dim].start
             scales = scales.index_select(dim, index)
         return self._reader.read(name, slices).float() * scales
+
+
+def exported_config(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a ``config.json`` without what an export does not have: 8-bit weights, prediction layers."""
+    kept = {name: value for name, value in fields.items() if name != "quantization_config"}
+    return kept | {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in kept}

@@ -13,14 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.convert.checkpoint_view import CheckpointView
+from megatron_rl.convert.checkpoint_view import CheckpointView, exported_config
 from megatron_rl.convert.export import merge_parameter
 from megatron_rl.convert.kinds import shard_shape
 from megatron_rl.convert.load import check_coverage, load_parameter
 from megatron_rl.convert.reader import HFReader, TensorReader
 from megatron_rl.convert.shape import Dtype, ModelShape
-from megatron_rl.convert.table import entries, find_entry, global_name, names_of_all_experts, plain_name
-from megatron_rl.convert.writer import HFWriter
+from megatron_rl.convert.table import (
+    entries,
+    find_entry,
+    float32_tensors,
+    global_name,
+    hf_tensors,
+    names_of_all_experts,
+    plain_name,
+)
+from megatron_rl.convert.writer import LayoutWriter, check_source, dtype_fields
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.model.forward import PolicyModel
@@ -119,11 +127,11 @@ def export_hf(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, 
         target: directory to write; an older export there is replaced.
     """
     fresh = target.with_name(target.name + ".new")
-    writer: HFWriter | None = None
+    writer: LayoutWriter | None = None
     with all_ranks_agree(groups.cpu_group):
         if groups.rank == 0:
             shutil.rmtree(fresh, ignore_errors=True)
-            writer = HFWriter(fresh, shape, source=source, dtype=_dtype_name(chunks[0].config.params_dtype))
+            writer = _open_writer(fresh, shape, chunks[0].config.params_dtype, source)
     failure: OSError | None = None  # the other ranks still need this one in the coming collectives
     for name, tensor in progress(iterate_hf_tensors(chunks, shape, groups), "writing weights"):
         try:
@@ -133,14 +141,26 @@ def export_hf(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, 
             failure = error
     with all_ranks_agree(groups.cpu_group):
         if writer is not None:
-            _finish_export(writer, failure, shape, fresh, target)
+            _finish_export(writer, failure, fresh, target)
 
 
-def _finish_export(writer: HFWriter, failure: OSError | None, shape: ModelShape, fresh: Path, target: Path) -> None:
+def _open_writer(directory: Path, shape: ModelShape, dtype: torch.dtype, source: Path) -> LayoutWriter:
+    check_source(source)
+    in_float32 = float32_tensors(shape)
+    layout = {
+        name: (extent, torch.float32 if name in in_float32 else dtype) for name, extent in hf_tensors(shape).items()
+    }
+    writer = LayoutWriter(directory, layout, source=source)
+    given = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    fields = exported_config(given | dtype_fields(given, _dtype_name(dtype)))
+    writer.add_file("config.json", json.dumps(fields, indent=2) + "\n")
+    return writer
+
+
+def _finish_export(writer: LayoutWriter, failure: OSError | None, fresh: Path, target: Path) -> None:
     try:
         if failure is None:
             writer.finish()
-            _describe_as_written(fresh / "config.json", shape)
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
     except OSError as error:
@@ -153,16 +173,6 @@ def _finish_export(writer: HFWriter, failure: OSError | None, shape: ModelShape,
             f"the Hugging Face checkpoint could not be written ({failure})",
             "free some disk space and give the same command again; the training checkpoint is intact",
         ) from failure
-
-
-def _describe_as_written(config: Path, shape: ModelShape) -> None:
-    """The source's config.json speaks of 8-bit weights and of prediction layers, which an export does not have."""
-    if shape.fp8_block is None and not shape.num_mtp_layers:
-        return
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    fields.pop("quantization_config", None)
-    fields |= {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in fields}
-    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _dtype_name(dtype: torch.dtype) -> Dtype:

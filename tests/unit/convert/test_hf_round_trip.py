@@ -21,7 +21,8 @@ from tests.tiny_models import make_tiny_model
 
 MODELS = [
     ("llama", False, {}), ("llama", True, {}), ("llama", False, {"attention_bias": True, "mlp_bias": True}),
-    ("qwen2", False, {}), ("qwen2", True, {}), ("qwen3", False, {}), ("qwen3", True, {}),
+    ("qwen2", False, {}), ("qwen2", True, {}), ("qwen3", False, {}), ("qwen3", True, {}), ("mixtral", True, {}),
+    ("deepseek_v3", False, {}), ("deepseek_v3", True, {"q_lora_rank": None}),
 ]  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.convert.rope import RopeScaling
+from megatron_rl.convert.deepseek_fields import LatentShape, SigmoidRouter
+from megatron_rl.convert.rope import RopeScaling, YarnScaling
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.errors import UserError
 
@@ -40,7 +41,33 @@ QWEN3_V4: dict[str, Any] = {
     "sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     "vocab_size": 151936,
 }  # fmt: skip
-ALL_V4 = {"llama": LLAMA_V4, "qwen2": QWEN2_V4, "qwen3": QWEN3_V4}
+MIXTRAL_V4: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
+DEEPSEEK_V4: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    }, "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu",
+    "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512,
+    "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1,
+    "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "quantization_config": {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    }, "rms_norm_eps": 1e-06, "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    }, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
+    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128,
+    "vocab_size": 129280,
+}  # fmt: skip
+ALL_V4 = {"llama": LLAMA_V4, "qwen2": QWEN2_V4, "qwen3": QWEN3_V4, "mixtral": MIXTRAL_V4, "deepseek_v3": DEEPSEEK_V4}
 
 
 def write(directory: Path, config: dict[str, Any]) -> Path:
@@ -52,7 +79,8 @@ def to_v5(config: dict[str, Any]) -> dict[str, Any]:
     """The same model in transformers 5's spelling."""
     new = dict(config)
     theta, scaling = new.pop("rope_theta"), new.pop("rope_scaling", None)
-    new["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **(scaling or {})}
+    scaling = {"rope_type" if name == "type" else name: value for name, value in (scaling or {}).items()}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **scaling}
     new["dtype"] = new.pop("torch_dtype")
     return new
 
@@ -78,6 +106,27 @@ def test_qwen3_has_its_own_head_dim_and_qk_norm(tmp_path: Path) -> None:
     shape = read_shape(write(tmp_path, QWEN3_V4))
     assert (shape.head_dim, shape.qkv_bias, shape.proj_bias, shape.qk_norm) == (128, False, False, True)
     assert shape.head_dim != shape.hidden_size // shape.num_attention_heads
+
+
+def test_mixtral_has_experts_as_wide_as_it_says_of_its_mlp(tmp_path: Path) -> None:
+    shape = read_shape(write(tmp_path, MIXTRAL_V4))
+    assert (shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size) == (8, 2, 14336)
+    assert (shape.norm_topk_prob, shape.head_dim, shape.rope_theta, shape.norm_eps) == (True, 128, 1e6, 1e-5)
+    absent = ("rope_theta", "rms_norm_eps", "tie_word_embeddings", "sliding_window")
+    assert read_shape(write(tmp_path, {k: v for k, v in MIXTRAL_V4.items() if k not in absent})) == shape
+
+
+def test_deepseek_v3_as_it_was_released(tmp_path: Path) -> None:
+    shape = read_shape(write(tmp_path, DEEPSEEK_V4))
+    assert shape.latent == LatentShape(1536, 512, 128, 64, 128)
+    assert (shape.head_dim, shape.rotary_dim, shape.has_query_latent, shape.has_plain_query) == (192, 64, True, False)
+    assert (shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size) == (256, 8, 2048)
+    assert (shape.num_dense_layers, shape.num_shared_experts, shape.num_mtp_layers) == (3, 1, 1)
+    assert shape.sigmoid_router == SigmoidRouter(num_groups=8, groups_per_tok=4, scaling_factor=2.5)
+    assert shape.rope_scaling == YarnScaling(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
+    assert (shape.fp8_block, shape.dtype) == ((128, 128), "bfloat16")
+    plain = read_shape(write(tmp_path, DEEPSEEK_V4 | {"q_lora_rank": None, "quantization_config": None}))
+    assert (plain.has_query_latent, plain.has_plain_query, plain.fp8_block) == (False, True, None)
 
 
 @pytest.mark.parametrize("family", ALL_V4)
@@ -116,6 +165,32 @@ def test_absent_fields_have_the_class_defaults(tmp_path: Path) -> None:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"model_type": "gpt_oss"}, "model_type"),
+    ("mixtral", {"sliding_window": 4096}, "sliding_window"),
+    ("mixtral", {"num_local_experts": None}, "num_local_experts"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+    ("mixtral", {"rope_scaling": YARN}, "rope_scaling.rope_type"),
+    ("mixtral", {"quantization_config": DEEPSEEK_V4["quantization_config"]}, "quantization_config"),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
+    ("deepseek_v3", {"num_key_value_heads": 64}, "num_key_value_heads"),
+    ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+    ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
+    ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob"),
+    ("deepseek_v3", {"n_group": 7}, "n_group"),
+    ("deepseek_v3", {"topk_group": 9}, "topk_group"),
+    ("deepseek_v3", {"first_k_dense_replace": 61}, "first_k_dense_replace"),
+    ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace"),
+    ("deepseek_v3", {"n_shared_experts": None}, "n_shared_experts"),
+    ("deepseek_v3", {"rope_scaling": {"type": "llama3", **LLAMA3}}, "rope_scaling.high_freq_factor"),
+    ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 40.0}}, "original_max_position_embeddings"),
+    ("deepseek_v3", {"rope_scaling": {**YARN, "mscale": 1.0}}, "mscale_all_dim"),
+    ("deepseek_v3", {"rope_scaling": {**YARN, "truncate": False}}, "rope_scaling.truncate"),
+    ("deepseek_v3", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.weight_block_size"),
+    ("deepseek_v3", {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}, "auto_map"),
     ("qwen2", {"model_type": None}, "model_type"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
