@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from megatron_rl.convert.kinds import Extent
 from megatron_rl.errors import UserError
+from megatron_rl.weight_sync.disk.frames import Frame
 
 Kind = Literal["full", "delta"]
 MANIFEST, DATA = "manifest.json", "data"
@@ -36,8 +37,8 @@ class StoredTensor:
     """Digest of this version."""
     offset: int
     """First byte in ``data``."""
-    frames: tuple[tuple[int, int], ...]
-    """(bytes, changed elements) of each frame of a delta, one behind the other; of a full link (bytes, elements) once."""
+    frames: tuple[Frame, ...]
+    """Of a delta, one behind the other; a full link has the tensor's bytes."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def write_manifest(directory: Path, link: Link) -> None:
     content = {key: value for key, value in asdict(link).items() if key != "path"} | {"format": FORMAT}
     # One line a tensor would be nicer to look at, and ten times as slow to read.
     text = json.dumps({"checksum": _checksum(content), "content": content})
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_link(path: Path) -> Link:
@@ -150,8 +151,8 @@ def remove_older(directory: str | Path, oldest: int | None = None) -> list[Path]
     newest = max((version for version, _ in links), default=0)
     limit = newest if oldest is None else oldest
     first = max((version for version, kind in links if kind == "full" and version <= limit), default=0)
-    # The delta that leads to a full link's version is for those who have the version before.
-    unneeded = [links[key] for key in sorted(links) if key[0] < first]
+    # Of what leads to the full link's version, its own delta is for those who have the version before.
+    unneeded = [links[key] for key in sorted(links) if key < (first, "full")]
     left_over = [path for path in directory.iterdir() if _LEFT_OVER.fullmatch(path.name)]
     return _remove(unneeded) + _remove(left_over)
 
@@ -186,5 +187,5 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _stored(fields: dict[str, Any]) -> StoredTensor:
-    frames = tuple((size, changed) for size, changed in fields.pop("frames"))
+    frames = tuple(Frame(*values) for values in fields.pop("frames"))
     return StoredTensor(shape=tuple(fields.pop("shape")), frames=frames, **fields)

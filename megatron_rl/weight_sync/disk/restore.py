@@ -25,6 +25,7 @@ from megatron_rl.weight_sync.disk.frames import (
     UNSIGNED,
     Bits,
     Damaged,
+    Frame,
     bits_of,
     decode_onto,
     tensor_digest,
@@ -84,9 +85,9 @@ def apply(
     layout = {name: (stored.shape, getattr(torch, stored.dtype)) for name, stored in last.tensors.items()}
     try:
         with (
-            ThreadPoolExecutor(num_threads) as pool,
             ExitStack() as stack,
             LayoutWriter(target, layout, source=base) as writer,
+            ThreadPoolExecutor(num_threads) as pool,  # ends first: its threads read the links
         ):
             opened = [stack.enter_context(_OpenLink(link)) for link in route.links]
             for name, stored in last.tensors.items():
@@ -218,18 +219,18 @@ class _OpenLink:
             self.read_into(bits.view(np.uint8).data, stored.offset)
             return
         jobs, offset = [], stored.offset
-        for number, (size, changed) in enumerate(stored.frames):
+        for number, frame in enumerate(stored.frames):
             part = bits[number * FRAME_ELEMENTS : (number + 1) * FRAME_ELEMENTS]
-            jobs.append(pool.submit(self._apply_frame, name, part, offset, size, changed))
-            offset += size
+            jobs.append(pool.submit(self._apply_frame, name, part, offset, frame))
+            offset += frame.size
         for job in jobs:
             job.result()
 
-    def _apply_frame(self, name: str, part: Bits, offset: int, size: int, changed: int) -> None:
-        frame = bytearray(size)
-        self.read_into(memoryview(frame), offset)
+    def _apply_frame(self, name: str, part: Bits, offset: int, frame: Frame) -> None:
+        data = bytearray(frame.size)
+        self.read_into(memoryview(data), offset)
         try:
-            decode_onto(frame, changed, part)
+            decode_onto(data, frame, part)
         except Damaged as error:
             raise broken(self.link.path, f"{DATA} is damaged where {name} is ({error})") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.convert.writer import FORMAT_NAMES
 from megatron_rl.errors import UserError
-from megatron_rl.weight_sync.disk.frames import FRAME_ELEMENTS, Bits, bits_of, encode, tensor_digest
+from megatron_rl.weight_sync.disk.frames import FRAME_ELEMENTS, Bits, Frame, bits_of, encode, tensor_digest
 from megatron_rl.weight_sync.disk.links import (
     DATA,
     Kind,
@@ -192,7 +192,7 @@ class LinkWriter:
         tensor = tensor.detach().to("cpu").contiguous()
         before = None
         if self._since is None:
-            frames: list[tuple[bytes | memoryview, int]] = [(bits_of(tensor).data, tensor.numel())]
+            pieces: list[tuple[bytes | memoryview, Frame | None]] = [(bits_of(tensor).data, None)]
             after = tensor_digest(name, tensor)
         else:
             old = self._old(name, tensor)
@@ -204,14 +204,14 @@ class LinkWriter:
                     f"is not version {self._since.version}, which has the digest {self._since.tensors[name].after}",
                     "give the tensors of that version, or write a full link",
                 )  # fmt: skip
-            frames = [job.result() for job in jobs]
-        sizes = [(memoryview(data).nbytes, changed) for data, changed in frames]
+            pieces = [job.result() for job in jobs]
+        frames = tuple(frame for _, frame in pieces if frame is not None)
         dtype = str(tensor.dtype).removeprefix("torch.")
         with _disk_errors(self._directory):
-            for data, _ in frames:
+            for data, _ in pieces:
                 self._file.write(data)
-        self._stored[name] = StoredTensor(dtype, tuple(tensor.shape), before, after, self._offset, tuple(sizes))
-        self._offset += sum(size for size, _ in sizes)
+        self._stored[name] = StoredTensor(dtype, tuple(tensor.shape), before, after, self._offset, frames)
+        self._offset += sum(memoryview(data).nbytes for data, _ in pieces)
 
     def finish(self) -> Path:
         """Bring it to disk and give it its name."""
