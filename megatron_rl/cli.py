@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_rl import conversion
 from megatron_rl.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -78,6 +79,13 @@ def weights(config: ConfigPath, overrides: Overrides = None) -> None:
     from megatron_rl.weight_sync.report import print_report, report
 
     print_report(report(load_config(config, overrides or [])))
+
+
+convert = typer.Typer(no_args_is_help=True, help="Checkpoints from Hugging Face to Megatron and back, verified.")
+app.add_typer(convert, name="convert")
+convert.command("import")(conversion.convert_hf_to_megatron)
+convert.command("export")(conversion.convert_megatron_to_hf)
+convert.command("verify")(conversion.verify_checkpoint)
 
 
 @app.command()

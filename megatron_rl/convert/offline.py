@@ -35,7 +35,8 @@ from megatron_rl.convert.distcp import (
 from megatron_rl.convert.kinds import Extent
 from megatron_rl.convert.manifest import MANIFEST_FILE, Fingerprint, write_manifest
 from megatron_rl.convert.mapped import dtype_name, dtype_of, row_blocks
-from megatron_rl.convert.partial import Part, PartialDirectory, Reporter, Stream, part_bytes
+from megatron_rl.convert.partial import Part, PartialDirectory, Stream, part_bytes
+from megatron_rl.convert.reporter import Reporter
 from megatron_rl.convert.shape import Dtype, ModelShape
 from megatron_rl.convert.sources import HF_FOLDER, HFSource, MegatronSource, Source
 from megatron_rl.convert.table import Entry, float32_tensors

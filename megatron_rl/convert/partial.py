@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megatron_rl.convert.digest import MASK, as_text
+from megatron_rl.convert.reporter import Reporter
 from megatron_rl.convert.writer import check_target, sync
 from megatron_rl.errors import UserError
 
@@ -37,22 +38,6 @@ Work = TypeVar("Work")
 def part_bytes(total_bytes: int) -> int:
     """Of one part, roughly: what a kill can cost a thread. Small parts sync while others are written; not too many files."""
     return max(_PART_BYTES, total_bytes // _MAX_PARTS)
-
-
-class Reporter:
-    """What long work says of itself. This one says nothing."""
-
-    def begin(self, what: str, total_bytes: int) -> None:
-        """Work of so many bytes starts."""
-
-    def advance(self, num_bytes: int) -> None:
-        """So many more are done; called from any thread."""
-
-    def end(self) -> None:
-        """The work that began last is over."""
-
-    def say(self, text: str) -> None:
-        """A line for the user."""
 
 
 @dataclass(frozen=True)

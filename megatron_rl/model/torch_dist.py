@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
+from torch import Tensor
 
-from megatron_rl.model.forward import PolicyModel
+from megatron_rl.config import Config
+from megatron_rl.convert.shape import read_shape
+from megatron_rl.data.pack import pack, response_slice
+from megatron_rl.model.build import build_chunks, build_groups_of
+from megatron_rl.model.forward import PolicyModel, run_model
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.types import Kind, TrainingSample
 
 
 def load_torch_dist(
@@ -28,7 +35,29 @@ def load_torch_dist(
         CheckpointingException: Megatron's; the checkpoint is not of this model.
     """
     metadata = {"dp_cp_group": groups.dp_cp_group, "singleton_local_shards": False}
-    states: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    states: dict[str, Any] = {
+        f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
+    }
     loaded = dist_checkpointing.load(states, str(directory), strict=strict)
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+
+
+def log_probs_of_one_rank(config: Config, directory: str | Path, tokens: Tensor) -> Tensor:
+    """What a checkpoint's model thinks of one sequence. Needs a process group of one rank.
+
+    Args:
+        config: of one rank; its ``policy.model_path`` gives the shape of the model.
+        directory: with ``.metadata`` in it.
+        tokens: [T] int64.
+
+    Returns:
+        [T - 1] float32: log-prob of each token but the first.
+    """
+    shape, groups = read_shape(config.policy.model_path), build_groups_of(config, torch.device("cpu"))
+    chunks = build_chunks(config, shape, groups)
+    load_torch_dist(chunks, groups, directory)
+    sample = TrainingSample(tokens[:1], tokens[1:], Kind.SFT)
+    with torch.no_grad():
+        log_probs, _ = run_model(chunks[0].eval(), pack([sample], [0]))
+    return log_probs[response_slice(0, sample)]
