@@ -26,7 +26,6 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_rl.errors import UserError
 from megatron_rl.parallel.context import gather_order, zigzag_indices
 
 MATMUL_MAX_LENGTH = 512
@@ -127,11 +126,7 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        if self.tp_group.size() > 1 and not config.sequence_parallel:
-            raise UserError(
-                "policy.megatron_cfg.sequence_parallel", False,
-                "must be true for latent attention under tensor parallelism", "set it",
-            )  # fmt: skip
+        assert self.tp_group.size() == 1 or config.sequence_parallel, "transformer_config refuses this"
         self.linear_kv_down_proj = WholeLinear(config, config.kv_lora_rank + config.qk_pos_emb_head_dim)
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank)

@@ -34,7 +34,7 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
             "has a bias in only one of attention and MLP; Megatron's layers have both or none",
             "use another model",
         )
-    _check_experts(config, shape)
+    _check_features(config, shape)
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
     settings: dict[str, object] = {
         "num_layers": shape.num_layers,
@@ -146,9 +146,15 @@ def _latent_settings(shape: ModelShape) -> dict[str, object]:
     return settings
 
 
-def _check_experts(config: Config, shape: ModelShape) -> None:
-    """Refuse what a model of experts would compute wrongly, or a checkpoint could not hold."""
+def _check_features(config: Config, shape: ModelShape) -> None:
+    """Refuse what a model of experts or with latents would compute wrongly, or a checkpoint could not hold."""
     policy, passed = config.policy, config.policy.megatron_cfg
+    if shape.latent is not None and policy.tensor_parallel_size > 1 and not passed.get("sequence_parallel"):
+        raise UserError(
+            "policy.megatron_cfg.sequence_parallel", False,
+            "must be true for latent attention under tensor parallelism: the gradient of its shared key would be partial",
+            "set it",
+        )  # fmt: skip
     if shape.num_experts and passed.get("moe_use_legacy_grouped_gemm"):
         raise UserError(
             "policy.megatron_cfg.moe_use_legacy_grouped_gemm", True, "keeps all experts of a rank in one matrix",

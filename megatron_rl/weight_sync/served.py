@@ -36,7 +36,8 @@ class RolloutLayout:
         return self.num_servers * self.tp_size
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ``UserError`` where SGLang could not serve the model this way."""
+        """Raises ``UserError`` where SGLang could not serve the model this way, or we do not know how it would."""
+        _check_family(shape)
         tp_size, heads, kv_heads = self.tp_size, shape.num_attention_heads, shape.num_key_value_heads
         if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
             rule = f"must divide {heads} heads, and divide or be a multiple of {kv_heads} key-value heads"
@@ -49,6 +50,16 @@ class RolloutLayout:
         if width % cut:
             rule = f"must cut the width {width} of the MLP evenly"
             raise UserError("rollout.sglang_cfg.tp_size", tp_size, rule, "choose another size")
+
+
+def _check_family(shape: ModelShape) -> None:
+    if shape.latent is not None:
+        rule = f"cannot be worked out for {shape.family}, whose attention SGLang keeps in forms of its own"
+        fix = "set weight_sync.transport=tensors: whole tensors, which SGLang takes apart itself"
+        raise UserError("weight_sync.transport", "shards", rule, fix)
+    if shape.family == "mixtral" and shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+        rule = f"must be hidden_size / num_attention_heads = {shape.hidden_size // shape.num_attention_heads} in SGLang"
+        raise UserError("config.json: head_dim", shape.head_dim, rule, "use another model, or engine transformers")
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,9 @@ _STACKED = {
 }  # fmt: skip
 """Hugging Face layer -> SGLang's fused one, and the place in it."""
 _BY_COLUMNS = ("o_proj", "down_proj")
+_EXPERT_LAYERS = {"mixtral": ("w1", "w3", "w2")}
+"""Gate, up and down projection of an expert, where a family has other names than most."""
+_USUAL_EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj")
 _VOCABULARY = ("embed_tokens", "lm_head")
 
 
@@ -92,7 +106,7 @@ def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) ->
     tensors, found = hf_tensors(shape), []
     done: set[str] = set()
     for name, extent in tensors.items():
-        target = _target(name)
+        target = _target(name, shape)
         if target in done:
             continue
         done.add(target)
@@ -121,11 +135,12 @@ def _layer(name: str) -> str:
     return name.rsplit(".", 2)[-2]
 
 
-def _target(name: str) -> str:
+def _target(name: str, shape: ModelShape) -> str:
     """The parameter that a tensor is part of."""
     if ".experts." in name:
         prefix, rest = name.split(".experts.")
-        return f"{prefix}.experts.{'w2' if 'down_proj' in rest else 'w13'}_weight"
+        down = _EXPERT_LAYERS.get(shape.family, _USUAL_EXPERT_LAYERS)[2]
+        return f"{prefix}.experts.{'w2' if f'.{down}.' in rest else 'w13'}_weight"
     layer = _layer(name)
     return name.replace(layer, _STACKED[layer][0]) if layer in _STACKED else name
 
@@ -162,17 +177,18 @@ def _experts(target: str, name: str, shape: ModelShape, layout: RolloutLayout, t
     width = shape.moe_intermediate_size // cut
     first = rank_in_expert * width
     prefix = name.split(".experts.")[0]
+    gate, up, down = _EXPERT_LAYERS.get(shape.family, _USUAL_EXPERT_LAYERS)
     parts: list[Part] = []
     for place in range(held):
         expert = f"{prefix}.experts.{group * held + place}."
         if target.endswith("w2_weight"):
             size = (shape.hidden_size, width)
-            parts.append(Part(f"{expert}down_proj.weight", (0, first), (place, 0, 0), size))
+            parts.append(Part(f"{expert}{down}.weight", (0, first), (place, 0, 0), size))
         else:
             size = (width, shape.hidden_size)
             parts += [
-                Part(f"{expert}{half}_proj.weight", (first, 0), (place, number * width, 0), size)
-                for number, half in enumerate(("gate", "up"))
+                Part(f"{expert}{half}.weight", (first, 0), (place, number * width, 0), size)
+                for number, half in enumerate((gate, up))
             ]
     whole = (held, shape.hidden_size, width) if target.endswith("w2_weight") else (held, 2 * width, shape.hidden_size)
     return ServedParameter(target, whole, tuple(parts))

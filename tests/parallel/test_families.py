@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.algorithms.grpo import GRPO
+from megatron_rl.convert.in_memory import checkpoint_views
+from megatron_rl.convert.shape import read_shape
 from megatron_rl.doctor import exactness
 from megatron_rl.doctor.exactness import LENGTHS, errors, load_reference, naive_log_probs
+from megatron_rl.errors import UserError
 from megatron_rl.types import Kind, TrainingSample
 from tests.forked import run_ranks
 from tests.parallel.invariance import config_of, num_ranks
@@ -74,8 +79,8 @@ def make_case(directory: Path, family: str, tied: bool, overrides: dict[str, Any
         first = len(row.prompt_ids) - 1
         logits |= {(number, first + place): of_row[first + place] for place in range(row.num_response_tokens)}
     update = exactness.reference(network, GRPO(config_of(model)), samples)
-    renamed = {as_stored(name, family): gradient for name, gradient in update["gradients"].items()}
-    return Case(model, samples, logits, {**update, "gradients": renamed})
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    return Case(model, samples, logits, {**update, "gradients": checkpoint_views(gradients, read_shape(model).family)})
 
 
 def rows_that_name_themselves(network: Any) -> list[TrainingSample]:
@@ -110,15 +115,6 @@ def check_choices_are_clear(network: Any, samples: list[TrainingSample]) -> None
     for hook in hooks:
         hook.remove()
     assert moved and not any(moved)
-
-
-def as_stored(name: str, family: str) -> str:
-    """Mixtral's checkpoints have their own names for what transformers calls as in other families."""
-    if family == "mixtral" and ".mlp." in name:
-        name = name.replace(".mlp.", ".block_sparse_moe.")
-        for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
-            name = name.replace(ours, theirs)
-    return name
 
 
 @dataclass
@@ -202,7 +198,7 @@ def test_a_layout_computes_and_exports_what_transformers_does(
             assert abs(log_prob - true) < 1e-4
 
     off = errors(found[0].update, case.update)
-    assert off["loss"] < 1e-6 and off["metric"] < 1e-5 and off["gradient"] < 1e-5, off
+    assert off["loss"] < 3e-6 and off["metric"] < 1e-5 and off["gradient"] < 2e-5, off
 
     source, written = (load_file(folder / "model.safetensors") for folder in (case.model, tmp_path / "hf"))
     assert source.keys() == written.keys()
@@ -243,3 +239,98 @@ def test_a_mistake_in_the_table_is_noticed(cases: dict[str, Case], what: str) ->
     name, mutate = MUTATIONS[what]
     found = run_ranks(run_everything, 1, cases[name], *ONE, mutate=mutate)
     assert largest_difference(cases[name], found) > 0.01
+
+
+# ------------------------------------------------------------------------------------------------ types and checkpoints
+
+
+def export_in_bf16(model: Path, target: Path) -> float:
+    """The grad norm of an update; and an export before it."""
+    from megatron_rl.model.weights import export_hf
+
+    config = config_of(model, "trainer.precision=bf16")
+    policy = build_policy(config)
+    export_hf(policy.chunks, policy.shape, policy.groups, source=model, target=target)
+    samples = rows_that_name_themselves(load_reference(model))
+    return policy.train_step(samples, GRPO(config).loss)["grad_norm"]
+
+
+def test_bf16_trains_and_keeps_the_bias_of_the_choice(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["deepseek"]
+    [norm] = run_ranks(export_in_bf16, 1, case.model, tmp_path / "hf")
+    true = torch.stack([gradient.norm() for gradient in case.update["gradients"].values()]).norm()
+    assert norm == pytest.approx(float(true), rel=0.2)
+    source, written = (load_file(folder / "model.safetensors") for folder in (case.model, tmp_path / "hf"))
+    for name, tensor in source.items():
+        is_bias = name.endswith("e_score_correction_bias")
+        expected = tensor if is_bias else tensor.bfloat16()
+        assert written[name].dtype == expected.dtype and torch.equal(written[name], expected), name
+
+
+def exports_of_8_bits(model: Path, target: Path) -> list[str]:
+    """What loading had to say."""
+    from megatron_rl.model import weights
+
+    said: list[str] = []
+    weights.logger.warning = said.append
+    policy = build_policy(config_of(model, *EP2, dp=2))
+    weights.export_hf(policy.chunks, policy.shape, policy.groups, source=model, target=target)
+    return said
+
+
+def test_a_checkpoint_as_deepseek_releases_them(cases: dict[str, Case], tmp_path: Path) -> None:
+    """8-bit weights and a prediction layer: what comes out is the dequantised model, and what was left out is said once."""
+    source = tmp_path / "source"
+    shutil.copytree(cases["deepseek"].model, source)
+    generator, stored, expected = torch.Generator().manual_seed(4), load_file(source / "model.safetensors"), {}
+    for name, tensor in list(stored.items()):
+        if tensor.dim() != 2 or "proj" not in name:
+            expected[name] = tensor
+            continue
+        blocks = torch.rand(-(-tensor.shape[0] // 40), -(-tensor.shape[1] // 24), generator=generator) + 0.5
+        stored[name], stored[name + "_scale_inv"] = (tensor * 64).to(torch.float8_e4m3fn), blocks / 64
+        whole = (blocks / 64).repeat_interleave(40, 0).repeat_interleave(24, 1)[: tensor.shape[0], : tensor.shape[1]]
+        expected[name] = stored[name].float() * whole
+    stored["model.layers.4.eh_proj.weight"] = torch.zeros(64, 128)
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((source / "config.json").read_text()) | {
+        "num_nextn_predict_layers": 1, "quantization_config": {"quant_method": "fp8", "weight_block_size": [40, 24]},
+    }  # fmt: skip
+    (source / "config.json").write_text(json.dumps(fields))
+
+    said = run_ranks(exports_of_8_bits, 2, source, tmp_path / "hf")
+    assert [len(lines) for lines in said] == [1, 0] and "model.layers.4.eh_proj.weight" in said[0][0]
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert "quantization_config" not in fields and fields["num_nextn_predict_layers"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+REFUSED = [
+    ("deepseek", {"tp": 2}, (), "sequence_parallel"),
+    ("deepseek", {"tp": 1}, ("policy.router_replay=true",), "router_replay"),
+    ("deepseek", {"tp": 1}, ("policy.megatron_cfg.moe_router_bias_update_rate=0.001",), "moe_router_bias_update_rate"),
+    ("deepseek", {"pp": 4}, (), "pipeline_model_parallel_size"),
+    (
+        "deepseek",
+        {"pp": 2},
+        ("policy.megatron_cfg.num_layers_in_first_pipeline_stage=1",),
+        "pipeline_model_parallel_size",
+    ),
+    ("mixtral", {"tp": 1}, ("policy.megatron_cfg.moe_use_legacy_grouped_gemm=true",), "moe_use_legacy_grouped_gemm"),
+]
+
+
+@pytest.mark.parametrize(("name", "layout", "overrides", "field"), REFUSED, ids=str)
+def test_what_would_be_wrong_is_refused(
+    cases: dict[str, Case], name: str, layout: dict, overrides: tuple[str, ...], field: str
+) -> None:
+    from megatron_rl.model.build import transformer_config
+
+    model = cases[name].model
+    with pytest.raises(UserError) as caught:
+        transformer_config(config_of(model, *overrides, **layout), read_shape(model), torch.device("cpu"))
+    assert caught.value.field.endswith(field)
