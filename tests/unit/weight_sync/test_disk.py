@@ -159,7 +159,8 @@ def test_any_damaged_byte_is_found_and_its_link_named(victim: str, links: Path, 
                 apply(links, other, 2)
             assert sorted(p.name for p in tmp_path.iterdir()) == ["links", "other"]
         path.write_bytes(good[:-1])
-        with pytest.raises(UserError, match=victim):
+        rule = "manifest.json is damaged" if file == "manifest.json" else f"data has {len(good) - 1} bytes instead of"
+        with pytest.raises(UserError, match=f"{victim}: {rule}"):
             apply(links, other, 2)
         path.write_bytes(good)
     assert_same_bits(apply(links, other, 2), versions[2])

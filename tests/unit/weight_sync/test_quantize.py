@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from megatron_rl.convert.digest import digest
 from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.shape import ModelShape, read_shape
 from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.writer import LayoutWriter
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.quantize import (
     Fp8Format,
@@ -227,6 +229,8 @@ def test_stream_is_what_the_layout_says(model: Path, shape: ModelShape, fmt: Fp8
     sent = dict(quantized(((name, tensors[name]) for name in order), fmt, digests=digests))
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sent.items()}
     assert found == quantized_layout(hf_tensors(shape), fmt, torch.bfloat16)
+    suffix = "_scale_inv" if fmt.granularity == "block" else "_scale"
+    assert f"model.layers.1.self_attn.q_proj.weight{suffix}" in sent
     for name, tensor in tensors.items():
         if not is_quantized(name, tuple(tensor.shape)):
             assert torch.equal(sent[name], tensor)
@@ -234,6 +238,20 @@ def test_stream_is_what_the_layout_says(model: Path, shape: ModelShape, fmt: Fp8
     assert digests == {n: digest(n, t, (0,) * t.dim(), tuple(t.shape)) for n, t in flat.items()}
     eight_bits = {name.split(".")[-2] for name, tensor in sent.items() if tensor.dtype == torch.float8_e4m3fn}
     assert eight_bits == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_files_with_several_types_can_be_mapped(model: Path, tmp_path: Path) -> None:
+    """An odd number of bytes in front of a float32 would leave it where no reader can map it."""
+    tensors = {"a": torch.ones(3, 5).to(torch.float8_e4m3fn), "b": torch.randn(2), "c": torch.randn(3).bfloat16()}
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with LayoutWriter(tmp_path / "out", layout, source=model) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(name).float(), tensor.float()) for name, tensor in tensors.items())
+    header = (tmp_path / "out" / "model.safetensors").read_bytes()
+    places = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    assert all(places[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in tensors.items())
 
 
 def test_fp8_checkpoint(model: Path, shape: ModelShape, tmp_path: Path) -> None:
