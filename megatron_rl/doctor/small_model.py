@@ -21,7 +21,7 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 _LATENT = {
     "q_lora_rank": 48, "kv_lora_rank": 40, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "num_key_value_heads": 8, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+    "num_key_value_heads": 8, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
 }  # fmt: skip
 _DROPPED = (
     "layer_types", "max_window_layers", "torch_dtype", "dtype", "transformers_version", "quantization_config", "auto_map",
@@ -35,7 +35,7 @@ def write_small_model(source: Path, directory: Path, *, num_layers: int, num_exp
     Args:
         source: Hugging Face directory; only config.json is read.
         directory: created.
-        num_layers: of the small model.
+        num_layers: of the small model; twice as many where the source's first layers are dense.
         num_experts: of each layer, where the source has experts.
         seed: of the weights.
     """
@@ -52,9 +52,10 @@ def write_small_model(source: Path, directory: Path, *, num_layers: int, num_exp
             sizes |= {name: num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     if given.get("kv_lora_rank"):
         sizes |= _LATENT | {"q_lora_rank": _LATENT["q_lora_rank"] if given.get("q_lora_rank") else None}
-        sizes |= {"n_group": 1, "topk_group": 1} | ({"first_k_dense_replace": 0} if num_layers == 1 else {})
-        given.pop("head_dim", None)  # transformers derives it
-        sizes.pop("head_dim", None)
+        if given.get("first_k_dense_replace"):  # twice the layers, so that the first pipeline stage has experts as well
+            sizes |= {"first_k_dense_replace": 1, "num_hidden_layers": 2 * num_layers}
+        for fields in (given, sizes):
+            fields.pop("head_dim", None)  # transformers derives it
     fields = {name: value for name, value in given.items() if name not in _DROPPED} | sizes
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.convert.in_memory import checkpoint_views
+from megatron_rl.convert.load import check_coverage
+from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.doctor import exactness
 from megatron_rl.doctor.exactness import LENGTHS, errors, load_reference, naive_log_probs
+from megatron_rl.doctor.small_model import write_small_model
 from megatron_rl.errors import UserError
 from megatron_rl.types import Kind, TrainingSample
 from tests.forked import run_ranks
@@ -305,6 +308,21 @@ def test_a_checkpoint_as_deepseek_releases_them(cases: dict[str, Case], tmp_path
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
     fields = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert "quantization_config" not in fields and fields["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_small_model_of_a_family_is_like_it(cases: dict[str, Case], name: str, tmp_path: Path) -> None:
+    """What ``megatron-rl doctor`` checks in place of a model."""
+    write_small_model(cases[name].model, tmp_path, num_layers=2, num_experts=4, seed=1)
+    given, small = read_shape(cases[name].model), read_shape(tmp_path)
+    check_coverage(small, HFReader(tmp_path))
+    for alike in ("family", "tied", "rope_scaling", "num_shared_experts", "has_query_latent", "norm_topk_prob"):
+        assert getattr(given, alike) == getattr(small, alike)
+    assert bool(given.num_dense_layers) == bool(small.num_dense_layers)
+    assert all(small.has_experts(layer) for layer in range(1, small.num_layers))
+    with torch.no_grad():
+        logits = load_reference(tmp_path)(torch.arange(40)[None]).logits
+    assert logits.std() > 1
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -129,6 +129,11 @@ def test_deepseek_v3_as_it_was_released(tmp_path: Path) -> None:
     assert (plain.has_query_latent, plain.has_plain_query, plain.fp8_block) == (False, True, None)
 
 
+def test_yarn_without_its_optional_fields(tmp_path: Path) -> None:
+    shape = read_shape(write(tmp_path, DEEPSEEK_V4 | {"rope_scaling": YARN}))
+    assert shape.rope_scaling == YarnScaling(4.0, 32768, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.0)
+
+
 @pytest.mark.parametrize("family", ALL_V4)
 def test_both_spellings_give_one_shape(family: str, tmp_path: Path) -> None:
     old = read_shape(write(tmp_path, ALL_V4[family]))
