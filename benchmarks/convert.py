@@ -212,7 +212,8 @@ def _mbridge(folder: Path) -> Path | None:
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
     site = next((folder / "venv" / "lib").glob("python*/site-packages"))
     ours = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "ours.pth").write_text("\n".join(ours) + "\n")
+    # Not plain paths: those of an editable installation are found through .pth files, which only addsitedir reads.
+    (site / "ours.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in ours))
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", MBRIDGE]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:

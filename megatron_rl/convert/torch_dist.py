@@ -1,9 +1,10 @@
 """What stands in a Megatron ``torch_dist`` checkpoint of a model: keys, extents, and where each parameter lies.
 
 Megatron stacks layers and experts: parameter ``decoder.layers.3.mlp.linear_fc2.weight`` is row 3 of the stored tensor
-``decoder.layers.mlp.linear_fc2.weight`` [L, hidden, ffn], one of an expert lies in a stored tensor [L, E, ...]
-(``mlp.experts.local_experts.5.linear_fc2.weight`` in ``decoder.layers.mlp.experts.experts.linear_fc2.weight``). Where layers differ in kind (DeepSeek's
-first ones are dense), every layer has keys of its own: ``decoder.layers.3.mlp...``. Nothing is cut for tensor parallelism:
+``decoder.layers.mlp.linear_fc2.weight`` [L, hidden, ffn]. Experts are stacked as well:
+``decoder.layers.3.mlp.experts.local_experts.5.linear_fc2.weight`` is [3, 5] of
+``decoder.layers.mlp.experts.experts.linear_fc2.weight`` [L, E, hidden, ffn]. Where layers differ in kind (DeepSeek's first
+ones are dense), every layer has keys of its own: ``decoder.layers.3.mlp...``. Nothing is cut for tensor parallelism:
 qkv groups follow one another, all gate rows precede all up rows, and whoever loads takes its part.
 
 Layer specs name some norms differently, since Transformer Engine fuses a norm into the linear layer behind it, and Megatron's

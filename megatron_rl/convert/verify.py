@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_rl.convert.digest import MASK
 from megatron_rl.convert.manifest import MANIFEST_FILE, Fingerprint, differences, read_manifest
 from megatron_rl.convert.mapped import dtype_name, dtype_of
 from megatron_rl.convert.offline import block_digests, default_threads
+from megatron_rl.convert.partial import threads
 from megatron_rl.convert.reporter import Reporter
 from megatron_rl.convert.shape import Dtype
 from megatron_rl.convert.sources import HFSource, MegatronSource, num_bytes, open_source
@@ -43,7 +43,7 @@ def fingerprints(
         return Fingerprint(dtype_name(wanted), source.extents[name], total)
 
     reporter.begin(f"digests of {source.directory.name}", num_bytes(source))
-    with ThreadPoolExecutor(num_threads or default_threads()) as pool:
+    with threads(num_threads or default_threads()) as pool:
         found = dict(zip(source.extents, pool.map(of, source.extents), strict=True))
     reporter.end()
     return found
