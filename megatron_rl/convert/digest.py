@@ -1,9 +1,10 @@
 """A 64-bit digest of a tensor's bits that does not depend on how the tensor is cut, stored or ordered in time.
 
-Element (i, j) of tensor ``name`` counts ``bits * A[name, i] * B[j]``, and the digest is the sum mod 2^64: blocks add up, so
-ranks that hold any cut of a tensor sum their digests to that of the whole. A and B are odd pseudo-random numbers, hence
+Eight bytes of a row make a word, and word (i, w) of tensor ``name`` counts ``word * A[name, i] * B[w]``; the digest is the sum
+mod 2^64. A and B are odd pseudo-random numbers. The sum is linear in each element (an element is its bits times a power of
+two within its word), so blocks add up: ranks that hold any cut of a tensor sum their digests to that of the whole. And
 
-- one changed element always changes the digest: its bits differ by less than 2^64, times an odd number;
+- one changed element always changes the digest: a word changes by less than 2^64, and that times an odd number;
 - swapped rows, columns, tensors or halves do so but for a chance of about 2^-32 or less.
 
 Not a cryptographic hash: it finds errors, not attackers.
@@ -21,9 +22,10 @@ from torch import Tensor
 MASK = 2**64 - 1
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK_ELEMENTS = 2**17
-"""Widened at a time: what fits a core's cache."""
-_GPU_BLOCK_ELEMENTS = 2**24
+_WORD_BYTES = 8
+_BLOCK_WORDS = 2**18
+"""At a time: what fits a core's cache."""
+_GPU_BLOCK_WORDS = 2**24
 
 
 def digest(name: str, block: Tensor, start: tuple[int, ...], extent: tuple[int, ...]) -> int:
@@ -40,18 +42,55 @@ def digest(name: str, block: Tensor, start: tuple[int, ...], extent: tuple[int, 
     """
     assert block.dim() == len(start) == len(extent) in (1, 2), f"{name}: {tuple(block.shape)} at {start} of {extent}"
     assert all(a + n <= d for a, n, d in zip(start, block.shape, extent)), f"{name}: {start} + {tuple(block.shape)}"
-    bits = block.detach().view(_INTEGERS[block.element_size()])
-    if bits.dim() == 1:
-        bits, start, extent = bits[None], (0, *start), (1, *extent)
-    rows = _weights(f"rows of {name}", extent[0], bits.device)[start[0] : start[0] + bits.shape[0]]
-    columns = _weights("columns", extent[1], bits.device)[start[1] : start[1] + bits.shape[1]]
-    limit = _BLOCK_ELEMENTS if bits.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
-    step = max(1, limit // max(1, bits.shape[1]))
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for first in range(0, bits.shape[0], step):
-        sums = bits[first : first + step].to(torch.int64).mul_(columns).sum(1)  # int64 arithmetic wraps: mod 2^64
+    block = block.detach()
+    if block.dim() == 1:
+        block, start, extent = block[None], (0, *start), (1, *extent)
+    per_word = _WORD_BYTES // block.element_size()
+    rows = _weights(f"rows of {name}", extent[0], block.device)[start[0] : start[0] + block.shape[0]]
+    columns = _weights("columns", -(-extent[1] // per_word), block.device)
+    # Whole words in the middle, elements at the edges.
+    left = min(-start[1] % per_word, block.shape[1])
+    right = left + (block.shape[1] - left) // per_word * per_word
+    total = _sum_of_elements(block[:, :left], start[1], rows, columns)
+    total += _sum_of_elements(block[:, right:], start[1] + right, rows, columns)
+    if right > left:
+        first = (start[1] + left) // per_word
+        total += _sum_of_words(block[:, left:right], rows, columns[first : first + (right - left) // per_word])
+    return total & MASK
+
+
+def _sum_of_words(block: Tensor, rows: Tensor, columns: Tensor) -> int:
+    """Of [n, words * elements per word]; int64 arithmetic wraps, which is mod 2^64."""
+    limit = _BLOCK_WORDS if block.device.type == "cpu" else _GPU_BLOCK_WORDS
+    step = max(1, limit // len(columns))
+    total = torch.zeros((), dtype=torch.int64, device=block.device)
+    for first in range(0, block.shape[0], step):
+        words = _as_words(block[first : first + step])
+        # CUDA has no product of an integer matrix and a vector.
+        sums = torch.mv(words, columns) if words.device.type == "cpu" else (words * columns).sum(1)
         total += (sums * rows[first : first + step]).sum()
-    return int(total) & MASK
+    return int(total)
+
+
+def _sum_of_elements(block: Tensor, start: int, rows: Tensor, columns: Tensor) -> int:
+    """The same for any columns, from the first one's place in its row."""
+    if block.shape[1] == 0:
+        return 0
+    size = block.element_size()
+    places = torch.arange(start, start + block.shape[1], device=block.device)
+    words, shifts = places // (_WORD_BYTES // size), places % (_WORD_BYTES // size) * (8 * size)
+    bits = block.contiguous().view(_INTEGERS[size]).to(torch.int64)
+    if size < _WORD_BYTES:
+        bits &= (1 << 8 * size) - 1
+    return int(((bits * (columns[words] << shifts)).sum(1) * rows).sum())
+
+
+def _as_words(block: Tensor) -> Tensor:
+    """[n, words] int64; a copy only where memory is not in whole words."""
+    size = block.element_size()
+    in_place = block.stride(1) == 1 and block.data_ptr() % _WORD_BYTES == 0
+    in_place &= block.storage_offset() * size % _WORD_BYTES == 0 and block.stride(0) * size % _WORD_BYTES == 0
+    return (block if in_place else block.clone(memory_format=torch.contiguous_format)).view(torch.int64)
 
 
 def as_text(value: int) -> str:

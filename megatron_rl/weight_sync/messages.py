@@ -1,6 +1,6 @@
 """A plan's copies as messages between one sender and one receiver, and both ends of carrying them out.
 
-Both ends walk through the same list in the same order, two messages ahead of the wire: while one is under way, the next is
+Both ends walk through the same list in the same order, some messages ahead of the wire: while one is under way, the next is
 gathered into a buffer, or scattered from one. A large piece that lies in one run of memory goes without any buffer.
 """
 
@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,14 @@ from megatron_rl.convert.digest import digest
 from megatron_rl.convert.kinds import Extent
 from megatron_rl.weight_sync.plan import Piece, Plan, rounds
 
+T = TypeVar("T")
+
 ALONE_ELEMENTS = 2**18
 """A piece of this size or more is a message of its own: worth no copy where none is needed."""
-AHEAD = 2
-"""Messages under way at each end."""
+NUM_BUFFERS = 2
+"""Gathered or scattered while one is under way."""
+AHEAD = 16
+"""Messages under way at each end, with and without a buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +111,16 @@ def send_messages(
         dtype: on the wire, the server's.
         send: starts to send [n] contiguous elements; None skips the message.
     """
-    free = [torch.empty(0, dtype=dtype)] * AHEAD
-    pending: deque[tuple[Message, Work | None, Tensor | None]] = deque()
+    window = _Window[Message](dtype)
     for message in messages:
-        if len(pending) == AHEAD:
-            yield from _finish(pending, free)
         views = [parameters[piece.source][box(piece.source_start, piece.size)] for piece in message.pieces]
         flat, buffer = _run_of_memory(views, dtype), None
+        yield from window.make_room(needs_buffer=flat is None)
         if flat is None:
-            buffer = _at_least(free.pop(), message.num_elements, dtype, views[0].device)
+            buffer = window.take_buffer(message.num_elements, views[0].device)
             flat = _gather(views, buffer)
-        pending.append((message, send(flat, message), buffer))
-    while pending:
-        yield from _finish(pending, free)
+        window.add(message, send(flat, message), buffer)
+    yield from window.drain()
 
 
 def receive_messages(
@@ -137,27 +138,16 @@ def receive_messages(
         dtype: on the wire.
         receive: starts to receive into [n] contiguous elements.
     """
-    free = [torch.empty(0, dtype=dtype)] * AHEAD
-    pending: deque[tuple[list[Tensor], Work, Tensor | None]] = deque()
-
-    def finish() -> None:
-        views, work, buffer = pending.popleft()
-        work.wait()
-        if buffer is not None:
-            _scatter(buffer, views)
-            free.append(buffer)
-
+    window = _Window[list[Tensor]](dtype, arrived=_scatter)
     for message in messages:
-        if len(pending) == AHEAD:
-            finish()
         views = [parameters[piece.target][box(piece.target_start, piece.size)] for piece in message.pieces]
         flat, buffer = _run_of_memory(views, dtype), None
+        deque(window.make_room(needs_buffer=flat is None), maxlen=0)
         if flat is None:
-            buffer = _at_least(free.pop(), message.num_elements, dtype, views[0].device)
+            buffer = window.take_buffer(message.num_elements, views[0].device)
             flat = buffer[: message.num_elements]
-        pending.append((views, receive(flat, message), buffer))
-    while pending:
-        finish()
+        window.add(views, receive(flat, message), buffer)
+    deque(window.drain(), maxlen=0)
 
 
 def digest_pieces(
@@ -185,13 +175,44 @@ def digest_pieces(
     return found
 
 
-def _finish(pending: deque[tuple[Message, Work | None, Tensor | None]], free: list[Tensor]) -> Iterator[Message]:
-    message, work, buffer = pending.popleft()
-    if work is not None:
-        work.wait()
-    if buffer is not None:
-        free.append(buffer)
-    yield message
+class _Window(Generic[T]):
+    """Messages under way, oldest first, and the buffers that they use."""
+
+    def __init__(self, dtype: torch.dtype, arrived: Callable[[Tensor, T], None] | None = None) -> None:
+        self._dtype, self._arrived = dtype, arrived
+        self._free = [torch.empty(0, dtype=dtype)] * NUM_BUFFERS
+        self._pending: deque[tuple[T, Work | None, Tensor | None]] = deque()
+
+    def make_room(self, *, needs_buffer: bool) -> Iterator[T]:
+        """Wait for the oldest until there is a place, and a buffer if one is needed."""
+        while len(self._pending) >= AHEAD or (needs_buffer and not self._free):
+            yield self._finish()
+
+    def take_buffer(self, size: int, device: torch.device) -> Tensor:
+        """At least [size]."""
+        buffer = self._free.pop()
+        if buffer.numel() >= size and buffer.device == device:
+            return buffer
+        return torch.empty(size, dtype=self._dtype, device=device)
+
+    def add(self, item: T, work: Work | None, buffer: Tensor | None) -> None:
+        """A message was started."""
+        self._pending.append((item, work, buffer))
+
+    def drain(self) -> Iterator[T]:
+        """Wait for all."""
+        while self._pending:
+            yield self._finish()
+
+    def _finish(self) -> T:
+        item, work, buffer = self._pending.popleft()
+        if work is not None:
+            work.wait()
+        if buffer is not None:
+            if self._arrived is not None:
+                self._arrived(buffer, item)
+            self._free.append(buffer)
+        return item
 
 
 def _run_of_memory(views: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
@@ -199,13 +220,6 @@ def _run_of_memory(views: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None
     if len(views) == 1 and views[0].is_contiguous() and views[0].dtype == dtype:
         return views[0].view(-1)
     return None
-
-
-def _at_least(buffer: Tensor, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The buffer, or a larger one."""
-    if buffer.numel() >= size and buffer.device == device:
-        return buffer
-    return torch.empty(size, dtype=dtype, device=device)
 
 
 def _gather(views: Sequence[Tensor], buffer: Tensor) -> Tensor:

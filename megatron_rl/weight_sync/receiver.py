@@ -87,10 +87,13 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
 
 def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """What SGLang calls in every rank, with one tensor: a recipe. Never raises."""
-    from sglang.srt.distributed import get_tensor_model_parallel_rank
+    try:
+        from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
-    (_, payload) = next(iter(named_tensors))
-    take(model, bytes(payload.cpu().tolist()), int(get_tensor_model_parallel_rank()))
+        (_, payload) = next(iter(named_tensors))
+        take(model, bytes(payload.cpu().tolist()), int(get_tensor_model_parallel_rank()))
+    except Exception:
+        traceback.print_exc()
 
 
 def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:

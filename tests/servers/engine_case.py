@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,8 @@ from megatron_rl.rollout.transformers_engine import TransformersEngine
 from tests.e2e.conftest import Case
 
 
-def build_engine(case: Case, *urls: str) -> SGLangEngine:
-    overrides = case.arguments("rollout.engine=sglang", f"rollout.servers.urls=[{','.join(urls)}]")[1:]
+def build_engine(case: Case, *urls: str, overrides: Sequence[str] = ()) -> SGLangEngine:
+    overrides = case.arguments("rollout.engine=sglang", f"rollout.servers.urls=[{','.join(urls)}]", *overrides)[1:]
     config = load_config(case.arguments()[0], overrides)
     shape = read_shape(case.model)
     served = ServedModel(case.model, shape, torch.float32, tuple(shape.eos_token_ids))

@@ -96,7 +96,7 @@ def lives(process: psutil.Process) -> bool:
 def start(case: Case, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
 
-    def make(*overrides: str, ranks: int = 2) -> Started:
+    def make(*overrides: str, ranks: int = 2, program: Path | None = None) -> Started:
         mark, output = uuid.uuid4().hex, tmp_path / "output"
         overrides = (
             f"trainer.devices={ranks}",
@@ -109,9 +109,13 @@ def start(case: Case, tmp_path: Path) -> Iterator[Callable[..., Started]]:
             "rollout.servers.health_timeout_s=12",
             *overrides,
         )
+        command = [sys.executable, "-m", "megatron_rl.cli", "train", *case.arguments(*overrides)]
+        if program is not None:
+            launch = ["megatron_rl.launch", "--standalone", f"--nproc-per-node={ranks}", str(program), "--config"]
+            command = [sys.executable, "-m", *launch, *case.arguments(*overrides)]
         with output.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_rl.cli", "train", *case.arguments(*overrides)],
+                command,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -152,6 +156,15 @@ def test_colocated_server_killed_in_mid_step(start: Callable[..., Started]) -> N
     assert run.end() == 0
     check_steps(run, 3)
     assert sum(row["rollout/server_restarts"] for row in run.rows()) == 1
+
+
+def test_server_killed_before_during_and_after_a_weight_update(start: Callable[..., Started]) -> None:
+    run = start("trainer.max_steps=4", program=Path(__file__).with_name("planted_sync.py"))
+    assert run.end() == 0, run.output.read_text()[-3000:]
+    check_steps(run, 4)
+    assert run.output.read_text().count("planted: server killed") == 3
+    assert sum(row["rollout/server_restarts"] for row in run.rows()) == 3
+    assert all(row["weight_sync/servers_proven"] == 1.0 for row in run.rows())
 
 
 def test_frozen_server_is_replaced(start: Callable[..., Started]) -> None:
