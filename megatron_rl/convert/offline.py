@@ -126,7 +126,6 @@ def import_hf(
         reporter.begin("HF -> Megatron", total_bytes)
         fill = _ImportFill(hf, dtypes)
         partial.write(parts, fill, num_threads=num_threads or default_threads())
-        reporter.end()
         found = _fingerprints(
             hf, partial.digests, {name: dtypes[e.name] for e in layout.entries for name in e.hf_names}
         )
@@ -144,6 +143,7 @@ def import_hf(
     except OSError as error:
         raise partial.failed(error) from error
     finally:
+        reporter.end()
         partial.close()
     return Converted(partial.target, hf.shape, found, total_bytes)
 
@@ -309,7 +309,6 @@ def export_hf(
     try:
         reporter.begin("Megatron -> HF", sum(part.num_bytes for part in parts))
         partial.write(parts, _ExportFill(megatron, dtypes), num_threads=num_threads or default_threads())
-        reporter.end()
         for file, header in headers.items():
             with (partial.path / file).open("r+b") as handle:
                 handle.write(header)
@@ -321,6 +320,7 @@ def export_hf(
     except OSError as error:
         raise partial.failed(error) from error
     finally:
+        reporter.end()
         partial.close()
     return Converted(partial.target, megatron.shape, found, sum(part.num_bytes for part in parts))
 
