@@ -74,7 +74,12 @@ def convert_megatron_to_hf(
         ),
     ] = None,
     dtype: DtypeOption = None,
-    max_shard_gb: Annotated[float, typer.Option(help="Limit of one safetensors file, in GB.")] = 4.0,
+    max_shard_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Limit of one safetensors file, in GB; left out: an eighth of the whole, within 0.256 and 4."
+        ),
+    ] = None,
     verify: VerifyOption = False,
     threads: ThreadsOption = None,
 ) -> None:
@@ -82,11 +87,12 @@ def convert_megatron_to_hf(
     from megatron_rl.convert.offline import export_hf
     from megatron_rl.convert.sources import find_weights
 
-    if max_shard_gb <= 0:
-        raise UserError("--max-shard-gb", max_shard_gb, "must be a positive number", "leave it out for 4")
+    if max_shard_gb is not None and max_shard_gb <= 0:
+        raise UserError("--max-shard-gb", max_shard_gb, "must be a positive number", "leave it out")
+    max_shard_bytes = None if max_shard_gb is None else int(max_shard_gb * 1e9)
     started, reporter = time.perf_counter(), TerminalReporter()
     done = export_hf(
-        source, target, config_from=hf, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9), num_threads=threads,
+        source, target, config_from=hf, dtype=dtype, max_shard_bytes=max_shard_bytes, num_threads=threads,
         reporter=reporter,
     )  # fmt: skip
     _say_done(done, time.perf_counter() - started, reporter)

@@ -44,8 +44,9 @@ from megatron_rl.convert.torch_dist import LayerSpec, Layout, Slot, parameter_ex
 from megatron_rl.convert.writer import carry_companions, check_source, dtype_fields, plan_files, write_index
 from megatron_rl.errors import UserError
 
-MAX_SHARD_BYTES = 4 * 2**30
-"""Of one safetensors file."""
+_MAX_SHARD_BYTES = 4 * 10**9
+_MIN_SHARD_BYTES = 256 * 10**6
+_WANTED_SHARDS = 8
 _OBJECT_FILE = "__0_1.distcp"
 _FORMAT_VERSION = 1
 
@@ -269,7 +270,7 @@ def export_hf(
     *,
     config_from: str | Path | None = None,
     dtype: Dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     num_threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> Converted:
@@ -280,7 +281,8 @@ def export_hf(
         target: the new directory; must not exist, or be empty. The same call again goes on where a killed one stopped.
         config_from: directory with config.json and tokenizer; None: what the checkpoint brings along.
         dtype: cast to this type; None: as stored. What checkpoints keep in float32 stays float32.
-        max_shard_bytes: limit of one file; a larger tensor has a file of its own.
+        max_shard_bytes: limit of one file; a larger tensor has a file of its own. None: an eighth of the whole, but at least
+            256 MB and at most 4 GB: threads that write to files of their own do not wait for each other.
         num_threads: ranges of files written at a time; None: ``default_threads``.
         reporter: for progress.
 
@@ -296,6 +298,9 @@ def export_hf(
         for name in megatron.extents
     }
     layout = {name: (extent, dtypes[name]) for name, extent in megatron.extents.items()}
+    if max_shard_bytes is None:
+        total_bytes = sum(prod(extent) * dtype.itemsize for extent, dtype in layout.values())
+        max_shard_bytes = min(max(total_bytes // _WANTED_SHARDS, _MIN_SHARD_BYTES), _MAX_SHARD_BYTES)
     places, headers = plan_files(layout, max_shard_bytes)
     ends = {file: len(header) for file, header in headers.items()}
     for place in places.values():
