@@ -12,6 +12,7 @@ After a step of lr 1e-6 about 1 % of bfloat16 weights change, by their last bit:
 from __future__ import annotations
 
 import zlib
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_rl.convert.digest import as_text, digest
+from megatron_rl.convert.digest import MASK, as_text, digest
 
 FRAME_ELEMENTS = 2**21
 LEVEL = 1
@@ -59,21 +60,32 @@ def tensor_of(bits: Bits, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
 
 
-def tensor_digest(name: str, tensor: Tensor) -> str:
-    """In hexadecimal; of more than two dimensions those behind the first count as one, of none as [1]."""
+def tensor_digest(name: str, tensor: Tensor, pool: Executor) -> str:
+    """In hexadecimal; of more than two dimensions those behind the first count as one, of none as [1].
+
+    Args:
+        name: of the tensor.
+        tensor: contiguous, on the CPU.
+        pool: its threads share the rows out.
+    """
     if tensor.dim() not in (1, 2):
         tensor = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1)
-    return as_text(digest(name, tensor, (0,) * tensor.dim(), tuple(tensor.shape)))
+    extent, corner = tuple(tensor.shape), (0,) * (tensor.dim() - 1)
+    step = max(1, FRAME_ELEMENTS * extent[0] // max(1, tensor.numel()))
+    starts = range(0, extent[0], step)
+    parts = pool.map(lambda row: digest(name, tensor[row : row + step], (row, *corner), extent), starts)
+    return as_text(sum(parts) & MASK)
 
 
 def encode(new: Bits, old: Bits) -> tuple[bytes, Frame]:
     """The frame that turns ``old`` into ``new``. No bytes where nothing differs."""
     difference = np.bitwise_xor(new, old)
-    places = np.flatnonzero(difference)
-    changed = len(places)
+    is_changed = difference != 0
+    changed = int(np.count_nonzero(is_changed))
     if changed == 0:
         return b"", Frame(0, 0, 0)
     if _is_sparse(changed, len(new)):
+        places = np.flatnonzero(is_changed)  # five times as fast as of the numbers themselves
         content = _planes(np.diff(places, prepend=0).astype(_GAP)) + _planes(difference[places])
     else:
         content = _planes(difference)

@@ -75,7 +75,8 @@ def apply(
             changed.
     """
     directory, base = Path(directory), Path(base)
-    route = _find_route(directory, base, version)
+    with ThreadPoolExecutor(num_threads) as pool:
+        route = _find_route(directory, base, version, pool)
     if not route.links:
         return base
     target = Path(into) if into is not None else _beside(base, version)
@@ -96,7 +97,7 @@ def apply(
                     each.apply_onto(name, bits, pool)
                 tensor = tensor_of(bits, getattr(torch, stored.dtype), stored.shape)
                 # A delta is its own inverse: the right result proves what it started from, too.
-                if tensor_digest(name, tensor) != stored.after:
+                if tensor_digest(name, tensor, pool) != stored.after:
                     raise _find_fault(name, opened, route.reader, pool)
                 writer.add(name, tensor)
             writer.add_file(STAMP, json.dumps({"version": version, "state": last.after}) + "\n")
@@ -114,7 +115,7 @@ class _Route:
     links: tuple[Link, ...]
 
 
-def _find_route(directory: Path, base: Path, version: int) -> _Route:
+def _find_route(directory: Path, base: Path, version: int, pool: Executor) -> _Route:
     """The deltas that lead there from the base, else the newest full link and the deltas after it. Reads no data of links."""
     paths = find_links(directory)
     reader, base_state = HFReader(base), _stamped_state(base)
@@ -138,7 +139,7 @@ def _find_route(directory: Path, base: Path, version: int) -> _Route:
                 raise
             break
         if not deltas and base_state is None:
-            base_state = _state(reader, delta)
+            base_state = _state(reader, delta, pool)
         deltas.append(delta)
         assert delta.previous is not None and delta.previous < at, path
         if state is None and delta.after == base_state:
@@ -170,13 +171,13 @@ def _stamped_state(base: Path) -> str | None:
         return None
 
 
-def _state(reader: HFReader, link: Link) -> str | None:
+def _state(reader: HFReader, link: Link, pool: Executor) -> str | None:
     """State of a checkpoint, from its tensors; None where they are not those of the link at all."""
     digests = {}
     for name, stored in link.tensors.items():
         if name not in reader.names or reader.shape(name) != stored.shape:
             return None
-        digests[name] = tensor_digest(name, reader.read(name))
+        digests[name] = tensor_digest(name, reader.read(name), pool)
     return state_of(digests)
 
 
@@ -250,11 +251,11 @@ def _find_fault(name: str, opened: Sequence[_OpenLink], reader: HFReader | None,
     first = opened[0].link.tensors[name]
     dtype, shape = getattr(torch, first.dtype), first.shape
     bits = _start(name, first, reader)
-    if reader is not None and tensor_digest(name, tensor_of(bits, dtype, shape)) != first.before:
+    if reader is not None and tensor_digest(name, tensor_of(bits, dtype, shape), pool) != first.before:
         rule = f"is not that of version {opened[0].link.previous}, which {STAMP} says"
         return UserError(f"{reader.directory}: {name}", None, rule, _OTHER_BASE)
     for each in opened:
         each.apply_onto(name, bits, pool)
-        if tensor_digest(name, tensor_of(bits, dtype, shape)) != each.link.tensors[name].after:
+        if tensor_digest(name, tensor_of(bits, dtype, shape), pool) != each.link.tensors[name].after:
             return broken(each.link.path, f"{DATA} is damaged where {name} is")
     raise AssertionError(f"{name} was read differently twice")

@@ -193,11 +193,11 @@ class LinkWriter:
         before = None
         if self._since is None:
             pieces: list[tuple[bytes | memoryview, Frame | None]] = [(bits_of(tensor).data, None)]
-            after = tensor_digest(name, tensor)
+            after = tensor_digest(name, tensor, self._pool)
         else:
             old = self._old(name, tensor)
             jobs = [self._pool.submit(encode, *pair) for pair in _frames(bits_of(tensor), bits_of(old))]
-            before, after = tensor_digest(name, old), tensor_digest(name, tensor)  # while the others compress
+            before, after = tensor_digest(name, old, self._pool), tensor_digest(name, tensor, self._pool)
             if before != self._since.tensors[name].after:
                 raise UserError(
                     f"previous: {name}", before,
