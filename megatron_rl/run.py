@@ -42,7 +42,7 @@ from megatron_rl.runtime import Runtime
 from megatron_rl.summary import print_before_after, write_summary
 from megatron_rl.tasks import get_task
 from megatron_rl.types import Prompt, RolloutGroup, TrainingSample
-from megatron_rl.weight_sync.publish import publish, shard_source
+from megatron_rl.weight_sync.publish import WeightSync, served_overrides
 
 
 class Run:
@@ -91,7 +91,7 @@ class Run:
             scorer = self._build_scorer()
             parts.callback(scorer.close)
             self.collector = Collector(engine, scorer, config.trainer.seed, self.timer)
-        self._shards = shard_source(config, self.policy) if engine is not None else None
+        self._weight_sync = WeightSync(config, self.policy)
         if config.trainer.stage == "rl":
             self.publish(version=self.start_step)
 
@@ -163,7 +163,7 @@ class Run:
         """Give the engine the current weights."""
         with self.timer("weight_sync"):
             self.rollouts.engine.resume_memory()
-        publish(self.policy, self.rollouts.engine, version=version, shards=self._shards)
+        self._weight_sync.publish(self.rollouts.engine, version=version)
 
     @watchdog.phase("finish")
     def finish(self) -> None:
@@ -306,7 +306,14 @@ class Run:
 
             self._check_kv_pool()
             replay = self.config.policy.router_replay
-            served = ServedModel(model_path, self.shape, dtype, tuple(self._stop_ids), records_experts=replay)
+            served = ServedModel(
+                model_path,
+                self.shape,
+                dtype,
+                tuple(self._stop_ids),
+                records_experts=replay,
+                overrides=served_overrides(self.config, self.shape),
+            )
             engine = SGLangEngine(self.config, served, device=device, cpu_group=group)
         else:
             pad_id = self.tokenizer.pad_token_id

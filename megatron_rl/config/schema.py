@@ -419,10 +419,20 @@ class EvalConfig:
 class WeightSyncConfig:
     """How servers get new weights. The in-process engine copies."""
 
-    transport: Literal["auto", "shards", "tensors"] = "auto"
+    transport: Literal["auto", "shards", "tensors", "disk"] = "auto"
     """``shards``: each trainer rank sends server ranks what they lack of its shards, and digests of both ends are compared
-    before a server serves. ``tensors``: rank 0 gives each server whole tensors. ``auto``: shards to servers that can take
-    them, whole tensors to others."""
+    before a server serves. ``tensors``: rank 0 gives each server whole tensors. ``disk``: rank 0 writes what has changed into
+    ``directory``, and servers load the checkpoint that it makes there. ``auto``: shards to servers that can take them, whole
+    tensors to others."""
+    directory: str | None = None
+    """For ``disk``: on a file system that the servers share."""
+    full_every: PositiveInt = 20
+    """For ``disk``: versions from one full copy to the next; between them only differences are written."""
+    quantization: Literal["fp8_block", "fp8_tensor"] | None = None
+    """Servers get their linear layers in eight bits: e4m3 with a scale for each block of 128 x 128, or for each layer. Sent as
+    whole tensors."""
+    power_of_two_scales: bool = False
+    """Of ``quantization``: what e8m0 can hold."""
     pause_mode: Literal["abort", "retract", "in_place"] = "retract"
     """What happens to requests under way, under SGLang's names. ``retract``: they start again from their tokens so far,
     with a fresh cache. ``in_place``: they go on with the old cache, so their next tokens belong to neither version.
@@ -431,6 +441,22 @@ class WeightSyncConfig:
     """Whole tensors in one request, or small pieces of shards in one message."""
     timeout_s: PositiveFloat = 600.0
     """Deadline of each request of an update."""
+
+    def __post_init__(self) -> None:
+        if (self.transport == "disk") != (self.directory is not None):
+            raise UserError(
+                "weight_sync.directory",
+                self.directory,
+                "must be given if weight_sync.transport is disk, and only then",
+                "name a directory that trainer and servers share, or use another transport",
+            )
+        if self.quantization is not None and self.transport in ("shards", "disk"):
+            raise UserError(
+                "weight_sync.quantization",
+                self.quantization,
+                f"goes by whole tensors; weight_sync.transport is {self.transport}",
+                "set weight_sync.transport to auto or tensors",
+            )
 
 
 @section
@@ -461,6 +487,14 @@ class Config:
     def __post_init__(self) -> None:
         self._check_stage()
         self._check_batch_arithmetic()
+        passed = self.weight_sync.quantization or {"disk": "disk", "shards": "shards"}.get(self.weight_sync.transport)
+        if passed is not None and self.rollout.engine != "sglang":
+            raise UserError(
+                "weight_sync",
+                passed,
+                f"is for servers; rollout.engine is {self.rollout.engine}, which copies the weights in process",
+                "set rollout.engine=sglang, or leave weight_sync as it is by default",
+            )
         if self.eval.is_used and self.data.validation is None:
             raise UserError(
                 "data.validation",

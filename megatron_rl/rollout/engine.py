@@ -16,6 +16,10 @@ WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
 consumes it to the end. Valid until the next optimizer update."""
 
 
+CheckpointSource = Callable[[], str]
+"""Writes the current weights as a Hugging Face checkpoint, once for each version, and says where. A collective."""
+
+
 @dataclass(frozen=True)
 class Delivery:
     """What became of an update of one server's weights, shard to shard."""
@@ -83,13 +87,21 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, weights: WeightSource, version: int, *, shards: ShardSource | None = None) -> None:
+    def update_weights(
+        self,
+        weights: WeightSource,
+        version: int,
+        *,
+        shards: ShardSource | None = None,
+        checkpoint: CheckpointSource | None = None,
+    ) -> None:
         """Replace all weights.
 
         Args:
             weights: the engine may call it again, before the next update, for a server that had to be restarted.
             version: the publish counter that completions will carry from now on.
             shards: sends them without ever making them whole, to engines that can take them so.
+            checkpoint: writes them where servers can load them; servers then get them that way.
         """
         ...
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engine import RolloutEngine, ShardSource, WeightSource
+from megatron_rl.rollout.engine import CheckpointSource, RolloutEngine, ShardSource, WeightSource
 from megatron_rl.rollout.share import flatten, unflatten
 from megatron_rl.types import Completion, Request
 
@@ -77,9 +77,16 @@ class RecordingEngine:
                 "free some disk space and give the same command again, or set rollout.record=false",
             ) from error
 
-    def update_weights(self, weights: WeightSource, version: int, *, shards: ShardSource | None = None) -> None:
+    def update_weights(
+        self,
+        weights: WeightSource,
+        version: int,
+        *,
+        shards: ShardSource | None = None,
+        checkpoint: CheckpointSource | None = None,
+    ) -> None:
         """See ``RolloutEngine``."""
-        self._engine.update_weights(weights, version, shards=shards)
+        self._engine.update_weights(weights, version, shards=shards, checkpoint=checkpoint)
 
     def release_memory(self) -> None:
         """See ``RolloutEngine``."""
@@ -132,7 +139,14 @@ class RecordedEngine:
             )
         return [c if len(c.response_ids) else None for c in unflatten(flat)]
 
-    def update_weights(self, weights: WeightSource, version: int, *, shards: ShardSource | None = None) -> None:
+    def update_weights(
+        self,
+        weights: WeightSource,
+        version: int,
+        *,
+        shards: ShardSource | None = None,
+        checkpoint: CheckpointSource | None = None,
+    ) -> None:
         """See ``RolloutEngine``."""
         for _ in weights():
             pass

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.metrics import progress
-from megatron_rl.rollout.engine import ShardSource, WeightSource
+from megatron_rl.rollout.engine import CheckpointSource, ShardSource, WeightSource
 from megatron_rl.rollout.share import gather_completions
 from megatron_rl.types import Completion, FinishReason, Request
 
@@ -71,7 +71,14 @@ class TransformersEngine:
         by_rank = gather_completions(mine, self.cpu_group)
         return [by_rank[index % world_size][index // world_size] for index in range(len(requests))]
 
-    def update_weights(self, weights: WeightSource, version: int, *, shards: ShardSource | None = None) -> None:
+    def update_weights(
+        self,
+        weights: WeightSource,
+        version: int,
+        *,
+        shards: ShardSource | None = None,
+        checkpoint: CheckpointSource | None = None,
+    ) -> None:
         """See ``RolloutEngine``.
 
         Raises:

@@ -78,9 +78,24 @@ def test_rollouts_of_a_server_can_be_recorded_and_replayed(case: Case, server: s
         }
 
 
-def test_small_buckets_carry_all_weights(case: Case, server: str) -> None:
-    assert run(case, server, "weight_sync.bucket_bytes=1000") == [0, 0]
+@pytest.mark.parametrize("transport", ["shards", "tensors"])
+def test_small_buckets_carry_all_weights(case: Case, server: str, transport: str) -> None:
+    assert run(case, server, "weight_sync.bucket_bytes=1000", f"weight_sync.transport={transport}") == [0, 0]
     assert all(row["mismatch/log_prob_abs_diff_max"] < 1e-3 for row in case.rows())
+    lines = (case.root / "tiny" / "metrics.jsonl").read_text().splitlines()
+    proven = [json.loads(line).get("weight_sync/servers_proven") for line in lines]
+    assert proven == [1.0 if transport == "shards" else None] * 2
+
+
+def test_weights_over_a_shared_directory(case: Case, server: str) -> None:
+    """The start's weights as a full link, then what each update changed."""
+    directory = case.root / "shared"
+    decay = "policy.optim.weight_decay=0.5"  # so that weights change, whatever the rewards
+    disk = ("weight_sync.transport=disk", f"weight_sync.directory={directory}", decay)
+    assert run(case, server, *disk) == [0, 0]
+    assert all(row["mismatch/log_prob_abs_diff_max"] < 1e-3 for row in case.rows())
+    names = {path.name for path in directory.iterdir()}
+    assert {"00000000.full", "00000001.delta", "served_00000001"} <= names, names
 
 
 # ------------------------------------------------------------------------------------------------ what is mended

@@ -84,14 +84,14 @@ def test_a_trainer_rank_that_dies_in_mid_update_leaves_a_server_that_the_next_ru
 def publish_once(case: Case, url: str, is_fatal: bool) -> float:
     """One update by two ranks; rank 1 may die with its second message."""
     from megatron_rl.weight_sync import shards
-    from megatron_rl.weight_sync.publish import publish, shard_source
+    from megatron_rl.weight_sync.publish import WeightSync
     from tests.policy_case import build_policy
     from tests.servers.engine_case import build_engine
 
     overrides = ["policy.megatron_cfg.tensor_model_parallel_size=2", "trainer.devices=2", *SMALL_MESSAGES]
     engine = build_engine(case, url, overrides=overrides)
     policy = build_policy(engine._config)
-    sender = shard_source(engine._config, policy)
+    sync = WeightSync(engine._config, policy)
     honest, count = shards._Link.send, [0]
 
     def die(link: Any, *rest: Any) -> Any:
@@ -101,10 +101,9 @@ def publish_once(case: Case, url: str, is_fatal: bool) -> float:
         return honest(link, *rest)
 
     shards._Link.send = die  # type: ignore[method-assign]
-    publish(policy, engine, version=1, shards=sender)
-    assert sender is not None
+    sync.publish(engine, version=1)
     engine.close()
-    return sender.metrics["weight_sync/servers_proven"]
+    return engine.metrics()["weight_sync/servers_proven"]
 
 
 def get(url: str, path: str) -> Any:
@@ -116,7 +115,7 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
     """Change the weights, send them, sample, and score what was sampled with the trainer; over and over."""
     import torch.distributed as dist
 
-    from megatron_rl.weight_sync.publish import publish, shard_source
+    from megatron_rl.weight_sync.publish import WeightSync
     from tests.policy_case import build_policy
     from tests.servers.engine_case import build_engine
 
@@ -124,7 +123,7 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
     engine = build_engine(case, url, overrides=overrides)
     config = engine._config
     policy = build_policy(config)
-    shards = shard_source(config, policy)
+    sync = WeightSync(config, policy)
     generator = torch.Generator().manual_seed(5)
     requests = [
         Request(torch.randint(5, 100, (length,), generator=generator), max_new_tokens=24, temperature=1.0)
@@ -143,7 +142,7 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
             in_flight[0].start()
             time.sleep(0.7)  # some tokens are sampled from version 1
         flips.left = 1 if version == 3 and dist.get_rank() == 1 else 0
-        publish(policy, engine, version=version, shards=shards)
+        sync.publish(engine, version=version)
         metrics = engine.metrics()
         found["mended"] += metrics.get("rollout/sync_mismatch", 0.0)
         assert not {"rollout/sync_failed", "rollout/sync_unfit"} & metrics.keys()
@@ -163,7 +162,7 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
         found["spans"] = score_spans(in_flight[1], models)
     flips.left = 1000 if dist.get_rank() == 1 else 0
     with pytest.raises(UserError) as caught:
-        publish(policy, engine, version=num_updates + 1, shards=shards)
+        sync.publish(engine, version=num_updates + 1)
     engine.close()
     return found | {"error": str(caught.value)}
 

@@ -137,6 +137,12 @@ class SGLangClient:
         }
         await self._post("/update_weights_from_tensor", body, timeout_s)
 
+    async def load_checkpoint(self, path: str, *, timeout_s: float) -> None:
+        """Load a Hugging Face checkpoint that the server finds under this path."""
+        # Our servers start with load_format dummy, which would hold here too.
+        body = {"model_path": path, "load_format": "auto", "flush_cache": False}
+        await self._post("/update_weights_from_disk", body, timeout_s)
+
     async def end_update(self, version: int, *, pause_mode: str, adapter: Adapter, timeout_s: float) -> None:
         """Drop what the old weights have cached, stamp the new version, go on, and see that the stamp holds."""
         if adapter.has_update_session:

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_rl.convert.shape import ARCHITECTURES, ModelShape, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.parallel.agree import broadcast_json, error_to_json, gather_json, raise_first
-from megatron_rl.rollout.engine import Delivery, ShardSource, WeightSource
+from megatron_rl.rollout.engine import CheckpointSource, Delivery, ShardSource, WeightSource
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient, serialize
 from megatron_rl.rollout.sglang.dispatch import Dispatch
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER, server_command, server_environment
@@ -59,6 +59,8 @@ class ServedModel:
     stop_ids: tuple[int, ...]
     records_experts: bool = False
     """Completions say which experts were chosen."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of config.json that servers read otherwise than they stand there, such as ``quantization_config``."""
 
     @property
     def experts(self) -> tuple[int, int] | None:
@@ -89,6 +91,7 @@ class SGLangEngine:
         self._is_cpu = device.type == "cpu"
         self._weights: WeightSource | None = None
         self._shards: ShardSource | None = None
+        self._checkpoint: CheckpointSource | None = None
         self._supervisor: Supervisor | None = None
         self._driver: _Driver | None = None
         self._admin_key: str | None = None
@@ -138,13 +141,20 @@ class SGLangEngine:
             completions[index] = completion
         return completions
 
-    def update_weights(self, weights: WeightSource, version: int, *, shards: ShardSource | None = None) -> None:
+    def update_weights(
+        self,
+        weights: WeightSource,
+        version: int,
+        *,
+        shards: ShardSource | None = None,
+        checkpoint: CheckpointSource | None = None,
+    ) -> None:
         """See ``RolloutEngine``.
 
         Raises:
             UserError: on all ranks; no server answers in time, one refuses the weights, or has others than were sent.
         """
-        self._weights, self._shards, self.weight_version = weights, shards, version
+        self._weights, self._shards, self._checkpoint, self.weight_version = weights, shards, checkpoint, version
         if self._driver is not None:
             self._driver.withdraw(version)
         with progress(None, "waiting for servers"):
@@ -212,12 +222,17 @@ class SGLangEngine:
             self._supervisor.set_busy(True)
         error = self._driver.begin_update(targets) if self._driver is not None else None
         raise_first([broadcast_json(error_to_json(error), self._group)])
-        whole = self._send_shards(targets)
-        if whole:
+        if self._checkpoint is not None:
+            self._load_checkpoint(targets, self._checkpoint())
+        elif whole := self._send_shards(targets):
             self._send_tensors(whole)
         error = self._driver.end_update(targets) if self._driver is not None else None
         if self._supervisor is not None:
             self._supervisor.set_busy(False)
+        raise_first([broadcast_json(error_to_json(error), self._group)])
+
+    def _load_checkpoint(self, targets: Sequence[int], path: str) -> None:
+        error = self._driver.load_checkpoint(targets, path) if self._driver is not None else None
         raise_first([broadcast_json(error_to_json(error), self._group)])
 
     def _send_tensors(self, targets: Sequence[int]) -> None:
@@ -310,6 +325,7 @@ class SGLangEngine:
                 model_path=str(self._model.path),
                 dtype=self._model.dtype,
                 records_experts=self._model.records_experts,
+                overrides=self._model.overrides,
                 is_cpu=self._is_cpu,
                 host=host,
                 port=port,
@@ -460,6 +476,10 @@ class _Driver:
     def send(self, targets: Sequence[int], bucket: Sequence[tuple[str, Tensor]]) -> UserError | None:
         """See ``Fleet``."""
         return self._attempt(self.fleet.send(self._servers(targets), serialize(bucket)))
+
+    def load_checkpoint(self, targets: Sequence[int], path: str) -> UserError | None:
+        """See ``Fleet``."""
+        return self._attempt(self.fleet.load_checkpoint(self._servers(targets), path))
 
     def choose(self, targets: Sequence[int]) -> dict[str, Any]:
         """See ``SGLangEngine._choose``."""

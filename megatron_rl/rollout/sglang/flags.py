@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,7 @@ def server_command(
     model_path: str,
     dtype: torch.dtype,
     records_experts: bool = False,
+    overrides: Mapping[str, Any] | None = None,
     is_cpu: bool,
     host: str,
     port: int,
@@ -47,6 +49,7 @@ def server_command(
         model_path: Hugging Face directory with config.json and tokenizer.
         dtype: of the trainer's weights; SGLang's ``auto`` would take float16 for a float32 model.
         records_experts: completions say which experts were chosen.
+        overrides: fields of config.json.
         is_cpu: no GPU here.
         host, port, nccl_port: where to listen; tensor-parallel ranks meet at the last.
         base_gpu_id: first GPU.
@@ -70,6 +73,7 @@ def server_command(
         "admin_api_key": admin_key,
         "log_level_http": "warning",
         "enable_return_routed_experts": records_experts,
+        "json_model_override_args": json.dumps(overrides) if overrides else None,
     }
     if is_cpu:
         settings |= _CPU

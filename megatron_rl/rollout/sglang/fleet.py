@@ -276,6 +276,10 @@ class Fleet:
             ),
         )
 
+    async def load_checkpoint(self, targets: Iterable[Server], path: str) -> None:
+        """Let every target that is still there load a checkpoint from its file system."""
+        await self._each(targets, lambda s, _: s.client.load_checkpoint(path, timeout_s=self.sync.timeout_s))
+
     async def hand_over(self, server: Server, payload: str) -> str | None:
         """Give a payload to our weight loader in the server's ranks, and wait until they are done with it.
 
