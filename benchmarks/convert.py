@@ -230,10 +230,10 @@ def _child(what: str, source: str, target: str) -> None:
     before, peak, stop = _memory_mb(), [0.0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.005):
+        while not stop.wait(0.02):
             peak[0] = max(peak[0], _memory_mb() - before)
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     started = time.perf_counter()
     work()
@@ -275,10 +275,11 @@ def _prepare_mbridge(what: str, source: str, target: str) -> Callable[[], object
     class LocalBridge(Qwen2Bridge):
         """Knows the names of norms that are not fused."""
 
-        def _weight_name_mapping_other(self, name: str) -> list[str]:
-            layer, which = name.split(".")[2:4]
-            hf = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}[which]
-            return [f"model.layers.{layer}.{hf}.weight"]
+        def _weight_name_mapping_mcore_to_hf(self, name: str) -> list[str]:
+            for local, hf in (("input", "input"), ("pre_mlp", "post_attention")):
+                if name.endswith(f".{local}_layernorm.weight"):
+                    return [f"model.layers.{name.split('.')[2]}.{hf}_layernorm.weight"]
+            return super()._weight_name_mapping_mcore_to_hf(name)
 
     hf = os.environ["CONVERT_HF"]
     folder = Path(tempfile.mkdtemp())

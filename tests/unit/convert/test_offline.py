@@ -34,12 +34,12 @@ class Notes(Reporter):
 
     def __init__(self, on_advance: Callable[[int], None] = lambda _count: None) -> None:
         self.lines: list[str] = []
-        self._count, self._on_advance = 0, on_advance
+        self.count, self._on_advance = 0, on_advance
 
     def advance(self, num_bytes: int) -> None:
         if num_bytes:
-            self._count += 1
-            self._on_advance(self._count)
+            self.count += 1
+            self._on_advance(self.count)
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -148,25 +148,31 @@ def test_a_killed_conversion_goes_on_with_what_is_whole(
     assert num_done > 1
     with journal.open("a") as file:
         file.write('{"part": 0, "dig')  # what a crash may leave
-    notes = Notes()
+    notes, anew = Notes(), Notes()
+    convert(source, tmp_path / "anew", reporter=anew)
     convert(source, target, reporter=notes)
+    assert notes.count <= anew.count - num_done + 1  # the one: what was there already, told at once
     assert notes.lines[0] == f"going on with an earlier start: {num_done} parts are on disk already"
     assert verify(target, qwen3) == verify(target) == []
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "anew", "out"}
 
 
-def test_another_option_starts_over(qwen3: Path, tmp_path: Path, small_parts: None) -> None:
+@pytest.mark.parametrize("change", ["option", "source"])
+def test_other_work_starts_over(change: str, qwen3: Path, tmp_path: Path, small_parts: None) -> None:
     def fail(count: int) -> None:
         if count > 12:
             raise OSError(28, "No space left on device")
 
+    shutil.copytree(qwen3, tmp_path / "in")
     with pytest.raises(UserError, match=r"No space left on device.*goes on where it stopped"):
-        import_hf(qwen3, tmp_path / "out", reporter=Notes(fail))
+        import_hf(tmp_path / "in", tmp_path / "out", reporter=Notes(fail))
     assert not (tmp_path / "out").exists()
-    notes = Notes()
-    import_hf(qwen3, tmp_path / "out", dtype="bfloat16", reporter=notes)
+    if change == "source":  # of equal size
+        os.utime(tmp_path / "in" / "model.safetensors")
+    notes, dtype = Notes(), "bfloat16" if change == "option" else "float32"
+    import_hf(tmp_path / "in", tmp_path / "out", dtype=dtype if change == "option" else None, reporter=notes)
     assert notes.lines == ["an earlier start had other input or options, or lost files: starting over"]
-    assert verify(tmp_path / "out", qwen3, dtype="bfloat16") == []
+    assert verify(tmp_path / "out", qwen3, dtype=dtype) == []
 
 
 def test_two_conversions_to_one_target_do_not_mix(qwen3: Path, tmp_path: Path) -> None:
