@@ -88,15 +88,15 @@ def served_overrides(config: Config, shape: ModelShape) -> dict[str, Any]:
 
 
 def _shard_sender(config: Config, policy: Policy) -> ShardSender | None:
-    """None where the config, or the place of the servers, rules shards out.
-
-    A server on the trainer's own GPU cannot be in one NCCL group with it: it gets whole tensors.
-    """
+    """None where the config rules shards out."""
     groups, servers, sync = policy.groups, config.rollout.servers, config.weight_sync
-    is_shared_gpu = servers.placement == "colocated" and groups.device.type != "cpu"
     is_asked_for = sync.transport in ("auto", "shards") and sync.quantization is None
-    if config.rollout.engine != "sglang" or not is_asked_for or is_shared_gpu:
+    if config.rollout.engine != "sglang" or not is_asked_for:
         return None
+    if groups.device.type == "cpu":
+        backend = "gloo"
+    else:
+        backend = "ipc" if servers.placement == "colocated" else "nccl"
     hosts = [str(urlsplit(url).hostname) for url in servers.urls or ()]
     return ShardSender(
         lambda: {name: tensor.detach() for name, tensor in named_parameters(policy.chunks, policy.shape, groups)},
@@ -104,7 +104,7 @@ def _shard_sender(config: Config, policy: Policy) -> ShardSender | None:
         training_layout(config, policy.shape),
         Meeting(
             host=own_address(config.trainer.num_nodes, *hosts),
-            device=groups.device,
+            backend=backend,
             timeout_s=sync.timeout_s,
             bucket_bytes=sync.bucket_bytes,
         ),

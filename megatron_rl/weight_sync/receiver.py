@@ -34,19 +34,28 @@ from torch import Tensor
 
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.convert.table import hf_tensors
+from megatron_rl.weight_sync.mailbox import Mailbox
 from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages
 from megatron_rl.weight_sync.plan import Piece, TrainingLayout, make_plan
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 
 
+class TimedWork(Protocol):
+    """A message under way."""
+
+    def wait(self, timeout: timedelta = ..., /) -> object:
+        """Until it is done; raises RuntimeError when the other end is gone or too slow."""
+        ...
+
+
 class Channel(Protocol):
     """A process group as both ends use it."""
 
-    def send(self, tensors: list[Tensor], destination: int, tag: int, /) -> dist.Work:
+    def send(self, tensors: list[Tensor], destination: int, tag: int, /) -> TimedWork:
         """Start to send one tensor."""
         ...
 
-    def recv(self, tensors: list[Tensor], source: int, tag: int, /) -> dist.Work:
+    def recv(self, tensors: list[Tensor], source: int, tag: int, /) -> TimedWork:
         """Start to receive into one tensor."""
         ...
 
@@ -67,7 +76,7 @@ class Recipe:
     bucket_elements: int
     dtype: torch.dtype
     backend: str
-    """``gloo`` or ``nccl``."""
+    """``gloo``, ``nccl`` or ``ipc``."""
     timeout_s: float
 
     def key(self, what: str, tp_rank: int | None = None) -> str:
@@ -76,8 +85,10 @@ class Recipe:
 
 
 def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout_s: float) -> Channel:
-    """A process group of its own, apart from the default one; every member calls this at the same time."""
+    """A process group of its own, apart from the default one, or what stands for one; every member calls this."""
     own = dist.PrefixStore(name, store)
+    if backend == "ipc":
+        return Mailbox(own, rank, timeout_s)
     if backend == "gloo":
         return cast(Channel, dist.ProcessGroupGloo(own, rank, size, timedelta(seconds=timeout_s)))
     options = dist.ProcessGroupNCCL.Options()

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import numpy
 import torch
@@ -30,9 +31,10 @@ from megatron_rl.convert.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import broadcast_json, gather_json
 from megatron_rl.rollout.engine import Delivery
+from megatron_rl.weight_sync.mailbox import BROKEN
 from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, send_messages
 from megatron_rl.weight_sync.plan import Copy, Piece, TrainingLayout, make_plan
-from megatron_rl.weight_sync.receiver import Channel, Recipe, decode, make_group
+from megatron_rl.weight_sync.receiver import Channel, Recipe, TimedWork, decode, make_group
 from megatron_rl.weight_sync.served import RolloutLayout
 
 LOOK_S = 0.01
@@ -47,7 +49,8 @@ class Meeting:
 
     host: str
     """Address of rank 0 that servers reach."""
-    device: torch.device
+    backend: str
+    """``gloo``, ``nccl``, or ``ipc`` for servers on this machine's GPUs."""
     timeout_s: float
     bucket_bytes: int
 
@@ -83,7 +86,7 @@ class ShardSender:
         )
         self._bucket_elements = meeting.bucket_bytes // dtype.itemsize
         self._extents = hf_tensors(shape)
-        self._backend = "gloo" if meeting.device.type == "cpu" else "nccl"
+        self._backend = meeting.backend
         self._store = self._open_store()
         self._groups: dict[int, tuple[str, Channel]] = {}
         self._num_attempts = 0
@@ -118,10 +121,14 @@ class ShardSender:
         except UserError as error:  # the same on every rank
             return {server: Delivery("unfit", str(error)) for server in servers}
         self._num_attempts += 1
+        self.metrics.clear()
         recipes = {server: self._recipe(server) for server in servers}
         futures = {server: post(server, pickle.dumps(recipe)) for server, recipe in recipes.items()} if post else {}
         deliveries = self._join(recipes, futures)
         links = [_Link(server, *self._groups[server]) for server in servers if server not in deliveries]
+        for link in links:
+            if link.server in futures:
+                futures[link.server].add_done_callback(partial(self._tell_if_gone, link.name))
         parameters = self._parameters()
         with self._clock("send"):
             self._transfer(links, parameters)
@@ -205,6 +212,11 @@ class ShardSender:
             watchdog.beat()
         num_bytes = sum(message.num_elements for message in messages) * self._dtype.itemsize
         self.metrics["weight_sync/sent_bytes"] = float(sum(gather_json(num_bytes, self._cpu_group)))
+
+    def _tell_if_gone(self, group: str, future: Future[str | None]) -> None:
+        """A process group notices by itself that a member is gone; a mailbox has to be told."""
+        if (problem := future.result()) is not None:
+            dist.PrefixStore(group, self._store).set(BROKEN, problem)
 
     def _digests(self, parameters: Mapping[str, Tensor]) -> list[int]:
         """Of every piece, each worked out by one of its holders."""
@@ -318,7 +330,7 @@ class _Link:
     """To one server. After the first failure nothing more is sent over it."""
 
     def __init__(self, server: int, name: str, group: Channel) -> None:
-        self.server, self._name, self._group = server, name, group
+        self.server, self.name, self._group = server, name, group
         self.error = ""
 
     def send(self, flat: Tensor, rank: int, tag: int, limit: timedelta) -> _Sent | None:
@@ -336,7 +348,7 @@ class _Link:
 class _Sent:
     """A message under way over a link."""
 
-    work: dist.Work
+    work: TimedWork
     link: _Link
     limit: timedelta
 

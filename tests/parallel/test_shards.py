@@ -137,7 +137,7 @@ def servers(tmp_path: Path) -> Iterator[Callable[..., Servers]]:
 Script = Callable[..., object]
 
 
-def as_trainer(model: Path, training: dict, servers: Servers, script: Script) -> object:
+def as_trainer(model: Path, training: dict, servers: Servers, script: Script, backend: str = "gloo") -> object:
     """On each trainer rank: build the policy and its sender, and follow the script."""
     import torch.distributed as dist
 
@@ -153,7 +153,7 @@ def as_trainer(model: Path, training: dict, servers: Servers, script: Script) ->
         lambda: {name: p.detach() for name, p in named_parameters(policy.chunks, policy.shape, policy.groups)},
         policy.shape,
         training_layout(config, policy.shape),
-        Meeting("127.0.0.1", policy.groups.device, timeout_s=20.0, bucket_bytes=BUCKET_BYTES),
+        Meeting("127.0.0.1", backend, timeout_s=20.0, bucket_bytes=BUCKET_BYTES),
         dtype=torch.float32,
         cpu_group=policy.groups.cpu_group,
     )
@@ -197,29 +197,36 @@ EXPERTS = ("policy.megatron_cfg.expert_model_parallel_size=2",)
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "training", "rollout"),
+    ("family", "tied", "training", "rollout", "backend"),
     [
-        ("qwen3", False, {"tp": 2, "pp": 2}, RolloutLayout(num_servers=1, tp_size=2)),
-        ("qwen2", True, {"tp": 4}, RolloutLayout(num_servers=2, tp_size=2)),
-        ("llama", True, {"dp": 2, "pp": 2}, RolloutLayout(num_servers=1, tp_size=8)),  # key-value heads repeated
+        ("qwen3", False, {"tp": 2, "pp": 2}, RolloutLayout(num_servers=1, tp_size=2), "gloo"),
+        ("qwen2", True, {"tp": 4}, RolloutLayout(num_servers=2, tp_size=2), "ipc"),
+        (
+            "llama",
+            True,
+            {"dp": 2, "pp": 2},
+            RolloutLayout(num_servers=1, tp_size=8),
+            "gloo",
+        ),  # key-value heads repeated
         (
             "qwen3_moe",
             False,
             {"tp": 2, "dp": 2, "sp": True, "overrides": EXPERTS},
             RolloutLayout(1, tp_size=2, ep_size=2),
+            "gloo",
         ),
-        ("qwen3_moe", False, {"dp": 2, "overrides": EXPERTS}, RolloutLayout(1, tp_size=2)),
+        ("qwen3_moe", False, {"dp": 2, "overrides": EXPERTS}, RolloutLayout(1, tp_size=2), "ipc"),
     ],
     ids=["tp2-pp2", "two-servers", "tp8", "experts", "experts-cut"],
 )
 def test_servers_hold_what_the_checkpoint_says(
     models: Callable[..., Path], servers: Callable[..., Servers], family: str, tied: bool, training: dict,
-    rollout: RolloutLayout,
+    rollout: RolloutLayout, backend: str,
 ) -> None:  # fmt: skip
     model = models(family, tied=tied)
     receivers = servers(model, rollout)
     world_size = math.prod(training.get(axis, 1) for axis in ("tp", "pp", "dp"))
-    for first, second, metrics in run_ranks(as_trainer, world_size, model, training, receivers, twice):
+    for first, second, metrics in run_ranks(as_trainer, world_size, model, training, receivers, twice, backend):
         assert {d.state for d in (*first.values(), *second.values())} == {"proven"}
         assert metrics["weight_sync/servers_proven"] == rollout.num_servers
     checkpoint = load_file(model / "model.safetensors")
@@ -281,12 +288,13 @@ def with_a_dead_rank(policy, sender, send, servers) -> list:  # type: ignore[no-
     return [first, send(1), seconds]
 
 
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
 def test_a_server_that_dies_in_between_holds_nobody_up(
-    models: Callable[..., Path], servers: Callable[..., Servers]
+    models: Callable[..., Path], servers: Callable[..., Servers], backend: str
 ) -> None:
     model = models("qwen3", tied=False)
     receivers = servers(model, RolloutLayout(2, 2))
-    for first, second, seconds in run_ranks(as_trainer, 2, model, {"tp": 2}, receivers, with_a_dead_rank):
+    for first, second, seconds in run_ranks(as_trainer, 2, model, {"tp": 2}, receivers, with_a_dead_rank, backend):
         assert first[0].state == "failed" and first[1].state == "proven" and second[1].state == "proven"
         assert seconds < 15
 

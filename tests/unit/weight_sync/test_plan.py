@@ -72,8 +72,8 @@ def shards(shape: ModelShape, training: TrainingLayout) -> dict[int, dict[str, n
     for entry in entries(shape).values():
         for rank, size, world_ranks in training.holders(entry, shape):
             shard = np.zeros(shard_shape(entry.kind, shape, size), dtype=np.int64)
-            for box in boxes(entry.kind, shape, rank, size):
-                shard[box.shard_slices] = tensors[entry.hf_names[box.tensor]][box.hf_slices]
+            for cut in boxes(entry.kind, shape, rank, size):
+                shard[cut.shard_slices] = tensors[entry.hf_names[cut.tensor]][cut.hf_slices]
             for world_rank in world_ranks:
                 held[world_rank][entry.name] = shard
     return held

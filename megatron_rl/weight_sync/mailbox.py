@@ -1,0 +1,122 @@
+"""Messages between processes of one machine without a process group: for servers on the trainer's own GPUs.
+
+NCCL refuses two members on one GPU. Here the sender leaves word in the store where the data lies (on a GPU a CUDA IPC handle
+of the very memory, parameters included; on a CPU a file in shared memory), the receiver copies it to where it belongs, and says
+so; only then may the sender change it.
+
+    sender      handle  -> NAME/sender/receiver/tag        wait for NAME/sender/receiver/tag/done
+    receiver    NAME/sender/receiver/tag -> copy           -> NAME/sender/receiver/tag/done
+
+Every process sees all GPUs under the same numbers: servers are told by ``base_gpu_id`` which to take.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+BROKEN = "broken"
+"""Key under which somebody who knows says that a member is gone."""
+_LOOK = timedelta(seconds=0.5)
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class Mailbox:
+    """A ``receiver.Channel``: as a process group's ``send`` and ``recv``."""
+
+    def __init__(self, store: dist.Store, rank: int, timeout_s: float) -> None:
+        """Args: a store that all members share, under a prefix of their own; this member; how long to wait for another."""
+        self._store, self._rank, self._timeout = store, rank, timedelta(seconds=timeout_s)
+        self._counts: dict[tuple[int, int, int], int] = {}
+
+    def send(self, tensors: list[Tensor], destination: int, tag: int, /) -> _Errand:
+        """Leave word of one contiguous tensor; it must not change before ``wait`` returns."""
+        (tensor,) = tensors
+        key, handle = self._key(self._rank, destination, tag), _handle(tensor)
+        self._store.set(key, base64.b64encode(pickle.dumps(handle)).decode())
+
+        def finish(timeout: timedelta) -> None:
+            try:
+                self._wait(f"{key}/done", timeout)
+                self._store.delete_key(f"{key}/done")
+            finally:
+                if isinstance(handle, str):
+                    Path(handle).unlink()
+                del tensors[:]  # kept alive until here
+
+        return _Errand(finish, self._timeout)
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int, /) -> _Errand:
+        """Receive into one contiguous tensor, once ``wait`` is called."""
+        (tensor,) = tensors
+        key = self._key(source, self._rank, tag)
+
+        def finish(timeout: timedelta) -> None:
+            self._wait(key, timeout)
+            _copy(pickle.loads(base64.b64decode(self._store.get(key))), tensor)
+            self._store.delete_key(key)
+            self._store.set(f"{key}/done", "")
+
+        return _Errand(finish, self._timeout)
+
+    def _key(self, source: int, destination: int, tag: int) -> str:
+        """The same on both sides: each counts how often it has used the three numbers."""
+        number = self._counts.get((source, destination, tag), 0)
+        self._counts[source, destination, tag] = number + 1
+        return f"{source}/{destination}/{tag}/{number}"
+
+    def _wait(self, key: str, timeout: timedelta) -> None:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while time.monotonic() < deadline:
+            try:
+                self._store.wait([key], _LOOK)
+                return
+            except dist.DistStoreError:
+                if self._store.check([BROKEN]):
+                    raise RuntimeError(f"the other end is gone: {self._store.get(BROKEN).decode()}") from None
+        raise RuntimeError(f"nothing came from the other end within {timeout.total_seconds():g} s")
+
+
+class _Errand:
+    """A message under way."""
+
+    def __init__(self, finish: Callable[[timedelta], None], timeout: timedelta) -> None:
+        self._finish, self._timeout = finish, timeout
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Until it is done; raises RuntimeError when the other end takes too long."""
+        self._finish(timeout or self._timeout)
+
+
+def _handle(tensor: Tensor) -> object:
+    """What another process of this machine needs to get at a tensor."""
+    if tensor.device.type == "cpu":
+        folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        path = folder / f"megatron_rl_{os.getpid()}_{uuid.uuid4().hex}"
+        tensor.view(torch.uint8).numpy().tofile(path)
+        return str(path)
+    torch.cuda.current_stream(tensor.device).synchronize()  # what wrote it has finished
+    return reduce_tensor(tensor)
+
+
+def _copy(handle: Any, into: Tensor) -> None:
+    if isinstance(handle, str):
+        into.view(torch.uint8).copy_(torch.from_numpy(numpy.fromfile(handle, dtype=numpy.uint8)))
+        return
+    rebuild, arguments = handle
+    into.copy_(rebuild(*arguments))
+    torch.cuda.current_stream(into.device).synchronize()
