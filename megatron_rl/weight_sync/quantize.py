@@ -259,8 +259,13 @@ def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch
             layout[name] = (extent, FP8)
             layout[fmt.scale_name(name)] = (fmt.scale_shape(extent), torch.float32)
         else:
-            layout[name] = (extent, dtype)
+            layout[name] = (extent, _kept_dtype(name, dtype))
     return layout
+
+
+def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """A router's correction bias decides by small differences: it is stored in float32, whatever the weights are in."""
+    return torch.float32 if name.endswith(".e_score_correction_bias") else dtype
 
 
 def quantization_config(names: Iterable[str], fmt: Fp8Format) -> dict[str, object]:
@@ -292,7 +297,9 @@ def check_served(shape: ModelShape, fmt: Fp8Format, layout: RolloutLayout) -> No
         fmt: the format; scales of whole tensors fit any layout.
         layout: of the servers.
     """
-    if fmt.granularity == "tensor":
+    if (
+        fmt.granularity == "tensor" or shape.latent is not None
+    ):  # latent attention is not cut in ``served``: SGLang says
         return
     extents = hf_tensors(shape)
     for parameter in served_parameters(shape, layout, tp_rank=0):
@@ -336,8 +343,9 @@ def export_fp8(
     extents = hf_tensors(shape)
     config = {"quantization_config": quantization_config(extents, fmt), "torch_dtype": name_of_dtype}
     digests: dict[str, int] = {}
-    typed = ((name, tensor if is_quantized(name, extents[name]) else tensor.to(kept)) for name, tensor in tensors)
-    with LayoutWriter(directory, quantized_layout(extents, fmt, kept), source=source, config=config) as writer:
+    layout = quantized_layout(extents, fmt, kept)
+    typed = ((name, tensor if layout[name][1] == FP8 else tensor.to(layout[name][1])) for name, tensor in tensors)
+    with LayoutWriter(directory, layout, source=source, config=config) as writer:
         for name, tensor in quantized(typed, fmt, digests=digests):
             writer.add(name, tensor)
     return digests

@@ -291,6 +291,17 @@ def test_a_checkpoint_with_a_weight_that_diverged_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_stays_as_it_is() -> None:
+    layer = "model.layers.4.mlp."
+    names = {f"{layer}gate.weight": (8, 64), f"{layer}gate.e_score_correction_bias": (8,), "lm_head.weight": (131, 64)}
+    names |= {"model.norm.weight": (64,), "model.layers.4.self_attn.q_proj.bias": (64,)}
+    layout = quantized_layout(names, Fp8Format(), torch.bfloat16)
+    assert list(layout) == list(names)
+    assert [name for name in layout if layout[name][1] != torch.bfloat16] == [f"{layer}gate.e_score_correction_bias"]
+    for name in ("self_attn.kv_a_proj_with_mqa", "mlp.experts.3.w2", "mlp.shared_experts.up_proj"):
+        assert is_quantized(f"model.layers.4.{name}.weight", (64, 64))
+
+
 def test_one_scale_a_tensor_states_no_block_size() -> None:
     config = quantization_config(["model.layers.0.mlp.gate.weight", "lm_head.weight"], Fp8Format("tensor"))
     assert "weight_block_size" not in config and "scale_fmt" not in config
