@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rl.convert.checkpoint_view import exported_config
 from megatron_rl.convert.digest import MASK, digest
 from megatron_rl.convert.distcp import (
     ALIGNMENT,
@@ -430,13 +431,9 @@ def _carry(source: Source, target: Path, dtype: Dtype | None) -> None:
     carry_companions(source.hf_directory, target)
     text = (source.hf_directory / "config.json").read_text(encoding="utf-8")
     before: dict[str, Any] = json.loads(text)
-    after = dict(before)
+    after = exported_config(before)
     if dtype is not None:
         after |= dtype_fields(before, dtype)
-    if source.shape.fp8_block is not None:
-        after.pop("quantization_config", None)
-    if source.shape.num_mtp_layers:  # prediction layers are not converted
-        after |= {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in before}
     (target / "config.json").write_text(
         text if after == before else json.dumps(after, indent=2) + "\n", encoding="utf-8"
     )

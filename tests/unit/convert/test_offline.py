@@ -116,6 +116,23 @@ def test_what_stays_float32_is_not_cast(tmp_path: Path) -> None:
     assert biases and {name for name, kind in kinds.items() if kind == "float32"} == biases
 
 
+def test_eight_bit_weights_are_made_whole(tmp_path: Path) -> None:
+    """In the type of config.json, and an export says nothing of eight bits."""
+    source = make_tiny_model(tmp_path / "in", "deepseek_v3", tied=False, seed=1, dtype="bfloat16")
+    tensors, name = weights(source), "model.layers.1.mlp.experts.3.up_proj.weight"
+    whole = tensors[name]
+    tensors[name], tensors[name + "_scale_inv"] = whole.to(torch.float8_e4m3fn), torch.tensor([[0.5]])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (source / "config.json").write_text(json.dumps(config))
+    import_hf(source, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "out")
+    true = {key: t for key, t in tensors.items() if not key.endswith("_scale_inv")}
+    assert_equal(weights(tmp_path / "out"), true | {name: (tensors[name].float() * 0.5).bfloat16()})
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_a_value_beyond_float16_is_refused(qwen3: Path, tmp_path: Path) -> None:
     shutil.copytree(qwen3, tmp_path / "in")
     tensors = weights(qwen3)
