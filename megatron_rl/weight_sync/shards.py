@@ -184,7 +184,7 @@ class ShardSender:
         """On rank 0: ["group", name] or [what is wrong, details]; None while it is not known."""
         keys = [recipe.key("ready", tp_rank) for tp_rank in range(self._rollout.tp_size)]
         if not self._store.check(keys):
-            return ["failed", future.result() or "its ranks never became ready"] if future.done() else None
+            return ["failed", _problem(future) or "its ranks never became ready"] if future.done() else None
         told = [json.loads(self._store.get(key)) for key in keys]
         for tp_rank, ready in enumerate(told):
             if ready["unfit"]:
@@ -215,7 +215,7 @@ class ShardSender:
 
     def _tell_if_gone(self, group: str, future: Future[str | None]) -> None:
         """A process group notices by itself that a member is gone; a mailbox has to be told."""
-        if (problem := future.result()) is not None:
+        if (problem := _problem(future)) is not None:
             dist.PrefixStore(group, self._store).set(BROKEN, problem)
 
     def _digests(self, parameters: Mapping[str, Tensor]) -> list[int]:
@@ -243,13 +243,15 @@ class ShardSender:
             for link in links:
                 if link.server not in deliveries:
                     deliveries[link.server] = self._verify(recipes[link.server], futures[link.server], expected)
+            for recipe in recipes.values():
+                self._forget(recipe)
         told = broadcast_json({s: [d.state, d.detail] for s, d in deliveries.items()}, self._cpu_group)
         return {int(server): Delivery(*parts) for server, parts in told.items()}
 
     def _verify(self, recipe: Recipe, future: Future[str | None], expected: Sequence[int]) -> Delivery:
         """On rank 0: compare what a server's ranks hold with what was to be sent."""
-        if future.result() is not None:
-            return Delivery("failed", str(future.result()))
+        if (problem := _problem(future)) is not None:
+            return Delivery("failed", problem)
         for tp_rank in range(self._rollout.tp_size):
             key = recipe.key("report", tp_rank)
             if not self._store.check([key]):
@@ -265,6 +267,13 @@ class ShardSender:
                 key = f"weight_sync/{name}"
                 self.metrics[key] = max(self.metrics.get(key, 0.0), report[name])
         return Delivery("proven", "")
+
+    def _forget(self, recipe: Recipe) -> None:
+        """Remove what was exchanged: a run makes thousands of updates."""
+        self._store.delete_key(recipe.key("group"))
+        for what in ("ready", "report"):
+            for tp_rank in range(self._rollout.tp_size):
+                self._store.delete_key(recipe.key(what, tp_rank))
 
     def _describe(self, piece: Piece, expected: int, found: int) -> str:
         end = [a + n for a, n in zip(piece.hf_start, piece.size)]
@@ -365,6 +374,14 @@ class _Sent:
 def _first_senders(copies: Sequence[Copy], tp_size: int) -> dict[int, int]:
     """Who sends each piece to the first server."""
     return {copy.piece.index: copy.sender for copy in copies if copy.receiver < tp_size}
+
+
+def _problem(future: Future[str | None]) -> str | None:
+    """What a finished request says went wrong."""
+    try:
+        return future.result()
+    except Exception as error:  # on rank 0 alone: raising here would leave the others waiting
+        return _short(error) or type(error).__name__
 
 
 def _short(error: BaseException) -> str:

@@ -200,6 +200,7 @@ EXPERTS = ("policy.megatron_cfg.expert_model_parallel_size=2",)
     ("family", "tied", "training", "rollout", "backend"),
     [
         ("qwen3", False, {"tp": 2, "pp": 2}, RolloutLayout(num_servers=1, tp_size=2), "gloo"),
+        ("qwen2", True, {"pp": 2, "vpp": 2}, RolloutLayout(num_servers=1, tp_size=2), "gloo"),
         ("qwen2", True, {"tp": 4}, RolloutLayout(num_servers=2, tp_size=2), "ipc"),
         (
             "llama",
@@ -217,7 +218,7 @@ EXPERTS = ("policy.megatron_cfg.expert_model_parallel_size=2",)
         ),
         ("qwen3_moe", False, {"dp": 2, "overrides": EXPERTS}, RolloutLayout(1, tp_size=2), "ipc"),
     ],
-    ids=["tp2-pp2", "two-servers", "tp8", "experts", "experts-cut"],
+    ids=["tp2-pp2", "vpp", "two-servers", "tp8", "experts", "experts-cut"],
 )
 def test_servers_hold_what_the_checkpoint_says(
     models: Callable[..., Path], servers: Callable[..., Servers], family: str, tied: bool, training: dict,
