@@ -18,6 +18,7 @@ import pickle
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -50,15 +51,14 @@ class Mailbox:
         self._store.set(key, base64.b64encode(pickle.dumps(handle)).decode())
 
         def finish(timeout: timedelta) -> None:
-            try:
-                self._wait(f"{key}/done", timeout)
-                self._store.delete_key(f"{key}/done")
-            finally:
-                if isinstance(handle, str):
-                    Path(handle).unlink()
-                del tensors[:]  # kept alive until here
+            self._wait(f"{key}/done", timeout)
+            self._store.delete_key(f"{key}/done")
+            del tensors[:]  # kept alive until here
 
-        return _Errand(finish, self._timeout)
+        errand = _Errand(finish, self._timeout)
+        if isinstance(handle, str):
+            weakref.finalize(errand, Path(handle).unlink, missing_ok=True)  # also where nobody waits any more
+        return errand
 
     def recv(self, tensors: list[Tensor], source: int, tag: int, /) -> _Errand:
         """Receive into one contiguous tensor, once ``wait`` is called."""
