@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_rl.convert.digest import as_text, digest
 from megatron_rl.convert.writer import LayoutWriter
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk import (
@@ -26,7 +27,7 @@ from megatron_rl.weight_sync.disk import (
     write_delta,
     write_full,
 )
-from megatron_rl.weight_sync.disk.links import find_links
+from megatron_rl.weight_sync.disk.links import find_links, read_link
 
 Tensors = dict[str, Tensor]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -141,6 +142,17 @@ def test_a_frame_leads_there_and_back(frac: float, dtype: torch.dtype) -> None:
     assert (bits == b).all()
     frames.decode_onto(data, frame, bits)
     assert (bits == a).all()
+
+
+def test_manifests_hold_the_digests_that_every_transport_compares(links: Path) -> None:
+    versions = write_chain(links, 0.3)
+    link = read_link(links / "00000001.delta")
+    for name, stored in link.tensors.items():
+        for tensors, text in zip(versions, (stored.before, stored.after)):
+            if tensors[name].dim() in (1, 2):
+                extent = tuple(tensors[name].shape)
+                assert text == as_text(digest(name, tensors[name], (0,) * len(extent), extent))
+    assert sum(frame.changed for frame in link.tensors["model.b.weight"].frames) > 0
 
 
 @pytest.mark.parametrize("victim", ["00000000.full", "00000001.delta", "00000002.delta"])
