@@ -47,10 +47,11 @@ LAYOUTS: list[tuple[dict, tuple[str, ...]]] = [
     ({"tp": 2, "sp": True}, ()),
     ({"pp": 2}, ()),
     ({"dp": 2}, EP2),
-    ({"cp": 2}, ()),
 ]
-ALL_AT_ONCE = ({"tp": 2, "sp": True, "cp": 2, "pp": 2}, EP2)
-CASES = [(name, *layout) for name in MODELS for layout in LAYOUTS] + [("deepseek", *ALL_AT_ONCE)]
+CONTEXT: tuple[dict, tuple[str, ...]] = ({"cp": 2}, ())
+SEVERAL = ({"tp": 2, "sp": True, "pp": 2}, (*EP2, "policy.megatron_cfg.expert_tensor_parallel_size=1"))
+CASES = [(name, *layout) for name in MODELS for layout in LAYOUTS]
+CASES += [("mixtral", *CONTEXT), ("deepseek", *CONTEXT), ("deepseek", *SEVERAL)]
 
 
 @dataclass
@@ -64,10 +65,21 @@ class Case:
     update: exactness.Outcome
 
 
+class Cases(dict[str, Case]):
+    """Made when they are asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def __missing__(self, name: str) -> Case:
+        self[name] = make_case(self._root / name, *MODELS[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    root = tmp_path_factory.mktemp("families")
-    return {name: make_case(root / name, *of_model) for name, of_model in MODELS.items()}
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return Cases(tmp_path_factory.mktemp("families"))
 
 
 def make_case(directory: Path, family: str, tied: bool, overrides: dict[str, Any]) -> Case:
@@ -242,6 +254,35 @@ def test_a_mistake_in_the_table_is_noticed(cases: dict[str, Case], what: str) ->
     name, mutate = MUTATIONS[what]
     found = run_ranks(run_everything, 1, cases[name], *ONE, mutate=mutate)
     assert largest_difference(cases[name], found) > 0.01
+
+
+def test_balance_of_a_sigmoid_router_is_of_its_own_scores_and_choices(cases: dict[str, Case]) -> None:
+    """Shares of a token's scores, as they sum to 1; counts of what was chosen with bias and groups."""
+    case, coefficient = cases["deepseek"], 0.5
+    network = load_reference(case.model)
+    chosen: list[Tensor] = []
+    for layer in network.model.layers[1:]:
+        layer.mlp.gate.register_forward_hook(lambda _gate, _args, out: chosen.append(out[2]))
+
+    def balance(logits: list[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for of_layer, indices in zip(logits, chosen[-len(logits) :], strict=True):
+            scores, (length, num_experts) = of_layer.sigmoid(), of_layer.shape
+            counts = torch.bincount(indices.flatten(), minlength=num_experts)
+            shares = num_experts / (indices.shape[1] * length**2) * counts
+            total = total + coefficient * (shares * (scores / scores.sum(-1, keepdim=True)).sum(0)).sum()
+        return total
+
+    true = exactness.reference(network, GRPO(config_of(case.model)), case.samples, row_loss=balance)
+    overrides = (
+        "policy.megatron_cfg.moe_router_load_balancing_type=seq_aux_loss",
+        f"policy.megatron_cfg.moe_aux_loss_coeff={coefficient}",
+    )
+    found = run_ranks(run_everything, 2, case, {"tp": 2, "sp": True}, overrides)[0].update
+    gradients = checkpoint_views(true["gradients"], "deepseek_v3")
+    assert errors(found, {**true, "gradients": gradients})["gradient"] < 2e-5
+    gate = "model.layers.1.mlp.gate.weight"
+    assert (gradients[gate] - case.update["gradients"][gate]).norm() > 0.05 * gradients[gate].norm()
 
 
 # ------------------------------------------------------------------------------------------------ types and checkpoints
