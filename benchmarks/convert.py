@@ -72,16 +72,17 @@ def _measure(folder: Path, repeats: int, *, with_mbridge: bool) -> dict[str, Any
     times: dict[str, list[float]] = {}
     peaks: list[float] = []
 
-    def note(what: str, seconds: float) -> None:
+    def note(what: str, seconds: float, cpu_s: float) -> None:
         times.setdefault(what, []).append(seconds)
-        print(f"{what:16} {seconds:6.2f} s  {num_bytes / 1e9 / seconds:5.2f} GB/s", flush=True)
+        speed = num_bytes / 1e9 / seconds
+        print(f"{what:16} {seconds:6.2f} s  {speed:5.2f} GB/s  {cpu_s:5.2f} s of CPU", flush=True)
 
     for _ in range(repeats):
         for what, source in (("import", hf), ("export", megatron)):
-            note(f"{what} copy", _copy(source, out))
+            note(f"{what} copy", *_copy(source, out))
             shutil.rmtree(out)
             result = _run(what, source, out)
-            note(what, result["seconds"])
+            note(what, result["seconds"], result["cpu_s"])
             peaks.append(result["peak_mb"])
             if what == "export":
                 _check_equal(hf, out)
@@ -90,10 +91,10 @@ def _measure(folder: Path, repeats: int, *, with_mbridge: bool) -> dict[str, Any
     if python is not None:
         for _ in range(repeats):
             _run("mbridge-import", hf, folder / "theirs", python)  # what its way back reads, and to warm up
-            note("mbridge import", _run("mbridge-import", hf, out, python)["seconds"])
-            shutil.rmtree(out)
-            note("mbridge export", _run("mbridge-export", folder / "theirs", out, python, hf)["seconds"])
-            shutil.rmtree(out)
+            for what, source in (("import", hf), ("export", folder / "theirs")):
+                result = _run(f"mbridge-{what}", source, out, python, hf)
+                note(f"mbridge {what}", result["seconds"], result["cpu_s"])
+                shutil.rmtree(out)
             shutil.rmtree(folder / "theirs")
     shutil.rmtree(hf)
     shutil.rmtree(megatron)
@@ -159,17 +160,18 @@ def _size(extent: tuple[int, ...]) -> int:
     return result
 
 
-def _copy(source: Path, target: Path) -> float:
-    """Seconds to copy the files of a checkpoint and sync each."""
+def _copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds, and of CPU, to copy the files of a checkpoint and sync each."""
     os.sync()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), os.times()
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.is_file():
             shutil.copyfile(path, target / path.name)
             _sync(target / path.name)
     _sync(target)
-    return time.perf_counter() - started
+    now = os.times()
+    return time.perf_counter() - started, now.user + now.system - used.user - used.system
 
 
 def _sync(path: Path) -> None:
@@ -235,12 +237,13 @@ def _child(what: str, source: str, target: str) -> None:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), os.times()
     work()
-    seconds = time.perf_counter() - started
+    seconds, now = time.perf_counter() - started, os.times()
     stop.set()
     thread.join()
-    print(json.dumps({"seconds": seconds, "peak_mb": peak[0]}))
+    cpu_s = now.user + now.system - used.user - used.system
+    print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "peak_mb": peak[0]}))
 
 
 def _memory_mb() -> float:
@@ -250,6 +253,9 @@ def _memory_mb() -> float:
 
 
 def _prepare(what: str, source: str, target: str) -> Callable[[], object]:
+    from megatron_rl.convert.memory import keep_freed_memory
+
+    keep_freed_memory()  # as the commands do
     from megatron_rl.convert.offline import export_hf, import_hf
 
     return lambda: (import_hf if what == "import" else export_hf)(source, target)

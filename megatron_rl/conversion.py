@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_rl.convert.memory import keep_freed_memory
 from megatron_rl.convert.reporter import Reporter
 from megatron_rl.errors import UserError
 
@@ -48,6 +49,7 @@ def convert_hf_to_megatron(
     threads: ThreadsOption = None,
 ) -> None:
     """Hugging Face -> Megatron. Given again after a kill, the same command goes on where it stopped."""
+    keep_freed_memory()
     from megatron_rl.convert.offline import import_hf
 
     started, reporter = time.perf_counter(), TerminalReporter()
@@ -84,6 +86,7 @@ def convert_megatron_to_hf(
     threads: ThreadsOption = None,
 ) -> None:
     """Megatron -> Hugging Face: the model weights; optimizer state is left out. Resumable like the other direction."""
+    keep_freed_memory()
     from megatron_rl.convert.offline import export_hf
     from megatron_rl.convert.sources import find_weights
 
@@ -115,6 +118,7 @@ def verify_checkpoint(
     threads: ThreadsOption = None,
 ) -> None:
     """Compare every tensor, bit for bit; names those that differ. Status 1 if any does."""
+    keep_freed_memory()
     from megatron_rl.convert.verify import verify
 
     reporter = TerminalReporter()

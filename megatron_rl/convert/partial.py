@@ -10,7 +10,6 @@ crash, and a new start skips it; everything else is written again.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -18,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,6 +25,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from megatron_rl.convert.digest import MASK, as_text
+from megatron_rl.convert.memory import keep_freed_memory
 from megatron_rl.convert.reporter import Reporter
 from megatron_rl.convert.writer import check_target, sync
 from megatron_rl.errors import UserError
@@ -44,22 +44,10 @@ def part_bytes(total_bytes: int) -> int:
     return max(_PART_BYTES, total_bytes // _MAX_PARTS)
 
 
-def _keep_freed_memory() -> None:
-    """Ask the allocator (glibc) to reuse blocks of up to 64 MB instead of handing each back to the system.
-
-    Temporary tensors of a MB come and go by the thousand; with fresh pages for each, zeroing them takes longer than all else.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    with suppress(AttributeError):  # another allocator or system: slower, not wrong
-        set_option = ctypes.CDLL(None).mallopt
-        set_option(mmap_threshold, 2**26)
-        set_option(trim_threshold, 2**26)
-
-
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """A pool for work that torch must not spread over the cores again: the threads do that already."""
-    _keep_freed_memory()
+    keep_freed_memory()
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, "convert", initializer=torch.set_num_threads, initargs=(1,)) as pool:
