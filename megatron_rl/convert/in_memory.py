@@ -12,6 +12,9 @@ from torch import Tensor
 
 from megatron_rl.convert.shape import Family
 
+ROUTER_BIAS = ".gate.e_score_correction_bias"
+"""How the name of the one buffer that checkpoints hold ends: DeepSeek-V3's routers have it."""
+
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 

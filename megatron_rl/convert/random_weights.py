@@ -43,7 +43,7 @@ class RandomReader:
         extent = self._shapes[name]
         if name.endswith("norm.weight"):
             tensor = torch.ones(extent)
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", "_bias")):
             tensor = torch.zeros(extent)
         else:
             digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.algorithms.base import Algorithm
+from megatron_rl.convert.in_memory import checkpoint_views
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
-from megatron_rl.rollout.transformers_engine import checkpoint_views
 from megatron_rl.types import Kind, MicroBatch, TrainingSample
 
 BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
@@ -112,7 +112,8 @@ def reference(
         for name, value in terms.means.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / count
     (total_loss + auxiliary).backward()
-    gradients = checkpoint_views({name: parameter.grad for name, parameter in network.named_parameters()})
+    held = {name: parameter.grad for name, parameter in network.named_parameters()}
+    gradients = checkpoint_views(held, network.config.model_type)
     return {"loss": float(total_loss.detach()), "metrics": sums, "gradients": gradients}
 
 

@@ -7,13 +7,14 @@ in (up to rounding).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.convert.in_memory import ROUTER_BIAS, checkpoint_views
 from megatron_rl.metrics import progress
 from megatron_rl.rollout.engine import CheckpointSource, ShardSource, WeightSource
 from megatron_rl.rollout.share import gather_completions
@@ -84,7 +85,9 @@ class TransformersEngine:
         Raises:
             RuntimeError: a tensor is missing, unknown, or of another shape.
         """
-        targets = checkpoint_views(dict(self.model.named_parameters()))
+        held = dict(self.model.named_parameters())
+        held |= {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(ROUTER_BIAS)}
+        targets = checkpoint_views(held, self.model.config.model_type)
         with torch.no_grad():
             for name, tensor in weights():
                 target = targets.pop(name, None)
@@ -195,17 +198,3 @@ def _first_above(cumulative: Tensor, uniform: Tensor) -> Tensor:
 def _uniforms(seed: int, count: int) -> Tensor:
     """[count] float64 in [0, 1) that belong to one request."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def checkpoint_views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors under the names of its checkpoint, which keeps experts apart; transformers 5 fuses them."""
-    views: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        prefix, found, last = name.rpartition("experts.")
-        if not found or last not in ("gate_up_proj", "down_proj"):
-            views[name] = tensor
-            continue
-        for expert, weight in enumerate(tensor.unbind()):
-            parts = zip(("gate_proj", "up_proj"), weight.chunk(2)) if last == "gate_up_proj" else ((last, weight),)
-            views |= {f"{prefix}experts.{expert}.{part}.weight": view for part, view in parts}
-    return views

@@ -34,6 +34,17 @@ def test_grpo_with_expert_parallelism(experts: Case) -> None:
     assert experts.rows() == experts.rows("whole")
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_other_families_with_experts(case: Case, tmp_path: Path, family: str) -> None:
+    sizes = {"seed": 3, "tokenizer": True, "max_position_embeddings": 512}
+    model = make_tiny_model(tmp_path / family, family, tied=False, **sizes)  # type: ignore[arg-type]
+    here = Case(model, case.train, case.root)
+    assert here.run(*SMALL, ranks=2) == [0, 0]
+    for row in here.rows():
+        assert row["mismatch/log_prob_abs_diff_max"] < 1e-3
+        assert row["ratio/first_update_max_abs_log_ratio"] == 0.0
+
+
 def test_training_repeats_the_rollouts_choices(experts: Case) -> None:
     from safetensors.torch import load_file
 

@@ -26,7 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"config"},
     "curves": {"metrics"},
     "summary": {"metrics"},
-    "rollout": {"config", "convert.shape", "lifetime", "parallel", "patches", "rewards", "data", "metrics", "watchdog"},
+    "rollout": {
+        "config", "convert.in_memory", "convert.shape", "lifetime", "parallel", "patches", "rewards", "data", "metrics",
+        "watchdog",
+    },
     "model": {"config", "convert", "data", "losses", "metrics", "parallel"},
     "weight_sync": {"config", "convert", "parallel", "model", "rollout"},
     "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout"},

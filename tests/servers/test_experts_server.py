@@ -35,9 +35,9 @@ async def complete(url: str, model: torch.nn.Module, requests: list[Request]) ->
 
 
 def checkpoint_views(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    from megatron_rl.rollout.transformers_engine import checkpoint_views as views
+    from megatron_rl.convert.in_memory import checkpoint_views as views
 
-    return views(dict(model.named_parameters()))
+    return views(dict(model.named_parameters()), "qwen3_moe")
 
 
 def test_the_server_says_which_experts_it_chose(tmp_path: Path) -> None:
