@@ -3,8 +3,9 @@
     python benchmarks/convert.py [--repeats 3] [--folder DIR] [--no-mbridge]
 
 A random checkpoint like Qwen2.5 (745M parameters, bf16, 1.5 GB in 5 files) is converted to Megatron and back, alternating with
-a plain copy of the files that are read, each synced to disk; medians of the repeats. Memory (RssAnon + RssShmem, so pages of
-files do not count) is sampled during the conversion, from after the imports; also for a checkpoint of twice the size.
+a plain copy of the files that are read, each synced to disk and in a process of its own; medians of the repeats. Memory
+(RssAnon + RssShmem, so pages of files do not count) is sampled during the conversion, from after the imports; also for a
+checkpoint of twice the size.
 
 mbridge works between a checkpoint and a running model, so its side is: build the model on one CPU rank (ours, Megatron's local
 spec), load, ``dist_checkpointing.save``; and back. It is installed into a virtual environment of its own.
@@ -79,7 +80,8 @@ def _measure(folder: Path, repeats: int, *, with_mbridge: bool) -> dict[str, Any
 
     for _ in range(repeats):
         for what, source in (("import", hf), ("export", megatron)):
-            note(f"{what} copy", *_copy(source, out))
+            result = _run("copy", source, out)
+            note(f"{what} copy", result["seconds"], result["cpu_s"])
             shutil.rmtree(out)
             result = _run(what, source, out)
             note(what, result["seconds"], result["cpu_s"])
@@ -160,18 +162,14 @@ def _size(extent: tuple[int, ...]) -> int:
     return result
 
 
-def _copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds, and of CPU, to copy the files of a checkpoint and sync each."""
-    os.sync()
-    started, used = time.perf_counter(), os.times()
+def _copy(source: Path, target: Path) -> None:
+    """Copy the files of a checkpoint and sync each."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.is_file():
             shutil.copyfile(path, target / path.name)
             _sync(target / path.name)
     _sync(target)
-    now = os.times()
-    return time.perf_counter() - started, now.user + now.system - used.user - used.system
 
 
 def _sync(path: Path) -> None:
@@ -258,6 +256,8 @@ def _prepare(what: str, source: str, target: str) -> Callable[[], object]:
     keep_freed_memory()  # as the commands do
     from megatron_rl.convert.offline import export_hf, import_hf
 
+    if what == "copy":
+        return lambda: _copy(Path(source), Path(target))
     return lambda: (import_hf if what == "import" else export_hf)(source, target)
 
 

@@ -16,7 +16,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -78,12 +78,17 @@ class Archive:
     @property
     def num_bytes(self) -> int:
         """Of the whole archive."""
-        return len(self.head) + self.num_data_bytes + len(self.tail(0))
+        return len(self.head) + self.num_data_bytes + len(self.tail)
 
-    def tail(self, crc: int) -> bytes:
-        """What follows the raw bytes. ``crc``: their CRC-32."""
-        records = [*_small_records(self.head), ("archive/data/0", self.head.rindex(_LOCAL), crc, self.num_data_bytes)]
-        sizes = struct.pack("<III", crc, self.num_data_bytes, self.num_data_bytes)
+    @cached_property
+    def tail(self) -> bytes:
+        """What follows the raw bytes.
+
+        Their CRC-32 is left 0: torch does not look at it, working it out takes longer than all else but the disk, and the
+        manifest has a digest of every tensor.
+        """
+        records = [*_small_records(self.head), ("archive/data/0", self.head.rindex(_LOCAL), 0, self.num_data_bytes)]
+        sizes = struct.pack("<III", 0, self.num_data_bytes, self.num_data_bytes)
         directory = b""
         for name, offset, checksum, size in records:
             directory += _CENTRAL + struct.pack(

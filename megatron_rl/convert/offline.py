@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -232,7 +231,7 @@ class _ImportFill:
             dtype = self._dtypes[piece.entry.name]
             extent = parameter_extent(piece.entry, shape)
             frame = archive(dtype, (*(1 for _ in piece.slot.index), piece.last - piece.first, *extent[1:]))
-            stream, crc = Stream(descriptor, piece.offset), 0
+            stream = Stream(descriptor, piece.offset)
             stream.write(frame.head)
             for run in runs(piece.entry, shape):
                 low, high = max(piece.first, run.row), min(piece.last, run.row + run.num_rows)
@@ -243,10 +242,8 @@ class _ImportFill:
                     block = cast(run.hf_name, block, dtype)
                     if piece.is_counted:
                         _add(found, run.hf_name, block, start, self._source.extents[run.hf_name])
-                    data = as_bytes(block)
-                    crc = zlib.crc32(data, crc)
-                    stream.write(data)
-            stream.write(frame.tail(crc))
+                    stream.write(as_bytes(block))
+            stream.write(frame.tail)
             stream.flush()
             advance(frame.num_bytes + -frame.num_bytes % ALIGNMENT)
         return found

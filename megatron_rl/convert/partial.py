@@ -33,8 +33,10 @@ from megatron_rl.errors import UserError
 _PART_BYTES = 2**27
 _MAX_PARTS = 512
 
-_FLUSH_BYTES = 2**23
-_FLUSH_BUFFERS = 512
+_CALL_BYTES = 2**18
+"""In one call of the system. For a large write, ext4 takes large runs of free memory for its cache, which a virtual machine may
+have to fetch from its host first: 4 MB a call took ten times as long as this."""
+_CALL_BUFFERS = 512
 
 Work = TypeVar("Work")
 
@@ -77,14 +79,17 @@ class Stream:
     def write(self, data: memoryview | bytes) -> None:
         """``data`` must stay as it is until ``flush``."""
         view = memoryview(data).cast("B")
-        self._buffers.append(view)
-        self._held += len(view)
-        if self._held >= _FLUSH_BYTES or len(self._buffers) >= _FLUSH_BUFFERS:
-            self.flush()
+        while len(view):
+            room = _CALL_BYTES - self._held
+            self._buffers.append(view[:room])
+            self._held += len(self._buffers[-1])
+            view = view[room:]
+            if self._held == _CALL_BYTES or len(self._buffers) == _CALL_BUFFERS:
+                self.flush()
 
     def flush(self) -> None:
         """Write what is held."""
-        buffers = [view for view in self._buffers if len(view)]
+        buffers = self._buffers
         while buffers:
             written = os.pwritev(self._descriptor, buffers, self._position)
             self._position += written

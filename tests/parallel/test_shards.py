@@ -319,3 +319,13 @@ def test_servers_of_an_impossible_size_are_unfit(models: Callable[..., Path], se
     receivers.layout = RolloutLayout(1, 3)
     for delivery in run_ranks(as_trainer, 2, model, {"tp": 2}, receivers, once):
         assert delivery.state == "unfit" and "rollout.sglang_cfg.tp_size" in delivery.detail
+
+
+def test_a_family_without_a_cut_for_servers_is_unfit(
+    models: Callable[..., Path], servers: Callable[..., Servers]
+) -> None:
+    model = models("deepseek_v3", tied=False)
+    receivers = servers(model, RolloutLayout(0, 2))
+    receivers.layout = RolloutLayout(1, 2)
+    for delivery in run_ranks(as_trainer, 1, model, {}, receivers, once):
+        assert delivery.state == "unfit" and "weight_sync.transport=tensors" in delivery.detail

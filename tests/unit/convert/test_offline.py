@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -227,10 +226,10 @@ def test_archives_are_those_of_torch_and_zip() -> None:
         tensor = torch.randn(extent).to(dtype)
         raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         frame = distcp.archive(dtype, extent)
-        data = frame.head + raw + frame.tail(zlib.crc32(raw))
+        data = frame.head + raw + frame.tail
         assert len(data) == frame.num_bytes and len(frame.head) % distcp.ALIGNMENT == 0
         assert torch.equal(torch.load(io.BytesIO(data), weights_only=True), tensor)
-        assert zipfile.ZipFile(io.BytesIO(data)).testzip() is None
+        assert zipfile.ZipFile(io.BytesIO(data)).namelist()[-1] == "archive/data/0"
 
 
 def test_torch_reads_every_tensor(qwen3: Path, tmp_path: Path, small_parts: None) -> None:
