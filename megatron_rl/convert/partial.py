@@ -27,15 +27,12 @@ import torch
 from megatron_rl.convert.digest import MASK, as_text
 from megatron_rl.convert.memory import keep_freed_memory
 from megatron_rl.convert.reporter import Reporter
-from megatron_rl.convert.writer import check_target, sync
+from megatron_rl.convert.writer import CALL_BYTES, check_target, sync
 from megatron_rl.errors import UserError
 
 _PART_BYTES = 2**27
 _MAX_PARTS = 512
 
-_CALL_BYTES = 2**18
-"""In one call of the system. For a large write, ext4 takes large runs of free memory for its cache, which a virtual machine may
-have to fetch from its host first: 4 MB a call took ten times as long as this."""
 _CALL_BUFFERS = 512
 
 Work = TypeVar("Work")
@@ -80,11 +77,11 @@ class Stream:
         """``data`` must stay as it is until ``flush``."""
         view = memoryview(data).cast("B")
         while len(view):
-            room = _CALL_BYTES - self._held
+            room = CALL_BYTES - self._held
             self._buffers.append(view[:room])
             self._held += len(self._buffers[-1])
             view = view[room:]
-            if self._held == _CALL_BYTES or len(self._buffers) == _CALL_BUFFERS:
+            if self._held == CALL_BYTES or len(self._buffers) == _CALL_BUFFERS:
                 self.flush()
 
     def flush(self) -> None:

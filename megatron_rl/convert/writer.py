@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BufferedIOBase
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,11 @@ _COMPANIONS = (
 )  # fmt: skip
 _SPACE_FOR_SMALL_FILES = 2**26
 """Headers, tokenizer."""
+
+
+CALL_BYTES = 2**18
+"""In one call of the system. For a large write, ext4 takes large runs of free memory for its cache, which a virtual machine may
+have to fetch from its host first: 4 MB a call took ten times as long as this."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class LayoutWriter:
         data = tensor.detach().to("cpu", place.dtype).contiguous().reshape(-1).view(torch.uint8)
         with open(self._partial / place.file, "r+b") as file:
             file.seek(place.offset)
-            file.write(data.numpy().data)
+            write_in_calls(file, data.numpy().data)
         self._missing.remove(name)
 
     def add_file(self, name: str, text: str) -> None:
@@ -148,6 +154,13 @@ class LayoutWriter:
     def _config_fields(self, config: Mapping[str, object]) -> dict[str, object]:
         """Fields of config.json to change or add, given those of the source."""
         return self._config
+
+
+def write_in_calls(file: BufferedIOBase, data: memoryview) -> None:
+    """Write contiguous data in calls of ``CALL_BYTES``."""
+    view = data.cast("B") if data.nbytes else data
+    for start in range(0, data.nbytes, CALL_BYTES):
+        file.write(view[start : start + CALL_BYTES])
 
 
 class HFWriter(LayoutWriter):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_rl.convert.writer import FORMAT_NAMES
+from megatron_rl.convert.writer import FORMAT_NAMES, write_in_calls
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk.frames import FRAME_ELEMENTS, Bits, Frame, bits_of, encode, tensor_digest
 from megatron_rl.weight_sync.disk.links import (
@@ -209,7 +209,7 @@ class LinkWriter:
         dtype = str(tensor.dtype).removeprefix("torch.")
         with _disk_errors(self._directory):
             for data, _ in pieces:
-                self._file.write(data)
+                write_in_calls(self._file, memoryview(data))
         self._stored[name] = StoredTensor(dtype, tuple(tensor.shape), before, after, self._offset, frames)
         self._offset += sum(memoryview(data).nbytes for data, _ in pieces)
 
