@@ -1,6 +1,9 @@
-"""Shards to shards over gloo on one machine, against raw sends and receives of the same bytes between the same processes.
+"""Shards to shards on one machine, against raw sends and receives of the same bytes between the same processes.
 
-    python benchmarks/weight_sync.py [--layers 8] [--repeats 3]
+    python benchmarks/weight_sync.py [--layers 12] [--repeats 3] [--backend gloo]
+
+Backends: ``gloo`` between CPUs; ``nccl`` with a GPU for each of the six processes; ``ipc`` by handles, all on the first GPU
+(without one: through shared memory, to try the script).
 
 Processes stand where the trainer's ranks (TP2 x PP2) and the server's (TP2) do, and hold parameters of Qwen2.5-0.5B's sizes in
 bfloat16. In turn: ``raw``, each pair's bytes as one message from and into memory that is already there; ``shards``, the plan's
@@ -14,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +28,7 @@ import torch.distributed as dist
 from megatron_rl.convert.kinds import shard_shape
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.convert.table import entries, hf_tensors
+from megatron_rl.rollout.sglang.process import free_port
 from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages, send_messages
 from megatron_rl.weight_sync.plan import TrainingLayout, make_plan
 from megatron_rl.weight_sync.receiver import make_group
@@ -60,13 +63,19 @@ def trainer_parameters(shape: ModelShape, rank: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def work(rank: int, folder: str, shape: ModelShape, repeats: int, results: Queue[dict[str, object]]) -> None:
+def work(
+    rank: int, port: int, shape: ModelShape, repeats: int, backend: str, results: Queue[dict[str, object]]
+) -> None:
     """One process, a trainer's rank or a server's."""
     torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if backend != "gloo" and torch.cuda.is_available():
+        device = torch.device("cuda", rank if backend == "nccl" else 0)
+        torch.cuda.set_device(device)
     world_size = TRAINING.num_ranks + ROLLOUT.tp_size
-    store = dist.FileStore(f"{folder}/store", world_size)
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     dist.init_process_group("gloo", store=dist.PrefixStore("world", store), rank=rank, world_size=world_size)
-    group = make_group("gloo", store, "transfer", rank, world_size, 300.0)
+    group = make_group(backend, store, "transfer", rank, world_size, 300.0)
     plan = make_plan(shape, TRAINING, ROLLOUT)
     messages = make_messages(plan, bucket_elements=2**23)
     tp_rank = rank - TRAINING.num_ranks
@@ -76,10 +85,15 @@ def work(rank: int, folder: str, shape: ModelShape, repeats: int, results: Queue
     else:
         served = served_parameters(shape, ROLLOUT, tp_rank)
         parameters = {p.name: torch.zeros(p.shape, dtype=DTYPE) for p in served}
+    parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
     totals: Counter[tuple[int, int]] = Counter()
     for message in messages:
         totals[message.sender, message.receiver] += message.num_elements
-    flats = {pair: torch.ones(n, dtype=DTYPE) for pair, n in totals.items() if pair[0] == rank or pair[1] == tp_rank}
+    flats = {
+        pair: torch.ones(n, dtype=DTYPE, device=device)
+        for pair, n in totals.items()
+        if pair[0] == rank or pair[1] == tp_rank
+    }
 
     def raw() -> None:
         works = []
@@ -122,6 +136,8 @@ def work(rank: int, folder: str, shape: ModelShape, repeats: int, results: Queue
         dist.barrier()
         started = time.perf_counter()
         what()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return float(seconds)
@@ -151,19 +167,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backend", choices=["gloo", "nccl", "ipc"], default="gloo")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     results: Queue[dict[str, object]] = context.Queue()
     shape = model_of(arguments.layers)
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = range(TRAINING.num_ranks + ROLLOUT.tp_size)
-        given = [(rank, folder, shape, arguments.repeats, results) for rank in ranks]
-        processes = [context.Process(target=work, args=each) for each in given]
-        for process in processes:
-            process.start()
-        found: dict = results.get(timeout=900)
-        for process in processes:
-            process.join()
+    port = free_port("127.0.0.1")
+    ranks = range(TRAINING.num_ranks + ROLLOUT.tp_size)
+    given = [(rank, port, shape, arguments.repeats, arguments.backend, results) for rank in ranks]
+    processes = [context.Process(target=work, args=each, daemon=True) for each in given]
+    for process in processes:
+        process.start()
+    found: dict = results.get(timeout=900)
+    for process in processes:
+        process.join()
     times = {name: statistics.median(values) for name, values in found["times"].items()}
     gigabytes = found["bytes"] / 1e9
     print(f"{gigabytes:.2f} GB in {found['messages']} messages between 4 trainer ranks and a server of 2")
@@ -176,6 +193,7 @@ def main() -> None:
         "digests_equal": found["equal"],
         "digest_vs_transfer": round(times["digest"] / times["shards"], 3),
         "gigabytes": round(gigabytes, 3),
+        "backend": arguments.backend,
     }
     print(json.dumps(line))
 
