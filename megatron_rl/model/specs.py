@@ -59,8 +59,8 @@ def layer_spec(
 
 
 def _use_own_parts(spec: ModuleSpec, *, is_local: bool, has_experts: bool) -> None:
-    attention = spec.submodules.self_attention
     if is_local:
+        attention = spec.submodules.self_attention
         attention.submodules.core_attention = PackedCausalAttention
         if attention.module is MLASelfAttention:
             attention.module = LatentAttention
