@@ -11,22 +11,22 @@ RUN_STAMP := .venv/.installed-$(PLATFORM)
 SGLANG_STAMP := .venv/.installed-sglang-$(PLATFORM)
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: quickstart sglang test test-parts test-programs lint format bench clean
+.PHONY: quickstart sglang test test-trainer test-servers lint format bench clean
 
 quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(BIN)/python examples/quickstart/run.py --engine $(ENGINE)
 
 sglang: $(SGLANG_STAMP)
 
-# Whole programs mostly wait for each other, so both halves run at the same time, each to its end.
+# Servers mostly wait for each other, so both halves run at the same time, each to its end.
 test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
-	$(MAKE) --jobs=2 --keep-going --output-sync=target test-parts test-programs
+	$(MAKE) --jobs=2 --keep-going --output-sync=target test-trainer test-servers
 
-test-parts:
-	$(BIN)/python -m pytest --durations=15 --ignore=tests/e2e --ignore=tests/servers
+test-trainer:
+	$(BIN)/python -m pytest --durations=15 --ignore=tests/servers
 
-test-programs:
-	$(BIN)/python -m pytest --durations=15 tests/e2e tests/servers
+test-servers:
+	$(BIN)/python -m pytest --durations=15 tests/servers
 
 lint: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(BIN)/ruff check .
