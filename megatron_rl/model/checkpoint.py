@@ -352,12 +352,21 @@ def _as_user_error(path: Path) -> Iterator[None]:
         cause: BaseException = error
         if isinstance(error, CheckpointException) and error.failures:  # what went wrong on the rank where it did
             cause = next(iter(error.failures.values()))[0]
+        why = str(cause)
+        if "No space left" not in why and _is_full(path):  # torch's own writer says only where in the file it stood
+            why = f"No space left on device: {why}"
         raise UserError(
             "exp_manager.exp_dir",
             str(path),
-            f"the checkpoint could not be written ({cause})",
+            f"the checkpoint could not be written ({why})",
             "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes",
         ) from error
+
+
+def _is_full(path: Path) -> bool:
+    """Less than a MB is free where a checkpoint was to be."""
+    there = next((folder for folder in path.parents if folder.is_dir()), None)
+    return there is not None and shutil.disk_usage(there).free < 2**20
 
 
 def _digest(path: Path) -> str:

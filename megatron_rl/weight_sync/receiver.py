@@ -60,6 +60,10 @@ class Channel(Protocol):
         ...
 
 
+JOIN_S = 20.0
+"""All members of a group have said that they are ready: then it takes moments, or one of them has died."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a server rank is told. Travels as a pickle, as everything to this endpoint does."""
@@ -144,13 +148,16 @@ def _receive(model: torch.nn.Module, recipe: Recipe, store: dist.Store, tp_rank:
     if name not in _groups:
         _groups.clear()
         size = recipe.training.num_ranks + recipe.rollout.tp_size
-        _groups[name] = make_group(recipe.backend, store, name, rank, size, recipe.timeout_s)
+        _groups[name] = make_group(recipe.backend, store, name, rank, size, min(JOIN_S, recipe.timeout_s))
     group = _groups[name]
     messages, pieces = _mine(recipe, tp_rank)
     started = time.monotonic()
-    receive_messages(
-        messages, parameters, dtype=recipe.dtype, receive=lambda flat, message: group.recv([flat], message.sender, message.tag)
-    )  # fmt: skip
+    limit = timedelta(seconds=recipe.timeout_s)
+
+    def receive(flat: Tensor, message: Message) -> _Receipt:
+        return _Receipt(group.recv([flat], message.sender, message.tag), limit)
+
+    receive_messages(messages, parameters, dtype=recipe.dtype, receive=receive)
     received = time.monotonic()
     digests = digest_pieces(pieces, parameters, hf_tensors(recipe.shape), dtype=recipe.dtype, is_sender=False)
     return {
@@ -159,6 +166,18 @@ def _receive(model: torch.nn.Module, recipe: Recipe, store: dist.Store, tp_rank:
         "digest_s": time.monotonic() - received,
         "bytes": sum(message.num_elements for message in messages) * recipe.dtype.itemsize,
     }
+
+
+@dataclass(frozen=True)
+class _Receipt:
+    """A message on its way here. The group's own limit is that for joining; a transfer may take longer."""
+
+    work: TimedWork
+    limit: timedelta
+
+    def wait(self) -> None:
+        """Until it is here; raises RuntimeError when the sender is gone or too slow."""
+        self.work.wait(self.limit)
 
 
 def unfitness(parameters: dict[str, Tensor], shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> str | None:

@@ -34,13 +34,11 @@ from megatron_rl.rollout.engine import Delivery
 from megatron_rl.weight_sync.mailbox import BROKEN
 from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, send_messages
 from megatron_rl.weight_sync.plan import Copy, Piece, TrainingLayout, make_plan
-from megatron_rl.weight_sync.receiver import Channel, Recipe, TimedWork, decode, make_group
+from megatron_rl.weight_sync.receiver import JOIN_S, Channel, Recipe, TimedWork, decode, make_group
 from megatron_rl.weight_sync.served import RolloutLayout
 
 LOOK_S = 0.01
 """How often rank 0 looks whether somebody has answered."""
-JOIN_S = 60.0
-"""All members of a group have said that they are ready: then it takes moments, or one of them has died."""
 
 
 @dataclass(frozen=True)
