@@ -102,8 +102,9 @@ def publish_once(case: Case, url: str, is_fatal: bool) -> float:
 
     shards._Link.send = die  # type: ignore[method-assign]
     sync.publish(engine, version=1)
+    proven = engine.metrics()["weight_sync/servers_proven"]
     engine.close()
-    return engine.metrics()["weight_sync/servers_proven"]
+    return proven
 
 
 def get(url: str, path: str) -> Any:
