@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.config import Config
 from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.table import hf_tensors, plain_name
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import iterate_hf_tensors, named_parameters
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
@@ -87,6 +87,12 @@ def served_overrides(config: Config, shape: ModelShape) -> dict[str, Any]:
     return {"quantization_config": quantization_config(hf_tensors(shape), fmt)}
 
 
+def shards_of(policy: Policy) -> dict[str, Tensor]:
+    """This rank's weights as they are now, by the table's names, whatever Transformer Engine calls a fused norm or an expert."""
+    named = named_parameters(policy.chunks, policy.shape, policy.groups)
+    return {plain_name(name): tensor.detach() for name, tensor in named}
+
+
 def _shard_sender(config: Config, policy: Policy) -> ShardSender | None:
     """None where the config rules shards out."""
     groups, servers, sync = policy.groups, config.rollout.servers, config.weight_sync
@@ -99,7 +105,7 @@ def _shard_sender(config: Config, policy: Policy) -> ShardSender | None:
         backend = "ipc" if servers.placement == "colocated" else "nccl"
     hosts = [str(urlsplit(url).hostname) for url in servers.urls or ()]
     return ShardSender(
-        lambda: {name: tensor.detach() for name, tensor in named_parameters(policy.chunks, policy.shape, groups)},
+        lambda: shards_of(policy),
         policy.shape,
         training_layout(config, policy.shape),
         Meeting(

@@ -141,8 +141,8 @@ def as_trainer(model: Path, training: dict, servers: Servers, script: Script, ba
     """On each trainer rank: build the policy and its sender, and follow the script."""
     import torch.distributed as dist
 
-    from megatron_rl.model.weights import named_parameters
     from megatron_rl.weight_sync.layouts import training_layout
+    from megatron_rl.weight_sync.publish import shards_of
     from megatron_rl.weight_sync.shards import Meeting, ShardSender
 
     config = tiny_config(
@@ -150,7 +150,7 @@ def as_trainer(model: Path, training: dict, servers: Servers, script: Script, ba
     )
     policy = build_policy(config)
     sender = ShardSender(
-        lambda: {name: p.detach() for name, p in named_parameters(policy.chunks, policy.shape, policy.groups)},
+        lambda: shards_of(policy),
         policy.shape,
         training_layout(config, policy.shape),
         Meeting("127.0.0.1", backend, timeout_s=20.0, bucket_bytes=BUCKET_BYTES),
@@ -239,6 +239,36 @@ def test_servers_hold_what_the_checkpoint_says(
                     for part in parameter.parts:
                         mine = held[parameter.name][box(part.start, part.size)]
                         assert torch.equal(mine, factor * checkpoint[part.hf_name][box(part.hf_start, part.size)])
+
+
+def under_fused_names(policy, sender, send, servers) -> Delivery:  # type: ignore[no-untyped-def]
+    """Transformer Engine is not here, but its names are."""
+    from megatron_rl.weight_sync import publish
+
+    honest = publish.named_parameters
+    fused = {
+        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    }
+
+    def named(*arguments: object) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in honest(*arguments):  # type: ignore[arg-type]
+            for plain, other in fused.items():
+                name = name.replace(plain, other) if name.endswith(plain) else name
+            yield name, tensor
+
+    publish.named_parameters = named  # type: ignore[assignment]
+    assert any("linear_fc1.layer_norm_weight" in name for name, _ in named(policy.chunks, policy.shape, policy.groups))
+    return send(0)[0]
+
+
+def test_fused_norms_are_sent_under_their_own_names(
+    models: Callable[..., Path], servers: Callable[..., Servers]
+) -> None:
+    model = models("qwen3", tied=False)
+    receivers = servers(model, RolloutLayout(1, 2))
+    for delivery in run_ranks(as_trainer, 2, model, {"tp": 2}, receivers, under_fused_names):
+        assert delivery.state == "proven"
 
 
 def with_a_flipped_bit(policy, sender, send, servers) -> list:  # type: ignore[no-untyped-def]

@@ -20,7 +20,10 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a coroutine."""
+        """Start a coroutine. RuntimeError once closed: nobody would ever run it."""
+        if not self.is_running:
+            work.close()
+            raise RuntimeError("the engine is closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
