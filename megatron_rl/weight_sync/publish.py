@@ -88,7 +88,7 @@ def served_overrides(config: Config, shape: ModelShape) -> dict[str, Any]:
 
 
 def shards_of(policy: Policy) -> dict[str, Tensor]:
-    """This rank's weights as they are now, by the table's names, whatever Transformer Engine calls a fused norm or an expert."""
+    """This rank's weights as they are now, by the table's names: Transformer Engine calls fused norms and experts otherwise."""
     named = named_parameters(policy.chunks, policy.shape, policy.groups)
     return {plain_name(name): tensor.detach() for name, tensor in named}
 
