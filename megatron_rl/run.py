@@ -302,7 +302,8 @@ class Run:
         dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
         engine: RolloutEngine
         if rollout.engine == "sglang":
-            from megatron_rl.rollout.sglang.engine import ServedModel, SGLangEngine  # needs aiohttp
+            from megatron_rl.rollout.sglang.driver import ServedModel  # needs aiohttp
+            from megatron_rl.rollout.sglang.engine import SGLangEngine
 
             self._check_kv_pool()
             replay = self.config.policy.router_replay

@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_rl.config import load_config
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.rollout.engine import WeightSource
-from megatron_rl.rollout.sglang.engine import ServedModel, SGLangEngine
+from megatron_rl.rollout.sglang.driver import ServedModel
+from megatron_rl.rollout.sglang.engine import SGLangEngine
 from megatron_rl.rollout.transformers_engine import TransformersEngine
 from tests.e2e.conftest import Case
 

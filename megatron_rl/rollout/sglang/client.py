@@ -97,7 +97,7 @@ class SGLangClient:
 
         A server that is not idle dies of this, so nobody else may ask it for anything meanwhile, not even for its health.
         """
-        await self._flush_cache(timeout_s)
+        await self._flush_cache(timeout_s, patience_s=timeout_s)
         await self._post("/release_memory_occupation", {}, timeout_s)
 
     async def resume_memory(self, timeout_s: float) -> None:
@@ -147,16 +147,21 @@ class SGLangClient:
         """Drop what the old weights have cached, stamp the new version, go on, and see that the stamp holds."""
         if adapter.has_update_session:
             await self._post("/end_weight_update", {}, timeout_s)
-        if pause_mode != "in_place":  # there, the paused requests still need the cache
-            await self._flush_cache(timeout_s)
+        try:
+            await self._flush_cache(timeout_s, patience_s=0.0 if pause_mode == "in_place" else timeout_s)
+        except Refused:
+            if (
+                pause_mode != "in_place"
+            ):  # there, requests paused under way still need the cache, and the server keeps it
+                raise
         await self._stamp(str(version), timeout_s)
         await self._post("/continue_generation", {}, timeout_s)
         if (stamp := await self.weight_version(timeout_s)) != str(version):
             raise Refused(f"{self.url} says its weights are version {stamp} after an update to {version}")
 
-    async def _flush_cache(self, timeout_s: float) -> None:
+    async def _flush_cache(self, timeout_s: float, *, patience_s: float) -> None:
         """Drop all cached prefixes. A server refuses while something is under way, so this waits until it is idle."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patience_s
         while True:
             try:
                 await self._post("/flush_cache", {}, timeout_s)

@@ -1,0 +1,269 @@
+"""Rank 0's side of the engine: the event loop, and the fleet, dispatch and router that live in it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch
+from torch import Tensor
+
+from megatron_rl.config import Config
+from megatron_rl.convert.shape import ARCHITECTURES, ModelShape, read_shape
+from megatron_rl.errors import UserError
+from megatron_rl.parallel.agree import error_to_json
+from megatron_rl.rollout.engine import Delivery
+from megatron_rl.rollout.sglang.client import Refused, SGLangClient, serialize
+from megatron_rl.rollout.sglang.dispatch import Dispatch
+from megatron_rl.rollout.sglang.fleet import Fleet, Server
+from megatron_rl.rollout.sglang.loop import LoopThread
+from megatron_rl.rollout.sglang.router import Router
+from megatron_rl.types import Completion, Request
+
+MEET_S = 1.0
+"""How often the ranks meet while the servers work."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a server must serve."""
+
+    path: Path
+    shape: ModelShape
+    dtype: torch.dtype
+    stop_ids: tuple[int, ...]
+    records_experts: bool = False
+    """Completions say which experts were chosen."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of config.json that servers read otherwise than they stand there, such as ``quantization_config``."""
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """Layers, and experts of each that a token is sent to, where completions tell them."""
+        return (self.shape.num_layers, self.shape.num_experts_per_tok) if self.records_experts else None
+
+
+class Driver:
+    """Rank 0's side: the event loop and what lives in it. Its methods are called from the rank's main thread."""
+
+    def __init__(
+        self, config: Config, model: ServedModel, urls: Sequence[str], logs: Sequence[str], *, admin_key: str | None
+    ) -> None:
+        self._config, self._model = config, model
+        servers = config.rollout.servers
+        self._loop = LoopThread()
+        self._router: Router | None = None
+        if servers.use_router and len(urls) > 1:
+            log = config.exp_manager.run_dir / "logs" / "router.log"
+            self._router = Router(
+                log, request_timeout_s=servers.request_timeout_s, health_timeout_s=servers.health_timeout_s
+            )
+        try:
+            self.fleet, self.dispatch = self._loop.run(self._build(urls, logs, admin_key))
+        except UserError:
+            self.close()
+            raise
+
+    async def _build(self, urls: Sequence[str], logs: Sequence[str], admin_key: str | None) -> tuple[Fleet, Dispatch]:
+        # The limits are ours: in flight per server in the fleet, deadlines per request.
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        servers = [
+            Server(index, SGLangClient(url, self._session, admin_key=admin_key), Path(logs[index]) if logs else None)
+            for index, url in enumerate(urls)
+        ]
+        fleet = Fleet(servers, self._config.rollout.servers, self._config.weight_sync, check=self._check)
+        if self._router is not None:
+            await self._router.connect(self._session)
+            fleet.on_serving.append(self._router.add)
+            fleet.on_down.append(self._router.remove)
+        fleet.start()
+        return fleet, Dispatch(
+            fleet,
+            stop_ids=self._model.stop_ids,
+            experts=self._model.experts,
+            router=self._way_in,
+        )
+
+    def _way_in(self) -> SGLangClient | None:
+        if self._router is None:
+            return None
+        if self._router.is_lost():
+            self.fleet.counts["router_lost"] += 1
+            return None
+        return self._router.client
+
+    def _check(self, server: Server, info: dict[str, Any]) -> None:
+        shape, architectures = self._model.shape, info.get("architectures")
+        if architectures != [ARCHITECTURES[shape.family]]:
+            raise UserError(
+                "rollout.servers.urls",
+                server.client.url,
+                f"serves {architectures}, the policy is a {ARCHITECTURES[shape.family]}",
+                "start the server with the model of policy.model_path",
+            )
+        # Where we cannot read the server's folder, a model of another size is found when it refuses the weights.
+        folder = Path(str(info.get("model_path")))
+        if (folder / "config.json").is_file() and read_shape(folder) != shape:
+            raise UserError(
+                "rollout.servers.urls",
+                server.client.url,
+                f"serves another model ({folder}) than policy.model_path ({self._model.path})",
+                "start the server with the model of policy.model_path",
+            )
+        if self._model.records_experts and not info.get("enable_return_routed_experts"):
+            raise UserError(
+                "rollout.servers.urls",
+                server.client.url,
+                "does not say which experts it chose, which policy.router_replay needs",
+                "start the server with --enable-return-routed-experts",
+            )
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        if self._config.rollout.servers.urls is not None and info.get("dtype") != dtype:
+            raise UserError(
+                "rollout.servers.urls",
+                server.client.url,
+                f"computes in {info.get('dtype')}, the policy in {dtype}",
+                f"start the server with --dtype {dtype}",
+            )
+
+    # ---- generation
+
+    def start(
+        self, requests: Sequence[Request], *, group_size: int, num_groups: int
+    ) -> Future[list[Completion | None]]:
+        """Begin to complete requests."""
+        return self._loop.submit(self.dispatch.run(requests, group_size=group_size, num_groups=num_groups))
+
+    def verdict(self, future: Future[Any] | None) -> dict[str, Any]:
+        """What rank 0 brings to a meeting, after waiting a little for something to tell."""
+        deadline = time.monotonic() + MEET_S
+        while True:
+            error = self.fleet.failure
+            if future is not None and future.done() and future.exception() is not None:
+                failure = future.exception()
+                if not isinstance(failure, UserError):
+                    raise RuntimeError("generation failed") from failure
+                error = error or failure
+            stale = [server.index for server in self._loop.call(self.fleet.stale)]
+            is_serving = bool(self._loop.call(self.fleet.serving))
+            is_done = future.done() if future is not None else is_serving and not self._is_one_still_starting()
+            if error or stale or is_done or time.monotonic() > deadline:
+                state = "wait" if not is_done else "done" if future is not None else "serving"
+                return {"error": error_to_json(error), "stale": stale, "state": state}
+            if future is not None:
+                wait([future], timeout=0.1)
+            else:
+                time.sleep(0.1)
+
+    def _is_one_still_starting(self) -> bool:
+        """At the very start, all servers are waited for: a run that begins with a part of them hides a mistake."""
+        return not all(server.is_known for server in self.fleet.servers)
+
+    # ---- weights
+
+    def withdraw(self, version: int) -> None:
+        """See ``Fleet``."""
+        self._loop.run(self.fleet.withdraw(version))
+
+    def begin_update(self, targets: Sequence[int]) -> UserError | None:
+        """See ``Fleet``; a refusal comes back as an error."""
+        return self._attempt(self.fleet.begin_update(self._servers(targets)))
+
+    def send(self, targets: Sequence[int], bucket: Sequence[tuple[str, Tensor]]) -> UserError | None:
+        """See ``Fleet``."""
+        return self._attempt(self.fleet.send(self._servers(targets), serialize(bucket)))
+
+    def load_checkpoint(self, targets: Sequence[int], path: str) -> UserError | None:
+        """See ``Fleet``."""
+        return self._attempt(self.fleet.load_checkpoint(self._servers(targets), path))
+
+    def choose(self, targets: Sequence[int]) -> dict[str, Any]:
+        """See ``SGLangEngine._choose``."""
+        servers = self.fleet.servers
+        sizes = {(s.tensor_parallel_size, s.expert_parallel_size) for s in servers if s.takes_shards}
+        tp_size, ep_size = min(sizes, default=(1, 1))
+        there = [server for server in self._servers(targets) if server.state != "down"]
+        fit = [
+            s.index
+            for s in there
+            if s.takes_shards and (s.tensor_parallel_size, s.expert_parallel_size) == (tp_size, ep_size)
+        ]
+        return {
+            "fit": fit,
+            "whole": [server.index for server in there if server.index not in fit],
+            "sizes": {"num_servers": len(servers), "tp_size": tp_size, "ep_size": ep_size},
+        }
+
+    def hand_over(self, target: int, payload: bytes) -> Future[str | None]:
+        """See ``Fleet``."""
+        tensor = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        return self._loop.submit(self.fleet.hand_over(self.fleet.servers[target], serialize([("recipe", tensor)])))
+
+    def note_deliveries(self, deliveries: Mapping[int, Delivery]) -> None:
+        """Count and remember what did not go well."""
+        for server, delivery in deliveries.items():
+            if delivery.state == "unfit":
+                self.fleet.servers[server].takes_shards = False
+            if delivery.state != "proven":
+                self.fleet.counts[f"sync_{delivery.state}"] += 1
+                logger.warning("weights to server %d: %s (%s)", server, delivery.state, delivery.detail)
+
+    def end_update(self, targets: Sequence[int]) -> UserError | None:
+        """See ``Fleet``."""
+        return self._attempt(self.fleet.end_update(self._servers(targets)))
+
+    def release_memory(self) -> UserError | None:
+        """See ``Fleet``."""
+        return self._attempt(self.fleet.release_memory(), "release of memory")
+
+    def resume_memory(self) -> UserError | None:
+        """See ``Fleet``."""
+        return self._attempt(self.fleet.resume_memory(), "resumption of memory")
+
+    def _servers(self, indices: Sequence[int]) -> list[Server]:
+        return [self.fleet.servers[index] for index in indices]
+
+    def _attempt(self, work: Any, what: str = "a weight update") -> UserError | None:
+        try:
+            self._loop.run(work)
+        except Refused as error:
+            return UserError(
+                "rollout.engine",
+                "sglang",
+                f"{what} was refused ({error})",
+                "see the server's log; the server must serve the model of policy.model_path",
+            )
+        return None
+
+    # ---- the rest
+
+    def take_counts(self) -> dict[str, int]:
+        """Mended failures since the last call."""
+
+        def take() -> dict[str, int]:
+            counts = dict(self.fleet.counts)
+            self.fleet.counts.clear()
+            return counts
+
+        return self._loop.call(take)
+
+    def close(self) -> None:
+        """Stop the router and the loop. Harmless when repeated."""
+        if self._router is not None:
+            self._router.close()
+        if self._loop.is_running:
+            if self._router is not None:
+                self._loop.run(self._router.stop_watching())
+            if hasattr(self, "fleet"):
+                self._loop.run(self.fleet.stop())
+            self._loop.run(self._session.close())
+            self._loop.close()
