@@ -6,10 +6,12 @@ import importlib
 
 from megatron_rl.errors import UserError
 from megatron_rl.tasks.base import Task
+from megatron_rl.tasks.five_styles import FiveStyles
 from megatron_rl.tasks.gsm8k import Gsm8k
 from megatron_rl.tasks.word_problems import WordProblems
 
 TASKS: dict[str, Task] = {
+    "five_styles": FiveStyles(),
     "gsm8k": Gsm8k(),
     "word_problems": WordProblems(),
 }

@@ -82,6 +82,29 @@ def read_rows(
         raise UserError(str(path), None, "has no row", "give a file with one JSON object a line")
 
 
+def copy_rows(problems: Sequence[Problem], target: Path) -> None:
+    """Write the rows that problems were read from, as they stand there, to another ``.jsonl`` file: whole or not at all.
+
+    Raises:
+        UserError: a file cannot be read, or the other not be written.
+    """
+    wanted: dict[str, set[int]] = {}
+    for problem in problems:
+        path, _, line = problem.source.rpartition(":")
+        wanted.setdefault(path, set()).add(int(line))
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for path, numbers in wanted.items():
+                for number, line in enumerate(_lines(Path(path)), start=1):
+                    if number in numbers:
+                        file.write(line.rstrip("\r\n") + "\n")
+        temporary.replace(target)
+    except OSError as error:
+        rule = f"could not be written ({error.strerror})"
+        raise UserError(str(target), None, rule, "free some disk space and give the same command again") from error
+
+
 def fill_template(template: str, question: str) -> str:
     r"""Put the question in place of ``{question}``; other braces, as in ``\boxed{}``, stay as they are."""
     return template.replace("{question}", question)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rl.errors import UserError
-from megatron_rl.rewards.math import score_math
+from megatron_rl.rewards.math import TAIL_CHARS, find_marked_answer, score_math
 from megatron_rl.tasks.base import check_template, fill_template, problem_id, read_rows, shorten, unique_problems
 from megatron_rl.types import Problem, Score
 
@@ -21,6 +21,11 @@ ANSWER_MARK = "####"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 """``48/2 = <<48/2=24>>24``: a trace of the calculator that the data's authors used."""
 _NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
+_NUMBER_IN_TEXT = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
+_DECORATION = re.compile(r"\\[,;:! $]|\{,\}|[\s$,*]|\.$")
+_DECIMAL = re.compile(r"(?P<sign>[+-]?)(?=\.?\d)(?P<whole>\d*)(?:\.(?P<fraction>\d*))?", re.ASCII)
+MAX_ANSWER_CHARS = 64
+"""Of ``Score.answer``; a broken model may write 5,000 digits."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,32 @@ class Gsm8k:
 
     def score(self, answer: str, response: str) -> Score:
         """1.0 for an answer equal to the reference."""
-        return score_math(answer, response)
+        score = score_math(answer, response)
+        return replace(score, answer=_normal_answer(answer, response, score))
+
+
+def _normal_answer(reference: str, response: str, score: Score) -> str:
+    """A right answer is the reference, however it was written; where no answer is marked, a wrong one is the last number."""
+    if score.reason == "no answer":
+        return ""
+    if score.reward > 0:
+        return _normal_form(reference)
+    marked = find_marked_answer(response)
+    if marked is None:
+        numbers = _NUMBER_IN_TEXT.findall(response[-TAIL_CHARS:])
+        marked = numbers[-1] if numbers else ""
+    return _normal_form(marked)
+
+
+def _normal_form(text: str) -> str:
+    """``$1,072.50`` -> ``1072.5``, ``007`` -> ``7``; what is no number stays, without blanks. At most MAX_ANSWER_CHARS."""
+    text = _DECORATION.sub("", text[:TAIL_CHARS].replace("\N{MINUS SIGN}", "-"))
+    match = _DECIMAL.fullmatch(text)
+    if match:
+        whole, fraction = match["whole"].lstrip("0") or "0", (match["fraction"] or "").rstrip("0")
+        text = f"{whole}.{fraction}".rstrip(".")
+        text = "-" + text if match["sign"] == "-" and text != "0" else text
+    return text[:MAX_ANSWER_CHARS]
 
 
 def _split_answer(text: str, source: str) -> tuple[str, str]:

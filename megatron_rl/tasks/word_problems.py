@@ -48,6 +48,8 @@ MAX_FRUITLESS_TRIES = 20_000
 _PHRASES = {"+": "{name} has {number} more than {other} .", "-": "{name} has {number} fewer than {other} .",
             "*": "{name} has {number} times as many as {other} ."}  # fmt: skip
 _FINAL_NUMBER = re.compile(r"-?\d(?: ?\d)*")
+MAX_ANSWER_CHARS = 64
+"""Of ``Score.answer``; a broken model may write 5,000 digits."""
 
 
 @dataclass(frozen=True)
@@ -308,9 +310,13 @@ class WordProblems:
         number = rest.strip()
         if not mark or not _FINAL_NUMBER.fullmatch(number):
             return Score(0.0, {"correct": 0.0, "format": 0.0}, "no answer")
-        is_correct = _digits(number) == _digits(answer)
+        given = _digits(number)
+        is_correct = given == _digits(answer)
         return Score(
-            float(is_correct), {"correct": float(is_correct), "format": 1.0}, "correct" if is_correct else "wrong"
+            float(is_correct),
+            {"correct": float(is_correct), "format": 1.0},
+            "correct" if is_correct else "wrong",
+            answer=given[:MAX_ANSWER_CHARS],
         )
 
 

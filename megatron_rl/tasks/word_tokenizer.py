@@ -1,4 +1,4 @@
-"""The directory of a tiny model for word problems: a word-level tokenizer and a Qwen3 ``config.json``, no weights.
+"""The directory of a tiny model for generated tasks: a word-level tokenizer and a Qwen3 ``config.json``, no weights.
 
 One token a word, sign or digit. Decoding joins the digits of a number, so ``#### 36`` comes back as it was written.
 
@@ -10,6 +10,7 @@ rules, and most of them would vanish without an error.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +24,22 @@ if TYPE_CHECKING:
 PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
 WORDS = ("has", "more", "fewer", "than", "times", "as", "many", "How", "+", "-", "*", "=", ".", "?", ANSWER_MARK)
 VOCABULARY = (PAD, END, UNKNOWN, *"0123456789", *WORDS, *NAMES)
-"""48 entries: an even share for 2, 4, 8 or 16 tensor-parallel ranks."""
+"""Of word problems. 48 entries: an even share for 2, 4, 8 or 16 tensor-parallel ranks."""
 
 
-def build_tokenizer() -> Tokenizer:
-    """Split at spaces and between digits, then look up."""
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> Tokenizer:
+    """Split at spaces and between digits, then look up.
+
+    Args:
+        vocabulary: tokens in the order of their ids: ``PAD``, ``END`` and ``UNKNOWN``, the ten digits, words and signs.
+
+    Raises:
+        UserError: a token occurs twice, or one that every vocabulary has is missing.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    _check_vocabulary(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, END, UNKNOWN)])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
@@ -46,10 +55,21 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(directory: Path) -> None:
+def _check_vocabulary(vocabulary: Sequence[str]) -> None:
+    """A repeated token would leave an id without one, and a missing digit would read as ``UNKNOWN``, without an error."""
+    missing = sorted({PAD, END, UNKNOWN, *"0123456789"} - set(vocabulary))
+    if missing:
+        raise UserError("vocabulary", missing, "must hold pad, end, unknown and the digits", "add what is missing")
+    if len(set(vocabulary)) < len(vocabulary):
+        repeated = sorted({token for token in vocabulary if vocabulary.count(token) > 1})
+        raise UserError("vocabulary", repeated, "occur more than once", "name each token once")
+
+
+def save_tokenizer(directory: Path, vocabulary: Sequence[str] = VOCABULARY) -> None:
     """Write the files that ``AutoTokenizer.from_pretrained`` reads."""
+    tokenizer = build_tokenizer(vocabulary)
     directory.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(directory / "tokenizer.json"))
+    tokenizer.save(str(directory / "tokenizer.json"))
     _write_json(
         directory / "tokenizer_config.json",
         {
@@ -92,9 +112,9 @@ class ModelSize:
             )
 
 
-def save_model(directory: Path, size: ModelSize) -> None:
+def save_model(directory: Path, size: ModelSize, vocabulary: Sequence[str] = VOCABULARY) -> None:
     """Write tokenizer and ``config.json``, in the spelling of the published Qwen3 checkpoints; no weights."""
-    save_tokenizer(directory)
+    save_tokenizer(directory, vocabulary)
     _write_json(
         directory / "config.json",
         {
@@ -109,7 +129,7 @@ def save_model(directory: Path, size: ModelSize) -> None:
             "attention_bias": False,
             "tie_word_embeddings": size.is_tied,
             "max_position_embeddings": size.max_positions,
-            "vocab_size": len(VOCABULARY),
+            "vocab_size": len(vocabulary),
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
             "rope_theta": 10000.0,
@@ -118,8 +138,8 @@ def save_model(directory: Path, size: ModelSize) -> None:
             "use_sliding_window": False,
             "torch_dtype": "float32",
             "bos_token_id": None,
-            "eos_token_id": VOCABULARY.index(END),
-            "pad_token_id": VOCABULARY.index(PAD),
+            "eos_token_id": vocabulary.index(END),
+            "pad_token_id": vocabulary.index(PAD),
         },
     )
 
