@@ -1,4 +1,4 @@
-"""One picture of a run: reward, accuracy, entropy and response length over steps."""
+"""One picture of a run: reward, accuracy, entropy and response length over steps; and diversity, where it was measured."""
 
 from __future__ import annotations
 
@@ -16,15 +16,27 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD, Row, read_metrics, write_atomic
 
 LINE, NOTE = "#2563a8", "#6b7280"
-EVAL_STYLES = (("#c2410c", "o"), ("#15803d", "s"), ("#7e22ce", "^"), ("#a16207", "D"), ("#0e7490", "v"))
+EVAL_STYLES = (
+    ("#c2410c", "o"), ("#15803d", "s"), ("#7e22ce", "^"), ("#a16207", "D"), ("#0e7490", "v"),
+    ("#be185d", "P"), ("#475569", "X"),
+)  # fmt: skip
 """Colour and marker of greedy, then of each pass@k: told apart in print and by the colour-blind as well."""
+DIVERSITY = {
+    "keep_rate_greedy": "still solved (greedy)",
+    "explore_rate_greedy": "newly solved (greedy)",
+    "keep_rate_any": "still solved (any sample)",
+    "explore_rate_any": "newly solved (any sample)",
+    "styles_ge_3": "3 styles or more",
+}
+"""What the diversity panel shows, and its legend; a run with none of these has no third row."""
 
 
 def plot_curves(metrics_jsonl: Path, png: Path, *, title: str | None = None) -> None:
     """Draw the curves of a run. A short, torn or missing file gives emptier panels, never an error.
 
     The faint line is the metric, the strong one its running mean (``smooth``). Points in the accuracy panel are
-    evaluations on held-out problems: greedy, and each pass@k that was measured.
+    evaluations on held-out problems: greedy, and each pass@k that was measured. Runs with a metric of ``DIVERSITY`` get a
+    third row: pass@k over k, a line for each evaluation, and those metrics over steps.
 
     Args:
         png: the picture; replaced atomically, so it can be redrawn while somebody looks at it.
@@ -32,16 +44,22 @@ def plot_curves(metrics_jsonl: Path, png: Path, *, title: str | None = None) -> 
     """
     rows = read_metrics(metrics_jsonl) if metrics_jsonl.is_file() else []
     # A Figure of its own, not pyplot: no global state, no display, and a notebook's backend stays as it is.
-    figure = Figure(figsize=(11, 7), dpi=130, layout="constrained")
+    has_diversity = any(EVAL_PREFIX + name in row for row in rows for name in DIVERSITY)
+    num_panel_rows = 3 if has_diversity else 2
+    figure = Figure(figsize=(11, 3.5 * num_panel_rows), dpi=130, layout="constrained")
     figure.suptitle(metrics_jsonl.absolute().parent.name if title is None else title, fontsize=14, fontweight="bold")
-    (reward, accuracy), (entropy, length) = figure.subplots(2, 2)
+    panels = figure.subplots(num_panel_rows, 2)
+    (reward, accuracy), (entropy, length) = panels[:2]
     _line(reward, rows, REWARD, "Reward", "mean reward")
     _line(accuracy, rows, PASS_1, "Accuracy", "solved", label="train pass@1")
     _evaluations(accuracy, rows)
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     _line(entropy, rows, ENTROPY, "Entropy", "nats per token")
     _line(length, rows, LENGTH, "Response length", "tokens")
-    for panel in (reward, accuracy, entropy, length):
+    if has_diversity:
+        _pass_at_k(panels[2][0], rows)
+        _diversity(panels[2][1], rows)
+    for panel in panels.flat:
         if not panel.lines:
             panel.set(xticks=[], yticks=[])
             panel.text(0.5, 0.5, "not in the metrics", transform=panel.transAxes, ha="center", va="center", color=NOTE)
@@ -73,12 +91,16 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _line(panel: Axes, rows: Sequence[Row], key: str, title: str, unit: str, *, label: str | None = None) -> None:
+def _dress(panel: Axes, title: str, unit: str) -> None:
     panel.set_title(title, fontsize=12)
     panel.set(xlabel="training step", ylabel=unit)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _line(panel: Axes, rows: Sequence[Row], key: str, title: str, unit: str, *, label: str | None = None) -> None:
+    _dress(panel, title, unit)
     steps, values = _series(rows, key)
     if len(steps) >= 5:  # with fewer points a mean says nothing that the points do not
         panel.plot(steps, values, color=LINE, alpha=0.3, linewidth=1)
@@ -91,10 +113,53 @@ def _evaluations(panel: Axes, rows: Sequence[Row]) -> None:
     keys = {key for row in rows for key in row if re.fullmatch(rf"{EVAL_PREFIX}pass@\d+", key)}
     ordered = [f"{EVAL_PREFIX}greedy", *sorted(keys, key=lambda key: int(key.split("@")[1]))]
     for i, key in enumerate(ordered):
-        steps, values = _series(rows, key)
-        if steps:
-            colour, marker = EVAL_STYLES[i % len(EVAL_STYLES)]
-            label = "eval " + key.removeprefix(EVAL_PREFIX)
-            panel.plot(steps, values, f"{marker}:", color=colour, markersize=6, linewidth=1.2, label=label)
+        _points(panel, *_series(rows, key), i, label="eval " + key.removeprefix(EVAL_PREFIX))
+    _legend(panel)
+
+
+def _points(panel: Axes, x: Sequence[float], y: Sequence[float], number: int, *, label: str | None) -> None:
+    if x:
+        colour, marker = EVAL_STYLES[number % len(EVAL_STYLES)]
+        panel.plot(x, y, f"{marker}:", color=colour, markersize=6, linewidth=1.2, label=label)
+
+
+def _legend(panel: Axes) -> None:
     if panel.lines:
         panel.legend(fontsize=9, framealpha=0.8)
+
+
+def _pass_at_k(panel: Axes, rows: Sequence[Row]) -> None:
+    """One line an evaluation with two k or more: the first and the last stand out, those between are faint."""
+    _dress(panel, "pass@k", "solved")
+    lines = [(row["step"], line) for row in rows if len(line := _pass_at_k_of(row)) > 1]
+    for i, (step, line) in enumerate(lines):
+        if 0 < i < len(lines) - 1:
+            panel.plot(list(line), list(line.values()), color=NOTE, alpha=0.4, linewidth=1)
+        else:
+            _points(panel, list(line), list(line.values()), min(i, 1), label=f"step {step}")
+    ticks = sorted({k for _, line in lines for k in line})
+    if ticks:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [str(k) for k in ticks])
+        panel.minorticks_off()
+    panel.set_xlabel("k samples")
+    panel.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    _legend(panel)
+
+
+def _pass_at_k_of(row: Row) -> dict[int, float]:
+    """By k, ascending."""
+    found = [(re.fullmatch(rf"{EVAL_PREFIX}pass@(\d+)", key), value) for key, value in row.items()]
+    return dict(sorted((int(match[1]), value) for match, value in found if match and _is_finite(value)))
+
+
+def _diversity(panel: Axes, rows: Sequence[Row]) -> None:
+    """Only of evaluations with the most samples a problem: fewer find fewer styles, whatever the weights."""
+    _dress(panel, "Diversity", "share of problems")
+    drawn = [key for row in rows for key in row if re.fullmatch(rf"{EVAL_PREFIX}avg@\d+", key)]
+    most = max(drawn, key=lambda key: int(key.split("@")[1]), default=None)
+    for i, (name, label) in enumerate(DIVERSITY.items()):
+        alike = rows if name.endswith("_greedy") else [row for row in rows if most is None or most in row]
+        _points(panel, *_series(alike, EVAL_PREFIX + name), i, label=label)
+    panel.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    _legend(panel)

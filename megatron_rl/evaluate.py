@@ -1,15 +1,69 @@
-"""Accuracy on held-out problems: unbiased pass@k and avg@k from samples, and greedy."""
+"""Held-out problems: unbiased pass@k and avg@k from samples, greedy accuracy, and how diverse the samples are.
+
+prompts -> Evaluator.evaluate -> Evaluation -- metrics --> the row of the step
+                                            -- results --> eval/step_00000000.json, problem by problem
+results of step 0, or of another run (``eval.baseline``)  --> keep_and_explore_rates of later steps
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_rl.config.schema import EvalConfig
+from megatron_rl.diversity import answer_metrics, keep_and_explore, style_metrics
+from megatron_rl.errors import UserError
+from megatron_rl.metrics.rows import EVAL_PREFIX, write_atomic
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rewards.pass_at_k import pass_at_k
 from megatron_rl.rollout.collect import Collector, Sampling
 from megatron_rl.types import Prompt, RolloutGroup
+
+
+@dataclass(frozen=True)
+class ProblemResult:
+    """How one problem went."""
+
+    problem_id: str
+    num_correct: int
+    """Right ones among the samples."""
+    is_greedy_correct: bool | None
+    """None where there was no greedy decoding."""
+
+
+@dataclass(frozen=True)
+class EvalResults:
+    """An evaluation problem by problem, and how it was sampled."""
+
+    step: int
+    num_samples: int
+    """Per problem."""
+    temperature: float
+    top_p: float
+    problems: list[ProblemResult]
+
+    @property
+    def solved_by_any(self) -> dict[str, bool]:
+        """By problem id: at least one of the samples is right."""
+        return {problem.problem_id: problem.num_correct > 0 for problem in self.problems}
+
+    @property
+    def solved_greedily(self) -> dict[str, bool]:
+        """By problem id; empty where there was no greedy decoding."""
+        return {p.problem_id: p.is_greedy_correct for p in self.problems if p.is_greedy_correct is not None}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``Evaluator.evaluate`` found."""
+
+    metrics: dict[str, float]
+    """``eval/...``, for the row of the step."""
+    results: EvalResults
 
 
 @dataclass(frozen=True)
@@ -20,7 +74,7 @@ class Evaluator:
     config: EvalConfig
     max_new_tokens: int
 
-    def evaluate(self, collector: Collector, *, step: int, num_samples: int) -> dict[str, float]:
+    def evaluate(self, collector: Collector, *, step: int, num_samples: int) -> Evaluation:
         """Sample, score, count. A collective.
 
         Args:
@@ -29,7 +83,8 @@ class Evaluator:
             num_samples: per problem; values of k above it are left out.
 
         Returns:
-            ``eval/greedy``, ``eval/pass@k`` for each k, ``eval/avg@n``, ``eval/response_length``, shares in [0, 1].
+            Metrics ``eval/greedy``, ``eval/pass@k`` for each k, ``eval/avg@n``, shares in [0, 1]; ``eval/response_length``;
+            and those of ``answer_metrics`` and ``style_metrics``. Results of each problem in the order of the prompts.
         """
         config = self.config
         sampled = collector.collect(
@@ -40,21 +95,123 @@ class Evaluator:
         )
         correct = [sum(is_correct(r.score) for r in group.rollouts) for group in sampled]
         metrics = {
-            f"eval/pass@{k}": _mean([pass_at_k(num_samples, c, k) for c in correct])
-            for k in config.k_values
-            if k <= num_samples
+            f"pass@{k}": _mean([pass_at_k(num_samples, c, k) for c in correct]) for k in self._k_up_to(num_samples)
         }
-        metrics[f"eval/avg@{num_samples}"] = _mean([c / num_samples for c in correct])
-        metrics["eval/response_length"] = _mean([float(n) for n in _response_lengths(sampled)])
-        if config.greedy:
-            greedy = collector.collect(
-                self.prompts,
-                num_generations=1,
-                sampling=Sampling(0.0, 1.0, 0, self.max_new_tokens),
-                purpose=f"eval/{step}/greedy",
+        metrics[f"avg@{num_samples}"] = _mean([c / num_samples for c in correct])
+        metrics["response_length"] = _mean([float(n) for n in _response_lengths(sampled)])
+        greedy = self._decode_greedily(collector, step) if config.greedy else {}
+        if greedy:
+            metrics["greedy"] = _mean(list(greedy.values()))
+        metrics |= answer_metrics([[r.score.answer for r in group.rollouts] for group in sampled])
+        metrics |= style_metrics([[r.score.style for r in group.rollouts] for group in sampled])
+        problems = [
+            ProblemResult(problem_id, num_correct, greedy.get(problem_id))
+            for problem_id, num_correct in zip(map(_problem_id, sampled), correct)
+        ]
+        results = EvalResults(step, num_samples, config.temperature, config.top_p, problems)
+        return Evaluation(_with_prefix(metrics), results)
+
+    def read_results(self, path: Path, *, field: str) -> EvalResults:
+        """What another evaluation of the same problems has left.
+
+        Args:
+            path: written by ``save_results``.
+            field: config key that an error names.
+
+        Raises:
+            UserError: the file is not there, is none of ours, or is about other problems.
+        """
+        results = _read(path, field)
+        mine = {prompt.problem.problem_id for prompt in self.prompts}
+        theirs = {problem.problem_id for problem in results.problems}
+        if mine != theirs:
+            raise UserError(
+                field,
+                str(path),
+                f"is about other problems: {len(mine - theirs)} of the {len(mine)} evaluated here are not in it, and "
+                f"{len(theirs - mine)} of its {len(theirs)} are not evaluated here",
+                "evaluate on the same problems (data.validation, eval.num_problems), or measure the baseline again",
             )
-            metrics["eval/greedy"] = _mean([is_correct(g.rollouts[0].score) for g in greedy])
-        return metrics
+        return results
+
+    def read_baseline(self) -> EvalResults | None:
+        """The results that ``eval.baseline`` names; None where it names none. Errors as of ``read_results``."""
+        path = self.config.baseline
+        return None if path is None else self.read_results(Path(path), field="eval.baseline")
+
+    def _k_up_to(self, num_samples: int) -> list[int]:
+        return [k for k in self.config.k_values if k <= num_samples]
+
+    def _decode_greedily(self, collector: Collector, step: int) -> dict[str, bool]:
+        """By problem id, whether the most likely response is right."""
+        groups = collector.collect(
+            self.prompts,
+            num_generations=1,
+            sampling=Sampling(0.0, 1.0, 0, self.max_new_tokens),
+            purpose=f"eval/{step}/greedy",
+        )
+        return {_problem_id(group): is_correct(group.rollouts[0].score) for group in groups}
+
+
+def keep_and_explore_rates(before: EvalResults, after: EvalResults) -> dict[str, float]:
+    """``keep_and_explore`` under both readings of "solved": ``eval/keep_rate_greedy``, ``eval/explore_rate_any``, ...
+
+    ``_greedy`` where both evaluations decoded greedily. ``_any`` (at least one of n samples is right) where both drew as many
+    samples at the same temperature and top_p: else the rates would tell of the sampling and not of the weights.
+    """
+    rates: dict[str, float] = {}
+    if before.solved_greedily and after.solved_greedily:
+        greedy = keep_and_explore(before.solved_greedily, after.solved_greedily)
+        rates |= {f"{name}_greedy": rate for name, rate in greedy.items()}
+    if _sampling(before) == _sampling(after):
+        of_any = keep_and_explore(before.solved_by_any, after.solved_by_any)
+        rates |= {f"{name}_any": rate for name, rate in of_any.items()}
+    return _with_prefix(rates)
+
+
+def results_path(run_dir: Path, step: int) -> Path:
+    """``<run_dir>/eval/step_00000000.json``."""
+    return run_dir / "eval" / f"step_{step:08d}.json"
+
+
+def save_results(run_dir: Path, results: EvalResults) -> None:
+    """Write the results into the run's folder, atomically; those of an earlier evaluation of the step are replaced.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    path = results_path(run_dir, results.step)
+    try:
+        write_atomic(path, json.dumps(asdict(results), indent=1).encode() + b"\n")
+    except OSError as error:
+        rule = f"could not be written ({error.strerror})"
+        fix = "free some disk space or the folder's rights, and give the same command again: the run resumes"
+        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
+
+
+def _read(path: Path, field: str) -> EvalResults:
+    fix = "give the eval/step_<number>.json of a run"
+    try:
+        return TypeAdapter(EvalResults).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(field, str(path), f"cannot be read ({error.strerror})", fix) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        rule = f"holds no results of an evaluation ({where + ': ' if where else ''}{first['msg']})"
+        raise UserError(field, str(path), rule, fix) from error
+
+
+def _sampling(results: EvalResults) -> tuple[int, float, float]:
+    return results.num_samples, results.temperature, results.top_p
+
+
+def _with_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {EVAL_PREFIX + name: value for name, value in metrics.items()}
+
+
+def _problem_id(group: RolloutGroup) -> str:
+    return group.prompt.problem.problem_id
 
 
 def _response_lengths(groups: Sequence[RolloutGroup]) -> list[int]:

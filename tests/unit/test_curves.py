@@ -107,3 +107,45 @@ def test_smooth_exact_value():
     near, far = math.exp(-0.5), math.exp(-2)
     expected = [far / (1 + near + far), near / (1 + 2 * near), 1 / (1 + near + far)]
     assert smooth([0.0, 0.0, 1.0], 1.0).tolist() == pytest.approx(expected)
+
+
+DIVERSE = [
+    {"step": 0, "eval/pass@1": 0.1, "eval/pass@8": 0.5, "eval/avg@8": 0.1, "eval/styles_ge_3": 1.0},
+    {"step": 5, "eval/pass@1": 0.2, "eval/avg@3": 0.2, "eval/keep_rate_greedy": 0.9, "eval/styles_ge_3": 0.1},
+    {"step": 7, "eval/pass@1": 0.25, "eval/pass@8": 0.6, "eval/avg@8": 0.25, "eval/styles_ge_3": 0.7},
+    {
+        "step": 9, "eval/pass@8": 0.55, "eval/pass@1": 0.3, "eval/avg@8": 0.3, "eval/styles_ge_3": 0.5,
+        "eval/keep_rate_greedy": 0.8, "eval/explore_rate_any": 0.25,
+    },
+]  # fmt: skip
+
+
+def test_diversity_adds_a_third_row(draw):
+    panels = draw(DIVERSE)
+    assert list(panels) == ["Reward", "Accuracy", "Entropy", "Response length", "pass@k", "Diversity"]
+    assert all(notes(panels[title]) == [] for title in ("pass@k", "Diversity"))
+
+
+def test_pass_at_k_has_a_line_for_each_evaluation(draw):
+    panel = draw(DIVERSE)["pass@k"]
+    assert panel.get_xscale() == "log" and panel.xaxis.get_transform().base == 2
+    first, between, last = panel.lines  # step 5 has one k only
+    assert points(first) == [(1, 0.1), (8, 0.5)] and points(last) == [(1, 0.3), (8, 0.55)]
+    assert points(between) == [(1, 0.25), (8, 0.6)] and between.get_alpha() < 1
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["step 0", "step 9"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "8"]
+
+
+def test_diversity_is_of_evaluations_with_equally_many_samples(draw):
+    panel = draw(DIVERSE)["Diversity"]
+    lines = {line.get_label(): points(line) for line in panel.lines}
+    assert lines == {
+        "still solved (greedy)": [(5, 0.9), (9, 0.8)],
+        "newly solved (any sample)": [(9, 0.25)],
+        "3 styles or more": [(0, 1.0), (7, 0.7), (9, 0.5)],
+    }
+
+
+def test_a_single_k_leaves_a_note(draw):
+    panels = draw([{"step": 4, "eval/pass@1": 0.2, "eval/avg@1": 0.2, "eval/keep_rate_greedy": 0.9}])
+    assert notes(panels["pass@k"]) == ["not in the metrics"] and notes(panels["Diversity"]) == []
