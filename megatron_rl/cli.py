@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl import conversion
+from megatron_rl import conversion, pool_tools
 from megatron_rl.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -54,6 +54,25 @@ def train(
     start(checked, config, overrides or [], meeting)
 
 
+@app.command()
+def presample(
+    config: ConfigPath, overrides: Overrides = None, rdzv_endpoint: Endpoint = None, node_rank: NodeRank = None
+) -> None:
+    """Sample the model of a config for the runs that keep samples (DPH-RL, RLEP), or go on where that stopped.
+
+    Takes the config of the training that follows. The pool, and what is still to be learned, go to <run>/presample/.
+    """
+    from megatron_rl.config import check_files, load_config
+    from megatron_rl.launch.command import start
+    from megatron_rl.launch.meeting import find_meeting
+    from megatron_rl.presample import adapt
+
+    checked = adapt(load_config(config, overrides or []))
+    meeting = find_meeting(checked, rdzv_endpoint, node_rank, os.environ)
+    check_files(checked)
+    start(checked, config, overrides or [], meeting, program="megatron_rl.presample")
+
+
 doctor = typer.Typer(no_args_is_help=True, help="Check a config before spending a cluster on it.")
 app.add_typer(doctor, name="doctor")
 
@@ -86,6 +105,8 @@ app.add_typer(convert, name="convert")
 convert.command("import")(conversion.convert_hf_to_megatron)
 convert.command("export")(conversion.convert_megatron_to_hf)
 convert.command("verify")(conversion.verify_checkpoint)
+
+app.add_typer(pool_tools.app, name="pool")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rewards.pass_at_k import pass_at_k
-from megatron_rl.types import RolloutGroup, TrainingSample
+from megatron_rl.types import ON_POLICY, Kind, RolloutGroup, TrainingSample
 
 MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
 """Of what an update reports, the maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
@@ -52,12 +52,12 @@ def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
         "num_tokens": float(sum(sample.num_tokens for sample in samples)),
         "num_response_tokens": float(sum(sample.num_response_tokens for sample in samples)),
     }
-    if not sizes["num_response_tokens"] or samples[0].old_log_probs is None:  # a mean over no token is no number
+    rollouts = [sample for sample in samples if sample.kind is Kind.RL]
+    on_policy = [sample for sample in samples if sample.kind in ON_POLICY]
+    if not any(sample.num_response_tokens for sample in rollouts):  # a mean over no token is no number
         return sizes
-    old = _joined(samples, "old_log_probs")
-    rollout = _joined(samples, "rollout_log_probs")
-    advantages = _joined(samples, "advantages")
-    difference = (old - rollout).abs()
+    difference = (_joined(rollouts, "old_log_probs") - _joined(rollouts, "rollout_log_probs")).abs()
+    old, advantages = _joined(on_policy, "old_log_probs"), _joined(on_policy, "advantages")
     covariance = (old - old.mean()) * (advantages - advantages.mean())
     return sizes | {
         "mismatch/log_prob_abs_diff": float(difference.mean()),

@@ -20,18 +20,23 @@ from megatron_rl.convert.random_weights import RandomReader
 from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.curves import plot_curves
+from megatron_rl.data.limits import row_limit
+from megatron_rl.data.origin import model_digest, tokenizer_digest
 from megatron_rl.data.pack import pack_layout, too_long
+from megatron_rl.data.pool import Pool
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
 from megatron_rl.data.stream import Stream
 from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
-from megatron_rl.evaluate import Evaluator
+from megatron_rl.distance import distance_metrics, probe_rows
+from megatron_rl.errors import UserError
+from megatron_rl.evaluate import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
 from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import export_hf, load_hf_weights
-from megatron_rl.parallel.agree import all_ranks_agree
+from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
@@ -65,6 +70,7 @@ class Run:
             self._stop_ids = stop_ids(self.tokenizer, self.shape)
             self._load_data()
         self.algorithm = build_algorithm(config)
+        self._open_pools()
         with ExitStack() as parts:  # what is started is stopped again, also when a later part cannot be built
             self._build(parts)
             self._parts = parts.pop_all()
@@ -126,6 +132,8 @@ class Run:
             metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
+        if self.reference:
+            metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full
@@ -136,6 +144,11 @@ class Run:
         elif every and done % every == 0:
             self._evaluate(done, self.config.eval.num_samples_during)
         self._save_if_due(done)
+
+    def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
+        """The rows of a step; where stored ones cannot be read, all ranks end alike."""
+        with all_ranks_agree(self.groups.cpu_group):
+            return self.online_algorithm.samples(groups, step)
 
     @property
     def online_algorithm(self) -> OnlineAlgorithm:
@@ -233,6 +246,38 @@ class Run:
             self.evaluator = Evaluator(
                 load(data.validation, new_tokens)[: self.config.eval.num_problems], self.config.eval, new_tokens
             )
+            # Read now, so that a wrong file is found before training; by rank 0, whose own disk it may be on.
+            self._baseline = self.evaluator.read_baseline() if self.is_first else None
+
+    def _open_pools(self) -> None:
+        """Stored samples to train on, and to measure forgetting by."""
+        need = self.online_algorithm.pool_need if self.config.trainer.stage == "rl" else None
+        model = self.model_digest() if need is not None and need.of_this_model else None
+        self._probes: list[TrainingSample] = []
+        with all_ranks_agree(self.groups.cpu_group):
+            tokenizer = tokenizer_digest(self.tokenizer)
+            if need is not None:
+                pool = Pool(need.directory, model_digest=model, tokenizer_digest=tokenizer)
+                self.say(self.online_algorithm.use_pool(pool))
+            if self.config.eval.is_used and self.config.eval.pool is not None:
+                pool = Pool(self.config.eval.pool, tokenizer_digest=tokenizer)
+                self._probes = probe_rows(pool, self.config, row_limit=row_limit(self.config))
+
+    @property
+    def _row_unit(self) -> int:
+        """So many rows give every data-parallel rank equally many micro-batches."""
+        return self.config.data_parallel_size * self.config.policy.pipeline_parallel_size
+
+    def model_digest(self) -> str:
+        """Of the weights that the policy starts from. A collective: ranks share the reading out."""
+        policy, groups = self.config.policy, self.groups
+        return model_digest(
+            Path(policy.model_path),
+            random_seed=self.config.trainer.seed if policy.initialization == "random" else None,
+            rank=groups.rank,
+            num_ranks=groups.world_size,
+            gather=lambda value: gather_json(value, groups.cpu_group),
+        )
 
     def _check_budget(self) -> None:
         """A row that no micro-batch has room for is found before anything is built."""
@@ -244,6 +289,14 @@ class Run:
         longest = pack_layout(policy).padded(longest)
         if longest > policy.train_micro_batch_tokens:
             raise too_long(longest, policy.train_micro_batch_tokens)
+        # Groups get as many replays as there are, so a rank can have one row more than another: it shares a micro-batch.
+        if self.config.algorithm.name == "rlep" and 2 * longest > policy.train_micro_batch_tokens:
+            raise UserError(
+                "policy.train_micro_batch_tokens",
+                policy.train_micro_batch_tokens,
+                f"must have room for two of the longest rows, of {longest} tokens each, under replay",
+                f"use {2 * longest} or more, or shorter prompts and responses",
+            )
 
     def _fill_weights(self, chunks: Any) -> None:
         policy, seed = self.config.policy, self.config.trainer.seed
@@ -265,6 +318,8 @@ class Run:
         if path is not None:
             state = self.checkpoints.load(path, self.policy, self._fixed)
             self.stream.load_state(state)
+            if isinstance(self.algorithm, OnlineAlgorithm):
+                self.algorithm.load_state(self.checkpoints.load_tensors(path))
             step = int(state["step"])
             self.say(f"resuming after step {step}: {path}")
         if manager.create_checkpoint_callback:
@@ -280,7 +335,9 @@ class Run:
         if manager.create_checkpoint_callback and is_due:
             started = time.monotonic()
             state = {"step": done, "fixed": self._fixed, **self.stream.state()}
-            path = self.checkpoints.save(done, self.policy, state)
+            is_online = isinstance(self.algorithm, OnlineAlgorithm)
+            kept = self.online_algorithm.state() if is_online else {}
+            path = self.checkpoints.save(done, self.policy, state, kept)
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
             self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
             self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")
@@ -359,17 +416,37 @@ class Run:
     @watchdog.phase("evaluation")
     def _evaluate(self, done: int, num_samples: int) -> None:
         started = time.monotonic()
+        distance = distance_metrics(self.policy, self._probes, batch_size=self._row_unit) if self._probes else {}
         if self.rollouts.engine.weight_version != done:
             self.publish(version=done)
-        metrics = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples)
+        evaluation = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples)
         self.timer.flush()  # evaluation has its own figure and does not count into a step
+        metrics = evaluation.metrics | self._keep_and_explore(evaluation.results) | distance
         with all_ranks_agree(self.groups.cpu_group):
+            if self.is_first:
+                save_results(self.directory, evaluation.results)
             self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
+
+    def _keep_and_explore(self, results: EvalResults) -> dict[str, float]:
+        """Against ``eval.baseline``, else this run's step 0. Rank 0 has the files, every rank gets the rates."""
+        rates: dict[str, float] = {}
+        if self.is_first:
+            baseline = self._baseline
+            # Without the row, a file of step 0 is of another run, which had this folder before.
+            if baseline is None and any(row["step"] == 0 for row in self.logger.rows()):
+                try:
+                    baseline = self.evaluator.read_results(results_path(self.directory, 0), field="eval")
+                except UserError as error:  # no reason to end a run that was resumed with other problems
+                    self.say(f"no keep and explore rates: {error}")
+            rates = {} if baseline is None else keep_and_explore_rates(baseline, results)
+        return broadcast_json(rates, self.groups.cpu_group)
 
     def _sum_up(self, rows: Sequence[Mapping[str, float]]) -> None:
         by_step = {int(row["step"]): row for row in rows}
         before, after = by_step.get(0, {}), by_step.get(self.config.trainer.max_steps, {})
         names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in self.config.eval.k_values}
+        kept = ("eval/keep_rate", "eval/explore_rate", "eval/distinct", "eval/style")
+        names |= {key.removeprefix("eval/"): key for key in after if key.startswith(kept)}
         summary: dict[str, Any] = {"engine": self.config.rollout.engine, "steps": self.config.trainer.max_steps}
         for when, row in (("before", before), ("after", after)):
             summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}

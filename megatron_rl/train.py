@@ -6,13 +6,12 @@ that a wrong config is refused in the first second.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_rl.config import Config, check_files, load_config
-from megatron_rl.errors import UserError
+from megatron_rl.config import Config
 from megatron_rl.lifetime import die_with_starter
+from megatron_rl.program import run_program
 
 if TYPE_CHECKING:
     from megatron_rl.run import Run
@@ -25,8 +24,8 @@ def run_online(run: Run) -> None:
     for step in run.steps():
         groups = algorithm.collect(run.prompts, run.rollouts, step)
         run.rest_engine()
-        samples = algorithm.samples(groups)
-        mini_batches = split(len(samples), run.config.policy.train_global_batch_size)
+        samples = run.samples(groups, step)
+        mini_batches = algorithm.mini_batches(samples)
         # The first update brings the old log-probs of its rows from its own pass, unless credit needs them sooner.
         ahead = mini_batches if algorithm.needs_old_log_probs else mini_batches[1:]
         policy.fill_log_probs(samples, ahead, "old_log_probs")
@@ -54,27 +53,9 @@ def run_offline(run: Run) -> None:
         run.finish_step(step + 1, [update], mini_batch)
 
 
-def split(num_rows: int, size: int) -> list[list[int]]:
-    """Row indices of each optimizer mini-batch: consecutive, so that groups stay together where sizes allow."""
-    return [list(range(start, start + size)) for start in range(0, num_rows, size)]
-
-
 def main(argv: list[str] | None = None) -> int:
     """One rank, from its command line to its exit status: 0 done, 2 something the user can fix."""
-    parser = argparse.ArgumentParser(prog="megatron_rl.train")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    arguments = parser.parse_args(argv)
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        check_files(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-    from megatron_rl.runtime import run_rank  # from here on torch is loaded
-
-    return run_rank(config, lambda runtime: train(config, runtime))
+    return run_program("megatron_rl.train", train, argv)
 
 
 def train(config: Config, runtime: Runtime) -> None:

@@ -30,6 +30,10 @@ class Kind(enum.IntEnum):
     EDGE = 4
 
 
+ON_POLICY = frozenset({Kind.RL, Kind.REPLAY})
+"""Rows with an advantage and a ratio to the policy of their step's start; replayed ones as if it had sampled them."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One item of a task, as text."""
@@ -66,6 +70,11 @@ class Score:
     """A few words for the viewer: ``correct``, ``wrong``, ``no answer``, ``timeout``, ``crash: ...``."""
     is_failure: bool = False
     """The scorer itself failed (timeout, crash): counted as ``dropped/score_<reason>``, and the row gets no advantage."""
+    answer: str = ""
+    """The final answer found in the response, normalised: equal answers are equal strings. Of bounded length, say 64
+    characters, since a broken model may write 5,000 digits. ``""`` where there is none, or where the task extracts none."""
+    style: str = ""
+    """Name of the response's surface style, of a few that the task can tell apart; ``""`` where it cannot."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,8 @@ class MicroBatch:
     """[T] int64: the token's place in ``rows``; -1 on padding."""
     lengths: Tensor
     """[N] int64: tokens of each of ``rows``, over all context-parallel ranks."""
+    kind: Tensor
+    """[T] int64: ``Kind`` of the token's row; -1 on padding."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
     """``weights``, ``advantages``, ``old_log_probs``, ... each [T] float32."""
     experts: Tensor | None = None
@@ -211,6 +222,7 @@ class MicroBatch:
             move(self.token_indices),
             move(self.sequence),
             move(self.lengths),
+            move(self.kind),
             {k: move(v) for k, v in self.vectors.items()},
             None if self.experts is None else move(self.experts),
         )

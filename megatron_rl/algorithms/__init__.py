@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from megatron_rl.algorithms.base import Algorithm
+from megatron_rl.algorithms.dph_rl import DPHRL
 from megatron_rl.algorithms.grpo import GRPO
+from megatron_rl.algorithms.rlep import RLEP
 from megatron_rl.algorithms.sft import SFT
 from megatron_rl.config import Config
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"grpo": GRPO, "sft": SFT}
+ALGORITHMS: dict[str, type[Algorithm]] = {"grpo": GRPO, "dph_rl": DPHRL, "rlep": RLEP, "sft": SFT}
 
 
 def build_algorithm(config: Config) -> Algorithm:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_rl.config import Config
+from megatron_rl.data.pool import Pool
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rollout.collect import Collector, Sampling
 from megatron_rl.types import Completion, MicroBatch, Prompt, RolloutGroup, TrainingSample
+
+
+@dataclass(frozen=True)
+class PoolNeed:
+    """The pool of stored samples that an algorithm trains on."""
+
+    field: str
+    """Config key that names it, for errors."""
+    directory: str
+    of_this_model: bool
+    """Its samples must be of the policy's initial weights, not only of its tokenizer."""
 
 
 class Algorithm(ABC):
@@ -59,9 +72,27 @@ class OnlineAlgorithm(Algorithm):
     def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
         """The groups of one step."""
 
+    @property
+    def pool_need(self) -> PoolNeed | None:
+        """What ``use_pool`` gets before the first step; None where nothing is stored."""
+        return None
+
+    def use_pool(self, pool: Pool) -> str:
+        """Train on this pool; returns a line for the user.
+
+        Raises:
+            UserError: nothing in it can be used.
+        """
+        raise NotImplementedError
+
     @abstractmethod
-    def samples(self, groups: Sequence[RolloutGroup]) -> list[TrainingSample]:
+    def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
         """The rows to train on."""
+
+    def mini_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
+        """Row indices of each optimizer mini-batch: consecutive, so that groups stay together where sizes allow."""
+        size = self.config.policy.train_global_batch_size
+        return [list(range(start, start + size)) for start in range(0, len(samples), size)]
 
     @abstractmethod
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
@@ -83,6 +114,13 @@ class OnlineAlgorithm(Algorithm):
                 "record rollouts with router_replay on, or leave it out",
             )
         return completion.experts
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep of the algorithm; most keep nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken."""
 
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the last step that only the algorithm knows."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_rl.advantages.group import group_advantages
 from megatron_rl.advantages.shaping import overlong_penalty
 from megatron_rl.algorithms.base import OnlineAlgorithm
-from megatron_rl.config import Config, GRPOConfig
+from megatron_rl.config import Config, GroupConfig
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
 from megatron_rl.losses.clipped_policy import clipped_policy_loss
@@ -28,7 +28,7 @@ from megatron_rl.losses.kl import kl_estimate
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import ON_POLICY, Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
 
 
 class GRPO(OnlineAlgorithm):
@@ -36,7 +36,7 @@ class GRPO(OnlineAlgorithm):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        assert isinstance(config.algorithm, GRPOConfig)
+        assert isinstance(config.algorithm, GroupConfig)
         self.settings = config.algorithm
         self.num_epochs = self.settings.num_epochs
         self.needs_reference = self.settings.kl.coef > 0
@@ -84,21 +84,14 @@ class GRPO(OnlineAlgorithm):
         """What dynamic sampling has thrown away, the policy's own accuracy despite it, and the shaped reward."""
         return self._metrics
 
-    def samples(self, groups: Sequence[RolloutGroup]) -> list[TrainingSample]:
+    def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
         """One row per rollout; the reward is shaped here."""
-        overlong = self.settings.overlong
         samples = [
             TrainingSample(
                 prompt_ids=group.prompt.prompt_ids,
                 response_ids=rollout.completion.response_ids,
                 kind=Kind.RL,
-                reward=rollout.score.reward
-                + overlong_penalty(
-                    len(rollout.completion.response_ids),
-                    max_tokens=self.config.rollout.max_new_tokens,
-                    buffer=overlong.buffer,
-                    penalty=overlong.penalty,
-                ),
+                reward=self.shaped(rollout.score.reward, len(rollout.completion.response_ids)),
                 has_reward=not rollout.score.is_failure,
                 group_index=index,
                 finish_reason=rollout.completion.finish_reason,
@@ -109,15 +102,26 @@ class GRPO(OnlineAlgorithm):
             for index, group in enumerate(groups)
             for rollout in group.rollouts
         ]
-        if overlong.buffer > 0:
+        if self.settings.overlong.buffer > 0:
             self._metrics |= {"reward/shaped_mean": _mean([sample.reward for sample in samples])}
         return samples
+
+    def shaped(self, reward: float, num_tokens: int) -> float:
+        """The reward of a response of so many tokens, less what it pays for its length."""
+        overlong = self.settings.overlong
+        return reward + overlong_penalty(
+            num_tokens,
+            max_tokens=self.config.rollout.max_new_tokens,
+            buffer=overlong.buffer,
+            penalty=overlong.penalty,
+        )
 
     # ---- credit
 
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
-        """One advantage per rollout, the same for all its tokens; 0 where the scorer failed."""
-        for _, rows in groupby(samples, key=lambda sample: sample.group_index):
+        """One advantage per rollout, the same for all its tokens; 0 where the scorer failed. Other rows are in no group."""
+        grouped = [sample for sample in samples if sample.kind in ON_POLICY]
+        for _, rows in groupby(grouped, key=lambda sample: sample.group_index):
             group = list(rows)
             judged = [sample for sample in group if sample.has_reward]
             for sample in group:
@@ -167,7 +171,7 @@ class GRPO(OnlineAlgorithm):
         )
         if self.needs_reference:
             terms.means["kl/reference"] = kl_estimate(log_probs.detach(), vectors["ref_log_probs"], "k3")
-            if settings.kl.placement == "loss":
+            if settings.kl.coef > 0 and settings.kl.placement == "loss":
                 kl = kl_estimate(log_probs, vectors["ref_log_probs"], settings.kl.estimator)
                 terms.loss = terms.loss + settings.kl.coef * kl
         return terms

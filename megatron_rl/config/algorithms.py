@@ -14,6 +14,7 @@ from megatron_rl.config.section import section
 from megatron_rl.errors import UserError
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+Divergence = Literal["forward_kl", "js", "js_definition", "alpha", "reverse_kl", "likelihood"]
 
 
 @section
@@ -54,14 +55,13 @@ class OverlongConfig:
 
 
 @section
-class GRPOConfig:
-    """GRPO (arXiv 2402.03300) and what its users vary: DAPO, Dr. GRPO and RLOO are settings of it."""
+class GroupConfig:
+    """What every method with groups of rollouts has."""
 
-    name: Literal["grpo"] = "grpo"
     num_prompts_per_step: PositiveInt = 64
     num_generations_per_prompt: PositiveInt = 8
     num_epochs: PositiveInt = 1
-    """Passes over each rollout batch. Updates per step = epochs * rows / policy.train_global_batch_size."""
+    """Passes over each rollout batch. Updates per step = epochs * rollouts / policy.train_global_batch_size."""
     normalize_rewards: bool = True
     """Divide the advantage by the group's unbiased standard deviation (+1e-6). Dr. GRPO: false."""
     use_leave_one_out_baseline: bool = False
@@ -82,8 +82,13 @@ class GRPOConfig:
 
     @property
     def num_rows(self) -> int:
-        """Rollouts trained on in one step."""
+        """Rollouts of one step."""
         return self.num_prompts_per_step * self.num_generations_per_prompt
+
+    @property
+    def num_stored_rows_per_update(self) -> int:
+        """Rows of an update that come from a pool, beside ``policy.train_global_batch_size`` rollouts."""
+        return 0
 
     def __post_init__(self) -> None:
         if self.num_generations_per_prompt < 2:
@@ -110,6 +115,82 @@ class GRPOConfig:
 
 
 @section
+class GRPOConfig(GroupConfig):
+    """GRPO (arXiv 2402.03300) and what its users vary: DAPO, Dr. GRPO and RLOO are settings of it."""
+
+    name: Literal["grpo"] = "grpo"
+
+
+@section
+class RehearsalConfig:
+    """DPH-RL's divergence to the start, on samples of the start's own (``megatron-rl presample`` makes the pool)."""
+
+    pool: str
+    """Directory of the pool: the policy's initial model sampled it, and gave each token's log-prob."""
+    divergence: Divergence = "js"
+    """f of the term. ``forward_kl`` always pulls a forgotten behaviour back; ``js``, ``alpha`` and ``reverse_kl`` let go of one
+    that is nearly forgotten. ``js_definition`` also acts on rollouts, and keeps the initial weights for it."""
+    alpha: float = Field(default=0.2, gt=0, lt=1)
+    """Of ``alpha``: near 0 reverse, near 1 forward KL."""
+    coef: NonNegativeFloat = 0.2
+    """The eta of loss = L_rollouts + eta L_rehearsal. For the same local strength js needs twice that of the KLs."""
+    num_rows_per_update: PositiveInt = 128
+    """Stored rows beside the policy.train_global_batch_size rollouts of each update."""
+
+
+@section
+class DPHRLConfig(GroupConfig):
+    """DPH-RL (arXiv 2509.07430): GRPO on what the start does not solve yet, rehearsal of what it solves."""
+
+    name: Literal["dph_rl"] = "dph_rl"
+    num_prompts_per_step: PositiveInt = 128
+    num_generations_per_prompt: PositiveInt = 16
+    ratio_clip_max: PositiveFloat = 0.28
+    ratio_clip_c: float | None = 3.0
+    rehearsal: RehearsalConfig
+
+    @property
+    def num_stored_rows_per_update(self) -> int:
+        """See ``GroupConfig``."""
+        return self.rehearsal.num_rows_per_update
+
+
+@section
+class ReplayConfig:
+    """RLEP's verified successes of each question, put among its fresh rollouts."""
+
+    source: Literal["pool", "online"] = "pool"
+    """``pool``: of an earlier, trained policy. ``online``: those that this run itself has found in earlier steps."""
+    pool: str | None = None
+    """Directory of the pool (``megatron-rl presample`` with presample.purpose replay), where that is the source."""
+    num_per_prompt: PositiveInt = 2
+    """M; a question with fewer successes gets fewer."""
+    max_stored_per_prompt: PositiveInt = 8
+    """Of ``online``: the newest so many are kept."""
+
+    def __post_init__(self) -> None:
+        if (self.source == "pool") != (self.pool is not None):
+            raise UserError(
+                "algorithm.replay.pool",
+                self.pool,
+                "is given exactly when algorithm.replay.source is pool",
+                "name the directory of a pool, or set algorithm.replay.source=online",
+            )
+
+
+@section
+class RLEPConfig(GroupConfig):
+    """RLEP (arXiv 2507.07451): groups of fresh rollouts and replayed successes, judged together."""
+
+    name: Literal["rlep"] = "rlep"
+    num_prompts_per_step: PositiveInt = 512
+    num_generations_per_prompt: PositiveInt = 16
+    ratio_clip_max: PositiveFloat = 0.28
+    ratio_clip_c: float | None = 10.0
+    replay: ReplayConfig
+
+
+@section
 class SFTConfig:
     """Supervised next-token training on the worked solutions of the task: warm start, and later mid-training."""
 
@@ -121,7 +202,12 @@ class SFTConfig:
         """One step is one optimizer update on policy.train_global_batch_size rows."""
         return None
 
+    @property
+    def num_stored_rows_per_update(self) -> int:
+        """There are no others."""
+        return 0
 
-AlgorithmConfig = Annotated[GRPOConfig | SFTConfig, Field(discriminator="name")]
 
-STAGE_OF_ALGORITHM: dict[str, Literal["rl", "sft"]] = {"grpo": "rl", "sft": "sft"}
+AlgorithmConfig = Annotated[GRPOConfig | DPHRLConfig | RLEPConfig | SFTConfig, Field(discriminator="name")]
+
+STAGE_OF_ALGORITHM: dict[str, Literal["rl", "sft"]] = {"grpo": "rl", "dph_rl": "rl", "rlep": "rl", "sft": "sft"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_rl.config.algorithms import DPHRLConfig, RLEPConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
@@ -35,14 +36,31 @@ def check_files(config: Config) -> None:
             "holds no *.safetensors weights",
             "give a directory with weights, or set policy.initialization=random to start from nothing",
         )
-    for key, file in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+    files = {"data.train": config.data.train, "data.validation": config.data.validation}
+    files["eval.baseline"] = config.eval.baseline if config.eval.is_used else None
+    for key, file in files.items():
         if file is not None and not Path(file).is_file():
-            raise UserError(key, file, "is not a file", "give the path of a .jsonl file")
+            fix = "give the path of a .jsonl file" if key != "eval.baseline" else "give the eval/step_*.json of a run"
+            raise UserError(key, file, "is not a file", fix)
+    for key, pool in stored_pools(config).items():
+        if not Path(pool).is_dir():
+            raise UserError(key, pool, "is not a directory", "make the pool first: megatron-rl presample CONFIG")
     recorded = config.rollout.recorded_dir
     if recorded is not None and not Path(recorded).is_dir():
         raise UserError(
             "rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run"
         )
+
+
+def stored_pools(config: Config) -> dict[str, str]:
+    """The pools of stored samples that a run reads, by config key."""
+    algorithm = config.algorithm
+    pools = {"eval.pool": config.eval.pool if config.eval.is_used else None}
+    if isinstance(algorithm, DPHRLConfig):
+        pools["algorithm.rehearsal.pool"] = algorithm.rehearsal.pool
+    if isinstance(algorithm, RLEPConfig):
+        pools["algorithm.replay.pool"] = algorithm.replay.pool
+    return {key: pool for key, pool in pools.items() if pool is not None}
 
 
 def read_model_shape(config: Config) -> ModelShape:

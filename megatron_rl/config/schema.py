@@ -397,6 +397,13 @@ class EvalConfig:
     greedy: bool = True
     temperature: PositiveFloat = 1.0
     top_p: float = Field(default=1.0, gt=0, le=1)
+    baseline: str | None = None
+    """An ``eval/step_00000000.json`` of another run on the same problems: keep and explore rates compare with it. null: with
+    this run's own evaluation before training, where there is one."""
+    pool: str | None = None
+    """A pool of samples with log-probs of their model: each evaluation adds how far the policy has gone from that."""
+    num_pool_rows: PositiveInt = 256
+    """Of ``pool``; the first so many."""
 
     @property
     def is_used(self) -> bool:
@@ -460,6 +467,35 @@ class WeightSyncConfig:
 
 
 @section
+class PresampleConfig:
+    """``megatron-rl presample``: samples of a model that later runs train on, in ``<run>/presample/``."""
+
+    purpose: Literal["rehearsal", "replay"] = "rehearsal"
+    """``rehearsal`` (DPH-RL): of each problem solved ``min_correct`` times or more, one further sample if that is right too,
+    with its log-probs; the other problems are ``exploration.jsonl``. ``replay`` (RLEP): of such problems, all right samples."""
+    problems: str | None = None
+    """Problem file to sample on; null takes ``data.train``."""
+    num_problems: PositiveInt | None = None
+    """The first so many; null takes all."""
+    num_samples: PositiveInt = 8
+    min_correct: PositiveInt = 8
+    temperature: PositiveFloat = 1.0
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Log-probs are at ``rollout.temperature`` and without top_p, whatever these are."""
+    chunk_size: PositiveInt = 512
+    """Problems from one write to the next: what a kill can cost."""
+
+    def __post_init__(self) -> None:
+        if self.min_correct > self.num_samples:
+            raise UserError(
+                "presample.min_correct",
+                self.min_correct,
+                f"must not exceed presample.num_samples = {self.num_samples}",
+                "lower it, or draw more samples",
+            )
+
+
+@section
 class Config:
     """One run."""
 
@@ -471,6 +507,7 @@ class Config:
     data: DataConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)
+    presample: PresampleConfig = Field(default_factory=PresampleConfig)
 
     @property
     def data_parallel_size(self) -> int:
@@ -535,19 +572,21 @@ class Config:
             )
         # Ranks run equally many micro-batches, none of them empty: a remainder would have to share one with another row,
         # whatever their lengths, and exceed the token budget.
-        if batch % self.data_parallel_size:
+        stored = self.algorithm.num_stored_rows_per_update
+        name = "policy.train_global_batch_size" + (" + algorithm.rehearsal.num_rows_per_update" if stored else "")
+        if (batch + stored) % self.data_parallel_size:
             raise UserError(
-                "policy.train_global_batch_size",
-                batch,
+                name,
+                batch + stored,
                 f"must be a multiple of the data-parallel size = {self.data_parallel_size}, so that ranks get equally "
                 "many rows",
                 f"use a multiple of {self.data_parallel_size}, or change trainer.devices",
             )
         unit = self.data_parallel_size * self.policy.pipeline_parallel_size
-        if self.policy.virtual_pipeline_size > 1 and batch % unit:
+        if self.policy.virtual_pipeline_size > 1 and (batch + stored) % unit:
             raise UserError(
-                "policy.train_global_batch_size",
-                batch,
+                name,
+                batch + stored,
                 f"must be a multiple of the data-parallel times the pipeline-parallel size = {unit} under virtual "
                 "pipelining, whose schedule takes a micro-batch for every pipeline rank at a time",
                 f"use a multiple of {unit}, or leave virtual_pipeline_model_parallel_size out",

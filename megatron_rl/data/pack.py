@@ -165,9 +165,10 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
     labels = torch.zeros(size, dtype=torch.int64)
     position_ids = torch.zeros(size, dtype=torch.int64)
     response_mask = torch.zeros(size, dtype=torch.bool)
-    names = [name for name in VECTOR_FIELDS if all(getattr(sample, name) is not None for sample in chosen)]
+    # Of the whole mini-batch: which fields there are may not depend on who shares a pack. Rows of one kind have the same.
+    names = [name for name in VECTOR_FIELDS if any(getattr(sample, name) is not None for sample in samples)]
     vectors = {name: torch.zeros(size) for name in names}
-    sequence = torch.full((size,), -1)
+    sequence, kind = torch.full((size,), -1), torch.full((size,), -1)
     told = next((sample.experts for sample in chosen if sample.experts is not None), None)
     experts = None if told is None else torch.full((size, *told.shape[1:]), -1, dtype=torch.int16)
 
@@ -178,12 +179,14 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
         labels[start : start + len(ids) - 1] = ids[1:]
         position_ids[start : start + length] = torch.arange(length)
         sequence[start : start + len(ids)] = number
+        kind[start : start + len(ids)] = int(sample.kind)
         if experts is not None and sample.experts is not None:
             experts[start : start + len(sample.experts)] = sample.experts
         where = response_slice(start, sample)
         response_mask[where] = True
         for name in names:
-            vectors[name][where] = getattr(sample, name)
+            if (vector := getattr(sample, name)) is not None:
+                vectors[name][where] = vector
         start += length
     position_ids[total:] = torch.arange(padding)
 
@@ -203,6 +206,7 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
         rows=list(rows),
         token_indices=held,
         sequence=sequence[held],
+        kind=kind[held],
         lengths=torch.tensor([sample.num_tokens for sample in chosen]),
         experts=None if experts is None else experts[held],
         vectors={name: vector[held] for name, vector in vectors.items()},

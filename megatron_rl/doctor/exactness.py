@@ -23,6 +23,8 @@ from megatron_rl.types import Kind, MicroBatch, TrainingSample
 
 BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
 """Of ``errors``: what float32 gives when nothing is wrong is some three times less."""
+STORED_KINDS = {"dph_rl": Kind.REHEARSAL, "rlep": Kind.REPLAY}
+"""Which rows an algorithm trains on beside rollouts."""
 LENGTHS = ((1, 1), (7, 120), (3, 2), (30, 9), (1, 64), (12, 17), (2, 33), (5, 5))
 """(prompt, response) tokens of each row: very unequal."""
 
@@ -48,23 +50,34 @@ def load_reference(model: Path) -> Any:
 
 
 def recorded_batch(
-    network: Any, *, vocab_size: int, temperature: float = 1.0, lengths: Sequence[tuple[int, int]] = LENGTHS
+    network: Any,
+    algorithm: Algorithm,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    lengths: Sequence[tuple[int, int]] = LENGTHS,
+    is_stored: Callable[[int], bool] = lambda number: number % 3 == 1,
 ) -> list[TrainingSample]:
-    """Rows as if rolled out by a policy that was a little different: ratios leave the clip range on both sides."""
+    """Rows as if rolled out by a policy that was a little different: ratios leave the clip range on both sides.
+
+    For an algorithm that trains on stored rows, too, those that ``is_stored`` names are such.
+    """
     generator = torch.Generator().manual_seed(1)
+    stored = STORED_KINDS.get(algorithm.config.algorithm.name, Kind.RL)
     samples = []
-    for prompt, response in lengths:
+    for number, (prompt, response) in enumerate(lengths):
         ids = torch.randint(0, vocab_size, (prompt + response,), generator=generator)
-        row = TrainingSample(ids[:prompt], ids[prompt:], Kind.RL)
+        row = TrainingSample(ids[:prompt], ids[prompt:], stored if is_stored(number) else Kind.RL)
         row.advantages = torch.randn(1, generator=generator).expand(response).clone()
         samples.append(row)
-    total = sum(row.num_response_tokens for row in samples)
     for row in samples:
         with torch.no_grad():
             log_probs, _ = naive_log_probs(network, row, temperature=temperature)
         noise = torch.randn(2, len(log_probs), generator=generator) * 0.2
         row.old_log_probs, row.ref_log_probs = (log_probs.float() + noise).unbind()
-        row.weights = torch.full((len(log_probs),), 1 / total)
+        if row.kind is Kind.REHEARSAL:
+            row.advantages = row.old_log_probs = None
+    algorithm.assign_weights(samples)
     return samples
 
 
@@ -98,7 +111,6 @@ def reference(
     """
     logits = watch_routers(network)
     total_loss = auxiliary = torch.zeros((), dtype=torch.float64)
-    count = sum(row.num_response_tokens for row in samples)
     sums: dict[str, float] = {}
     for number, row in enumerate(samples):
         logits.clear()
@@ -110,7 +122,10 @@ def reference(
         terms = algorithm.loss(log_probs, entropy, _row_as_batch(row))
         total_loss = total_loss + (terms.loss * row.weights.double()).sum()
         for name, value in terms.means.items():
-            sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / count
+            kinds = terms.kinds.get(name, frozenset(Kind))
+            if row.kind in kinds:
+                count = sum(other.num_response_tokens for other in samples if other.kind in kinds)
+                sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / count
     (total_loss + auxiliary).backward()
     held = {name: parameter.grad for name, parameter in network.named_parameters()}
     gradients = checkpoint_views(held, network.config.model_type)
@@ -182,10 +197,13 @@ def _largest(values: Iterable[float]) -> float:
 
 
 def _row_as_batch(row: TrainingSample) -> MicroBatch:
-    vectors = {name: getattr(row, name).double() for name in ("advantages", "old_log_probs", "ref_log_probs")}
+    fields = ("advantages", "old_log_probs", "ref_log_probs")
+    vectors = {name: torch.zeros(row.num_response_tokens, dtype=torch.float64) for name in fields}
+    vectors |= {name: value.double() for name in fields if (value := getattr(row, name)) is not None}
     mask = torch.ones(row.num_response_tokens, dtype=torch.bool)
     none = torch.zeros(0)
-    return MicroBatch(none, none, none, none, 0, mask, mask, [0], none, none, none, vectors)
+    kind = torch.full((row.num_response_tokens,), int(row.kind))
+    return MicroBatch(none, none, none, none, 0, mask, mask, [0], none, none, none, kind, vectors)
 
 
 def _make_whole(policy: Policy) -> None:

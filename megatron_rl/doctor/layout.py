@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, DPHRLConfig
 from megatron_rl.errors import UserError
 
 _GPU_ONLY = (
@@ -80,11 +80,15 @@ def scale_down(config: Config, model: Path) -> Scaled:
         ranks *= sizes.get(axis, 1)
     num_rows = 8 * sizes.get("dp", 1)
     rows = {"num_prompts_per_step": num_rows // 2, "num_generations_per_prompt": 2}
+    if isinstance(config.algorithm, DPHRLConfig):
+        stored = {"rehearsal": replace(config.algorithm.rehearsal, num_rows_per_update=sizes.get("dp", 1))}
+    else:
+        stored = {}
     is_online = hasattr(config.algorithm, "num_prompts_per_step")
     small = replace(
         config,
         trainer=replace(config.trainer, devices=ranks, num_nodes=1, precision="fp32", accelerator="cpu"),
-        algorithm=replace(config.algorithm, **rows) if is_online else config.algorithm,  # type: ignore[arg-type]
+        algorithm=replace(config.algorithm, **rows, **stored) if is_online else config.algorithm,  # type: ignore[arg-type]
         policy=replace(
             policy,
             model_path=str(model),
@@ -166,7 +170,10 @@ def _reference(_rank: int, config: Config, folder: Path) -> None:
     temperature = config.rollout.temperature if config.trainer.stage == "rl" else 1.0
     lengths = exactness.LENGTHS * (config.policy.train_global_batch_size // len(exactness.LENGTHS))
     vocab_size = network.config.vocab_size
-    batch = exactness.recorded_batch(network, vocab_size=vocab_size, temperature=temperature, lengths=lengths)
+    algorithm = build_algorithm(config)
+    batch = exactness.recorded_batch(
+        network, algorithm, vocab_size=vocab_size, temperature=temperature, lengths=lengths
+    )
     passed, row_loss = config.policy.megatron_cfg, None
     if hasattr(network.config, "num_experts_per_tok"):
         is_balanced = passed.get("moe_router_load_balancing_type") == "seq_aux_loss"
@@ -175,7 +182,7 @@ def _reference(_rank: int, config: Config, folder: Path) -> None:
             float(passed.get("moe_z_loss_coeff") or 0.0),
             network.config.num_experts_per_tok,
         )
-    true = exactness.reference(network, build_algorithm(config), batch, temperature=temperature, row_loss=row_loss)
+    true = exactness.reference(network, algorithm, batch, temperature=temperature, row_loss=row_loss)
     torch.save(batch, folder / "batch.pt")
     torch.save(true, folder / "true.pt")
 

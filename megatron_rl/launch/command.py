@@ -20,7 +20,12 @@ ALLOCATOR = {
 
 
 def torchrun_arguments(
-    config: Config, config_path: str, overrides: Sequence[str], meeting: Meeting | None = None
+    config: Config,
+    config_path: str,
+    overrides: Sequence[str],
+    meeting: Meeting | None = None,
+    *,
+    program: str = "megatron_rl.train",
 ) -> list[str]:
     """Arguments of torchrun for this node.
 
@@ -43,19 +48,26 @@ def torchrun_arguments(
         "--max-restarts=0",
         f"--nproc-per-node={trainer.devices}",
         "-m",
-        "megatron_rl.train",
+        program,
         "--config",
         config_path,
         *overrides,
     ]
 
 
-def start(config: Config, config_path: str, overrides: Sequence[str], meeting: Meeting | None = None) -> None:
+def start(
+    config: Config,
+    config_path: str,
+    overrides: Sequence[str],
+    meeting: Meeting | None = None,
+    *,
+    program: str = "megatron_rl.train",
+) -> None:
     """Print the torchrun command and become it. Does not return.
 
     Nodes other than 0 print where their ranks' logs are instead.
     """
-    arguments = torchrun_arguments(config, config_path, overrides, meeting)
+    arguments = torchrun_arguments(config, config_path, overrides, meeting, program=program)
     if meeting is None or meeting.node_rank == 0:
         print(f"$ torchrun {shlex.join(arguments)}", flush=True)
     else:

@@ -26,34 +26,39 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Divergence = Literal["forward_kl", "js", "alpha", "reverse_kl", "likelihood"]
+Generator = Literal["forward_kl", "js", "alpha", "reverse_kl", "likelihood"]
 
 MAX_LOG_RATIO = 40.0
 """e^40 is finite in float32 with room for its products; beyond it value and gradient stay as they are there."""
 
 
-def f_divergence(log_probs: Tensor, ref_log_probs: Tensor, divergence: Divergence, *, alpha: float = 0.5) -> Tensor:
+def f_divergence(log_probs: Tensor, ref_log_probs: Tensor, divergence: Generator, *, alpha: float = 0.5) -> Tensor:
     """``f(u)`` per token, with the exact gradient ``u f'(u)``.
 
     Args:
-        log_probs: [T], with gradient where wanted; any floating type, computed in float32.
+        log_probs: [T], with gradient where wanted; any floating type, computed in float32 or better.
         ref_log_probs: [T], of the reference that sampled the tokens.
         divergence: which f.
         alpha: of ``alpha``, in (0, 1).
 
     Returns:
-        [T] float32, never negative but for rounding (``likelihood`` apart). Differences of nearly equal numbers are avoided, so
-        that value and gradient are right near u = 1 and for ``|log u|`` up to the bound.
+        [T] float32 (float64 for such), never negative but for rounding (``likelihood`` apart). Differences of nearly equal
+        numbers are avoided, so that value and gradient are right near u = 1 and for ``|log u|`` up to the bound.
     """
     assert divergence != "alpha" or 0 < alpha < 1, alpha
+    log_probs, ref_log_probs = _precise(log_probs), _precise(ref_log_probs)
     with torch.no_grad():
-        log_u = (log_probs.float() - ref_log_probs.float()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        log_u = (log_probs - ref_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         value, slope = _value_and_slope(log_u, divergence, alpha)
     # The slope in closed form: autograd's would be a difference of large numbers.
-    return value + slope * (log_probs.float() - log_probs.detach().float())
+    return value + slope * (log_probs - log_probs.detach())
 
 
-def _value_and_slope(log_u: Tensor, divergence: Divergence, alpha: float) -> tuple[Tensor, Tensor]:
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _value_and_slope(log_u: Tensor, divergence: Generator, alpha: float) -> tuple[Tensor, Tensor]:
     u, u_minus_1 = log_u.exp(), torch.expm1(log_u)
     match divergence:
         case "forward_kl":
@@ -85,8 +90,9 @@ def js_definition(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
         ref_log_probs: [T].
 
     Returns:
-        [T] float32.
+        [T] float32, or float64 for such.
     """
-    log_mean = torch.logaddexp(log_probs.float(), ref_log_probs.float()) - math.log(2)
-    difference = (log_mean - ref_log_probs.float()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_probs, ref_log_probs = _precise(log_probs), _precise(ref_log_probs)
+    log_mean = torch.logaddexp(log_probs, ref_log_probs) - math.log(2)
+    difference = (log_mean - ref_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return 0.5 * (torch.expm1(difference) - difference)

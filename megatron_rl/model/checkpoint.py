@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.config import Config
@@ -46,6 +47,7 @@ from megatron_rl.model.step import Policy
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.parallel.groups import Groups
 
+TENSORS = "algorithm.safetensors"
 _NAME = re.compile(r"step_(\d{8})")
 _NOT_SHAPE = {"max_position_embeddings", "initializer_range", "dtype", "bos_token_id", "eos_token_ids", "pad_token_id"}
 """Fields of ``ModelShape`` that change neither the parameters nor what the model computes from them."""
@@ -63,13 +65,16 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------ write
 
-    def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, policy: Policy, state: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> Path:
         """Write one checkpoint, then remove those that are older than the ``keep_last`` last complete ones.
 
         Args:
             step: steps done.
             policy: weights, optimizer and schedule.
             state: plain data beside it, as JSON.
+            tensors: the same in every rank; what the algorithm keeps.
 
         Raises:
             UserError: on all ranks, when it cannot be written; what was there before is untouched.
@@ -86,6 +91,8 @@ class Checkpoints:
                 dist_checkpointing.save(_sharded_state(policy), str(temporary / "model"))
                 torch.save(_random_state(), temporary / f"rng_rank_{self.groups.rank}.pt")
                 if self.groups.rank == 0:
+                    if tensors:
+                        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
                     (temporary / "state.json").write_text(json.dumps({**state, "origin": self.origin}, indent=1))
             digests = self._digests(temporary, final)
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
@@ -187,6 +194,10 @@ class Checkpoints:
         else:
             self.say("another number of ranks than before: random generators start from the seed")
         return state
+
+    def load_tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        """What ``save`` got as ``tensors``."""
+        return load_file(path / TENSORS) if (path / TENSORS).is_file() else {}
 
     def set_aside_others(self, start: Path | None) -> None:
         """Rename the checkpoints that do not lead to the one this run starts from (None: it starts anew).

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rl.data.pack import VECTOR_FIELDS
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import gather_json
-from megatron_rl.types import TrainingSample
+from megatron_rl.types import ON_POLICY, TrainingSample
 
 
 def check_same_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group: dist.ProcessGroup) -> None:
@@ -34,12 +34,15 @@ def check_same_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group
 
 
 def check_trainable(samples: Sequence[TrainingSample], *, update: int) -> None:
-    """At least one token is trained on, and either all rows know their old log-probs or none does.
+    """At least one token is trained on, and of each kind either all rows have a vector or none has.
 
     Raises:
         UserError: no row has a response.
     """
-    assert len({sample.old_log_probs is None for sample in samples}) == 1, "old_log_probs of some rows alone"
+    for kind in {ON_POLICY if sample.kind in ON_POLICY else frozenset({sample.kind}) for sample in samples}:
+        for name in VECTOR_FIELDS:
+            rows = [sample for sample in samples if sample.kind in kind]
+            assert len({getattr(row, name) is None for row in rows}) == 1, f"{name} of some {set(kind)} rows alone"
     if not any(sample.num_response_tokens for sample in samples):
         raise UserError(
             f"rows of optimizer update {update}",

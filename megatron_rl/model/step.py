@@ -30,7 +30,7 @@ from megatron_rl.model.forward import PolicyModel, run_model
 from megatron_rl.model.guards import check_finite, check_log_probs, check_same_rows, check_trainable
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.types import Kind, MicroBatch, TrainingSample
+from megatron_rl.types import ON_POLICY, Kind, MicroBatch, TrainingSample
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], TokenTerms]
 """(log_probs [T], entropy [T], micro_batch) -> terms."""
@@ -96,7 +96,7 @@ class Policy:
         *,
         with_entropy: bool = False,
     ) -> None:
-        """Set ``name`` (``old_log_probs`` or ``ref_log_probs``, [R] float32) of every sample, by forward passes.
+        """Set ``name`` (``old_log_probs`` or ``ref_log_probs``, [R] float32) of every sample that lacks it, by forward passes.
 
         Args:
             samples: all rows of the step, on every rank.
@@ -123,8 +123,8 @@ class Policy:
     def train_step(self, samples: Sequence[TrainingSample], loss_function: LossFunction) -> dict[str, float]:
         """One optimizer update on one mini-batch; every sample carries its ``weights``.
 
-        RL rows that have no ``old_log_probs`` yet (all of them or none) get those of this very pass, before the update: a
-        pass of ``fill_log_probs`` over the same packs would give the same bits.
+        RL and replay rows that have no ``old_log_probs`` yet (all of them or none) get those of this very pass, before the
+        update: a pass of ``fill_log_probs`` over the same packs would give the same bits.
 
         Returns:
             Metrics over the whole mini-batch, the same on every rank: ``loss``, ``grad_norm``, ``lr``, and what the loss
@@ -139,24 +139,20 @@ class Policy:
         check_trainable(samples, update=update)
         # Megatron divides gradients by the integer number of loss tokens of the mini-batch; multiplying by it here leaves
         # exactly sum(weight * term).
-        num_global_tokens = sum(sample.num_response_tokens for sample in samples)
+        num_tokens = {
+            kind: sum(s.num_response_tokens for s in samples if s.kind is kind) for kind in {s.kind for s in samples}
+        }
+        num_global_tokens = sum(num_tokens.values())
         micro_batches = self._micro_batches(samples)
-        is_own_past = any(sample.kind is Kind.RL and sample.old_log_probs is None for sample in samples)
+        is_own_past = any(sample.kind in ON_POLICY and sample.old_log_probs is None for sample in samples)
 
         def weighted_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:
             if is_own_past:
                 batch.vectors["old_log_probs"] = log_probs.detach()
             terms = loss_function(log_probs, entropy, batch)
             loss = (terms.loss * batch.vectors["weights"]).sum()
-            mask = batch.loss_mask
-            report = {"loss": loss.detach().double()}
-            report |= {
-                key: value.detach()[mask].double().sum() / num_global_tokens for key, value in terms.means.items()
-            }
-            # Not value[mask].max(): a micro-batch of empty responses has no maximum, but the ranks go on together.
-            maxima = {k: v.detach().double().masked_fill(~mask, -math.inf).max() for k, v in terms.maxima.items()}
-            output = {"sums": report, "maxima": maxima, "log_probs": log_probs.detach()}
-            return loss * num_global_tokens, mask.sum().int(), output
+            output = _report(terms, batch, num_tokens, loss) | {"log_probs": log_probs.detach()}
+            return loss * num_global_tokens, batch.loss_mask.sum().int(), output
 
         for model in self.models:
             model.train()
@@ -309,10 +305,11 @@ class Policy:
         micro_batches: Sequence[MicroBatch],
         samples: Sequence[TrainingSample],
     ) -> None:
-        """Write vectors of the outputs (field of a sample -> key of an output) into all samples, on every rank.
+        """Write vectors of the outputs (field of a sample -> key of an output) into the samples, on every rank.
 
-        Only the last stage of one data-parallel rank has computed any given row.
+        Only the last stage of one data-parallel rank has computed any given row. A row keeps what it has already.
         """
+        kept = {field: [getattr(sample, field) for sample in samples] for field in fields}
         for batch, output in zip(micro_batches, outputs):
             unpack({field: output[key].cpu() for field, key in fields.items()}, batch, samples)
         mine = {row for batch in micro_batches for row in batch.rows} if outputs else set()
@@ -326,8 +323,8 @@ class Policy:
                 ]
             )
             dist.all_reduce(flat, group=self.groups.cpu_group)
-            for sample, values in zip(samples, flat.split(sizes)):
-                setattr(sample, field, values.clone())
+            for sample, values, before in zip(samples, flat.split(sizes), kept[field]):
+                setattr(sample, field, values.clone() if before is None else before)
             check_log_probs(samples, field)
 
     def _reduce_reports(self, outputs: Sequence[dict]) -> dict[str, float]:
@@ -389,6 +386,29 @@ class Policy:
 def _shown(setting: Any) -> str:
     """As in the config, whichever container a checkpoint gives back."""
     return "null" if setting == _NO_DECAY else str(list(setting) if isinstance(setting, tuple) else setting)
+
+
+def _report(terms: TokenTerms, batch: MicroBatch, num_tokens: Mapping[Kind, int], loss: Tensor) -> dict[str, Any]:
+    """This micro-batch's part of each mean over the mini-batch, and its maxima; ``num_tokens`` are the mini-batch's."""
+    present = frozenset(num_tokens)
+
+    def tokens_of(name: str) -> tuple[Tensor, int]:
+        kinds = present & terms.kinds.get(name, present)
+        chosen = torch.tensor(sorted(map(int, kinds)), device=batch.kind.device, dtype=batch.kind.dtype)
+        return batch.loss_mask & torch.isin(batch.kind, chosen), sum(num_tokens[kind] for kind in kinds)
+
+    sums, maxima = {"loss": loss.detach().double()}, {}
+    for name, value in terms.means.items():
+        mask, count = tokens_of(name)
+        if count:  # a mean over no token is no number
+            sums[name] = value.detach()[mask].double().sum() / count
+    for name, value in terms.maxima.items():
+        mask, count = tokens_of(name)
+        if (
+            count
+        ):  # not value[mask].max(): a micro-batch without such tokens has no maximum, but the ranks go on together
+            maxima[name] = value.detach().double().masked_fill(~mask, -math.inf).max()
+    return {"sums": sums, "maxima": maxima}
 
 
 def _return_log_probs(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:

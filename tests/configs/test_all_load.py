@@ -9,8 +9,8 @@ import pytest
 from megatron_rl.config import load_config
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
-GIVEN = ["policy.model_path=m", "data.train=t.jsonl", "data.task=gsm8k"]
+FILES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("examples/**/*.yaml")])
+GIVEN = ["policy.model_path=m", "data.train=t.jsonl", "data.task=gsm8k", "presample.problems=p.jsonl"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"config"},
     "rewards": {"tasks"},  # the pool looks a task up by name inside its workers
     "tasks": {"rewards"},
-    "data": {"config", "convert", "parallel"},
+    "data": {"config", "convert", "metrics", "parallel", "rewards", "tasks"},
     "metrics": {"config"},
     "curves": {"metrics"},
     "summary": {"metrics"},
@@ -35,7 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout"},
     "doctor": {"algorithms", "config", "convert", "model", "parallel", "patches", "rollout"},
     "launch": {"config", "lifetime", "watchdog"},
-    "evaluate": {"config", "rewards", "rollout"},
+    "diversity": set(),
+    "distance": {"config", "data", "losses", "model"},
+    "evaluate": {"config", "diversity", "metrics", "rewards", "rollout"},
+    "program": {"config", "runtime"},
     "measure": {"rewards"},
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.algorithms.grpo import GRPO
+from megatron_rl.algorithms import build_algorithm
 from megatron_rl.config import Config
 from megatron_rl.doctor import exactness
 from megatron_rl.doctor.exactness import Outcome, errors, load_reference
@@ -21,16 +21,17 @@ __all__ = ["config_of", "entropies", "errors", "num_ranks", "one_update", "recor
 VOCAB_SIZE = 131
 
 
-def recorded_batch(model: Path) -> list[TrainingSample]:
-    return exactness.recorded_batch(load_reference(model), vocab_size=VOCAB_SIZE)
+def recorded_batch(model: Path, *overrides: str, **how: Any) -> list[TrainingSample]:
+    algorithm = build_algorithm(config_of(model, *overrides))
+    return exactness.recorded_batch(load_reference(model), algorithm, vocab_size=VOCAB_SIZE, **how)
 
 
 def config_of(model: Path, *overrides: str, **layout: object) -> Config:
     return tiny_config(model, "policy.optim.clip_grad=0", "rollout.temperature=1.0", *overrides, **layout)
 
 
-def reference(model: Path, samples: list[TrainingSample], **options: Any) -> Outcome:
-    return exactness.reference(load_reference(model), GRPO(config_of(model)), samples, **options)
+def reference(model: Path, samples: list[TrainingSample], *overrides: str, **options: Any) -> Outcome:
+    return exactness.reference(load_reference(model), build_algorithm(config_of(model, *overrides)), samples, **options)
 
 
 def num_ranks(layout: dict) -> int:
@@ -48,7 +49,7 @@ def one_update(
     if mutate is not None:
         mutate()
     config = config_of(model, *overrides, **layout)
-    return exactness.one_update(build_policy(config), GRPO(config), samples)
+    return exactness.one_update(build_policy(config), build_algorithm(config), samples)
 
 
 def never_pack() -> None:
@@ -67,7 +68,8 @@ def entropies(
     """Of each response token, row by row, as the layout computes them; after a check that the first ratio is exact,
     and that an update which brings its own old log-probs brings the same bits."""
     config = config_of(model, *overrides, **layout)
-    policy, algorithm = build_policy(config), GRPO(config)
+    policy, algorithm = build_policy(config), build_algorithm(config)
+    samples = [replace(row, old_log_probs=None) for row in samples]
     policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs", with_entropy=True)
     policy.optimizer.step = lambda: (True, 0.0, None)
     assert policy.train_step(samples, algorithm.loss)["ratio/max_abs_log_ratio"] == 0.0

@@ -20,7 +20,7 @@ import pytest
 from tests.e2e.conftest import Case
 
 MARK = "MEGATRON_RL_TEST_MARK"
-LIMIT_S = 280.0
+LIMIT_S = 420.0
 
 
 @dataclass

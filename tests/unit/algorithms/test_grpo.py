@@ -47,7 +47,7 @@ def test_dynamic_sampling_counts_what_it_throws_away_and_reports_the_policys_own
     algorithm = grpo("algorithm.use_dynamic_sampling=true", "algorithm.overlong.buffer=0")
     kept = collect(algorithm, [[1, 1], [1, 0]], [[1, 0], [0, 1]])
     assert [[rollout.score.reward for rollout in group.rollouts] for group in kept] == [[1, 0], [1, 0]]
-    algorithm.samples(kept)
+    algorithm.samples(kept, 0)
     assert algorithm.step_metrics() == {
         "dropped/equal_rewards": 1.0,
         "dropped/surplus_groups": 1.0,
@@ -61,13 +61,13 @@ def test_dynamic_sampling_counts_what_it_throws_away_and_reports_the_policys_own
 
 def test_without_dynamic_sampling_there_is_nothing_to_add() -> None:
     algorithm = grpo("algorithm.overlong.buffer=0")
-    algorithm.samples(collect(algorithm, [[1, 1], [1, 0]]))
+    algorithm.samples(collect(algorithm, [[1, 1], [1, 0]]), 0)
     assert algorithm.step_metrics() == {}
 
 
 def test_the_shaped_reward_is_reported_where_shaping_is_on() -> None:
     algorithm = grpo("rollout.max_new_tokens=4", "algorithm.overlong.buffer=2")  # 3 tokens lose half of the penalty
-    algorithm.samples(collect(algorithm, [[1, 1], [1, 0]]))
+    algorithm.samples(collect(algorithm, [[1, 1], [1, 0]]), 0)
     assert algorithm.step_metrics() == {"reward/shaped_mean": pytest.approx(0.25)}
 
 
@@ -82,6 +82,7 @@ def test_the_loss_reports_means_and_known_maxima(setting: str, is_reported: bool
         [0],
         torch.arange(2),
         *[torch.zeros(2)] * 2,
+        torch.zeros(2, dtype=torch.int64),
         vectors,
     )
     terms = algorithm.loss(torch.tensor([5.0, 0.5]).log(), torch.zeros(2), batch)
@@ -94,7 +95,7 @@ def test_a_rollout_whose_scorer_failed_gets_no_advantage_and_moves_no_baseline()
     algorithm = grpo("algorithm.overlong.buffer=0", "algorithm.kl.coef=0", "algorithm.normalize_rewards=false")
     group = collect(algorithm, [[1, 0, 0], [1, 0, 0]])[0]
     group.rollouts[1] = Rollout(group.rollouts[1].completion, Score(0.0, reason="timeout", is_failure=True))
-    samples = algorithm.samples([group])
+    samples = algorithm.samples([group], 0)
     algorithm.assign_advantages(samples)
     assert [sample.advantages.tolist() for sample in samples] == [[0.5] * 3, [0.0] * 3, [-0.5] * 3]
 

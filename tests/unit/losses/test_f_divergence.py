@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.losses.f_divergence import Divergence, f_divergence, js_definition
+from megatron_rl.losses.f_divergence import Generator, f_divergence, js_definition
 
 TABLE = [
     # divergence, alpha, f(0.5), f(2)
@@ -22,12 +22,12 @@ TABLE = [
 POLICY, REFERENCE = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
 
 
-def of_ratio(u: float, divergence: Divergence, alpha: float) -> float:
+def of_ratio(u: float, divergence: Generator, alpha: float) -> float:
     return float(f_divergence(torch.tensor([math.log(u)]), torch.zeros(1), divergence, alpha=alpha))
 
 
 @pytest.mark.parametrize(("divergence", "alpha", "at_half", "at_two"), TABLE)
-def test_values_are_those_of_the_table(divergence: Divergence, alpha: float, at_half: float, at_two: float) -> None:
+def test_values_are_those_of_the_table(divergence: Generator, alpha: float, at_half: float, at_two: float) -> None:
     assert of_ratio(0.5, divergence, alpha) == pytest.approx(at_half, abs=1e-6)
     assert of_ratio(2.0, divergence, alpha) == pytest.approx(at_two, abs=1e-6)
     assert of_ratio(1.0, divergence, alpha) == 0.0
@@ -44,9 +44,7 @@ def test_values_are_those_of_the_table(divergence: Divergence, alpha: float, at_
         ("alpha", 0.8, 0.189368),
     ],
 )
-def test_expectation_over_the_reference_is_the_divergence(
-    divergence: Divergence, alpha: float, expected: float
-) -> None:
+def test_expectation_over_the_reference_is_the_divergence(divergence: Generator, alpha: float, expected: float) -> None:
     terms = f_divergence(POLICY.log(), REFERENCE.log(), divergence, alpha=alpha)
     assert float((REFERENCE * terms).sum()) == pytest.approx(expected, abs=1e-6)
 
@@ -57,7 +55,7 @@ def test_both_halves_by_definition_are_the_js_divergence() -> None:
     assert float(reference_half + policy_half) == pytest.approx(0.046201, abs=1e-6)
 
 
-def closed_form(log_u: Tensor, divergence: Divergence, alpha: float) -> Tensor:
+def closed_form(log_u: Tensor, divergence: Generator, alpha: float) -> Tensor:
     """In float64."""
     u = log_u.exp()
     return {
@@ -71,7 +69,7 @@ def closed_form(log_u: Tensor, divergence: Divergence, alpha: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("divergence", "alpha"), [(d, a) for d, a, _, _ in TABLE] + [("likelihood", 0.5)])
-def test_gradient_is_the_closed_form(divergence: Divergence, alpha: float, dtype: torch.dtype) -> None:
+def test_gradient_is_the_closed_form(divergence: Generator, alpha: float, dtype: torch.dtype) -> None:
     log_u = torch.cat([torch.linspace(-30, 30, 241), torch.tensor([1e-3, -1e-3, 1e-5, -1e-5])]).to(dtype)
     ref = torch.zeros_like(log_u)
     log_probs = log_u.clone().requires_grad_()
@@ -87,7 +85,7 @@ def test_gradient_is_the_closed_form(divergence: Divergence, alpha: float, dtype
 @pytest.mark.parametrize("log_u", [-1e4, -90.0, 90.0, 1e4])
 @pytest.mark.parametrize(("divergence", "alpha"), [(d, a) for d, a, _, _ in TABLE] + [("likelihood", 0.5)])
 def test_extreme_ratios_stay_finite_and_a_forgotten_token_keeps_its_pull(
-    divergence: Divergence, alpha: float, log_u: float
+    divergence: Generator, alpha: float, log_u: float
 ) -> None:
     log_probs = torch.tensor([log_u], requires_grad=True)
     terms = f_divergence(log_probs, torch.zeros(1), divergence, alpha=alpha)
@@ -100,7 +98,7 @@ def test_extreme_ratios_stay_finite_and_a_forgotten_token_keeps_its_pull(
 
 
 @pytest.mark.parametrize(("divergence", "alpha"), [(d, a) for d, a, _, _ in TABLE])
-def test_values_and_gradients_near_one_do_not_cancel(divergence: Divergence, alpha: float) -> None:
+def test_values_and_gradients_near_one_do_not_cancel(divergence: Generator, alpha: float) -> None:
     """f is (log u)^2 / 2 there, for js a quarter; float32's rounding of 1 is 6e-8."""
     log_probs = torch.tensor([2e-3], requires_grad=True)
     terms = f_divergence(log_probs, torch.zeros(1), divergence, alpha=alpha)

@@ -1,0 +1,153 @@
+"""Does RL forget styles? A model that answers in five, trained by nine methods: styles and pass@k before and after.
+
+    .venv/bin/python examples/five_styles/run.py [--seed 1]       all methods, about an hour on two CPU cores
+    .venv/bin/python examples/five_styles/run.py --quick          four methods and few steps, a quarter of an hour
+
+Leaves runs/five_styles/seed_1/ (quick_1/): results.json, results.png, and a run for each method. Run again after an
+interruption, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from parts import ROOT, Part, seconds_of, verb
+
+HERE = Path(__file__).parent
+KL = 0.02
+METHODS: dict[str, tuple[str, ...]] = {
+    "grpo": ("grpo.yaml",),
+    "rkl_k3": ("grpo.yaml", f"algorithm.kl.coef={KL}", "algorithm.kl.estimator=k3"),
+    "rkl_k2": ("grpo.yaml", f"algorithm.kl.coef={KL}", "algorithm.kl.estimator=k2"),
+    "rkl_reward": (
+        "grpo.yaml", f"algorithm.kl.coef={KL}", "algorithm.kl.placement=reward", "algorithm.kl.estimator=k1",
+    ),
+    "dph_forward": ("dph_rl.yaml", "algorithm.rehearsal.divergence=forward_kl", "algorithm.rehearsal.coef=0.5"),
+    "dph_js": ("dph_rl.yaml", "algorithm.rehearsal.divergence=js", "algorithm.rehearsal.coef=1.0"),
+} | {
+    f"dph_alpha_{alpha}": (
+        "dph_rl.yaml", "algorithm.rehearsal.divergence=alpha", f"algorithm.rehearsal.alpha={alpha}",
+        "algorithm.rehearsal.coef=0.5",
+    )
+    for alpha in (0.2, 0.5, 0.8)
+}  # fmt: skip
+"""Config and settings of each. Coefficients give the divergences the same strength near the start (js curves half as much)."""
+QUICK_METHODS = ("grpo", "rkl_k2", "dph_forward", "dph_js")
+QUICK = ("trainer.max_steps=25", "eval.num_problems=100")
+SHOWN = {
+    "greedy": "eval/greedy",
+    "pass1": "eval/pass@1",
+    "pass16": "eval/pass@16",
+    "styles3_share": "eval/styles_ge_3",
+    "style_entropy": "eval/style_entropy",
+    "keep_any": "eval/keep_rate_any",
+    "explore_any": "eval/explore_rate_any",
+    "keep_greedy": "eval/keep_rate_greedy",
+    "pool_forward_kl": "eval/pool_forward_kl",
+}
+"""Name in results.json -> metric."""
+
+
+def main() -> int:
+    """All parts in turn; the status of the first that fails."""
+    parser = argparse.ArgumentParser(description="The five-style experiment.")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    folder = Path("runs/five_styles") / f"{'quick' if arguments.quick else 'seed'}_{arguments.seed}"
+    common = (f"exp_manager.exp_dir={folder}", f"trainer.seed={arguments.seed}")
+    methods = QUICK_METHODS if arguments.quick else tuple(METHODS)
+    short = QUICK if arguments.quick else ()
+
+    seconds = {part.name: seconds_of(part) for part in preparation(folder, common, arguments.seed)}
+    results: dict[str, Any] = {}
+    for method in methods:
+        config, *settings = METHODS[method]
+        # The first one evaluates the base, too; the others are compared with that.
+        base = folder / methods[0] / "eval" / "step_00000000.json"
+        first = ("eval.before=true",) if method == methods[0] else (f"eval.baseline={base}",)
+        overrides = (*common, f"exp_manager.name={method}", *settings, *short, *first)
+        done = folder / method / "summary.json"
+        seconds[method] = seconds_of(Part(method, verb("train", HERE / config, *overrides), done))
+        rows = [json.loads(line) for line in (ROOT / folder / method / "metrics.jsonl").read_text().splitlines()]
+        if method == methods[0]:
+            results["base"] = shown(rows[0])
+        results[method] = shown(rows[-1])
+    report = {
+        "seed": arguments.seed,
+        "methods": results,
+        "seconds": seconds,
+        "total_seconds": round(sum(seconds.values())),
+    }
+    (ROOT / folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(results, ROOT / folder / "results.png")
+    print_table(results)
+    print(f"{report['total_seconds']} s in all. Look at {folder}/results.png; figures are in {folder}/results.json.")
+    return 0
+
+
+def preparation(folder: Path, common: tuple[str, ...], seed: int) -> list[Part]:
+    """Problems, the model of five styles, and its own samples."""
+    make = [sys.executable, str(HERE.relative_to(ROOT) / "make_data.py"), str(folder / "data"), "--seed", str(seed)]
+    warm_start = verb("train", HERE / "warm_start.yaml", *common)
+    # The folder of presampling is shared by the methods, so it lies beside theirs.
+    presample = verb("presample", HERE / "dph_rl.yaml", *common, "exp_manager.name=.")
+    return [
+        Part("problems", make, folder / "data" / "model"),
+        Part("warm start", warm_start, folder / "warm_start" / "hf"),
+        Part("presample", presample, folder / "presample" / "summary.json"),
+    ]
+
+
+def shown(row: Mapping[str, float]) -> dict[str, float]:
+    """What the report has of an evaluation."""
+    styles = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/style/")}
+    return {name: round(row[key], 4) for name, key in SHOWN.items() if key in row} | {
+        key: round(value, 4) for key, value in styles.items()
+    }
+
+
+def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
+    """For people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *SHOWN)
+    for method, values in results.items():
+        table.add_row(method, *(f"{values[name]:.3f}" if name in values else "" for name in SHOWN))
+    Console().print(table)
+
+
+def draw(results: Mapping[str, Mapping[str, float]], png: Path) -> None:
+    """Accuracy against diversity, a point a method; and who keeps which styles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), dpi=130, layout="constrained")
+    plane, bars = figure.subplots(1, 2)
+    for method, values in results.items():
+        plane.plot(values["greedy"], values["pass16"], "o", markersize=8)
+        plane.annotate(
+            method, (values["greedy"], values["pass16"]), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
+    plane.set(xlabel="greedy accuracy", ylabel="pass@16", title="Accuracy and coverage")
+    plane.grid(alpha=0.25)
+    names = sorted({key for values in results.values() for key in values if key.startswith("style/")})
+    left = [0.0] * len(results)
+    for name in names:
+        widths = [values.get(name, 0.0) for values in results.values()]
+        bars.barh(list(results), widths, left=left, label=name.removeprefix("style/"))
+        left = [a + b for a, b in zip(left, widths)]
+    bars.invert_yaxis()
+    bars.set(xlabel="share of samples", title="Styles")
+    bars.legend(fontsize=8, ncols=len(names) or 1, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    figure.savefig(png)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

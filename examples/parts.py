@@ -1,0 +1,46 @@
+"""Long examples in parts: each is one command, done when its result exists, so that a second start goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command."""
+
+    name: str
+    command: Sequence[str]
+    """Run in the repository's folder."""
+    result: Path
+    """What exists once it is done, relative to the repository."""
+
+
+def seconds_of(part: Part) -> float:
+    """Run a part that is not done yet; the seconds that it took, over all interruptions. Leaves the program if it fails."""
+    path = ROOT / part.result.parent / f".seconds_of_{part.name.replace(' ', '_')}"
+    before = float(path.read_text()) if path.exists() else 0.0
+    if (ROOT / part.result).exists():
+        print(f"== {part.name}: {part.result} is there already", flush=True)
+        return before
+    print(f"== {part.name}", flush=True)
+    started = time.monotonic()
+    status = subprocess.run(part.command, cwd=ROOT, check=False).returncode
+    total = round(before + time.monotonic() - started, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(total))
+    if status:
+        sys.exit(status)
+    return total
+
+
+def verb(name: str, config: Path, *overrides: str) -> list[str]:
+    """``megatron-rl name config ...`` as a command."""
+    return [sys.executable, "-m", "megatron_rl.cli", name, str(config.relative_to(ROOT)), *overrides]

@@ -1,0 +1,136 @@
+"""The folder of ``megatron-rl presample``: what has been sampled so far, and what comes out of it.
+
+    presample/
+        settings.json            of the model, the problems and the sampling; another start with others is refused
+        pool/                    the samples that are kept (data/pool.py); a shard for each chunk of problems that gave some
+        chunks/000000.json       what became of each problem of a chunk; written after its shard
+        exploration.jsonl        the rows of the problem file that are still to be learned (rehearsal only)
+        summary.json             the split in numbers
+
+A chunk is done when its file is there. A shard without one is of a run that was killed in between, and is sampled again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.data.pool import PoolWriter, Provenance, Trajectory, drop_shards_after, num_shards
+from megatron_rl.errors import UserError
+from megatron_rl.metrics.rows import write_atomic
+from megatron_rl.tasks.base import copy_rows
+from megatron_rl.types import Problem
+
+EXPLORATION = "exploration"
+"""Fate of a problem that the model does not solve reliably."""
+KEPT = "kept"
+"""Fate of a problem that gave something to the pool."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one problem."""
+
+    problem_id: str
+    num_correct: int
+    """Of the samples that were judged."""
+    fate: str
+    """``exploration``, ``kept``, or ``dropped: reason``."""
+
+
+class PresampledFolder:
+    """One process writes; all can ask what is done.
+
+    Args:
+        directory: the folder, made if there is none.
+        settings: what the samples depend on, as JSON.
+        provenance: of the samples.
+
+    Raises:
+        UserError: it was begun with other settings; from every method, it cannot be written.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any], provenance: Provenance) -> None:
+        self.directory, self._provenance = directory, provenance
+        path = directory / "settings.json"
+        found = _read(path) if path.is_file() else None
+        if found is not None and found != json.loads(json.dumps(settings)):
+            changed = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+            raise UserError(
+                "presample",
+                str(directory),
+                f"was begun with other settings: {', '.join(changed)}",
+                "give them as they were, or remove the folder, or use another exp_manager.name",
+            )
+        if found is None:
+            _write(path, settings)
+
+    @property
+    def pool(self) -> Path:
+        """Directory of the pool."""
+        return self.directory / "pool"
+
+    @property
+    def exploration(self) -> Path:
+        """Problem file of what is still to be learned."""
+        return self.directory / "exploration.jsonl"
+
+    def num_done(self) -> int:
+        """Chunks done; what a killed run has left after them is removed."""
+        done = 0
+        while self._chunk(done).is_file():
+            done += 1
+        drop_shards_after(self.pool, int(_read(self._chunk(done - 1))["num_shards"]) if done else 0)
+        return done
+
+    def keep(self, chunk: int, verdicts: Sequence[Verdict], kept: Sequence[Trajectory]) -> None:
+        """Record a chunk: its samples, then that it is done."""
+        if kept:
+            with PoolWriter(self.pool, self._provenance) as writer:
+                for trajectory in kept:
+                    writer.add(trajectory)
+        shards = num_shards(self.pool)
+        _write(self._chunk(chunk), {"num_shards": shards, "verdicts": [asdict(verdict) for verdict in verdicts]})
+
+    def verdicts(self) -> list[Verdict]:
+        """Of all chunks, in the order of the problems."""
+        paths = sorted((self.directory / "chunks").glob("[0-9]*.json"))
+        return [Verdict(**verdict) for path in paths for verdict in _read(path)["verdicts"]]
+
+    def finish(self, problems: Sequence[Problem], num_samples: int) -> dict[str, Any]:
+        """Write ``exploration.jsonl``, where there are such problems, and ``summary.json``; returns the summary."""
+        verdicts = self.verdicts()
+        fates = Counter(verdict.fate for verdict in verdicts)
+        solved = Counter(verdict.num_correct for verdict in verdicts)
+        summary = {
+            "num_problems": len(verdicts),
+            "fates": dict(sorted(fates.items())),
+            "problems_by_num_correct": [solved[count] for count in range(num_samples + 1)],
+        }
+        chosen = {verdict.problem_id for verdict in verdicts if verdict.fate == EXPLORATION}
+        if chosen:
+            copy_rows([p for p in problems if p.problem_id in chosen], self.exploration)
+        _write(self.directory / "summary.json", summary)
+        return summary
+
+    def _chunk(self, number: int) -> Path:
+        return self.directory / "chunks" / f"{number:06d}.json"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), None, f"cannot be read ({error})", "remove the folder and sample again") from error
+
+
+def _write(path: Path, value: Any) -> None:
+    try:
+        write_atomic(path, json.dumps(value, indent=1).encode() + b"\n")
+    except OSError as error:
+        rule = f"could not be written ({error.strerror})"
+        raise UserError(str(path), None, rule, "free some disk space and give the same command again") from error

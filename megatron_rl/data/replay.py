@@ -1,0 +1,147 @@
+"""Verified successes by problem, for replay: of a pool, or found during the run."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_rl.config import Config
+from megatron_rl.data.limits import row_limit
+from megatron_rl.data.pool import Pool
+from megatron_rl.errors import UserError
+from megatron_rl.rewards.correct import is_correct
+from megatron_rl.types import Prompt, RolloutGroup
+
+FIELD = "algorithm.replay.pool"
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Success:
+    """One verified response."""
+
+    response_ids: Tensor
+    """[R] int64."""
+    reward: float
+
+
+class PooledSuccesses:
+    """Of a pool, read when drawn.
+
+    Args:
+        pool: of responses; those without a positive reward are left out.
+        config: of the run.
+
+    Raises:
+        UserError: no row can be replayed.
+    """
+
+    def __init__(self, pool: Pool, config: Config) -> None:
+        self._pool = pool
+        responses, prompts = pool.response_lengths(), pool.prompt_lengths()
+        is_wrong = pool.rewards() <= 0
+        is_long = ~is_wrong & ((responses > config.rollout.max_new_tokens) | (responses + prompts > row_limit(config)))
+        self.dropped = {"not a success": int(is_wrong.sum()), "too long": int(is_long.sum())}
+        is_kept = ~(is_wrong | is_long)
+        rows = pool.rows_of_problems()
+        self._rows = {name: kept for name, numbers in rows.items() if (kept := [n for n in numbers if is_kept[n]])}
+        if not self._rows:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            raise UserError(
+                FIELD,
+                str(pool.directory),
+                f"has no row to replay: {counts}",
+                "raise rollout.max_new_tokens or policy.train_micro_batch_tokens, or collect successes first",
+            )
+
+    @property
+    def summary(self) -> str:
+        """One line for the user."""
+        count = sum(map(len, self._rows.values()))
+        dropped = "".join(f", {count} left out: {reason}" for reason, count in self.dropped.items() if count)
+        return f"replay: {count} successes of {len(self._rows)} problems of {self._pool.directory}{dropped}"
+
+    def draw(self, prompt: Prompt, count: int, *, seed: int, step: int) -> list[Success]:
+        """Up to ``count`` successes of a problem, without replacement; a pure function of seed, problem and step.
+
+        Raises:
+            UserError: they answer another prompt than this one, or may be trained on in part only.
+        """
+        problem = prompt.problem.problem_id
+        chosen = _choose(self._rows.get(problem, []), count, f"{seed}/{step}/{problem}")
+        successes = []
+        for number, row in zip(chosen, self._pool.take(chosen)):
+            where = f"{self._pool.directory}, row {number}"
+            if not torch.equal(row.prompt_ids, prompt.prompt_ids):
+                rule, fix = (
+                    "answers another prompt of the same problem",
+                    "use the template that the pool was sampled with",
+                )
+                raise UserError(FIELD, where, rule, fix)
+            if row.response_mask is not None:
+                rule, fix = "masks a part of its response, which replay cannot leave out", "leave such rows out"
+                raise UserError(FIELD, where, rule, fix)
+            successes.append(Success(row.response_ids, row.reward))
+        return successes
+
+
+@dataclass
+class FoundSuccesses:
+    """Found during the run: the newest of each problem, in memory."""
+
+    max_per_problem: int
+    by_problem: dict[str, list[Success]] = field(default_factory=dict)
+
+    def add(self, groups: Sequence[RolloutGroup]) -> None:
+        """Keep the whole successes of these groups. One that was cut at the limit has no end to learn."""
+        for group in groups:
+            found = [
+                Success(rollout.completion.response_ids, rollout.score.reward)
+                for rollout in group.rollouts
+                if is_correct(rollout.score) and rollout.completion.finish_reason == "stop"
+            ]
+            if found:
+                problem = group.prompt.problem.problem_id
+                self.by_problem[problem] = [*self.by_problem.get(problem, []), *found][-self.max_per_problem :]
+
+    def draw(self, prompt: Prompt, count: int, *, seed: int, step: int) -> list[Success]:
+        """As ``PooledSuccesses.draw``."""
+        problem = prompt.problem.problem_id
+        return _choose(self.by_problem.get(problem, []), count, f"{seed}/{step}/{problem}")
+
+    def state(self) -> dict[str, Tensor]:
+        """All of them, in few tensors."""
+        successes = [success for found in self.by_problem.values() for success in found]
+        ids = [success.response_ids for success in successes]
+        names = "\n".join(self.by_problem).encode()
+        return {
+            "problem_ids": torch.from_numpy(np.frombuffer(names, dtype=np.uint8).copy()),
+            "num_successes": torch.tensor([len(found) for found in self.by_problem.values()]),
+            "num_tokens": torch.tensor([len(x) for x in ids]),
+            "response_ids": torch.cat(ids).to(torch.int32) if ids else torch.zeros(0, dtype=torch.int32),
+            "rewards": torch.tensor([success.reward for success in successes]),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken; without one, nothing has been found."""
+        self.by_problem = {}
+        if not state or not len(state["num_successes"]):
+            return
+        ids = iter(state["response_ids"].long().split(state["num_tokens"].tolist()))
+        rewards = iter(state["rewards"].tolist())
+        names = bytes(state["problem_ids"].tolist()).decode().split("\n")
+        for name, count in zip(names, state["num_successes"].tolist(), strict=True):
+            self.by_problem[name] = [Success(next(ids).clone(), next(rewards)) for _ in range(count)]
+
+
+def _choose(items: Sequence[Item], count: int, key: str) -> list[Item]:
+    """Without replacement, in the order of a generator that the key seeds."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return random.Random(seed).sample(items, min(count, len(items)))

@@ -1,0 +1,236 @@
+"""The sampling program, one process per rank: ``torchrun ... -m megatron_rl.presample --config x.yaml section.field=value``.
+
+Stage 1 of DPH-RL (arXiv 2509.07430): which problems does the model solve reliably, and one sample of each that was not drawn to
+find that out (a sample chosen for being right would be a biased one of its own split). Phase 1 of RLEP (arXiv 2507.07451): the
+verified successes of a trained model.
+
+The config is the one of the training that follows: its model, engine, layout and task; its algorithm has no part in this.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.config import Config, GRPOConfig
+from megatron_rl.data.presampled import EXPLORATION, KEPT, PresampledFolder, Verdict
+from megatron_rl.errors import UserError
+from megatron_rl.lifetime import die_with_starter
+from megatron_rl.program import run_program
+
+if TYPE_CHECKING:
+    from megatron_rl.data.pool import Provenance, Trajectory
+    from megatron_rl.run import Run
+    from megatron_rl.runtime import Runtime
+    from megatron_rl.types import Completion, Prompt, RolloutGroup
+
+FOLDER = "presample"
+
+
+def presample(config: Config, runtime: Runtime) -> None:
+    """Sample chunk by chunk; goes on where an earlier start stopped."""
+    from megatron_rl.metrics import progress
+    from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
+    from megatron_rl.run import Run
+
+    with Run(config, runtime) as run:
+        group, prompts = run.groups.cpu_group, list(run.prompts.items)[: config.presample.num_problems]
+        provenance = _provenance(run)
+        with all_ranks_agree(group):
+            folder = _open(run, prompts, provenance) if run.is_first else None
+            num_done = folder.num_done() if folder is not None else 0
+        num_done = broadcast_json(num_done, group)
+        size = config.presample.chunk_size
+        starts = range(0, len(prompts), size)
+        if num_done:
+            run.say(f"{num_done} of {len(starts)} chunks are sampled already")
+        for chunk in progress(range(num_done, len(starts)), "chunks"):
+            verdicts, kept = sample_chunk(run, prompts[starts[chunk] : starts[chunk] + size], chunk)
+            with all_ranks_agree(group):
+                if folder is not None:
+                    folder.keep(chunk, verdicts, kept)
+        with all_ranks_agree(group):
+            if folder is not None:
+                _sum_up(folder, prompts, config)
+
+
+def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verdict], list[Trajectory]]:
+    """What becomes of each problem, and the samples to keep. A collective."""
+    from megatron_rl.rollout.collect import Sampling
+
+    settings = run.config.presample
+    sampling = Sampling(settings.temperature, settings.top_p, 0, run.config.rollout.max_new_tokens)
+    groups = run.rollouts.collect(
+        prompts, num_generations=settings.num_samples, sampling=sampling, purpose=f"presample/{chunk}"
+    )
+    solved = [group for group in groups if _num_correct(group) >= settings.min_correct]
+    if settings.purpose == "replay":
+        kept = {id(group.prompt): _successes(group) for group in solved}
+        reasons = {id(group.prompt): "dropped: every success was cut at the limit" for group in solved}
+    else:
+        extra = run.rollouts.collect(
+            [group.prompt for group in solved], num_generations=1, sampling=sampling, purpose=f"presample/{chunk}/extra"
+        )
+        kept = {id(group.prompt): _successes(group) for group in extra}
+        reasons = {id(group.prompt): _why_not(group) for group in extra}
+    verdicts = []
+    for group in groups:
+        fate = EXPLORATION
+        if id(group.prompt) in kept:
+            fate = KEPT if kept[id(group.prompt)] else reasons[id(group.prompt)]
+        elif settings.purpose == "replay":
+            fate = f"dropped: fewer than {settings.min_correct} successes"
+        elif any(rollout.score.is_failure for rollout in group.rollouts) and _num_correct(group) == _num_judged(group):
+            fate = "dropped: not every sample could be judged"
+        verdicts.append(Verdict(group.prompt.problem.problem_id, _num_correct(group), fate))
+    chosen = [(prompt, success) for prompt in prompts for success in kept.get(id(prompt), [])]
+    return verdicts, _trajectories(run, chosen)
+
+
+def _trajectories(run: Run, chosen: list[tuple[Prompt, tuple[Completion, float]]]) -> list[Trajectory]:
+    """With the model's own log-probs where they are for rehearsal; those come from the training engine."""
+    from megatron_rl.data.pool import Trajectory
+    from megatron_rl.types import Kind, TrainingSample
+
+    rows = [
+        TrainingSample(prompt.prompt_ids, completion.response_ids, Kind.REHEARSAL, reward=reward)
+        for prompt, (completion, reward) in chosen
+    ]
+    if rows and run.config.presample.purpose == "rehearsal":
+        run.rest_engine()
+        unit = run.config.policy.train_global_batch_size
+        filled = rows + [replace(rows[-1]) for _ in range(-len(rows) % unit)]  # each rank gets equally many
+        run.policy.fill_log_probs(filled, [range(len(filled))], "ref_log_probs")
+        run.publish(version=0)
+    return [
+        Trajectory(
+            prompt.problem.problem_id, row.prompt_ids, row.response_ids, row.reward, ref_log_probs=row.ref_log_probs
+        )
+        for (prompt, _), row in zip(chosen, rows)
+    ]
+
+
+def _successes(group: RolloutGroup) -> list[tuple[Completion, float]]:
+    """Right and whole: what was cut at the limit has no end to learn."""
+    from megatron_rl.rewards.correct import is_correct
+
+    return [
+        (rollout.completion, rollout.score.reward)
+        for rollout in group.rollouts
+        if is_correct(rollout.score) and not rollout.score.is_failure and rollout.completion.finish_reason == "stop"
+    ]
+
+
+def _why_not(group: RolloutGroup) -> str:
+    rollout = group.rollouts[0]
+    if rollout.score.is_failure:
+        return "dropped: the further sample could not be judged"
+    return f"dropped: the further sample was {'cut' if rollout.completion.finish_reason != 'stop' else 'wrong'}"
+
+
+def _num_judged(group: RolloutGroup) -> int:
+    return sum(not rollout.score.is_failure for rollout in group.rollouts)
+
+
+def _num_correct(group: RolloutGroup) -> int:
+    from megatron_rl.rewards.correct import is_correct
+
+    return sum(is_correct(rollout.score) and not rollout.score.is_failure for rollout in group.rollouts)
+
+
+# ------------------------------------------------------------------------------------------------------ around it
+
+
+def adapt(config: Config) -> Config:
+    """The training's config, for sampling alone: nothing is resumed, saved or evaluated, and updates need no arithmetic."""
+    unit = config.data_parallel_size * config.policy.pipeline_parallel_size
+    manager = replace(
+        config.exp_manager,
+        exp_dir=str(config.exp_manager.run_dir),
+        name=FOLDER,
+        resume_if_exists=False,
+        resume_from_checkpoint=None,
+        create_checkpoint_callback=False,
+        create_tensorboard_logger=False,
+        create_wandb_logger=False,
+        create_mlflow_logger=False,
+    )
+    return replace(
+        config,
+        trainer=replace(config.trainer, stage="rl"),
+        exp_manager=manager,
+        policy=replace(config.policy, train_global_batch_size=unit),
+        algorithm=GRPOConfig(num_prompts_per_step=unit, num_generations_per_prompt=2),
+        data=replace(config.data, train=config.presample.problems or config.data.train, shuffle=False),
+        eval=replace(config.eval, before=False, after=False, every_n_steps=0),
+    )
+
+
+def _provenance(run: Run) -> Provenance:
+    from megatron_rl.data.origin import tokenizer_digest
+    from megatron_rl.data.pool import Provenance
+
+    config = run.config
+    sampling = {
+        "temperature": config.presample.temperature,
+        "top_p": config.presample.top_p,
+        "max_new_tokens": float(config.rollout.max_new_tokens),
+        "log_prob_temperature": config.rollout.temperature,
+    }
+    return Provenance(config.data.task, run.model_digest(), tokenizer_digest(run.tokenizer), sampling)
+
+
+def _open(run: Run, prompts: list[Prompt], provenance: Provenance) -> PresampledFolder:
+    settings: dict[str, Any] = asdict(run.config.presample) | asdict(provenance)
+    settings |= {"seed": run.config.trainer.seed, "first_problem": prompts[0].problem.problem_id}
+    return PresampledFolder(run.directory, settings | {"found_problems": len(prompts)}, provenance)
+
+
+def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> None:
+    """Print the split.
+
+    Raises:
+        UserError: there is nothing to train on in it; what was sampled stays.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = config.presample
+    summary = folder.finish([prompt.problem for prompt in prompts], settings.num_samples)
+    table = Table(title=f"{summary['num_problems']} problems, {settings.num_samples} samples each")
+    table.add_column("")
+    table.add_column("problems", justify="right")
+    for fate, count in summary["fates"].items():
+        table.add_row(fate, str(count))
+    Console().print(table)
+    counts = summary["problems_by_num_correct"]
+    print("problems by right samples: " + ", ".join(f"{n}: {count}" for n, count in enumerate(counts) if count))
+    if not summary["fates"].get(KEPT):
+        reliable = sum(counts[settings.min_correct :])
+        raise UserError(
+            "presample.min_correct",
+            settings.min_correct,
+            f"leaves the pool empty: {reliable} of {summary['num_problems']} problems were solved so often",
+            f"lower it ({folder.directory / 'summary.json'} has the counts), or sample more problems",
+        )
+    print(f"pool: {folder.pool}")
+    if settings.purpose == "rehearsal":
+        if not summary["fates"].get(EXPLORATION):
+            raise UserError(
+                "presample.min_correct",
+                settings.min_correct,
+                "leaves nothing to explore: every problem was solved so often",
+                "raise it, or give harder problems",
+            )
+        print(f"still to be learned: {folder.exploration}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """One rank, from its command line to its exit status."""
+    return run_program("megatron_rl.presample", presample, argv, adapt=adapt)
+
+
+if __name__ == "__main__":
+    die_with_starter()
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""A task that a random model solves about every second time: the response has an even number of letters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rl.tasks.gsm8k import Gsm8k
+from megatron_rl.types import Problem, Score
+
+
+@dataclass(frozen=True)
+class Parity:
+    name: str = "parity"
+    preload: tuple[str, ...] = ()
+
+    def load(self, path: Path, *, template: str | None) -> list[Problem]:
+        return Gsm8k().load(path, template=template)
+
+    def score(self, answer: str, response: str) -> Score:
+        is_even = sum(letter.isalpha() for letter in response) % 2 == 0
+        return Score(float(is_even), {"correct": float(is_even)}, "even" if is_even else "odd")
+
+
+@dataclass(frozen=True)
+class Always(Parity):
+    def score(self, answer: str, response: str) -> Score:
+        return Score(1.0, {"correct": 1.0}, "always")
+
+
+TASK, ALWAYS = Parity(), Always()
