@@ -362,7 +362,7 @@ class DataConfig:
     """Where problems come from and how they are scored."""
 
     task: str
-    """A name from megatron_rl.tasks: gsm8k, word_problems."""
+    """A name from megatron_rl.tasks: gsm8k, word_problems, five_styles."""
     train: str
     """Problem file (.jsonl or .jsonl.gz) to train on."""
     validation: str | None = None

@@ -1,0 +1,90 @@
+"""Does replaying successes make RL faster? GRPO, then RLEP from the same start with GRPO's own successes.
+
+    .venv/bin/python examples/replay/run.py [--seed 1]       about a quarter of an hour on two CPU cores
+
+Leaves runs/replay/seed_1/: results.json, results.png, and the runs phase1 (the baseline), phase2 (RLEP) and online (replays of
+what the run finds itself, without a phase 1). Run again after an interruption, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from parts import ROOT, Part, seconds_of, verb
+
+HERE = Path(__file__).parent
+QUICKSTART = HERE.parent / "quickstart"
+PROBLEMS = "--num-warm-start 32000 --num-train 2000 --num-held-out 300 --slip-share 0.3 --forgotten-carry-share 0.6"
+METRIC = "eval/avg@4"
+"""Accuracy at temperature 1, every five steps."""
+
+
+def main() -> int:
+    """All parts in turn; the status of the first that fails."""
+    parser = argparse.ArgumentParser(description="RLEP against its own phase 1.")
+    parser.add_argument("--seed", type=int, default=1)
+    seed = parser.parse_args().seed
+    folder = Path("runs/replay") / f"seed_{seed}"
+    common = (f"exp_manager.exp_dir={folder}", f"trainer.seed={seed}")
+    make = [sys.executable, "tools/make_word_problems.py", str(folder / "data"), "--seed", str(seed), *PROBLEMS.split()]
+    # The model to sample is that of phase 1; its folder of samples lies beside the runs.
+    collect = (*common, f"policy.model_path={folder}/phase1/hf", "exp_manager.name=.")
+    online = ("exp_manager.name=online", "algorithm.replay.source=online", "algorithm.replay.pool=null")
+    warm = (f"policy.model_path={folder}/data/model", f"data.train={folder}/data/warm_start.jsonl")
+    parts = (
+        Part("problems", make, folder / "data" / "model"),
+        Part("warm start", verb("train", QUICKSTART / "warm_start.yaml", *common, *warm), folder / "warm_start" / "hf"),
+        Part("phase 1", verb("train", HERE / "grpo.yaml", *common), folder / "phase1" / "summary.json"),
+        Part("successes", verb("presample", HERE / "rlep.yaml", *collect), folder / "presample" / "summary.json"),
+        Part("phase 2", verb("train", HERE / "rlep.yaml", *common), folder / "phase2" / "summary.json"),
+        Part("online", verb("train", HERE / "rlep.yaml", *common, *online), folder / "online" / "summary.json"),
+    )
+    seconds = {part.name: seconds_of(part) for part in parts}
+    curves = {name: curve(ROOT / folder / name) for name in ("phase1", "phase2", "online")}
+    report = compare(curves) | {"seed": seed, "seconds": seconds, "curves": curves}
+    (ROOT / folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(curves, ROOT / folder / "results.png")
+    print(json.dumps({key: value for key, value in report.items() if key != "curves"}, indent=1))
+    return 0
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """(step, accuracy) of each evaluation with four samples or more; the first and last have eight."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = (METRIC, "eval/avg@8")
+    return [
+        (row["step"], next(row[name] for name in names if name in row)) for row in rows if any(n in row for n in names)
+    ]
+
+
+def compare(curves: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
+    """Best and final accuracy of each, and when each first reached phase 1's best."""
+    best = max(accuracy for _, accuracy in curves["phase1"])
+    found: dict[str, Any] = {"baseline_best": best}
+    for name, points in curves.items():
+        reached = next((step for step, accuracy in points if accuracy >= best), None)
+        found[name] = {"best": max(a for _, a in points), "final": points[-1][1], "steps_to_baseline_best": reached}
+    return found
+
+
+def draw(curves: dict[str, list[tuple[int, float]]], png: Path) -> None:
+    """Accuracy over steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), dpi=130, layout="constrained")
+    panel = figure.subplots()
+    for name, points in curves.items():
+        panel.plot(*zip(*points), marker="o", markersize=4, label=name)
+    panel.set(xlabel="training step", ylabel="held-out accuracy, temperature 1")
+    panel.grid(alpha=0.25)
+    panel.legend()
+    figure.savefig(png)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
