@@ -22,79 +22,48 @@ little-endian.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-import shutil
-import struct
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from megatron_rl.data.shard import (
+    HAS_REF,
+    Provenance,
+    Shard,
+    ShardWriter,
+    Trajectory,
+    check_origin,
+    num_shards,
+    problem_key,
+    read_manifest,
+    remove_shard,
+    shard_number,
+    shard_paths,
+)
 from megatron_rl.errors import UserError
 
-FORMAT = 2
+__all__ = [
+    "FilterCount",
+    "Pool",
+    "PoolWriter",
+    "Provenance",
+    "Trajectory",
+    "drop_shards_after",
+    "filter_pool",
+    "merge",
+    "new_pool",
+    "num_shards",
+]
 SHARD_ROWS = 100_000
 """A writer begins another shard after so many."""
-
-_RECORD = np.dtype(
-    [
-        ("start", "<i8"), ("problem", "<u8"), ("prompt_length", "<i4"), ("response_length", "<i4"),
-        ("text_length", "<i4"), ("flags", "<u4"), ("reward", "<f4"), ("checksum", "<u4"),
-    ]
-)  # fmt: skip
-"""``start`` in bytes of data.bin, ``problem`` a hash of the id, lengths in tokens and in bytes of the id."""
-_HEAD = struct.Struct("<qQiiiIf")
-"""A record without its checksum."""
-_WHOLE = struct.Struct("<qQiiiIfI")
-_INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
-_HAS_REF, _HAS_MASK = 1, 2
-_BUFFER_BYTES = 2**22
 _CHUNK_ROWS = 256
 """Read at a time where all rows are read: enough to share the cost of a call, few enough for long responses."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a shard's trajectories come from. Shards of one pool share model and tokenizer."""
-
-    task: str
-    model_digest: str
-    """Of the weights that sampled them (and gave ``ref_log_probs``, where there are some)."""
-    tokenizer_digest: str
-    sampling: Mapping[str, float] = field(default_factory=dict)
-    """``temperature``, ``top_p``, ``top_k``, ``max_new_tokens``."""
-
-    @property
-    def digests(self) -> tuple[str, str]:
-        """Of model and tokenizer: what shards of one pool must have in common."""
-        return self.model_digest, self.tokenizer_digest
-
-
-@dataclass(frozen=True, slots=True)
-class Trajectory:
-    """One stored response."""
-
-    problem_id: str
-    prompt_ids: Tensor
-    """[*] int64."""
-    response_ids: Tensor
-    """[R] int64, R at least 1."""
-    reward: float
-    response_mask: Tensor | None = None
-    """[R] bool; None: all generated."""
-    ref_log_probs: Tensor | None = None
-    """[R] float32, of the reference, at the sampling temperature; None: unknown."""
 
 
 class PoolWriter:
@@ -110,14 +79,14 @@ class PoolWriter:
     def __init__(self, directory: str | Path, provenance: Provenance, *, shard_rows: int = SHARD_ROWS) -> None:
         """Args: the pool, made if there is none; of what is added; rows of a shard."""
         self.directory, self._provenance, self._shard_rows = Path(directory), provenance, shard_rows
-        for shard in _shards(self.directory):
-            _check_origin(shard, _manifest(shard), *provenance.digests)
-        self._shard: _ShardWriter | None = None
+        for shard in shard_paths(self.directory):
+            check_origin(shard, read_manifest(shard), *provenance.digests)
+        self._shard: ShardWriter | None = None
 
     def add(self, trajectory: Trajectory) -> None:
         """Append one."""
         if self._shard is None:
-            self._shard = _ShardWriter(self.directory, self._provenance)
+            self._shard = ShardWriter(self.directory, self._provenance)
         self._shard.add(trajectory)
         if self._shard.num_rows == self._shard_rows:
             self.flush()
@@ -158,17 +127,17 @@ class Pool(Sequence[Trajectory]):
         self, directory: str | Path, *, model_digest: str | None = None, tokenizer_digest: str | None = None
     ) -> None:
         self.directory = Path(directory)
-        paths = _shards(self.directory)
+        paths = shard_paths(self.directory)
         if not paths:
             raise UserError(str(directory), None, "holds no finished shard", "point at a pool, or build one first")
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         for path in paths:
-            self._shards.append(_Shard(path, first_row=self._shards[-1].end if self._shards else 0))
+            self._shards.append(Shard(path, first_row=self._shards[-1].end if self._shards else 0))
         self.provenance = self._shards[0].provenance
         """Of the first shard; what shards may differ in is in ``provenances``."""
         for shard in self._shards:
-            _check_origin(shard.path, shard.manifest, model_digest, tokenizer_digest)
-            _check_origin(shard.path, shard.manifest, *self.provenance.digests)
+            check_origin(shard.path, shard.manifest, model_digest, tokenizer_digest)
+            check_origin(shard.path, shard.manifest, *self.provenance.digests)
         self._ends = np.array([shard.end for shard in self._shards])
 
     def __len__(self) -> int:
@@ -214,7 +183,7 @@ class Pool(Sequence[Trajectory]):
 
     def has_ref_log_probs(self) -> np.ndarray:
         """[N] bool, likewise."""
-        return (self._column("flags") & _HAS_REF).astype(bool)
+        return (self._column("flags") & HAS_REF).astype(bool)
 
     def rows_of_problems(self) -> dict[str, list[int]]:
         """Row numbers of each problem, ascending; problems in the order in which they first occur.
@@ -258,7 +227,7 @@ class Pool(Sequence[Trajectory]):
             self.take(rows)
             yield from rows
 
-    def _by_shard(self, numbers: np.ndarray, order: np.ndarray) -> Iterator[tuple[_Shard, np.ndarray]]:
+    def _by_shard(self, numbers: np.ndarray, order: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:
         """Each shard that holds some of the rows, and their places in ``numbers``, in the order of ``order``."""
         which = np.searchsorted(self._ends, numbers[order], side="right")
         for i in np.unique(which):
@@ -271,20 +240,15 @@ class Pool(Sequence[Trajectory]):
 # ---------------------------------------------------------------------------------------------------------- whole pools
 
 
-def num_shards(directory: str | Path) -> int:
-    """The number that the next shard will have: shards ever finished, also those that somebody has removed since."""
-    return max((_number(path) for path in _shards(Path(directory))), default=-1) + 1
-
-
 def drop_shards_after(directory: str | Path, count: int) -> None:
     """Remove the shards numbered ``count`` and above, and what a killed writer has left.
 
     For work that notes ``num_shards`` after each finished piece: what was written after the last note is repeated.
     """
     folder = Path(directory)
-    late = [path for path in _shards(folder) if _number(path) >= count]
+    late = [path for path in shard_paths(folder) if shard_number(path) >= count]
     for path in [*folder.glob(".shard_*.partial"), *reversed(late)]:  # from the end: a crash leaves no gap
-        _remove(path)
+        remove_shard(path)
 
 
 @contextmanager
@@ -295,7 +259,7 @@ def new_pool(directory: str | Path) -> Iterator[None]:
         UserError: a pool is there.
     """
     target = Path(directory)
-    if _shards(target):
+    if shard_paths(target):
         raise UserError(str(target), None, "holds a pool already", "choose another directory, or remove this one")
     was_there = target.exists()
     try:
@@ -325,7 +289,7 @@ def merge(
     for source in sources:
         pools.append(Pool(source))
         for shard in pools[-1]._shards:
-            _check_origin(shard.path, shard.manifest, *pools[0].provenance.digests)
+            check_origin(shard.path, shard.manifest, *pools[0].provenance.digests)
     return _copy([(pool, np.arange(len(pool))) for pool in pools], Path(target), None, advance)
 
 
@@ -381,7 +345,7 @@ def _conditions(
     """[N] bool of each condition that is asked for; from the records alone."""
     conditions: dict[str, np.ndarray] = {}
     if problems is not None:
-        wanted = np.array([_problem_key(problem_id.encode()) for problem_id in problems], dtype=np.uint64)
+        wanted = np.array([problem_key(problem_id.encode()) for problem_id in problems], dtype=np.uint64)
         conditions["problem"] = np.isin(pool._column("problem"), wanted)
     if min_reward is not None:
         conditions["reward"] = pool.rewards() >= np.float32(min_reward)
@@ -418,230 +382,6 @@ def _copy(
     return kept
 
 
-# ------------------------------------------------------------------------------------------------------------ one shard
-
-
-class _ShardWriter:
-    def __init__(self, directory: Path, provenance: Provenance) -> None:
-        self.num_rows = 0
-        self._directory, self._provenance = directory, provenance
-        self._final = directory / f"shard_{num_shards(directory):06d}"
-        self._partial = directory / f".{self._final.name}.partial"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self._partial, ignore_errors=True)  # left by a writer that was killed
-            self._partial.mkdir()
-            self._files: dict[str, BinaryIO] = {
-                name: (self._partial / f"{name}.bin").open("wb", _BUFFER_BYTES) for name in ("rows", "data")
-            }
-        except OSError as error:
-            raise _disk_error(directory, error) from error
-        self._start = 0
-
-    def add(self, trajectory: Trajectory) -> None:
-        record, data = _encode(trajectory, self._start)
-        try:
-            self._files["rows"].write(record)
-            self._files["data"].write(data)
-        except OSError as error:
-            self.abort()
-            raise _disk_error(self._directory, error) from error
-        self._start += len(data)
-        self.num_rows += 1
-
-    def finish(self) -> None:
-        try:
-            for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-            manifest = {
-                "format": FORMAT,
-                "num_rows": self.num_rows,
-                "bytes": {"rows.bin": self.num_rows * _RECORD.itemsize, "data.bin": self._start},
-                "provenance": asdict(self._provenance),
-            }
-            with (self._partial / "manifest.json").open("w", encoding="utf-8") as text:
-                json.dump(manifest, text, indent=1)
-                text.flush()
-                os.fsync(text.fileno())
-            os.replace(self._partial, self._final)
-            _sync(self._directory)
-        except OSError as error:
-            self.abort()
-            raise _disk_error(self._directory, error) from error
-
-    def abort(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # a full disk refuses what is in the buffer once more
-                file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-
-class _Shard:
-    def __init__(self, path: Path, *, first_row: int) -> None:
-        self.path, self.manifest = path, _manifest(path)
-        self.first_row, self.end = first_row, first_row + int(self.manifest["num_rows"])
-        self.provenance = Provenance(**self.manifest["provenance"])
-        for name, size in self.manifest["bytes"].items():
-            found = (path / name).stat().st_size if (path / name).is_file() else None
-            if found != size:
-                raise _damaged(path / name, f"has {found} bytes, the manifest says {size}")
-        rows = _map(path / "rows.bin")
-        if len(rows) != (self.end - first_row) * _RECORD.itemsize:
-            raise _damaged(path, f"has {len(rows)} bytes of records, the manifest says {self.end - first_row} rows")
-        self.records, self._rows, self._data = rows.view(_RECORD), rows.data, _map(path / "data.bin").data
-
-    def read(self, row: int) -> Trajectory:
-        """One, by its number in the pool."""
-        data, (_, _, num_prompt, num_response, num_text, flags, reward, _) = self._checked(row)
-        ids = np.frombuffer(data, _INT32, num_prompt + num_response).astype(np.int64)
-        at, ref, mask = 4 * len(ids), None, None
-        if flags & _HAS_REF:
-            ref = torch.from_numpy(np.frombuffer(data, _FLOAT32, num_response, at).astype(np.float32))
-            at += 4 * num_response
-        if flags & _HAS_MASK:
-            mask = torch.from_numpy(np.frombuffer(data, np.uint8, num_response, at).astype(bool))
-            at += num_response
-        return Trajectory(
-            str(data[at : at + num_text], "utf-8"),
-            torch.from_numpy(ids[:num_prompt]),
-            torch.from_numpy(ids[num_prompt:]),
-            reward,
-            mask,
-            ref,
-        )
-
-    def problem_id(self, row: int) -> str:
-        """Of this row of the pool."""
-        data, (_, _, num_prompt, num_response, num_text, flags, _, _) = self._checked(row)
-        start = _text_start(num_prompt, num_response, flags)
-        return str(data[start : start + num_text], "utf-8")
-
-    def _checked(self, row: int) -> tuple[memoryview, tuple[Any, ...]]:
-        """Data and record, when they are as they were written."""
-        at = (row - self.first_row) * _WHOLE.size
-        record = _WHOLE.unpack_from(self._rows, at)
-        start, _, num_prompt, num_response, num_text, flags, _, checksum = record
-        size = _text_start(num_prompt, num_response, flags) + num_text
-        size += -size % 4
-        is_inside = min(start, num_prompt, num_response, num_text) >= 0 and start + size <= len(self._data)
-        data = self._data[start : start + size] if is_inside else self._data[:0]
-        if not is_inside or zlib.crc32(data, zlib.crc32(self._rows[at : at + _HEAD.size])) != checksum:
-            raise _damaged(self.path, f"row {row} of the pool has another checksum than when it was written")
-        return data, record
-
-
-def _encode(trajectory: Trajectory, start: int) -> tuple[bytes, bytes]:
-    """Record and data of one."""
-    prompt, response = trajectory.prompt_ids.numpy(), trajectory.response_ids.numpy()
-    length, flags = response.size, 0
-    assert length > 0, "a response has at least one token"
-    assert math.isfinite(trajectory.reward), "a reward is not finite"
-    parts = [prompt.astype(_INT32).tobytes(), response.astype(_INT32).tobytes()]
-    if trajectory.ref_log_probs is not None:
-        ref = trajectory.ref_log_probs.numpy().astype(_FLOAT32, copy=False)
-        assert ref.size == length, f"{ref.size} log-probs for {length} tokens"
-        assert math.isfinite(ref.sum()), "a log-prob is not finite"
-        parts.append(ref.tobytes())
-        flags |= _HAS_REF
-    if trajectory.response_mask is not None and not (mask := trajectory.response_mask.numpy()).all():
-        assert mask.size == length, f"{mask.size} entries of a mask for {length} tokens"
-        parts.append(mask.astype(np.uint8).tobytes())
-        flags |= _HAS_MASK
-    text = trajectory.problem_id.encode()
-    data = b"".join((*parts, text))
-    data += bytes(-len(data) % 4)
-    head = _HEAD.pack(start, _problem_key(text), prompt.size, length, len(text), flags, trajectory.reward)
-    return head + zlib.crc32(data, zlib.crc32(head)).to_bytes(4, "little"), data
-
-
-def _text_start(num_prompt: int, num_response: int, flags: int) -> int:
-    """Where a trajectory's problem id begins, in bytes."""
-    per_token = 4 + (4 if flags & _HAS_REF else 0) + (1 if flags & _HAS_MASK else 0)
-    return 4 * num_prompt + per_token * num_response
-
-
-def _problem_key(problem_id: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(problem_id, digest_size=8).digest(), "little")
-
-
 def _chunks(rows: Any) -> Iterator[Any]:
     """Consecutive pieces of a range or an array."""
     return (rows[first : first + _CHUNK_ROWS] for first in range(0, len(rows), _CHUNK_ROWS))
-
-
-# ------------------------------------------------------------------------------------------------------------ on disk
-
-
-def _shards(directory: Path) -> list[Path]:
-    return sorted(directory.glob("shard_[0-9]*"), key=_number) if directory.is_dir() else []
-
-
-def _number(shard: Path) -> int:
-    return int(shard.name.rpartition("_")[2])
-
-
-def _map(path: Path) -> np.ndarray:
-    """[bytes] uint8. By torch, whose mapping needs no open file: a pool may have more shards than a process files."""
-    size = path.stat().st_size
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy() if size else np.zeros(0, "u1")
-
-
-def _remove(shard: Path) -> None:
-    """Renamed first, so that a crash halfway leaves no half shard."""
-    hidden = shard if shard.name.startswith(".") else shard.with_name(f".{shard.name}.partial")
-    try:
-        if hidden != shard:
-            shutil.rmtree(hidden, ignore_errors=True)
-            os.replace(shard, hidden)
-        shutil.rmtree(hidden)
-    except OSError as error:
-        raise UserError(str(shard), None, f"cannot be removed ({error.strerror})", "remove it by hand") from error
-
-
-def _sync(directory: Path) -> None:
-    """Else a power cut can undo a rename."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _manifest(shard: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((shard / "manifest.json").read_text(encoding="utf-8"))
-        known = {"format", "num_rows", "bytes", "provenance"} <= manifest.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(shard / "manifest.json", f"cannot be read ({error})") from error
-    if not known or manifest["format"] != FORMAT:
-        raise _damaged(shard / "manifest.json", f"is not of format {FORMAT}")
-    return manifest
-
-
-def _check_origin(
-    shard: Path, manifest: Mapping[str, Any], model_digest: str | None, tokenizer_digest: str | None
-) -> None:
-    for what, expected in (("model", model_digest), ("tokenizer", tokenizer_digest)):
-        found = manifest["provenance"][f"{what}_digest"]
-        if expected is not None and found != expected:
-            raise UserError(
-                str(shard),
-                None,
-                f"comes from another {what} ({_short(found)}) than is asked for ({_short(expected)})",
-                f"use a pool that was sampled with this {what}, or build it again",
-            )
-
-
-def _short(digest: str) -> str:
-    return digest if len(digest) <= 16 else f"{digest[:16]}..."
-
-
-def _damaged(path: Path, rule: str) -> UserError:
-    return UserError(str(path), None, rule, "remove the shard and build it again; the others are not concerned")
-
-
-def _disk_error(directory: Path, error: OSError) -> UserError:
-    rule = f"could not be written ({error.strerror})"
-    return UserError(str(directory), None, rule, "free disk space or choose another directory")
