@@ -26,10 +26,11 @@ LAYOUTS = [
     {"tp": 1}, {"tp": 2, "sp": True}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}, {"dp": 2}, {"cp": 2, "dp": 2},
     {"tp": 2, "dp": 2}, {"tp": 2, "pp": 2, "cp": 2, "sp": True},
 ]  # fmt: skip
+# Row 6: neither the loss nor a gradient nearly cancels, which float32 would show in relative errors.
 MIXES = {
-    "one": lambda number: number == 1,
+    "one": lambda number: number == 6,
     "half": lambda number: number % 2 == 1,
-    "all but one": lambda number: number != 1,
+    "all but one": lambda number: number != 6,
 }
 
 
@@ -59,7 +60,7 @@ def test_every_gradient_under_every_layout(model: Path, method: str, layout: dic
 @pytest.mark.parametrize("layout", [{"tp": 1}, {"dp": 2}, {"cp": 2}], ids=str)
 def test_every_mix(model: Path, mix: str, layout: dict) -> None:
     """With few stored rows, most micro-batches have none; with many, most have nothing else."""
-    check(model, FORWARD, layout, mix=MIXES[mix])
+    check(model, JS, layout, mix=MIXES[mix])
 
 
 @pytest.mark.parametrize("tokens", [0, 150, 10_000])
