@@ -32,6 +32,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str
         "reward/mean": _mean([r.score.reward for r in rollouts]),
         "pass@1": _mean([_mean(c) for c in correct]),
         f"pass@{size}": _mean([pass_at_k(size, int(sum(c)), size) for c in correct]),
+        "groups/all_right_frac": _mean([all(c) for c in correct]),
+        "groups/all_wrong_frac": _mean([not any(c) for c in correct]),
         "response_length/mean": _mean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/cut_frac": _mean([r.completion.finish_reason == "length" for r in rollouts]),

@@ -28,6 +28,7 @@ def test_rollout_metrics() -> None:
     assert metrics["reward/mean"] == pytest.approx(-0.75)
     assert metrics["reward/correct"] == metrics["pass@1"] == pytest.approx(1 / 8)
     assert metrics["pass@4"] == 0.5
+    assert (metrics["groups/all_right_frac"], metrics["groups/all_wrong_frac"]) == (0.0, 0.5)
     assert metrics["response_length/mean"] == 3.0 and metrics["response_length/max"] == 8.0
     assert metrics["response_length/cut_frac"] == 1 / 8
     assert metrics["rollout/staleness"] == 2 / 8
