@@ -74,7 +74,9 @@ def make_pool(folder: Path) -> None:
 
     model = folder / "warm_start" / "hf"
     tokenizer = AutoTokenizer.from_pretrained(model)
-    provenance = Provenance("word_problems", model_digest(model), tokenizer_digest(tokenizer))
+    provenance = Provenance(
+        "word_problems", model_digest(model), tokenizer_digest(tokenizer), {"log_prob_temperature": 1.0}
+    )
     with PoolWriter(folder / "pool", provenance) as writer:
         for line in (folder / "data" / "warm_start.jsonl").read_text().splitlines():
             row = json.loads(line)

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from megatron_rl.config import Config
+from megatron_rl.data.limits import row_limit
 from megatron_rl.data.pool import Pool
-from megatron_rl.data.rehearsal import rehearsal_row
+from megatron_rl.data.rehearsal import check_reference, rehearsal_row
 from megatron_rl.errors import UserError
 from megatron_rl.losses.f_divergence import f_divergence
 from megatron_rl.model.step import Policy
@@ -18,17 +19,18 @@ from megatron_rl.types import TrainingSample
 FIELD = "eval.pool"
 
 
-def probe_rows(pool: Pool, config: Config, *, row_limit: int) -> list[TrainingSample]:
+def probe_rows(pool: Pool, config: Config) -> list[TrainingSample]:
     """The first ``eval.num_pool_rows`` rows that are short enough.
 
     Raises:
-        UserError: there is none, or one has no log-probs of the reference.
+        UserError: there is none, or one cannot be compared with the policy.
     """
-    fits = (pool.prompt_lengths() + pool.response_lengths()) <= row_limit
-    numbers = [int(number) for number in fits.nonzero()[0][: config.eval.num_pool_rows]]
-    if not numbers:
-        raise UserError(FIELD, str(pool.directory), f"has no row of at most {row_limit} tokens", "give another pool")
-    return [rehearsal_row(pool, number, row, field=FIELD) for number, row in zip(numbers, pool.take(numbers))]
+    limit = row_limit(config)
+    fits = (pool.prompt_lengths() + pool.response_lengths()) <= limit
+    if not fits.any():
+        raise UserError(FIELD, str(pool.directory), f"has no row of at most {limit} tokens", "give another pool")
+    check_reference(pool, fits, temperature=config.log_prob_temperature, field=FIELD)
+    return [rehearsal_row(trajectory) for trajectory in pool.take(fits.nonzero()[0][: config.eval.num_pool_rows])]
 
 
 def distance_metrics(policy: Policy, rows: Sequence[TrainingSample], *, batch_size: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rewards.pass_at_k import pass_at_k
-from megatron_rl.types import ON_POLICY, Kind, RolloutGroup, TrainingSample
+from megatron_rl.types import Kind, RolloutGroup, TrainingSample
 
 MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
 """Of what an update reports, the maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
@@ -55,11 +55,10 @@ def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
         "num_response_tokens": float(sum(sample.num_response_tokens for sample in samples)),
     }
     rollouts = [sample for sample in samples if sample.kind is Kind.RL]
-    on_policy = [sample for sample in samples if sample.kind in ON_POLICY]
     if not any(sample.num_response_tokens for sample in rollouts):  # a mean over no token is no number
         return sizes
     difference = (_joined(rollouts, "old_log_probs") - _joined(rollouts, "rollout_log_probs")).abs()
-    old, advantages = _joined(on_policy, "old_log_probs"), _joined(on_policy, "advantages")
+    old, advantages = _joined(rollouts, "old_log_probs"), _joined(rollouts, "advantages")
     covariance = (old - old.mean()) * (advantages - advantages.mean())
     return sizes | {
         "mismatch/log_prob_abs_diff": float(difference.mean()),

@@ -9,18 +9,19 @@ The config is the one of the training that follows: its model, engine, layout an
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config, GRPOConfig
-from megatron_rl.data.presampled import EXPLORATION, KEPT, PresampledFolder, Verdict
 from megatron_rl.errors import UserError
 from megatron_rl.lifetime import die_with_starter
 from megatron_rl.program import run_program
 
 if TYPE_CHECKING:
     from megatron_rl.data.pool import Provenance, Trajectory
+    from megatron_rl.data.presampled import PresampledFolder, Verdict
     from megatron_rl.run import Run
     from megatron_rl.runtime import Runtime
     from megatron_rl.types import Completion, Prompt, RolloutGroup
@@ -57,6 +58,7 @@ def presample(config: Config, runtime: Runtime) -> None:
 
 def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verdict], list[Trajectory]]:
     """What becomes of each problem, and the samples to keep. A collective."""
+    from megatron_rl.data.presampled import EXPLORATION, KEPT, Verdict
     from megatron_rl.rollout.collect import Sampling
 
     settings = run.config.presample
@@ -182,9 +184,15 @@ def _provenance(run: Run) -> Provenance:
 
 
 def _open(run: Run, prompts: list[Prompt], provenance: Provenance) -> PresampledFolder:
+    from megatron_rl.data.presampled import PresampledFolder
+
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(prompt.problem.problem_id.encode())
+        digest.update(prompt.prompt_ids.numpy().tobytes())
     settings: dict[str, Any] = asdict(run.config.presample) | asdict(provenance)
-    settings |= {"seed": run.config.trainer.seed, "first_problem": prompts[0].problem.problem_id}
-    return PresampledFolder(run.directory, settings | {"found_problems": len(prompts)}, provenance)
+    settings |= {"seed": run.config.trainer.seed, "prompts": digest.hexdigest()}
+    return PresampledFolder(run.directory, settings, provenance)
 
 
 def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> None:
@@ -195,6 +203,8 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
     """
     from rich.console import Console
     from rich.table import Table
+
+    from megatron_rl.data.presampled import EXPLORATION, KEPT
 
     settings = config.presample
     summary = folder.finish([prompt.problem for prompt in prompts], settings.num_samples)

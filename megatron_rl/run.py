@@ -20,8 +20,7 @@ from megatron_rl.convert.random_weights import RandomReader
 from megatron_rl.convert.reader import HFReader
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.curves import plot_curves
-from megatron_rl.data.limits import row_limit
-from megatron_rl.data.origin import model_digest, tokenizer_digest
+from megatron_rl.data.origin import digest_of_fingerprints, random_model_digest, tokenizer_digest, weight_fingerprints
 from megatron_rl.data.pack import pack_layout, too_long
 from megatron_rl.data.pool import Pool
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
@@ -252,32 +251,35 @@ class Run:
     def _open_pools(self) -> None:
         """Stored samples to train on, and to measure forgetting by."""
         need = self.online_algorithm.pool_need if self.config.trainer.stage == "rl" else None
+        probed = self.config.eval.pool if self.config.eval.is_used else None
         model = self.model_digest() if need is not None and need.of_this_model else None
         self._probes: list[TrainingSample] = []
+        self._pool_digest: dict[str, tuple[str, str]] = {}
         with all_ranks_agree(self.groups.cpu_group):
-            tokenizer = tokenizer_digest(self.tokenizer)
             if need is not None:
-                pool = Pool(need.directory, model_digest=model, tokenizer_digest=tokenizer)
-                self.say(self.online_algorithm.use_pool(pool))
-            if self.config.eval.is_used and self.config.eval.pool is not None:
-                pool = Pool(self.config.eval.pool, tokenizer_digest=tokenizer)
-                self._probes = probe_rows(pool, self.config, row_limit=row_limit(self.config))
+                pool = Pool(need.directory, model_digest=model, tokenizer_digest=tokenizer_digest(self.tokenizer))
+                self.say(self.online_algorithm.use_pool(pool, self.prompts.items))
+                self._pool_digest[need.field] = (need.directory, pool.digest())
+            if probed is not None:
+                pool = Pool(probed, tokenizer_digest=tokenizer_digest(self.tokenizer))
+                self._probes = probe_rows(pool, self.config)
 
     @property
     def _row_unit(self) -> int:
-        """So many rows give every data-parallel rank equally many micro-batches."""
-        return self.config.data_parallel_size * self.config.policy.pipeline_parallel_size
+        """So many rows give every data-parallel rank as many micro-batches as its schedule takes at a time."""
+        policy = self.config.policy
+        in_flight = policy.pipeline_parallel_size if policy.virtual_pipeline_size > 1 else 1
+        return self.config.data_parallel_size * in_flight
 
     def model_digest(self) -> str:
         """Of the weights that the policy starts from. A collective: ranks share the reading out."""
         policy, groups = self.config.policy, self.groups
-        return model_digest(
-            Path(policy.model_path),
-            random_seed=self.config.trainer.seed if policy.initialization == "random" else None,
-            rank=groups.rank,
-            num_ranks=groups.world_size,
-            gather=lambda value: gather_json(value, groups.cpu_group),
-        )
+        directory, is_random = Path(policy.model_path), policy.initialization == "random"
+        with all_ranks_agree(groups.cpu_group):
+            if is_random:
+                return random_model_digest(directory, self.config.trainer.seed)
+            mine = weight_fingerprints(directory, rank=groups.rank, num_ranks=groups.world_size)
+        return digest_of_fingerprints(gather_json(mine, groups.cpu_group))
 
     def _check_budget(self) -> None:
         """A row that no micro-batch has room for is found before anything is built."""
@@ -290,7 +292,8 @@ class Run:
         if longest > policy.train_micro_batch_tokens:
             raise too_long(longest, policy.train_micro_batch_tokens)
         # Groups get as many replays as there are, so a rank can have one row more than another: it shares a micro-batch.
-        if self.config.algorithm.name == "rlep" and 2 * longest > policy.train_micro_batch_tokens:
+        is_uneven = self.config.algorithm.name == "rlep" and self._row_unit > 1
+        if is_uneven and 2 * longest > policy.train_micro_batch_tokens:
             raise UserError(
                 "policy.train_micro_batch_tokens",
                 policy.train_micro_batch_tokens,
@@ -313,7 +316,7 @@ class Run:
         with all_ranks_agree(self.groups.cpu_group):
             if self.is_first:
                 save_resolved(self.config, self.directory / "config.yaml")
-        self._fixed = fixed_settings(self.config, self.shape)
+        self._fixed = fixed_settings(self.config, self.shape, self._pool_digest)
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
         if path is not None:
             state = self.checkpoints.load(path, self.policy, self._fixed)
@@ -416,8 +419,11 @@ class Run:
     @watchdog.phase("evaluation")
     def _evaluate(self, done: int, num_samples: int) -> None:
         started = time.monotonic()
-        distance = distance_metrics(self.policy, self._probes, batch_size=self._row_unit) if self._probes else {}
-        if self.rollouts.engine.weight_version != done:
+        distance: dict[str, float] = {}
+        if self._probes:
+            self.rest_engine()  # a pass of the trainer, which needs the memory of a colocated engine
+            distance = distance_metrics(self.policy, self._probes, batch_size=self._row_unit)
+        if self._probes or self.rollouts.engine.weight_version != done:
             self.publish(version=done)
         evaluation = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples)
         self.timer.flush()  # evaluation has its own figure and does not count into a step

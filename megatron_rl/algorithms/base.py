@@ -77,8 +77,8 @@ class OnlineAlgorithm(Algorithm):
         """What ``use_pool`` gets before the first step; None where nothing is stored."""
         return None
 
-    def use_pool(self, pool: Pool) -> str:
-        """Train on this pool; returns a line for the user.
+    def use_pool(self, pool: Pool, prompts: Sequence[Prompt]) -> str:
+        """Train on this pool, on these prompts; returns a line for the user.
 
         Raises:
             UserError: nothing in it can be used.

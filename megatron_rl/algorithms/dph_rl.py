@@ -30,7 +30,7 @@ from megatron_rl.data.rehearsal import Rehearsal
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.f_divergence import f_divergence, js_definition
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.types import Kind, MicroBatch, RolloutGroup, TrainingSample
+from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
 
 REHEARSAL = frozenset({Kind.REHEARSAL})
 
@@ -50,7 +50,7 @@ class DPHRL(GRPO):
         """The stored samples of the initial policy."""
         return PoolNeed("algorithm.rehearsal.pool", self.rehearsal_settings.pool, of_this_model=True)
 
-    def use_pool(self, pool: Pool) -> str:
+    def use_pool(self, pool: Pool, prompts: Sequence[Prompt]) -> str:
         """See ``OnlineAlgorithm``."""
         self.rehearsal = Rehearsal(pool, self.config)
         return self.rehearsal.summary

@@ -15,6 +15,7 @@ responses that count as failures; a replayed response is whole, never cut.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from torch import Tensor
@@ -24,7 +25,8 @@ from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.config import Config, RLEPConfig
 from megatron_rl.data.pool import Pool
 from megatron_rl.data.replay import FoundSuccesses, PooledSuccesses, Success
-from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.losses.terms import TokenTerms
+from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
 
 
 class RLEP(GRPO):
@@ -43,9 +45,9 @@ class RLEP(GRPO):
         directory = self.replay.pool
         return None if directory is None else PoolNeed("algorithm.replay.pool", directory, of_this_model=False)
 
-    def use_pool(self, pool: Pool) -> str:
+    def use_pool(self, pool: Pool, prompts: Sequence[Prompt]) -> str:
         """See ``OnlineAlgorithm``."""
-        self.successes = PooledSuccesses(pool, self.config)
+        self.successes = PooledSuccesses(pool, self.config, prompts)
         return self.successes.summary
 
     # ---- rows
@@ -87,6 +89,14 @@ class RLEP(GRPO):
             reward=self.shaped(success.reward, len(success.response_ids)),
             group_index=group_index,
         )
+
+    # ---- loss
+
+    def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
+        """GRPO's, of all rows; what estimates something of the policy by its own samples is logged over those alone."""
+        terms = super().loss(log_probs, entropy, batch)
+        own = [name for name in terms.means if name.startswith(("entropy/", "kl/"))]
+        return replace(terms, kinds=dict.fromkeys(own, frozenset({Kind.RL})))
 
     # ---- state
 

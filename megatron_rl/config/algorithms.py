@@ -189,6 +189,23 @@ class RLEPConfig(GroupConfig):
     ratio_clip_c: float | None = 10.0
     replay: ReplayConfig
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl.coef > 0:
+            raise UserError(
+                "algorithm.kl.coef",
+                self.kl.coef,
+                "estimates KL from the policy's own samples, which replays are not",
+                "set it to 0 under rlep",
+            )
+        if self.use_dynamic_sampling:
+            raise UserError(
+                "algorithm.use_dynamic_sampling",
+                True,
+                "would throw groups without a success away before their replays come",
+                "leave it off under rlep",
+            )
+
 
 @section
 class SFTConfig:

@@ -515,6 +515,11 @@ class Config:
         return self.trainer.world_size // self.policy.model_parallel_size
 
     @property
+    def log_prob_temperature(self) -> float:
+        """Temperature of the policy's log-probs: that of its rollouts, where it has some."""
+        return self.rollout.temperature if self.trainer.stage == "rl" else 1.0
+
+    @property
     def num_updates_per_step(self) -> int:
         """Optimizer updates in one step."""
         if self.algorithm.num_rows is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,6 @@ from typing import Any
 from megatron_rl.convert.digest import as_text, digest
 from megatron_rl.convert.reader import HFReader
 from megatron_rl.errors import UserError
-
-Gather = Callable[[list[Any]], list[list[Any]]]
-"""This rank's list -> the lists of all ranks, as ``parallel.agree.gather_json`` does it."""
 
 _SPLITTING = ("normalizer", "pre_tokenizer", "model")
 """What decides in a tokenizers.Tokenizer which ids a text becomes, apart from the added tokens, which the vocabulary has."""
@@ -39,41 +36,50 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return _hash(parts)
 
 
-def model_digest(
-    directory: str | Path,
-    *,
-    random_seed: int | None = None,
-    rank: int = 0,
-    num_ranks: int = 1,
-    gather: Gather | None = None,
-) -> str:
+def model_digest(directory: str | Path) -> str:
     """Of the weights in a Hugging Face directory: names, types, shapes and bits, however they are dealt out to files.
 
-    Every rank reads its share, one tensor at a time.
-
-    Args:
-        directory: config.json and, unless ``random_seed`` is given, safetensors files.
-        random_seed: of a model that starts from random weights and so has no files: the digest is of config.json and seed.
-        rank: this rank.
-        num_ranks: that share the work; all call with equal arguments.
-        gather: gives each rank the lists of all; needed where there is more than one.
-
     Returns:
-        16 hexadecimal digits, the same on every rank.
+        16 hexadecimal digits.
 
     Raises:
-        UserError: there is no complete checkpoint, or no config.json.
+        UserError: there is no complete checkpoint.
     """
-    directory = Path(directory)
-    if random_seed is not None:
-        return _hash([_config(directory), f"random/{random_seed}"])
-    assert gather is not None or num_ranks == 1, "ranks that share the work need a gather"
-    reader = HFReader(directory)
+    return digest_of_fingerprints([weight_fingerprints(directory)])
+
+
+def weight_fingerprints(directory: str | Path, *, rank: int = 0, num_ranks: int = 1) -> list[Any]:
+    """One rank's share of ``model_digest``'s work, one tensor at a time; no collective.
+
+    Args:
+        directory: config.json and safetensors files.
+        rank: this rank.
+        num_ranks: that share the work.
+
+    Returns:
+        JSON, for ``digest_of_fingerprints``.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    reader = HFReader(Path(directory))
     # The largest first, dealt out in turn: ranks get about equally much.
     names = sorted(reader.names, key=lambda name: (-prod(reader.shape(name)), name))
-    mine = [_fingerprint(reader, name) for name in names[rank::num_ranks]]
-    shares = [mine] if gather is None else gather(mine)
+    return [_fingerprint(reader, name) for name in names[rank::num_ranks]]
+
+
+def digest_of_fingerprints(shares: Sequence[list[Any]]) -> str:
+    """``model_digest`` from the shares of all ranks, in any order."""
     return _hash(sorted(fingerprint for share in shares for fingerprint in share))
+
+
+def random_model_digest(directory: str | Path, seed: int) -> str:
+    """Of a model that starts from random weights, and so has no files: of config.json and seed.
+
+    Raises:
+        UserError: there is no config.json.
+    """
+    return _hash([_config(Path(directory)), f"random/{seed}"])
 
 
 def _fingerprint(reader: HFReader, name: str) -> list[Any]:

@@ -22,6 +22,7 @@ little-endian.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from typing import Any, cast
 import numpy as np
 
 from megatron_rl.data.shard import (
+    HAS_MASK,
     HAS_REF,
     Provenance,
     Shard,
@@ -184,6 +186,17 @@ class Pool(Sequence[Trajectory]):
     def has_ref_log_probs(self) -> np.ndarray:
         """[N] bool, likewise."""
         return (self._column("flags") & HAS_REF).astype(bool)
+
+    def has_response_masks(self) -> np.ndarray:
+        """[N] bool, likewise: some tokens of the response were not generated."""
+        return (self._column("flags") & HAS_MASK).astype(bool)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits of everything in it, by way of the checksums."""
+        hashes = hashlib.blake2b(digest_size=8)
+        for shard in self._shards:
+            hashes.update(shard.records.tobytes())
+        return hashes.hexdigest()
 
     def rows_of_problems(self) -> dict[str, list[int]]:
         """Row numbers of each problem, ascending; problems in the order in which they first occur.

@@ -67,6 +67,13 @@ class PresampledFolder:
                 "give them as they were, or remove the folder, or use another exp_manager.name",
             )
         if found is None:
+            if num_shards(self.pool):
+                raise UserError(
+                    "presample",
+                    str(self.pool),
+                    "holds a pool that was not begun here, which sampling would remove",
+                    "move it, or use another exp_manager.name",
+                )
             _write(path, settings)
 
     @property

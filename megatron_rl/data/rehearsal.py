@@ -22,21 +22,14 @@ class Rehearsal:
         config: of the run.
 
     Raises:
-        UserError: the pool's log-probs are of another temperature, or no row is short enough.
+        UserError: no row is short enough, or one of those that are cannot be compared with the policy.
     """
 
     def __init__(self, pool: Pool, config: Config) -> None:
         self._pool = pool
-        temperature = pool.provenance.sampling.get("log_prob_temperature", config.rollout.temperature)
-        if temperature != config.rollout.temperature:
-            raise UserError(
-                FIELD,
-                str(pool.directory),
-                f"has log-probs at temperature {temperature}, the run's are at {config.rollout.temperature}",
-                f"set rollout.temperature={temperature}, or sample the pool again",
-            )
         lengths, limit = pool.prompt_lengths() + pool.response_lengths(), row_limit(config)
-        fitting = np.flatnonzero(lengths <= limit)
+        is_fitting = lengths <= limit
+        fitting = np.flatnonzero(is_fitting)
         self.num_too_long = len(pool) - len(fitting)
         if not len(fitting):
             raise UserError(
@@ -45,6 +38,7 @@ class Rehearsal:
                 f"has no row of at most {limit} tokens",
                 "raise policy.train_micro_batch_tokens, or sample a pool of shorter responses",
             )
+        check_reference(pool, is_fitting, temperature=config.log_prob_temperature, field=FIELD)
         self._numbers = Stream(fitting.tolist(), config.trainer.seed, shuffle=True)
         self._num_rows = config.algorithm.num_stored_rows_per_update
 
@@ -58,23 +52,39 @@ class Rehearsal:
         """The rows of one update, counted from 0; a pure function of it."""
         self._numbers.cursor = update * self._num_rows
         numbers = self._numbers.take(self._num_rows)
-        return [rehearsal_row(self._pool, number, row) for number, row in zip(numbers, self._pool.take(numbers))]
+        return [rehearsal_row(trajectory) for trajectory in self._pool.take(numbers)]
 
 
-def rehearsal_row(pool: Pool, number: int, trajectory: Trajectory, *, field: str = FIELD) -> TrainingSample:
-    """A training row with the reference's log-probs; ``field`` is the config key of the pool.
+def check_reference(pool: Pool, rows: np.ndarray, *, temperature: float, field: str) -> None:
+    """The pool's log-probs can be compared with the policy's.
+
+    Args:
+        pool: of samples.
+        rows: [N] bool, those that will be read.
+        temperature: at which the policy computes log-probs.
+        field: config key of the pool, for errors.
 
     Raises:
-        UserError: it has none, or only a part of its response may be trained on.
+        UserError: some are of another temperature, or not there; or some rows mask a part of their response.
     """
-    for is_wrong, rule in (
-        (trajectory.ref_log_probs is None, "has no log-probs of the reference"),
-        (trajectory.response_mask is not None, "masks a part of its response, which rehearsal cannot leave out"),
-    ):
-        if is_wrong:
+    fix = "use a pool that megatron-rl presample has made"
+    for provenance in pool.provenances():
+        found = provenance.sampling.get("log_prob_temperature")
+        if found != temperature:
+            rule = f"has log-probs at temperature {found}, the run's are at {temperature}"
             raise UserError(
-                field, f"{pool.directory}, row {number}", rule, "use a pool that megatron-rl presample has made"
+                field, str(pool.directory), rule, f"set rollout.temperature={found}, or sample the pool again"
             )
+    for is_wrong, rule in (
+        (~pool.has_ref_log_probs(), "have no log-probs of the reference"),
+        (pool.has_response_masks(), "mask a part of their response, which cannot be left out"),
+    ):
+        if count := int((is_wrong & rows).sum()):
+            raise UserError(field, str(pool.directory), f"{count} of {int(rows.sum())} rows {rule}", fix)
+
+
+def rehearsal_row(trajectory: Trajectory) -> TrainingSample:
+    """A training row with the reference's log-probs."""
     return TrainingSample(
         trajectory.prompt_ids,
         trajectory.response_ids,

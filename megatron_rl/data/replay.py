@@ -38,16 +38,19 @@ class PooledSuccesses:
     Args:
         pool: of responses; those without a positive reward are left out.
         config: of the run.
+        prompts: that the run trains on.
 
     Raises:
-        UserError: no row can be replayed.
+        UserError: no row can be replayed, or none answers one of these prompts.
     """
 
-    def __init__(self, pool: Pool, config: Config) -> None:
+    def __init__(self, pool: Pool, config: Config, prompts: Sequence[Prompt]) -> None:
         self._pool = pool
-        responses, prompts = pool.response_lengths(), pool.prompt_lengths()
+        response_lengths, prompt_lengths = pool.response_lengths(), pool.prompt_lengths()
         is_wrong = pool.rewards() <= 0
-        is_long = ~is_wrong & ((responses > config.rollout.max_new_tokens) | (responses + prompts > row_limit(config)))
+        is_long = ~is_wrong & (
+            (response_lengths > config.rollout.max_new_tokens) | (response_lengths + prompt_lengths > row_limit(config))
+        )
         self.dropped = {"not a success": int(is_wrong.sum()), "too long": int(is_long.sum())}
         is_kept = ~(is_wrong | is_long)
         rows = pool.rows_of_problems()
@@ -60,36 +63,45 @@ class PooledSuccesses:
                 f"has no row to replay: {counts}",
                 "raise rollout.max_new_tokens or policy.train_micro_batch_tokens, or collect successes first",
             )
+        if count := int((pool.has_response_masks() & is_kept).sum()):
+            rule = f"masks a part of the response in {count} rows, which replay cannot leave out"
+            raise UserError(FIELD, str(pool.directory), rule, "leave such rows out (megatron-rl pool filter)")
+        known = [prompt for prompt in prompts if prompt.problem.problem_id in self._rows]
+        if not known:
+            raise UserError(
+                FIELD,
+                str(pool.directory),
+                f"knows none of the {len(prompts)} problems of data.train (it is of task {pool.provenance.task})",
+                "collect successes on the problems that you train on, under the same data.task",
+            )
+        self._coverage = f"{len(known)} of {len(prompts)} training problems"
+        for prompt in known:  # a glance at each: another template would show in every one
+            self._checked(prompt, self._rows[prompt.problem.problem_id][0])
 
     @property
     def summary(self) -> str:
         """One line for the user."""
         count = sum(map(len, self._rows.values()))
         dropped = "".join(f", {count} left out: {reason}" for reason, count in self.dropped.items() if count)
-        return f"replay: {count} successes of {len(self._rows)} problems of {self._pool.directory}{dropped}"
+        return f"replay: {count} successes of {self._pool.directory}, for {self._coverage}{dropped}"
 
     def draw(self, prompt: Prompt, count: int, *, seed: int, step: int) -> list[Success]:
         """Up to ``count`` successes of a problem, without replacement; a pure function of seed, problem and step.
 
         Raises:
-            UserError: they answer another prompt than this one, or may be trained on in part only.
+            UserError: one answers another prompt than this one.
         """
         problem = prompt.problem.problem_id
         chosen = _choose(self._rows.get(problem, []), count, f"{seed}/{step}/{problem}")
-        successes = []
-        for number, row in zip(chosen, self._pool.take(chosen)):
+        return [self._checked(prompt, number) for number in chosen]
+
+    def _checked(self, prompt: Prompt, number: int) -> Success:
+        row = self._pool[number]
+        if not torch.equal(row.prompt_ids, prompt.prompt_ids):
             where = f"{self._pool.directory}, row {number}"
-            if not torch.equal(row.prompt_ids, prompt.prompt_ids):
-                rule, fix = (
-                    "answers another prompt of the same problem",
-                    "use the template that the pool was sampled with",
-                )
-                raise UserError(FIELD, where, rule, fix)
-            if row.response_mask is not None:
-                rule, fix = "masks a part of its response, which replay cannot leave out", "leave such rows out"
-                raise UserError(FIELD, where, rule, fix)
-            successes.append(Success(row.response_ids, row.reward))
-        return successes
+            rule, fix = "answers another prompt of the same problem", "use the template that the pool was sampled with"
+            raise UserError(FIELD, where, rule, fix)
+        return Success(row.response_ids, row.reward)
 
 
 @dataclass
@@ -126,7 +138,7 @@ class FoundSuccesses:
             "num_successes": torch.tensor([len(found) for found in self.by_problem.values()]),
             "num_tokens": torch.tensor([len(x) for x in ids]),
             "response_ids": torch.cat(ids).to(torch.int32) if ids else torch.zeros(0, dtype=torch.int32),
-            "rewards": torch.tensor([success.reward for success in successes]),
+            "rewards": torch.tensor([success.reward for success in successes], dtype=torch.float64),
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,7 @@ _HEAD = struct.Struct("<qQiiiIf")
 """A record without its checksum."""
 _WHOLE = struct.Struct("<qQiiiIfI")
 _INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
-HAS_REF, _HAS_MASK = 1, 2
+HAS_REF, HAS_MASK = 1, 2
 _BUFFER_BYTES = 2**22
 
 
@@ -165,7 +165,7 @@ class Shard:
         if flags & HAS_REF:
             ref = torch.from_numpy(np.frombuffer(data, _FLOAT32, num_response, at).astype(np.float32))
             at += 4 * num_response
-        if flags & _HAS_MASK:
+        if flags & HAS_MASK:
             mask = torch.from_numpy(np.frombuffer(data, np.uint8, num_response, at).astype(bool))
             at += num_response
         return Trajectory(
@@ -213,7 +213,7 @@ def _encode(trajectory: Trajectory, start: int) -> tuple[bytes, bytes]:
     if trajectory.response_mask is not None and not (mask := trajectory.response_mask.numpy()).all():
         assert mask.size == length, f"{mask.size} entries of a mask for {length} tokens"
         parts.append(mask.astype(np.uint8).tobytes())
-        flags |= _HAS_MASK
+        flags |= HAS_MASK
     text = trajectory.problem_id.encode()
     data = b"".join((*parts, text))
     data += bytes(-len(data) % 4)
@@ -223,7 +223,7 @@ def _encode(trajectory: Trajectory, start: int) -> tuple[bytes, bytes]:
 
 def _text_start(num_prompt: int, num_response: int, flags: int) -> int:
     """Where a trajectory's problem id begins, in bytes."""
-    per_token = 4 + (4 if flags & HAS_REF else 0) + (1 if flags & _HAS_MASK else 0)
+    per_token = 4 + (4 if flags & HAS_REF else 0) + (1 if flags & HAS_MASK else 0)
     return 4 * num_prompt + per_token * num_response
 
 

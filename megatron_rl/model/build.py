@@ -238,7 +238,7 @@ def _build_chunk(
         rotary_base=shape.rope_theta,
     )
     model.true_vocab_size = shape.vocab_size
-    model.temperature = config.rollout.temperature if config.trainer.stage == "rl" else 1.0
+    model.temperature = config.log_prob_temperature
     # Megatron's own rope scaling fixes three of Llama 3's four parameters, so the frequencies are set from config.json.
     if shape.latent is None:  # latent attention has its own, layer by layer
         model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(groups.device)

@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -86,7 +87,8 @@ class Checkpoints:
                 if self.groups.rank == 0:
                     shutil.rmtree(temporary, ignore_errors=True)
                     (temporary / "model").mkdir(parents=True)
-                    _check_space(self.directory, _bytes_to_write(policy))
+                    size_of_tensors = sum(tensor.nbytes for tensor in (tensors or {}).values())
+                    _check_space(self.directory, _bytes_to_write(policy) + size_of_tensors)
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
                 dist_checkpointing.save(_sharded_state(policy), str(temporary / "model"))
                 torch.save(_random_state(), temporary / f"rng_rank_{self.groups.rank}.pt")
@@ -245,8 +247,15 @@ class Checkpoints:
         return None
 
 
-def fixed_settings(config: Config, shape: ModelShape) -> dict[str, dict[str, Any]]:
+def fixed_settings(
+    config: Config, shape: ModelShape, contents: Mapping[str, tuple[str, str]] | None = None
+) -> dict[str, dict[str, Any]]:
     """What may not change while a run goes on: weights, optimizer state and prompt cursor mean nothing without it.
+
+    Args:
+        config: of the run.
+        shape: of the model.
+        contents: other things on disk, by the field that names them: its value, and a digest of what is there.
 
     Returns:
         JSON by dotted field: ``value`` as the user gave it, and ``compared``, which has to be equal. A model or a data
@@ -260,6 +269,7 @@ def fixed_settings(config: Config, shape: ModelShape) -> dict[str, dict[str, Any
         "data.task": (data.task, data.task),
         "data.train": (data.train, _digest(Path(data.train))),
         "trainer.seed": (config.trainer.seed, config.trainer.seed),
+        **(contents or {}),
     }
     plain = {field: {"value": value, "compared": compared} for field, (value, compared) in fixed.items()}
     return json.loads(json.dumps(plain))  # tuples become lists, as they will be when read back
@@ -271,7 +281,7 @@ def _check_fixed(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
         if then["compared"] == now["compared"]:
             continue
         rule = f"the checkpoint was trained with {then['value']!r}"
-        if field == "data.train":
+        if field == "data.train" or field.endswith(".pool"):
             rule += ", whose content was another"
         if field == "policy.model_path":
             old, new = then["compared"], now["compared"]
@@ -359,7 +369,7 @@ def _as_user_error(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         cause: BaseException = error
         if isinstance(error, CheckpointException) and error.failures:  # what went wrong on the rank where it did
             cause = next(iter(error.failures.values()))[0]

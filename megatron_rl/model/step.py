@@ -391,11 +391,14 @@ def _shown(setting: Any) -> str:
 def _report(terms: TokenTerms, batch: MicroBatch, num_tokens: Mapping[Kind, int], loss: Tensor) -> dict[str, Any]:
     """This micro-batch's part of each mean over the mini-batch, and its maxima; ``num_tokens`` are the mini-batch's."""
     present = frozenset(num_tokens)
+    masks: dict[frozenset[Kind], Tensor] = {present: batch.loss_mask}
 
     def tokens_of(name: str) -> tuple[Tensor, int]:
         kinds = present & terms.kinds.get(name, present)
-        chosen = torch.tensor(sorted(map(int, kinds)), device=batch.kind.device, dtype=batch.kind.dtype)
-        return batch.loss_mask & torch.isin(batch.kind, chosen), sum(num_tokens[kind] for kind in kinds)
+        if kinds not in masks:
+            chosen = torch.tensor(sorted(map(int, kinds)), device=batch.kind.device, dtype=batch.kind.dtype)
+            masks[kinds] = batch.loss_mask & torch.isin(batch.kind, chosen)
+        return masks[kinds], sum(num_tokens[kind] for kind in kinds)
 
     sums, maxima = {"loss": loss.detach().double()}, {}
     for name, value in terms.means.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.data.pool import Pool
+from megatron_rl.data.pool import Pool, merge
 from tests.e2e.conftest import Case
 from tests.forked import run_ranks
 from tests.tiny_models import make_tiny_model
@@ -180,6 +180,30 @@ def test_four_steps_are_two_and_two(case: Case, method: str) -> None:
     assert case.rows("parts") == case.rows("whole")
     if method == "replay":
         assert case.rows("whole")[0]["replay/rows_frac"] == 0.0 and case.rows("whole")[-1]["replay/rows_frac"] > 0.0
+
+
+def test_a_pool_that_changed_since_the_checkpoint_is_named(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    assert presample(case) == [0]
+    assert rehearse(case, "exp_manager.name=dph", "trainer.max_steps=2") == [0]
+    other = folder(case, "other") / "pool"
+    merge([folder(case) / "pool", folder(case) / "pool"], other)
+    capfd.readouterr()
+    settings = ("exp_manager.name=dph", f"algorithm.rehearsal.pool={other}", "trainer.max_steps=4")
+    assert rehearse(case, *settings) == [2]
+    assert "algorithm.rehearsal.pool" in (error := capfd.readouterr().err) and "whose content was another" in error
+
+
+def test_evaluation_measures_the_distance_to_a_pool(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    assert presample(case) == [0]
+    measured = (
+        f"data.validation={case.train}", "eval.before=true", "eval.after=true", "eval.num_problems=4",
+        "eval.num_samples=2", "eval.k_values=[1,2]", f"eval.pool={folder(case) / 'pool'}", "policy.optim.lr=1e-2",
+    )  # fmt: skip
+    assert case.run(*TASK, *SPLIT[3:], *measured, "exp_manager.name=grpo", ranks=2) == [0, 0]
+    rows = case.rows("grpo")
+    assert 0 <= rows[0]["eval/pool_forward_kl"] < 1e-9 and rows[-1]["eval/pool_forward_kl"] > 1e-3
+    assert case.run(*TASK, *SPLIT[3:], *measured, "rollout.temperature=0.5", "exp_manager.name=cold") == [2]
+    assert "eval.pool" in (error := capfd.readouterr().err) and "log-probs at temperature 1.0" in error
 
 
 def test_phase_one_to_phase_two(case: Case) -> None:

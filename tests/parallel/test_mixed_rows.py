@@ -20,7 +20,7 @@ REHEARSAL = (
 JS = (*REHEARSAL, "algorithm.rehearsal.divergence=js", "algorithm.kl.coef=0")
 FORWARD = (*REHEARSAL, "algorithm.rehearsal.divergence=forward_kl", "algorithm.loss_aggregation=seq-mean-token-mean")
 DEFINITION = (*REHEARSAL, "algorithm.rehearsal.divergence=js_definition", "algorithm.kl.coef=0")
-REPLAY = ("algorithm.name=rlep", "algorithm.replay.source=online")
+REPLAY = ("algorithm.name=rlep", "algorithm.replay.source=online", "algorithm.kl.coef=0")
 METHODS = {"js": JS, "forward": FORWARD, "definition": DEFINITION, "replay": REPLAY}
 LAYOUTS = [
     {"tp": 1}, {"tp": 2, "sp": True}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}, {"dp": 2}, {"cp": 2, "dp": 2},

@@ -10,7 +10,7 @@ import torch
 from megatron_rl.algorithms.dph_rl import DPHRL
 from megatron_rl.config import load_config
 from megatron_rl.data.pack import pack
-from megatron_rl.data.pool import Pool, PoolWriter, Provenance, Trajectory
+from megatron_rl.data.pool import Pool, PoolWriter, Provenance, Trajectory, merge
 from megatron_rl.errors import UserError
 from megatron_rl.losses.f_divergence import f_divergence
 from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score, TrainingSample
@@ -55,7 +55,7 @@ def groups() -> list[RolloutGroup]:
 
 def with_rows(model: Path, tmp_path: Path, *overrides: str) -> tuple[DPHRL, list[TrainingSample]]:
     algorithm = dph_rl(model, *overrides)
-    algorithm.use_pool(make_pool(tmp_path / "pool", [2, 3, 4, 5, 6]))
+    algorithm.use_pool(make_pool(tmp_path / "pool", [2, 3, 4, 5, 6]), [])
     return algorithm, algorithm.samples(groups(), 0)
 
 
@@ -81,7 +81,7 @@ def test_every_row_comes_once_before_any_comes_again_and_the_order_follows_from_
     assert sorted(seen[:5]) == sorted(seen[5:10]) == sorted(seen[10:]) == [0, 1, 2, 3, 4]
     assert rows(3) == seen[9:12] and seen[:5] != seen[5:10]
     other = dph_rl(model, "trainer.seed=8")
-    other.use_pool(Pool(tmp_path / "pool"))
+    other.use_pool(Pool(tmp_path / "pool"), [])
     assert [int(s.response_ids[0]) for u in range(5) for s in other.rehearsal.rows(update=u)] != seen  # type: ignore[union-attr]
 
 
@@ -146,16 +146,23 @@ def test_definition_form_keeps_the_reference_and_acts_on_rollouts(model: Path) -
 
 def test_rows_that_are_too_long_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
     algorithm = dph_rl(model, "policy.train_micro_batch_tokens=40")
-    line = algorithm.use_pool(make_pool(tmp_path / "pool", [2, 60, 3]))
+    line = algorithm.use_pool(make_pool(tmp_path / "pool", [2, 60, 3]), [])
     assert "2 rows" in line and "1 left out as too long" in line
     with pytest.raises(UserError, match="has no row of at most 40 tokens"):
-        algorithm.use_pool(make_pool(tmp_path / "long", [60]))
+        algorithm.use_pool(make_pool(tmp_path / "long", [60]), [])
 
 
 def test_other_pools_are_refused(model: Path, tmp_path: Path) -> None:
     algorithm = dph_rl(model)
     with pytest.raises(UserError, match=r"log-probs at temperature 0\.5"):
-        algorithm.use_pool(make_pool(tmp_path / "cold", [2], temperature=0.5))
-    algorithm.use_pool(make_pool(tmp_path / "bare", [2, 3, 4], ref=False))
-    with pytest.raises(UserError, match="has no log-probs of the reference"):
-        algorithm.samples(groups(), 0)
+        algorithm.use_pool(make_pool(tmp_path / "cold", [2], temperature=0.5), [])
+    with pytest.raises(UserError, match="3 of 3 rows have no log-probs of the reference"):
+        algorithm.use_pool(make_pool(tmp_path / "bare", [2, 3, 4], ref=False), [])
+
+
+def test_every_shard_of_a_merged_pool_must_fit(model: Path, tmp_path: Path) -> None:
+    make_pool(tmp_path / "warm", [2, 3])
+    make_pool(tmp_path / "cold", [4, 5], temperature=0.5)
+    merge([tmp_path / "warm", tmp_path / "cold"], tmp_path / "both")
+    with pytest.raises(UserError, match=r"log-probs at temperature 0\.5"):
+        dph_rl(model).use_pool(Pool(tmp_path / "both"), [])

@@ -27,6 +27,9 @@ def prompt(number: int) -> Prompt:
     return Prompt(Problem(f"p{number}", "?", "1"), torch.tensor([number, 7]))
 
 
+PROMPTS = [prompt(number) for number in range(1, 5)]
+
+
 def group(number: int, rewards: list[float], finish: str = "stop") -> RolloutGroup:
     completions = [Completion(torch.tensor([1, number]), torch.zeros(2), finish, 0) for _ in rewards]  # type: ignore[arg-type]
     return RolloutGroup(
@@ -74,7 +77,7 @@ def test_advantages_of_a_mixed_group(
     if num_replays:
         algorithm.successes = None
         algorithm.replay = rlep(model, "algorithm.replay.source=pool", f"algorithm.replay.pool={tmp_path}").replay
-        algorithm.use_pool(make_pool(tmp_path / "pool", {3: num_replays}))
+        algorithm.use_pool(make_pool(tmp_path / "pool", {3: num_replays}), PROMPTS)
     samples = algorithm.samples([group(3, [1.0] * num_correct + [0.0] * (16 - num_correct))], 0)
     assert [sample.kind for sample in samples] == [Kind.RL] * 16 + [Kind.REPLAY] * num_replays
     algorithm.assign_advantages(samples)
@@ -86,7 +89,7 @@ def test_advantages_of_a_mixed_group(
 
 def test_a_question_with_fewer_successes_gets_fewer_replays(model: Path, tmp_path: Path) -> None:
     algorithm = rlep(model, "algorithm.num_prompts_per_step=3", "algorithm.num_generations_per_prompt=2", size=2)
-    algorithm.use_pool(make_pool(tmp_path / "pool", {1: 5, 2: 1}))
+    algorithm.use_pool(make_pool(tmp_path / "pool", {1: 5, 2: 1}), PROMPTS)
     groups = [group(number, [1.0, 0.0]) for number in (1, 2, 3)]
     samples = algorithm.samples(groups, 0)
     kinds = [Kind.RL, Kind.RL, Kind.REPLAY, Kind.REPLAY, Kind.RL, Kind.RL, Kind.REPLAY, Kind.RL, Kind.RL]
@@ -100,7 +103,7 @@ def test_a_question_with_fewer_successes_gets_fewer_replays(model: Path, tmp_pat
 
 def test_the_choice_follows_from_seed_problem_and_step(model: Path, tmp_path: Path) -> None:
     algorithm = rlep(model)
-    algorithm.use_pool(make_pool(tmp_path / "pool", {1: 20}))
+    algorithm.use_pool(make_pool(tmp_path / "pool", {1: 20}), PROMPTS)
     assert algorithm.successes is not None
 
     def draw(step: int, seed: int = 1) -> list[int]:
@@ -115,21 +118,36 @@ def test_what_cannot_be_replayed_is_counted_and_said(model: Path, tmp_path: Path
     make_pool(tmp_path / "pool", {1: 2}, length=3)
     make_pool(tmp_path / "pool", {2: 3}, length=13)  # above rollout.max_new_tokens
     make_pool(tmp_path / "pool", {3: 4}, reward=0.0)
-    line = algorithm.use_pool(Pool(tmp_path / "pool"))
+    line = algorithm.use_pool(Pool(tmp_path / "pool"), PROMPTS)
     assert (
-        "2 successes of 1 problems" in line and "3 left out: too long" in line and "4 left out: not a success" in line
+        "2 successes of" in line
+        and "for 1 of 4 training problems" in line
+        and "3 left out: too long" in line
+        and "4 left out: not a success" in line
     )
     with pytest.raises(UserError, match="no row to replay: 4 not a success, 0 too long"):
-        algorithm.use_pool(make_pool(tmp_path / "other", {3: 4}, reward=0.0))
+        algorithm.use_pool(make_pool(tmp_path / "other", {3: 4}, reward=0.0), PROMPTS)
 
 
 def test_successes_of_another_prompt_are_refused(model: Path, tmp_path: Path) -> None:
     algorithm = rlep(model)
     with PoolWriter(tmp_path / "pool", Provenance("t", "m", "k")) as writer:
         writer.add(Trajectory("p1", torch.tensor([5, 5, 5]), torch.tensor([1]), 1.0))
-    algorithm.use_pool(Pool(tmp_path / "pool"))
     with pytest.raises(UserError, match="answers another prompt of the same problem"):
-        algorithm.samples([group(1, [1.0] * 16)], 0)
+        algorithm.use_pool(Pool(tmp_path / "pool"), PROMPTS)
+
+
+def test_a_pool_of_other_problems_is_refused(model: Path, tmp_path: Path) -> None:
+    """Else the run would be plain GRPO, in silence."""
+    with pytest.raises(UserError, match="knows none of the 4 problems"):
+        rlep(model).use_pool(make_pool(tmp_path / "pool", {9: 3}), PROMPTS)
+    assert "for 2 of 4 training problems" in rlep(model).use_pool(make_pool(tmp_path / "some", {1: 3, 4: 1}), PROMPTS)
+
+
+@pytest.mark.parametrize("override", ["algorithm.kl.coef=0.1", "algorithm.use_dynamic_sampling=true"])
+def test_what_replay_would_spoil_is_refused(model: Path, override: str) -> None:
+    with pytest.raises(UserError, match="under rlep"):
+        rlep(model, override)
 
 
 def test_online_replays_are_of_earlier_steps_whole_and_bounded(model: Path) -> None:

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_rl.data.origin import model_digest, tokenizer_digest
+from megatron_rl.data.origin import (
+    digest_of_fingerprints,
+    model_digest,
+    random_model_digest,
+    tokenizer_digest,
+    weight_fingerprints,
+)
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.agree import gather_json
 from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
-from tests.forked import run_ranks
 from tests.tiny_models import make_tiny_model
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
@@ -162,27 +165,22 @@ def test_tensors_of_any_number_of_dimensions_are_read(tmp_path: Path) -> None:
     assert len(digests) == 4
 
 
-def digest_of_a_share(directory: Path) -> str:
-    group = dist.group.WORLD
-    assert group is not None
-    return model_digest(
-        directory, rank=dist.get_rank(), num_ranks=dist.get_world_size(), gather=lambda mine: gather_json(mine, group)
-    )
-
-
-def test_ranks_share_the_work_and_agree(model: Path) -> None:
-    assert run_ranks(digest_of_a_share, 3, model) == [model_digest(model)] * 3
+@pytest.mark.parametrize("num_ranks", [2, 3, 50])
+def test_ranks_share_the_work_and_agree(model: Path, num_ranks: int) -> None:
+    shares = [weight_fingerprints(model, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert digest_of_fingerprints(shares) == digest_of_fingerprints(shares[::-1]) == model_digest(model)
+    assert digest_of_fingerprints(shares[1:]) != model_digest(model)
 
 
 def test_a_random_model_is_its_config_and_seed(tokenizer_dir: Path, tmp_path: Path) -> None:
-    digest = model_digest(tokenizer_dir, random_seed=1)
-    assert model_digest(tokenizer_dir, random_seed=1) == digest != model_digest(tokenizer_dir, random_seed=2)
+    digest = random_model_digest(tokenizer_dir, 1)
+    assert random_model_digest(tokenizer_dir, 1) == digest != random_model_digest(tokenizer_dir, 2)
     save_model(tmp_path / "wider", ModelSize(hidden_size=32, num_layers=1))
-    assert model_digest(tmp_path / "wider", random_seed=1) != digest
+    assert random_model_digest(tmp_path / "wider", 1) != digest
 
 
 def test_what_is_missing_is_named(tokenizer_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has neither model\.safetensors"):
         model_digest(tokenizer_dir)
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
-        model_digest(tmp_path, random_seed=1)
+        random_model_digest(tmp_path, 1)

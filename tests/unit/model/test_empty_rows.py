@@ -63,7 +63,7 @@ def refused(model: Path, spoil: str) -> tuple[str, bool]:
         )
     before = policy.snapshot()
     try:
-        for sample in samples:
+        for sample in samples if spoil in ("rows", "hidden") else ():
             sample.old_log_probs = torch.zeros(sample.num_response_tokens)
         if spoil in ("hidden before", "lengths"):
             policy.fill_log_probs(samples, [range(8)], "old_log_probs")
