@@ -7,6 +7,7 @@ must not have threads of its own (OMP_NUM_THREADS=1, see conftest.py) nor a proc
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -90,6 +91,9 @@ def _run_rank(
 ) -> NoReturn:
     """The life of one rank. Leaves by ``os._exit``: what the parent registered to run at exit is not ours to run."""
     code = 1
+    # What the parent left to its garbage collector stays: some of it (tokenizers) waits, when it is dropped, for threads that
+    # only the parent has.
+    gc.freeze()
     try:
         os.setsid()  # so that its children can be ended with it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # and itself with its parent
