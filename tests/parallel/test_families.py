@@ -155,7 +155,7 @@ def run_everything(
     if target is not None:
         export_hf(policy.chunks, policy.shape, policy.groups, source=case.model, target=target)
     logits = watch_logits()
-    fresh = [replace(row) for row in case.samples]
+    fresh = [replace(row, old_log_probs=None) for row in case.samples]
     policy.fill_log_probs(fresh, [range(len(fresh))], "old_log_probs")
     seen = dict(logits)
     log_probs = [row.old_log_probs for row in fresh if row.old_log_probs is not None]
