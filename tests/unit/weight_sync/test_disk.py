@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -242,6 +244,8 @@ def in_child(action: Callable[[], object]) -> int:
             action()
             os._exit(0)
         except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
