@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,12 +77,18 @@ class Nodes:
             time.sleep(0.1)
 
 
+def free_port() -> int:
+    """Below those that the system hands out: the servers of the other half of the tests ask for such all the time."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 @pytest.fixture
 def nodes(case: Case) -> Iterator[Nodes]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = Nodes(case, port)
+    nodes = Nodes(case, free_port())
     yield nodes
     for pid in nodes.processes():
         os.kill(pid, signal.SIGKILL)
