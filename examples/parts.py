@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "examples" / "quickstart"
+PROBLEMS = "--num-warm-start 32000 --num-train 2000 --slip-share 0.3 --forgotten-carry-share 0.6"
+"""The quickstart's kind of mistakes, fewer problems to practise on."""
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,23 @@ def seconds_of(part: Part) -> float:
 def verb(name: str, config: Path, *overrides: str) -> list[str]:
     """``megatron-rl name config ...`` as a command."""
     return [sys.executable, "-m", "megatron_rl.cli", name, str(config.relative_to(ROOT)), *overrides]
+
+
+def start(folder: Path, seed: int, *, num_held_out: int = 300) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Problems of a seed in ``folder``/data, and the quickstart's model after its warm start in ``folder``/warm_start.
+
+    Returns:
+        Seconds of both parts, and the overrides that runs from there have in common.
+    """
+    common = (f"exp_manager.exp_dir={folder}", f"trainer.seed={seed}")
+    sizes = [*PROBLEMS.split(), "--num-held-out", str(num_held_out), "--seed", str(seed)]
+    warm = (f"policy.model_path={folder}/data/model", f"data.train={folder}/data/warm_start.jsonl")
+    parts = (
+        Part(
+            "problems",
+            [sys.executable, "tools/make_word_problems.py", f"{folder}/data", *sizes],
+            folder / "data" / "model",
+        ),
+        Part("warm start", verb("train", QUICKSTART / "warm_start.yaml", *common, *warm), folder / "warm_start" / "hf"),
+    )
+    return {part.name: seconds_of(part) for part in parts}, common

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_rl.config.schema import EvalConfig
+from megatron_rl.config.data import EvalConfig
 from megatron_rl.diversity import answer_metrics, keep_and_explore, style_metrics
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.rows import EVAL_PREFIX, write_atomic

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megatron_rl.rewards.correct import is_correct
-from megatron_rl.rewards.pass_at_k import pass_at_k
 from megatron_rl.types import Kind, RolloutGroup, TrainingSample
 
 MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
@@ -29,9 +28,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str
     size = len(groups[0].rollouts)
     parts = sorted({name for r in rollouts for name in r.score.parts})
     metrics = {
-        "reward/mean": _mean([r.score.reward for r in rollouts]),
-        "pass@1": _mean([_mean(c) for c in correct]),
-        f"pass@{size}": _mean([pass_at_k(size, int(sum(c)), size) for c in correct]),
+        "reward/mean": _mean([_shared(group, [r.score.reward for r in group.rollouts]) for group in groups]),
+        "pass@1": _mean([_shared(group, c) for group, c in zip(groups, correct)]),
         "groups/all_right_frac": _mean([all(c) for c in correct]),
         "groups/all_wrong_frac": _mean([not any(c) for c in correct]),
         "response_length/mean": _mean(lengths),
@@ -40,8 +38,11 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str
         "num_rollouts": float(len(rollouts)),
         "rollout/staleness": _mean([version - r.completion.weight_version for r in rollouts]),
     }
+    if all(group.tree is None for group in groups):  # leaves are no independent samples, and not always as many
+        metrics[f"pass@{size}"] = _mean([any(c) for c in correct])
     for part in parts:
-        metrics[f"reward/{part}"] = _mean([r.score.parts.get(part, 0.0) for r in rollouts])
+        of_groups = [_shared(group, [r.score.parts.get(part, 0.0) for r in group.rollouts]) for group in groups]
+        metrics[f"reward/{part}"] = _mean(of_groups)
     failures = Counter(r.score.reason.split(":")[0] for r in rollouts if r.score.is_failure)
     metrics |= {f"dropped/score_{reason}": float(count) for reason, count in failures.items()}
     return metrics
@@ -54,7 +55,7 @@ def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
         "num_tokens": float(sum(sample.num_tokens for sample in samples)),
         "num_response_tokens": float(sum(sample.num_response_tokens for sample in samples)),
     }
-    rollouts = [sample for sample in samples if sample.kind is Kind.RL]
+    rollouts = [sample for sample in samples if sample.kind in (Kind.RL, Kind.EDGE)]
     if not any(sample.num_response_tokens for sample in rollouts):  # a mean over no token is no number
         return sizes
     difference = (_joined(rollouts, "old_log_probs") - _joined(rollouts, "rollout_log_probs")).abs()
@@ -75,12 +76,22 @@ def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     ``old_log_probs`` came from: anything but 0.0 there means that two passes over the same rows differ. (From a run's second
     step on, those are the update's own.)
     """
+    if not updates:  # a step may find nothing to learn from
+        return {}
     metrics = {
         key: max(u[key] for u in updates) if key in MAXIMA else _mean([u[key] for u in updates]) for key in updates[0]
     }
     if "ratio/max_abs_log_ratio" in updates[0]:
         metrics["ratio/first_update_max_abs_log_ratio"] = updates[0]["ratio/max_abs_log_ratio"]
     return metrics
+
+
+def _shared(group: RolloutGroup, values: Sequence[float]) -> float:
+    """The mean over a group: each rollout by its share."""
+    shares = [r.share for r in group.rollouts]
+    if any(share is None for share in shares):
+        return _mean(values)
+    return sum(share * value for share, value in zip(shares, values) if share is not None)
 
 
 def _joined(samples: Sequence[TrainingSample], name: str) -> Tensor:

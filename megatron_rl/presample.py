@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.config import Config, GRPOConfig
+from megatron_rl.config import Config, GRPOConfig, PresampleConfig
 from megatron_rl.errors import UserError
 from megatron_rl.lifetime import die_with_starter
 from megatron_rl.program import run_program
@@ -36,7 +36,7 @@ def presample(config: Config, runtime: Runtime) -> None:
     from megatron_rl.run import Run
 
     with Run(config, runtime) as run:
-        group, prompts = run.groups.cpu_group, list(run.prompts.items)[: config.presample.num_problems]
+        group, prompts = run.groups.cpu_group, list(run.inputs.prompts.items)[: config.presample.num_problems]
         provenance = _provenance(run)
         with all_ranks_agree(group):
             folder = _open(run, prompts, provenance) if run.is_first else None
@@ -58,7 +58,7 @@ def presample(config: Config, runtime: Runtime) -> None:
 
 def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verdict], list[Trajectory]]:
     """What becomes of each problem, and the samples to keep. A collective."""
-    from megatron_rl.data.presampled import EXPLORATION, KEPT, Verdict
+    from megatron_rl.data.presampled import KEPT, Verdict
     from megatron_rl.rollout.collect import Sampling
 
     settings = run.config.presample
@@ -66,27 +66,21 @@ def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verd
     groups = run.rollouts.collect(
         prompts, num_generations=settings.num_samples, sampling=sampling, purpose=f"presample/{chunk}"
     )
-    solved = [group for group in groups if _num_correct(group) >= settings.min_correct]
-    if settings.purpose == "replay":
-        kept = {id(group.prompt): _successes(group) for group in solved}
-        reasons = {id(group.prompt): "dropped: every success was cut at the limit" for group in solved}
-    else:
-        extra = run.rollouts.collect(
-            [group.prompt for group in solved], num_generations=1, sampling=sampling, purpose=f"presample/{chunk}/extra"
+    sources = [group for group in groups if _num_correct(group) >= settings.min_correct]
+    if settings.purpose == "rehearsal":
+        sources = run.rollouts.collect(
+            [group.prompt for group in sources],
+            num_generations=1,
+            sampling=sampling,
+            purpose=f"presample/{chunk}/extra",
         )
-        kept = {id(group.prompt): _successes(group) for group in extra}
-        reasons = {id(group.prompt): _why_not(group) for group in extra}
+    fates = {g.prompt.problem.problem_id: KEPT if _successes(g) else _why_not(g) for g in sources}
     verdicts = []
     for group in groups:
-        fate = EXPLORATION
-        if id(group.prompt) in kept:
-            fate = KEPT if kept[id(group.prompt)] else reasons[id(group.prompt)]
-        elif settings.purpose == "replay":
-            fate = f"dropped: fewer than {settings.min_correct} successes"
-        elif any(rollout.score.is_failure for rollout in group.rollouts) and _num_correct(group) == _num_judged(group):
-            fate = "dropped: not every sample could be judged"
-        verdicts.append(Verdict(group.prompt.problem.problem_id, _num_correct(group), fate))
-    chosen = [(prompt, success) for prompt in prompts for success in kept.get(id(prompt), [])]
+        problem = group.prompt.problem.problem_id
+        fate = fates.get(problem) or _fate_of_the_unsolved(group, settings)
+        verdicts.append(Verdict(problem, _num_correct(group), fate))
+    chosen = [(group.prompt, success) for group in sources for success in _successes(group)]
     return verdicts, _trajectories(run, chosen)
 
 
@@ -125,14 +119,22 @@ def _successes(group: RolloutGroup) -> list[tuple[Completion, float]]:
 
 
 def _why_not(group: RolloutGroup) -> str:
-    rollout = group.rollouts[0]
-    if rollout.score.is_failure:
-        return "dropped: the further sample could not be judged"
-    return f"dropped: the further sample was {'cut' if rollout.completion.finish_reason != 'stop' else 'wrong'}"
+    """Of a group without a success to keep."""
+    if _num_correct(group):
+        return "dropped: right, but cut at the limit"
+    is_judged = not any(rollout.score.is_failure for rollout in group.rollouts)
+    return "dropped: the further sample was wrong" if is_judged else "dropped: the further sample could not be judged"
 
 
-def _num_judged(group: RolloutGroup) -> int:
-    return sum(not rollout.score.is_failure for rollout in group.rollouts)
+def _fate_of_the_unsolved(group: RolloutGroup, settings: PresampleConfig) -> str:
+    from megatron_rl.data.presampled import EXPLORATION
+
+    if settings.purpose == "replay":
+        return f"dropped: fewer than {settings.min_correct} successes"
+    num_judged = sum(not rollout.score.is_failure for rollout in group.rollouts)
+    if num_judged < len(group.rollouts) and _num_correct(group) == num_judged:
+        return "dropped: not every sample could be judged"
+    return EXPLORATION
 
 
 def _num_correct(group: RolloutGroup) -> int:
@@ -180,7 +182,7 @@ def _provenance(run: Run) -> Provenance:
         "max_new_tokens": float(config.rollout.max_new_tokens),
         "log_prob_temperature": config.rollout.temperature,
     }
-    return Provenance(config.data.task, run.model_digest(), tokenizer_digest(run.tokenizer), sampling)
+    return Provenance(config.data.task, run.inputs.model_digest(), tokenizer_digest(run.inputs.tokenizer), sampling)
 
 
 def _open(run: Run, prompts: list[Prompt], provenance: Provenance) -> PresampledFolder:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_rl import watchdog
 from megatron_rl.algorithms import build_algorithm
@@ -18,35 +19,27 @@ from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.config import Config, save_resolved
 from megatron_rl.convert.random_weights import RandomReader
 from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import read_shape
 from megatron_rl.curves import plot_curves
-from megatron_rl.data.origin import digest_of_fingerprints, random_model_digest, tokenizer_digest, weight_fingerprints
-from megatron_rl.data.pack import pack_layout, too_long
-from megatron_rl.data.pool import Pool
-from megatron_rl.data.prompts import demonstrations, tokenize_prompts
-from megatron_rl.data.stream import Stream
-from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
-from megatron_rl.distance import distance_metrics, probe_rows
+from megatron_rl.data.pack import full_batches
+from megatron_rl.distance import distance_metrics
+from megatron_rl.engines import build_engine
 from megatron_rl.errors import UserError
 from megatron_rl.evaluate import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
+from megatron_rl.inputs import Inputs
 from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
+from megatron_rl.model.numerics import NumericsMonitor, summary
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import export_hf, load_hf_weights
-from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
+from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import RolloutEngine
-from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
 from megatron_rl.rollout.score import Scorer
-from megatron_rl.rollout.sglang.flags import check_kv_pool
-from megatron_rl.rollout.transformers_engine import TransformersEngine
 from megatron_rl.runtime import Runtime
 from megatron_rl.summary import print_before_after, write_summary
-from megatron_rl.tasks import get_task
-from megatron_rl.types import Prompt, RolloutGroup, TrainingSample
-from megatron_rl.weight_sync.publish import WeightSync, served_overrides
+from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.weight_sync.publish import WeightSync
 
 
 class Run:
@@ -61,15 +54,22 @@ class Run:
             synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=watchdog.enter
         )
         self._checkpoint_seconds: dict[str, float] = {}
+        self.num_generated_tokens = 0
+        """Of all training rollouts of the run, whatever became of them; evaluation does not count."""
         torch.manual_seed(config.trainer.seed)
         self.groups = build_groups_of(config, runtime.device)
-        with all_ranks_agree(self.groups.cpu_group):
-            self.shape = read_shape(Path(config.policy.model_path))
-            self.tokenizer = load_tokenizer(self._tokenizer_dir, self.shape)
-            self._stop_ids = stop_ids(self.tokenizer, self.shape)
-            self._load_data()
+        self.inputs = Inputs(config, self.groups, self.say)
+        self.shape = self.inputs.shape
         self.algorithm = build_algorithm(config)
-        self._open_pools()
+        if config.trainer.stage == "rl":
+            with all_ranks_agree(self.groups.cpu_group):
+                self.online_algorithm.use_tokenizer(self.inputs.tokenizer)
+        self.inputs.open_pools(self.online_algorithm.pool_need if config.trainer.stage == "rl" else None)
+        self.evaluator = Evaluator(self.inputs.held_out, config.eval, config.rollout.max_new_tokens)
+        with all_ranks_agree(self.groups.cpu_group):
+            # Read now, so that a wrong file is found before training; by rank 0, whose own disk it may be on.
+            is_read = config.eval.is_used and self.is_first
+            self._baseline = self.evaluator.read_baseline() if is_read else None
         with ExitStack() as parts:  # what is started is stopped again, also when a later part cannot be built
             self._build(parts)
             self._parts = parts.pop_all()
@@ -77,11 +77,16 @@ class Run:
     def _build(self, parts: ExitStack) -> None:
         config = self.config
         # First of all, because servers take long to start; they do while the policy is built.
-        engine = self._build_engine() if config.trainer.stage == "rl" or config.eval.is_used else None
+        is_sampled = config.trainer.stage == "rl" or config.eval.is_used
+        engine = build_engine(config, self.inputs, self.groups, self.runtime) if is_sampled else None
         if engine is not None:
             parts.callback(engine.close)
         self.policy = Policy(config, self.shape, self.groups, fill_weights=self._fill_weights, timer=self.timer)
         self.reference = self.policy.snapshot() if self.algorithm.needs_reference else []
+        numerics = config.trainer.numerics
+        self._numerics: NumericsMonitor | None = None
+        if numerics.every_n_steps:
+            self._numerics = NumericsMonitor(self.policy.chunks, numerics, config.policy.megatron_cfg, self.groups)
         self.checkpoints = Checkpoints(
             self.directory / "checkpoints",
             keep_last=config.exp_manager.checkpoint_callback_params.keep_last,
@@ -95,7 +100,7 @@ class Run:
         if engine is not None:
             scorer = self._build_scorer()
             parts.callback(scorer.close)
-            self.collector = Collector(engine, scorer, config.trainer.seed, self.timer)
+            self.collector = Collector(engine, scorer, config.trainer.seed, self.timer, self._log_probs_of)
         self._weight_sync = WeightSync(config, self.policy)
         if config.trainer.stage == "rl":
             self.publish(version=self.start_step)
@@ -103,11 +108,16 @@ class Run:
     # ------------------------------------------------------------------------------------------------ around a step
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do, counted from 0."""
+        """The steps still to do, counted from 0: up to ``max_steps``, or until ``max_generated_tokens`` are sampled."""
         for step in range(self.start_step, self.config.trainer.max_steps):
+            if self._is_budget_spent:
+                return
             self.timer.flush()
+            self._generated_at_start = self.rollouts.num_generated_tokens if self.collector is not None else 0
             self._step_started = time.monotonic()
             watchdog.set_step(step + 1)
+            if self._numerics is not None and (step + 1) % self.config.trainer.numerics.every_n_steps == 0:
+                self._numerics.watch()
             yield step
 
     def finish_step(
@@ -125,24 +135,57 @@ class Run:
             samples: the rows trained on.
             groups: the rollouts of an online step.
         """
-        metrics = update_metrics(updates) | sample_metrics(samples)
+        metrics = update_metrics(updates) | sample_metrics([sample for sample in samples if sample.weights is not None])
         if groups:
+            generated = self.rollouts.num_generated_tokens - self._generated_at_start
+            self.num_generated_tokens += generated
+            metrics["rollout/generated_tokens"] = float(generated)
+            metrics["rollout/generated_tokens_total"] = float(self.num_generated_tokens)
             metrics |= rollout_metrics(groups, version=done - 1)
             metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
+        if self._numerics is not None:
+            metrics |= self._look_at_numerics(self._numerics, done)
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
         if self.reference:
             metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
+        if groups:
+            with all_ranks_agree(self.groups.cpu_group):
+                if self.is_first:
+                    self.online_algorithm.keep(self.directory, groups, self.inputs.tokenizer, step=done)
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full
             self.logger.log(done, metrics)
-        every, last = self.config.eval.every_n_steps, self.config.trainer.max_steps
-        if done == last and self.config.eval.after:
+        every = self.config.eval.every_n_steps
+        if self._is_last(done) and self.config.eval.after:
             self._evaluate(done, self.config.eval.num_samples)
         elif every and done % every == 0:
             self._evaluate(done, self.config.eval.num_samples_during)
         self._save_if_due(done)
+
+    def _look_at_numerics(self, monitor: NumericsMonitor, done: int) -> dict[str, float]:
+        """Metrics of a watched step; its layers go to a file of ``numerics/``, and what is alarming to the console."""
+        report = monitor.report()
+        if not report:
+            return {}
+        alarms = monitor.alarms(report)
+        for line in alarms:
+            self.say(f"numerics at step {done}: {line}")
+        with all_ranks_agree(self.groups.cpu_group):
+            if self.is_first:
+                path = self.directory / "numerics" / f"step_{done:08d}.json"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(report, indent=1) + "\n")
+        return summary(report) | {"numerics/alarms": float(len(alarms))}
+
+    @property
+    def _is_budget_spent(self) -> bool:
+        budget = self.config.trainer.max_generated_tokens
+        return budget is not None and self.num_generated_tokens >= budget
+
+    def _is_last(self, done: int) -> bool:
+        return done == self.config.trainer.max_steps or self._is_budget_spent
 
     def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
         """The rows of a step; where stored ones cannot be read, all ranks end alike."""
@@ -172,10 +215,17 @@ class Run:
             self.rollouts.engine.release_memory()
 
     def publish(self, *, version: int) -> None:
-        """Give the engine the current weights."""
+        """Give the engine the current weights, and what memory the trainer can spare."""
+        self._make_room()
         with self.timer("weight_sync"):
             self.rollouts.engine.resume_memory()
         self._weight_sync.publish(self.rollouts.engine, version=version)
+
+    def _make_room(self) -> None:
+        """For rollouts: what only updates need leaves the GPU, until an update or a checkpoint brings it back."""
+        if self.config.offloads_during_rollouts:
+            with self.timer("offload"):
+                self.policy.update_memory.release()
 
     @watchdog.phase("finish")
     def finish(self) -> None:
@@ -203,104 +253,6 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ parts
 
-    @property
-    def _tokenizer_dir(self) -> Path:
-        return Path(self.config.policy.tokenizer_path or self.config.policy.model_path)
-
-    def _load_data(self) -> None:
-        data, context = self.config.data, self.shape.max_position_embeddings
-        task = get_task(data.task)
-
-        def load(file: str, max_new_tokens: int) -> list[Prompt]:
-            problems = task.load(Path(file), template=data.template)
-            prompts, dropped = tokenize_prompts(
-                problems,
-                self.tokenizer,
-                data,
-                context_length=context,
-                max_new_tokens=max_new_tokens,
-                field="data.train" if file == data.train else "data.validation",
-            )
-            if dropped:
-                self.say(f"{file}: {dropped} of {len(problems)} problems left out, their prompts are too long")
-            return prompts
-
-        seed, new_tokens = self.config.trainer.seed, self.config.rollout.max_new_tokens
-        if self.config.trainer.stage == "rl":
-            self.prompts: Stream[Prompt] = Stream(load(data.train, new_tokens), seed, data.shuffle)
-            self.stream: Stream[Any] = self.prompts
-        else:
-            rows = demonstrations(
-                load(data.train, 1),
-                self.tokenizer,
-                stop_id=self._stop_ids[0],
-                context_length=context,
-                overlong=data.overlong_prompts,
-            )
-            self.demonstrations: Stream[TrainingSample] = Stream(rows, seed, data.shuffle)
-            self.stream = self.demonstrations
-        self._check_budget()
-        if self.config.eval.is_used:
-            assert data.validation is not None
-            self.evaluator = Evaluator(
-                load(data.validation, new_tokens)[: self.config.eval.num_problems], self.config.eval, new_tokens
-            )
-            # Read now, so that a wrong file is found before training; by rank 0, whose own disk it may be on.
-            self._baseline = self.evaluator.read_baseline() if self.is_first else None
-
-    def _open_pools(self) -> None:
-        """Stored samples to train on, and to measure forgetting by."""
-        need = self.online_algorithm.pool_need if self.config.trainer.stage == "rl" else None
-        probed = self.config.eval.pool if self.config.eval.is_used else None
-        model = self.model_digest() if need is not None and need.of_this_model else None
-        self._probes: list[TrainingSample] = []
-        self._pool_digest: dict[str, tuple[str, str]] = {}
-        with all_ranks_agree(self.groups.cpu_group):
-            if need is not None:
-                pool = Pool(need.directory, model_digest=model, tokenizer_digest=tokenizer_digest(self.tokenizer))
-                self.say(self.online_algorithm.use_pool(pool, self.prompts.items))
-                self._pool_digest[need.field] = (need.directory, pool.digest())
-            if probed is not None:
-                pool = Pool(probed, tokenizer_digest=tokenizer_digest(self.tokenizer))
-                self._probes = probe_rows(pool, self.config)
-
-    @property
-    def _row_unit(self) -> int:
-        """So many rows give every data-parallel rank as many micro-batches as its schedule takes at a time."""
-        policy = self.config.policy
-        in_flight = policy.pipeline_parallel_size if policy.virtual_pipeline_size > 1 else 1
-        return self.config.data_parallel_size * in_flight
-
-    def model_digest(self) -> str:
-        """Of the weights that the policy starts from. A collective: ranks share the reading out."""
-        policy, groups = self.config.policy, self.groups
-        directory, is_random = Path(policy.model_path), policy.initialization == "random"
-        with all_ranks_agree(groups.cpu_group):
-            if is_random:
-                return random_model_digest(directory, self.config.trainer.seed)
-            mine = weight_fingerprints(directory, rank=groups.rank, num_ranks=groups.world_size)
-        return digest_of_fingerprints(gather_json(mine, groups.cpu_group))
-
-    def _check_budget(self) -> None:
-        """A row that no micro-batch has room for is found before anything is built."""
-        if self.config.trainer.stage == "rl":
-            longest = max(len(p.prompt_ids) for p in self.prompts.items) + self.config.rollout.max_new_tokens
-        else:
-            longest = max(row.num_tokens for row in self.demonstrations.items)
-        policy = self.config.policy
-        longest = pack_layout(policy).padded(longest)
-        if longest > policy.train_micro_batch_tokens:
-            raise too_long(longest, policy.train_micro_batch_tokens)
-        # Groups get as many replays as there are, so a rank can have one row more than another: it shares a micro-batch.
-        is_uneven = self.config.algorithm.name == "rlep" and self._row_unit > 1
-        if is_uneven and 2 * longest > policy.train_micro_batch_tokens:
-            raise UserError(
-                "policy.train_micro_batch_tokens",
-                policy.train_micro_batch_tokens,
-                f"must have room for two of the longest rows, of {longest} tokens each, under replay",
-                f"use {2 * longest} or more, or shorter prompts and responses",
-            )
-
     def _fill_weights(self, chunks: Any) -> None:
         policy, seed = self.config.policy, self.config.trainer.seed
         is_random = policy.initialization == "random"
@@ -311,19 +263,27 @@ class Run:
             lambda: RandomReader(self.shape, seed=seed) if is_random else HFReader(Path(policy.model_path)),
         )
 
+    def _log_probs_of(self, prompts: Sequence[Prompt], responses: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Collector.policy_log_probs``."""
+        rows = [TrainingSample(prompt.prompt_ids, ids, Kind.RL) for prompt, ids in zip(prompts, responses)]
+        size = self.config.policy.train_global_batch_size
+        batches = full_batches(range(len(rows)), size=size, multiple=self.config.row_unit)
+        self.policy.fill_log_probs(rows, batches, "old_log_probs")
+        return [row.old_log_probs for row in rows if row.old_log_probs is not None]
+
     def _resume(self) -> int:
         manager = self.config.exp_manager
         with all_ranks_agree(self.groups.cpu_group):
             if self.is_first:
                 save_resolved(self.config, self.directory / "config.yaml")
-        self._fixed = fixed_settings(self.config, self.shape, self._pool_digest)
+        self._fixed = fixed_settings(self.config, self.shape, self.inputs.pool_contents)
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
         if path is not None:
             state = self.checkpoints.load(path, self.policy, self._fixed)
-            self.stream.load_state(state)
+            self.inputs.stream.load_state(state)
             if isinstance(self.algorithm, OnlineAlgorithm):
                 self.algorithm.load_state(self.checkpoints.load_tensors(path))
-            step = int(state["step"])
+            step, self.num_generated_tokens = int(state["step"]), int(state.get("generated_tokens", 0))
             self.say(f"resuming after step {step}: {path}")
         if manager.create_checkpoint_callback:
             self.checkpoints.set_aside_others(path)
@@ -332,18 +292,22 @@ class Run:
     @watchdog.phase("checkpoint")
     def _save_if_due(self, done: int) -> None:
         manager = self.config.exp_manager
-        is_due = (
-            done % manager.checkpoint_callback_params.every_n_train_steps == 0 or done == self.config.trainer.max_steps
-        )
+        is_due = done % manager.checkpoint_callback_params.every_n_train_steps == 0 or self._is_last(done)
         if manager.create_checkpoint_callback and is_due:
+            is_away = self.policy.update_memory.is_released
+            if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
+                self.rest_engine()
             started = time.monotonic()
-            state = {"step": done, "fixed": self._fixed, **self.stream.state()}
+            state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
+            state |= self.inputs.stream.state()
             is_online = isinstance(self.algorithm, OnlineAlgorithm)
             kept = self.online_algorithm.state() if is_online else {}
             path = self.checkpoints.save(done, self.policy, state, kept)
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
             self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
             self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")
+            if is_away and not self._is_last(done):
+                self.publish(version=done)
 
     def _build_logger(self) -> MetricsLogger:
         with all_ranks_agree(self.groups.cpu_group):
@@ -354,63 +318,11 @@ class Run:
             logger.resume_at(self.start_step if self.start_step else -1)
         return logger
 
-    def _build_engine(self) -> RolloutEngine:
-        rollout = self.config.rollout
-        if rollout.recorded_dir is not None:
-            return RecordedEngine(Path(rollout.recorded_dir))
-        model_path, device, group = Path(self.config.policy.model_path), self.runtime.device, self.groups.cpu_group
-        dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
-        engine: RolloutEngine
-        if rollout.engine == "sglang":
-            from megatron_rl.rollout.sglang.driver import ServedModel  # needs aiohttp
-            from megatron_rl.rollout.sglang.engine import SGLangEngine
-
-            self._check_kv_pool()
-            replay = self.config.policy.router_replay
-            served = ServedModel(
-                model_path,
-                self.shape,
-                dtype,
-                tuple(self._stop_ids),
-                records_experts=replay,
-                overrides=served_overrides(self.config, self.shape),
-            )
-            engine = SGLangEngine(self.config, served, device=device, cpu_group=group)
-        else:
-            pad_id = self.tokenizer.pad_token_id
-            engine = TransformersEngine(
-                model_path,
-                dtype=dtype,
-                device=device,
-                stop_ids=self._stop_ids,
-                pad_id=self._stop_ids[0] if pad_id is None else pad_id,
-                max_batch_size=rollout.max_batch_size,
-                cpu_group=group,
-            )
-        if not rollout.record:
-            return engine
-        agree = partial(all_ranks_agree, group)
-        return RecordingEngine(engine, self.directory / "rollouts", is_writer=self.is_first, agree=agree)
-
-    def _check_kv_pool(self) -> None:
-        """A request that never fits a server's cache is found before the servers are started."""
-        streams = [self.prompts.items] if self.config.trainer.stage == "rl" else []
-        longest = max(len(p.prompt_ids) for prompts in (*streams, self._held_out) for p in prompts)
-        check_kv_pool(
-            self.config.rollout.sglang_cfg,
-            is_cpu=self.runtime.device.type == "cpu",
-            longest_request=longest + self.config.rollout.max_new_tokens,
-        )
-
-    @property
-    def _held_out(self) -> Sequence[Prompt]:
-        return self.evaluator.prompts if self.config.eval.is_used else []
-
     def _build_scorer(self) -> Scorer:
         data = self.config.data
         return Scorer(
             data.task,
-            self.tokenizer,
+            self.inputs.tokenizer,
             num_workers=data.num_scoring_workers,
             timeout_s=data.scoring_timeout_s,
             cpu_group=self.groups.cpu_group,
@@ -420,10 +332,11 @@ class Run:
     def _evaluate(self, done: int, num_samples: int) -> None:
         started = time.monotonic()
         distance: dict[str, float] = {}
-        if self._probes:
+        probes = self.inputs.probes
+        if probes:
             self.rest_engine()  # a pass of the trainer, which needs the memory of a colocated engine
-            distance = distance_metrics(self.policy, self._probes, batch_size=self._row_unit)
-        if self._probes or self.rollouts.engine.weight_version != done:
+            distance = distance_metrics(self.policy, probes, batch_size=self.config.row_unit)
+        if probes or self.rollouts.engine.weight_version != done:
             self.publish(version=done)
         evaluation = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples)
         self.timer.flush()  # evaluation has its own figure and does not count into a step
@@ -449,11 +362,12 @@ class Run:
 
     def _sum_up(self, rows: Sequence[Mapping[str, float]]) -> None:
         by_step = {int(row["step"]): row for row in rows}
-        before, after = by_step.get(0, {}), by_step.get(self.config.trainer.max_steps, {})
+        last = max(by_step, default=0)
+        before, after = by_step.get(0, {}), by_step.get(last, {}) if last else {}
         names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in self.config.eval.k_values}
         kept = ("eval/keep_rate", "eval/explore_rate", "eval/distinct", "eval/style")
         names |= {key.removeprefix("eval/"): key for key in after if key.startswith(kept)}
-        summary: dict[str, Any] = {"engine": self.config.rollout.engine, "steps": self.config.trainer.max_steps}
+        summary: dict[str, Any] = {"engine": self.config.rollout.engine, "steps": last}
         for when, row in (("before", before), ("after", after)):
             summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}
         phases = sorted({key for row in rows for key in row if key.startswith("time/")} | {"eval/seconds"})

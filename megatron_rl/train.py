@@ -22,17 +22,15 @@ def run_online(run: Run) -> None:
     """Learn from the policy's own rollouts."""
     policy, algorithm = run.policy, run.online_algorithm
     for step in run.steps():
-        groups = algorithm.collect(run.prompts, run.rollouts, step)
+        groups = algorithm.collect(run.inputs.prompts, run.rollouts, step)
         run.rest_engine()
         samples = run.samples(groups, step)
-        mini_batches = algorithm.mini_batches(samples)
-        # The first update brings the old log-probs of its rows from its own pass, unless credit needs them sooner.
-        ahead = mini_batches if algorithm.needs_old_log_probs else mini_batches[1:]
-        policy.fill_log_probs(samples, ahead, "old_log_probs")
+        policy.fill_log_probs(samples, algorithm.passes_ahead(samples), "old_log_probs")
         if algorithm.needs_reference:
             with policy.weights_of(run.reference):
-                policy.fill_log_probs(samples, mini_batches, "ref_log_probs")
+                policy.fill_log_probs(samples, algorithm.mini_batches(samples), "ref_log_probs")
         algorithm.assign_advantages(samples)
+        mini_batches = algorithm.updates(samples)
         if step == run.start_step:  # once a run, a pass of their own shows that both give the same bits
             policy.fill_log_probs(samples, mini_batches[:1], "old_log_probs")
         updates = []
@@ -47,7 +45,7 @@ def run_online(run: Run) -> None:
 def run_offline(run: Run) -> None:
     """Learn from rows that exist already."""
     for step in run.steps():
-        mini_batch = run.demonstrations.take(run.config.policy.train_global_batch_size)
+        mini_batch = run.inputs.demonstrations.take(run.config.policy.train_global_batch_size)
         run.algorithm.assign_weights(mini_batch)
         update = run.policy.train_step(mini_batch, run.algorithm.loss)
         run.finish_step(step + 1, [update], mini_batch)

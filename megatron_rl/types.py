@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # annotations only: scoring workers and the command line read
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
+"""In the order of the numbers that stand for them in flat tensors."""
 
 
 class Kind(enum.IntEnum):
@@ -30,8 +32,9 @@ class Kind(enum.IntEnum):
     EDGE = 4
 
 
-ON_POLICY = frozenset({Kind.RL, Kind.REPLAY})
-"""Rows with an advantage and a ratio to the policy of their step's start; replayed ones as if it had sampled them."""
+ON_POLICY = frozenset({Kind.RL, Kind.REPLAY, Kind.EDGE})
+"""Rows with an advantage and a ratio: to the policy of their step's start (replayed ones as if it had sampled them), or, of the
+edges of a tree, to that of the step that grew it."""
 
 
 @dataclass(frozen=True)
@@ -111,19 +114,49 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class State:
+    """A place within a response, and what the policy makes of it from there."""
+
+    num_tokens: int
+    """Of the response, before it; 0 is the bare prompt."""
+    value: float | None
+    """Mean reward of rollouts that continue from it (Monte Carlo); None where none of them could be judged."""
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One scored episode."""
 
     completion: Completion
     score: Score
+    states: tuple[State, ...] = ()
+    """Where its segments begin, in order; for methods that have segments."""
+    policy_log_probs: Tensor | None = None
+    """[R] float32: the trainer's own log p of each token at sampling time, where a method asked for them while it collected."""
+    share: float | None = None
+    """Of its group's means; those of a group add up to 1. None: as much as the others."""
+
+
+@dataclass
+class TreeNode:
+    """A piece of text, and what follows it in a tree of rollouts."""
+
+    completion: Completion | None
+    """The piece; None at the root, which is the prompt."""
+    children: list[TreeNode]
+    score: Score | None = None
+    """Of a leaf: of the whole path to it."""
+    value: float | None = None
+    """Of a leaf its reward, of an inner node the mean of its children's values; None where nothing under it could be judged."""
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The G rollouts of one prompt."""
+    """The rollouts of one prompt: G of them, or one for each leaf of a tree."""
 
     prompt: Prompt
     rollouts: list[Rollout]
+    tree: TreeNode | None = None
 
 
 @dataclass
@@ -155,6 +188,8 @@ class TrainingSample:
     advantages: Tensor | None = None
     weights: Tensor | None = None
     """[R] float32: the factor of each token's loss term. Every aggregation is such a factor (losses/aggregate.py)."""
+    loss_mask: Tensor | None = None
+    """[R] bool: the tokens that enter the loss; None: all."""
 
     @property
     def num_tokens(self) -> int:
@@ -165,6 +200,11 @@ class TrainingSample:
     def num_response_tokens(self) -> int:
         """R."""
         return len(self.response_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Those of R that enter the loss."""
+        return self.num_response_tokens if self.loss_mask is None else int(self.loss_mask.sum())
 
 
 @dataclass

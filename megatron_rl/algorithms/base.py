@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +30,13 @@ class PoolNeed:
     directory: str
     of_this_model: bool
     """Its samples must be of the policy's initial weights, not only of its tokenizer."""
+    use: Callable[[Pool, Sequence[Prompt]], str]
+    """Takes the pool and the prompts of the run; returns a line for the user. Raises ``UserError`` if nothing in it can be
+    used."""
 
 
 class Algorithm(ABC):
-    """Methods are pure functions of their arguments, and every rank calls them with equal ones."""
+    """Every rank calls the methods in the same order with equal arguments, and gets equal results."""
 
     needs_reference: bool = False
     """Fill ``ref_log_probs`` from the weights that the run started with."""
@@ -42,12 +47,14 @@ class Algorithm(ABC):
     def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
         """Set ``weights`` of every row of one optimizer mini-batch. The aggregation is over the whole of it."""
         weights = token_weights(
-            [sample.num_response_tokens for sample in mini_batch],
+            [sample.num_loss_tokens for sample in mini_batch],
             self.config.algorithm.loss_aggregation,
             max_tokens=self.config.rollout.max_new_tokens,
         )
         for sample, weight in zip(mini_batch, weights):
             sample.weights = torch.full((sample.num_response_tokens,), weight)
+            if sample.loss_mask is not None:
+                sample.weights *= sample.loss_mask
 
     @abstractmethod
     def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
@@ -74,25 +81,36 @@ class OnlineAlgorithm(Algorithm):
 
     @property
     def pool_need(self) -> PoolNeed | None:
-        """What ``use_pool`` gets before the first step; None where nothing is stored."""
+        """The pool to open before the first step; None where nothing is stored."""
         return None
-
-    def use_pool(self, pool: Pool, prompts: Sequence[Prompt]) -> str:
-        """Train on this pool, on these prompts; returns a line for the user.
-
-        Raises:
-            UserError: nothing in it can be used.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
         """The rows to train on."""
 
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Called once, before the first step; for methods that look at what tokens say."""
+
     def mini_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Row indices of each optimizer mini-batch: consecutive, so that groups stay together where sizes allow."""
         size = self.config.policy.train_global_batch_size
-        return [list(range(start, start + size)) for start in range(0, len(samples), size)]
+        return [list(range(start, min(start + size, len(samples)))) for start in range(0, len(samples), size)]
+
+    def updates(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
+        """The mini-batches that are trained on: one whose every token is masked has nothing to teach."""
+        return [
+            rows
+            for rows in self.mini_batches(samples)
+            if any(samples[row].loss_mask is None or samples[row].num_loss_tokens for row in rows)
+        ]
+
+    def passes_ahead(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
+        """Row indices of each forward pass that fills ``old_log_probs`` before credit is given.
+
+        The first update brings those of its rows from its own pass, unless credit needs them sooner.
+        """
+        mini_batches = self.mini_batches(samples)
+        return mini_batches if self.needs_old_log_probs else mini_batches[1:]
 
     @abstractmethod
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
@@ -114,6 +132,13 @@ class OnlineAlgorithm(Algorithm):
                 "record rollouts with router_replay on, or leave it out",
             )
         return completion.experts
+
+    def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
+        """Write what a viewer shows of a step into the run's folder; called on one rank. Most methods write nothing.
+
+        Raises:
+            UserError: it cannot be written.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must keep of the algorithm; most keep nothing."""

@@ -48,10 +48,10 @@ class DPHRL(GRPO):
     @property
     def pool_need(self) -> PoolNeed:
         """The stored samples of the initial policy."""
-        return PoolNeed("algorithm.rehearsal.pool", self.rehearsal_settings.pool, of_this_model=True)
+        return PoolNeed("algorithm.rehearsal.pool", self.rehearsal_settings.pool, of_this_model=True, use=self.use_pool)
 
     def use_pool(self, pool: Pool, prompts: Sequence[Prompt]) -> str:
-        """See ``OnlineAlgorithm``."""
+        """Rehearse these samples; see ``PoolNeed``."""
         self.rehearsal = Rehearsal(pool, self.config)
         return self.rehearsal.summary
 

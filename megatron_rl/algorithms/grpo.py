@@ -15,33 +15,29 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from megatron_rl.advantages.group import group_advantages
-from megatron_rl.advantages.shaping import overlong_penalty
-from megatron_rl.algorithms.base import OnlineAlgorithm
-from megatron_rl.config import Config, GroupConfig
+from megatron_rl.algorithms.clipped import ClippedAlgorithm
+from megatron_rl.config import Config, GroupConfig, MaskConfig
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
-from megatron_rl.losses.clipped_policy import clipped_policy_loss
 from megatron_rl.losses.kl import kl_estimate
-from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.types import ON_POLICY, Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import ON_POLICY, Kind, Prompt, RolloutGroup, TrainingSample
 
 
-class GRPO(OnlineAlgorithm):
+class GRPO(ClippedAlgorithm):
     """G rollouts per prompt, each judged against the others of its group."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         assert isinstance(config.algorithm, GroupConfig)
         self.settings = config.algorithm
-        self.num_epochs = self.settings.num_epochs
-        self.needs_reference = self.settings.kl.coef > 0
-        self.needs_old_log_probs = self.needs_reference and self.settings.kl.placement == "reward"
-        self._metrics: dict[str, float] = {}
+        masks = isinstance(self.settings, MaskConfig) and self.settings.mask_threshold is not None
+        self.needs_old_log_probs = (self.needs_reference and self.settings.kl.placement == "reward") or (
+            masks and self.asks_policy
+        )
 
     # ---- rollouts
 
@@ -80,10 +76,6 @@ class GRPO(OnlineAlgorithm):
             "raise it, or train on problems that are neither always nor never solved",
         )
 
-    def step_metrics(self) -> dict[str, float]:
-        """What dynamic sampling has thrown away, the policy's own accuracy despite it, and the shaped reward."""
-        return self._metrics
-
     def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
         """One row per rollout; the reward is shaped here."""
         samples = [
@@ -98,6 +90,7 @@ class GRPO(OnlineAlgorithm):
                 weight_version=rollout.completion.weight_version,
                 rollout_log_probs=rollout.completion.log_probs,
                 experts=self.replayed_experts(rollout.completion),
+                loss_mask=self.mask_of(rollout.completion.log_probs),
             )
             for index, group in enumerate(groups)
             for rollout in group.rollouts
@@ -106,20 +99,11 @@ class GRPO(OnlineAlgorithm):
             self._metrics |= {"reward/shaped_mean": _mean([sample.reward for sample in samples])}
         return samples
 
-    def shaped(self, reward: float, num_tokens: int) -> float:
-        """The reward of a response of so many tokens, less what it pays for its length."""
-        overlong = self.settings.overlong
-        return reward + overlong_penalty(
-            num_tokens,
-            max_tokens=self.config.rollout.max_new_tokens,
-            buffer=overlong.buffer,
-            penalty=overlong.penalty,
-        )
-
     # ---- credit
 
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
         """One advantage per rollout, the same for all its tokens; 0 where the scorer failed. Other rows are in no group."""
+        self.mask_by_policy(samples)
         grouped = [sample for sample in samples if sample.kind in ON_POLICY]
         for _, rows in groupby(grouped, key=lambda sample: sample.group_index):
             group = list(rows)
@@ -143,38 +127,6 @@ class GRPO(OnlineAlgorithm):
             return sample.reward
         assert sample.old_log_probs is not None and sample.ref_log_probs is not None
         return sample.reward - kl.coef * float(kl_estimate(sample.old_log_probs, sample.ref_log_probs, "k1").sum())
-
-    # ---- loss
-
-    def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
-        """Clipped policy loss, plus ``coef * KL`` where KL is part of the loss."""
-        settings, vectors = self.settings, batch.vectors
-        policy = clipped_policy_loss(
-            log_probs,
-            vectors["old_log_probs"],
-            vectors["advantages"],
-            clip_min=settings.ratio_clip_min,
-            clip_max=settings.ratio_clip_max,
-            dual_clip=settings.ratio_clip_c,
-        )
-        capped = {} if settings.ratio_clip_c is None else {"dual_clip_frac": policy.is_capped}
-        terms = TokenTerms(
-            loss=policy.loss,
-            means={
-                "entropy/mean": entropy,
-                "ratio/mean": policy.ratio,
-                "clip_frac": policy.is_clipped,
-                **capped,
-                "kl/old": kl_estimate(vectors["old_log_probs"], log_probs.detach(), "k3"),
-            },
-            maxima={"ratio/max": policy.ratio, "ratio/max_abs_log_ratio": policy.log_ratio.abs()},
-        )
-        if self.needs_reference:
-            terms.means["kl/reference"] = kl_estimate(log_probs.detach(), vectors["ref_log_probs"], "k3")
-            if settings.kl.coef > 0 and settings.kl.placement == "loss":
-                kl = kl_estimate(log_probs, vectors["ref_log_probs"], settings.kl.estimator)
-                terms.loss = terms.loss + settings.kl.coef * kl
-        return terms
 
 
 def _sampling_metrics(

@@ -42,11 +42,12 @@ class RLEP(GRPO):
     @property
     def pool_need(self) -> PoolNeed | None:
         """The successes of phase 1: of any model, as long as its tokens are ours."""
-        directory = self.replay.pool
-        return None if directory is None else PoolNeed("algorithm.replay.pool", directory, of_this_model=False)
+        if self.replay.pool is None:
+            return None
+        return PoolNeed("algorithm.replay.pool", self.replay.pool, of_this_model=False, use=self.use_pool)
 
     def use_pool(self, pool: Pool, prompts: Sequence[Prompt]) -> str:
-        """See ``OnlineAlgorithm``."""
+        """Replay these successes; see ``PoolNeed``."""
         self.successes = PooledSuccesses(pool, self.config, prompts)
         return self.successes.summary
 

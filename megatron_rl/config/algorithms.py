@@ -14,6 +14,8 @@ from megatron_rl.config.section import section
 from megatron_rl.errors import UserError
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+Partition = Literal["cut_points", "tokens", "equal", "newlines"]
+EdgeAdvantage = Literal["raw", "std", "leave_one_out"]
 Divergence = Literal["forward_kl", "js", "js_definition", "alpha", "reverse_kl", "likelihood"]
 
 
@@ -55,17 +57,12 @@ class OverlongConfig:
 
 
 @section
-class GroupConfig:
-    """What every method with groups of rollouts has."""
+class ClippedConfig:
+    """What every method with a clipped ratio has."""
 
     num_prompts_per_step: PositiveInt = 64
-    num_generations_per_prompt: PositiveInt = 8
     num_epochs: PositiveInt = 1
-    """Passes over each rollout batch. Updates per step = epochs * rollouts / policy.train_global_batch_size."""
-    normalize_rewards: bool = True
-    """Divide the advantage by the group's unbiased standard deviation (+1e-6). Dr. GRPO: false."""
-    use_leave_one_out_baseline: bool = False
-    """RLOO: the baseline of a rollout is the mean of the others."""
+    """Passes over each rollout batch. Updates per step = epochs * rows / policy.train_global_batch_size."""
     ratio_clip_min: PositiveFloat = 0.2
     """Ratios below 1 - ratio_clip_min are clipped."""
     ratio_clip_max: PositiveFloat = 0.2
@@ -75,15 +72,6 @@ class GroupConfig:
     loss_aggregation: Aggregation = "token-mean"
     kl: KLConfig = Field(default_factory=KLConfig)
     overlong: OverlongConfig = Field(default_factory=OverlongConfig)
-    use_dynamic_sampling: bool = False
-    """DAPO: groups whose rewards are all equal are thrown away and replaced by those of further prompts."""
-    max_generation_batches: PositiveInt = 10
-    """Bound on the generation rounds of one step under dynamic sampling; reaching it with too few groups is an error."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rollouts of one step."""
-        return self.num_prompts_per_step * self.num_generations_per_prompt
 
     @property
     def num_stored_rows_per_update(self) -> int:
@@ -91,13 +79,6 @@ class GroupConfig:
         return 0
 
     def __post_init__(self) -> None:
-        if self.num_generations_per_prompt < 2:
-            raise UserError(
-                "algorithm.num_generations_per_prompt",
-                self.num_generations_per_prompt,
-                "a group needs at least 2 rollouts to have a baseline",
-                "use 2 or more; 8 and 16 are common",
-            )
         if self.ratio_clip_min >= 1:
             raise UserError(
                 "algorithm.ratio_clip_min",
@@ -115,7 +96,54 @@ class GroupConfig:
 
 
 @section
-class GRPOConfig(GroupConfig):
+class GroupConfig(ClippedConfig):
+    """What every method with groups of rollouts has."""
+
+    num_generations_per_prompt: PositiveInt = 8
+    normalize_rewards: bool = True
+    """Divide the advantage by the group's unbiased standard deviation (+1e-6). Dr. GRPO: false."""
+    use_leave_one_out_baseline: bool = False
+    """RLOO: the baseline of a rollout is the mean of the others."""
+    use_dynamic_sampling: bool = False
+    """DAPO: groups whose rewards are all equal are thrown away and replaced by those of further prompts."""
+    max_generation_batches: PositiveInt = 10
+    """Bound on the generation rounds of one step under dynamic sampling; reaching it with too few groups is an error."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rollouts of one step."""
+        return self.num_prompts_per_step * self.num_generations_per_prompt
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_generations_per_prompt < 2:
+            raise UserError(
+                "algorithm.num_generations_per_prompt",
+                self.num_generations_per_prompt,
+                "a group needs at least 2 rollouts to have a baseline",
+                "use 2 or more; 8 and 16 are common",
+            )
+
+
+@section
+class MaskConfig:
+    """Which tokens enter the loss, by the probability that they were sampled with."""
+
+    mask_threshold: float | None = Field(default=None, gt=0, le=1)
+    """Only tokens with a probability below this do (SPO's mask, 0.9 there); null: all."""
+    probabilities: Literal["auto", "rollout", "policy"] = "auto"
+    """Whose probabilities decide, on SPO's cut points as well. ``rollout``: what the engine said, at the sampling temperature.
+    ``policy``: a pass of the trainer. ``auto``: ``policy`` where top_p or top_k cut the distribution off, else ``rollout``."""
+
+    def probabilities_from(self, *, top_p: float, top_k: int) -> Literal["rollout", "policy"]:
+        """``probabilities``, with ``auto`` made out."""
+        if self.probabilities != "auto":
+            return self.probabilities
+        return "policy" if top_p < 1 or top_k > 0 else "rollout"
+
+
+@section
+class GRPOConfig(MaskConfig, GroupConfig):
     """GRPO (arXiv 2402.03300) and what its users vary: DAPO, Dr. GRPO and RLOO are settings of it."""
 
     name: Literal["grpo"] = "grpo"
@@ -208,6 +236,113 @@ class RLEPConfig(GroupConfig):
 
 
 @section
+class PartitionConfig:
+    """Where the segments of a response begin."""
+
+    kind: Partition = "cut_points"
+    """``cut_points``: at tokens that the policy was not sure of. ``tokens``: every so many. ``equal``: so many segments.
+    ``newlines``: after each line (VinePPO)."""
+    size: PositiveInt | None = None
+    """Of ``cut_points``: how many a segment has (null: 5). Of ``tokens``: its length (100). Of ``equal``: segments (4)."""
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    """Of ``cut_points``: a token sampled with a probability below this is one; null: 0.9."""
+
+    @property
+    def segment_size(self) -> int:
+        """``size``, with null made out."""
+        return self.size or {"cut_points": 5, "tokens": 100, "equal": 4, "newlines": 1}[self.kind]
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.kind == "newlines":
+            raise UserError(
+                "algorithm.partition.size", self.size, "says nothing where each line is a segment", "leave it out"
+            )
+        if self.threshold is not None and self.kind != "cut_points":
+            raise UserError(
+                "algorithm.partition.threshold",
+                self.threshold,
+                f"is for cut_points; algorithm.partition.kind is {self.kind}",
+                "leave it out, or set algorithm.partition.kind=cut_points",
+            )
+
+
+@section
+class SegmentConfig(MaskConfig, ClippedConfig):
+    """What both forms of SPO have."""
+
+    mask_threshold: float | None = Field(default=0.9, gt=0, le=1)
+    kl: KLConfig = Field(default_factory=lambda: KLConfig(coef=1e-4))
+    whitening: Literal["none", "std", "mean_std"] = "mean_std"
+    """Of the advantages, over the tokens of an optimizer mini-batch that enter the loss: divide by their standard deviation,
+    and subtract their mean first. The released code does both, over each micro-batch."""
+    save_every_n_steps: NonNegativeInt = 0
+    """Keep the trees or chains of every n-th step in <run>/trees/, for ``megatron-rl tree``; 0 never does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl.coef > 0 and self.kl.placement == "reward":
+            raise UserError(
+                "algorithm.kl.placement",
+                "reward",
+                "would have to be part of the value of every segment",
+                "use algorithm.kl.placement=loss with estimator k2 or k3",
+            )
+
+
+@section
+class SPOChainConfig(SegmentConfig):
+    """SPO-chain (arXiv 2505.23564): the value of each segment border by further rollouts from there."""
+
+    name: Literal["spo_chain"] = "spo_chain"
+    num_epochs: PositiveInt = 2
+    num_generations_per_prompt: PositiveInt = 8
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    num_continuations: PositiveInt = 9
+    """N: rollouts from each border. Equal borders of one prompt share them."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rollouts of one step."""
+        return self.num_prompts_per_step * self.num_generations_per_prompt
+
+
+@section
+class SPOTreeConfig(SegmentConfig):
+    """SPO-tree (arXiv 2505.23564): a tree of rollouts for each prompt, whose edges are what is trained on."""
+
+    name: Literal["spo_tree"] = "spo_tree"
+    num_prompts_per_step: PositiveInt = 16
+    branch_factors: list[PositiveInt] = Field(default_factory=lambda: [6, 6, 6])
+    """Children of each node, level by level."""
+    tokens_per_level: PositiveInt = 100
+    """Length of a segment; those of the last level go on to the end."""
+    advantage: EdgeAdvantage = "raw"
+    """``raw``: value less the parent's. ``std``: over the siblings' standard deviation. ``leave_one_out``: less the other
+    siblings' mean."""
+    num_edges_per_step: PositiveInt = 512
+    """Rows of a step at most: edges of this step's trees and of those before."""
+    max_edges_per_prompt: PositiveInt = 32
+    """Of these, of one prompt's tree."""
+    edge_lifetime_steps: PositiveInt = 8
+    """An edge that was not trained on within so many steps, that of its tree included, is forgotten."""
+
+    @property
+    def num_rows(self) -> int:
+        """Edges of one step, at most."""
+        return self.num_edges_per_step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.branch_factors or max(self.branch_factors) < 2:
+            raise UserError(
+                "algorithm.branch_factors",
+                self.branch_factors,
+                "must branch somewhere: only siblings can be compared",
+                "use [6, 6, 6] or [4, 4]",
+            )
+
+
+@section
 class SFTConfig:
     """Supervised next-token training on the worked solutions of the task: warm start, and later mid-training."""
 
@@ -225,6 +360,10 @@ class SFTConfig:
         return 0
 
 
-AlgorithmConfig = Annotated[GRPOConfig | DPHRLConfig | RLEPConfig | SFTConfig, Field(discriminator="name")]
+AlgorithmConfig = Annotated[
+    GRPOConfig | DPHRLConfig | RLEPConfig | SPOChainConfig | SPOTreeConfig | SFTConfig, Field(discriminator="name")
+]
 
-STAGE_OF_ALGORITHM: dict[str, Literal["rl", "sft"]] = {"grpo": "rl", "dph_rl": "rl", "rlep": "rl", "sft": "sft"}
+STAGE_OF_ALGORITHM: dict[str, Literal["rl", "sft"]] = {
+    "grpo": "rl", "dph_rl": "rl", "rlep": "rl", "spo_chain": "rl", "spo_tree": "rl", "sft": "sft",
+}  # fmt: skip

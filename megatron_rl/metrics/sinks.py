@@ -16,7 +16,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.metrics.rows import write_atomic
 
 if TYPE_CHECKING:
-    from megatron_rl.config.schema import ExpManagerConfig
+    from megatron_rl.config.trainer import ExpManagerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from megatron_rl.rollout.engine import RolloutEngine
+from megatron_rl.rollout.growth import Branch, Expand, Key
 from megatron_rl.rollout.score import Scorer
-from megatron_rl.types import Prompt, Request, Rollout, RolloutGroup
+from megatron_rl.types import Completion, Prompt, Request, Rollout, RolloutGroup, Score
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Collector:
     seed: int
     timer: Any
     """``PhaseTimer``: ``generation`` and ``scoring``."""
+    policy_log_probs: Callable[[Sequence[Prompt], Sequence[Tensor]], list[Tensor]] | None = None
+    """The trainer's own log p [R] of each token of responses (ids) to prompts; for methods that ask while they collect."""
+    num_generated_tokens: int = 0
+    """Of all that was sampled, whatever for, since the start of this program."""
 
     def collect(
         self, prompts: Sequence[Prompt], *, num_generations: int, sampling: Sampling, purpose: str
@@ -61,30 +68,42 @@ class Collector:
         """
         repeated = [prompt for prompt in prompts for _ in range(num_generations)]
         requests = [
-            Request(
-                prompt_ids=prompt.prompt_ids,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                record_experts=sampling.record_experts,
-                seed=_request_seed(self.seed, purpose, index),
-            )
+            self.request(prompt.prompt_ids, sampling, sampling.max_new_tokens, f"{purpose}/{index}")
             for index, prompt in enumerate(repeated)
         ]
         with self.timer("generation"):
             results = self.engine.generate(requests, group_size=num_generations, num_groups=num_groups)
         whole = [i for i in range(len(prompts)) if results[i * num_generations] is not None]
         completions = [result for result in results if result is not None]
-        with self.timer("scoring"):
-            scores = self.scorer.score([prompts[i] for i in whole for _ in range(num_generations)], completions)
+        self.num_generated_tokens += sum(len(completion.response_ids) for completion in completions)
+        scores = self.score([prompts[i] for i in whole for _ in range(num_generations)], completions)
         rollouts = [Rollout(completion, score) for completion, score in zip(completions, scores)]
         groups: list[RolloutGroup | None] = [None] * len(prompts)
         for n, i in enumerate(whole):
             groups[i] = RolloutGroup(prompts[i], rollouts[n * num_generations : (n + 1) * num_generations])
         return groups
 
+    def request(self, prompt_ids: Tensor, sampling: Sampling, max_new_tokens: int, draw: str) -> Request:
+        """One request; ``draw`` names its random numbers."""
+        digest = hashlib.blake2b(f"{self.seed}/{draw}".encode(), digest_size=8).digest()
+        return Request(
+            prompt_ids=prompt_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            record_experts=sampling.record_experts,
+            seed=int.from_bytes(digest, "little") >> 1,  # torch takes 63 bits
+        )
 
-def _request_seed(seed: int, purpose: str, index: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits
+    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """Sample branches and all that follows from them; nothing is scored."""
+        with self.timer("generation"):
+            grown = self.engine.grow(seeds, expand)
+        self.num_generated_tokens += sum(len(completion.response_ids) for completion in grown.values())
+        return grown
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
+        """Judge whole responses."""
+        with self.timer("scoring"):
+            return self.scorer.score(prompts, completions)

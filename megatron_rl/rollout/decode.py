@@ -52,19 +52,19 @@ def decode(
     prompts: Sequence[Tensor],
     choose: Choose,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     pad_id: int,
     on_progress: Callable[[int], None] = lambda _: None,
     record_experts: bool = False,
 ) -> list[Decoded]:
-    """Continue every prompt until a stop token or ``max_new_tokens``.
+    """Continue every prompt until a stop token or its limit.
 
     Args:
         model: a causal language model in evaluation mode.
         prompts: [*] int64 each, none of them empty; equal ones are computed once.
         choose: next tokens from logits.
-        max_new_tokens: R.
+        max_new_tokens: R, of all rows or of each.
         stop_ids: tokens that end a row, and belong to it.
         pad_id: fills batches.
         on_progress: told how many rows are done.
@@ -73,6 +73,8 @@ def decode(
     with ExitStack() as hooks:
         routes = _Routes(model, hooks) if record_experts else None
         device = model.device
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        most_new_tokens = max(limits)
         distinct, prompt_of_row = _distinct(prompts)
         input_ids, mask = _left_padded(distinct, pad_id, device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -81,26 +83,27 @@ def decode(
         )
         which = torch.tensor(prompt_of_row, device=device)
         if routes is not None:
-            routes.of_prompts(mask, which, max_new_tokens)
-        cache = _RowCache(output.past_key_values, which, most=input_ids.shape[1] + max_new_tokens)
+            routes.of_prompts(mask, which, most_new_tokens)
+        cache = _RowCache(output.past_key_values, which, most=input_ids.shape[1] + most_new_tokens)
         logits, mask, position = output.logits[which, -1], mask[which], positions[which, -1]
         del output  # the prompts' own cache
 
         rows = torch.arange(len(prompts), device=device)
         is_going = torch.ones_like(rows, dtype=torch.bool)
         stops = torch.tensor(list(stop_ids), device=device)
-        tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
+        tokens = torch.full((len(prompts), most_new_tokens), pad_id, device=device)
         log_probs = torch.zeros(tokens.shape, device=device)
-        lengths = torch.full_like(rows, max_new_tokens)
-        for step in range(max_new_tokens):
+        lengths = torch.tensor(limits, device=device)
+        limit = lengths.clone()
+        for step in range(most_new_tokens):
             chosen, log_prob = choose(logits, rows, step)
             tokens[rows, step], log_probs[rows, step] = chosen, log_prob
-            is_last = is_going & torch.isin(chosen, stops)
+            is_last = is_going & (torch.isin(chosen, stops) | (limit[rows] == step + 1))
             lengths[rows[is_last]] = step + 1
             is_going &= ~is_last
             num_going = int(is_going.sum())
             on_progress(len(prompts) - num_going)
-            if num_going == 0 or step == max_new_tokens - 1:
+            if num_going == 0:
                 break
             if len(rows) - num_going >= _DROP_SHARE * len(rows):
                 cache.batch_select_indices(is_going.nonzero()[:, 0])

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from megatron_rl.rollout.growth import Branch, Expand, Key
 from megatron_rl.types import Completion, Request
 
 WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -84,6 +85,18 @@ class RolloutEngine(Protocol):
 
         Returns:
             One entry per request, in order, the same on every rank; None in groups that were not whole in time.
+        """
+        ...
+
+    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """Complete branches, and all that follows from them.
+
+        Args:
+            seeds: where to start.
+            expand: what follows from a completion; asked on any rank, in any order.
+
+        Returns:
+            Every branch's completion, the same on every rank.
         """
         ...
 

@@ -6,19 +6,22 @@ The same rollouts under another layout, another code version or a debugger: what
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import CheckpointSource, RolloutEngine, ShardSource, WeightSource
+from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
 from megatron_rl.rollout.share import flatten, unflatten
 from megatron_rl.types import Completion, Request
 
+GROWN = "grown"
 _NOTHING = Completion(torch.empty(0, dtype=torch.int64), torch.empty(0), "abort", -1)
 
 
@@ -57,15 +60,29 @@ class RecordingEngine:
             self._write(requests, completions)
         return completions
 
-    def _write(self, requests: Sequence[Request], completions: Sequence[Completion | None]) -> None:
+    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """See ``RolloutEngine``."""
+        grown = self._engine.grow(seeds, expand)
+        with self._agree():
+            requests, completions = _all_of(seeds, expand, grown)
+            self._write([seed.request for seed in seeds], completions, GROWN, {GROWN: _digest(requests)})
+        return grown
+
+    def _write(
+        self,
+        requests: Sequence[Request],
+        completions: Sequence[Completion | None],
+        prefix: str = "rollouts",
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if not self._is_writer:
             return
-        path = self._directory / file_name(requests)
+        path = self._directory / file_name(requests, prefix)
         temporary = path.with_suffix(".tmp")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             # What was not completed is recorded as a completion without tokens, which no engine ever returns.
-            save_file(flatten([c or _NOTHING for c in completions]), temporary)
+            save_file({**flatten([c or _NOTHING for c in completions]), **(more or {})}, temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             with suppress(OSError):
@@ -124,7 +141,31 @@ class RecordedEngine:
         Raises:
             UserError: these requests were never recorded.
         """
-        path = self._directory / file_name(requests)
+        return [c if len(c.response_ids) else None for c in unflatten(self._read(requests, "rollouts"))]
+
+    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """See ``RolloutEngine``; returns what the recorded run got.
+
+        Raises:
+            UserError: this growth was never recorded.
+        """
+        flat = self._read([seed.request for seed in seeds], GROWN)
+        digest = flat.pop(GROWN)
+        try:
+            grown = from_list(seeds, expand, unflatten(flat))
+            if not torch.equal(_digest(_all_of(seeds, expand, grown)[0]), digest):
+                raise ValueError("its completions continue other prefixes")
+        except ValueError as error:
+            raise UserError(
+                "rollout.recorded_dir",
+                str(self._directory),
+                f"was recorded under other settings of the algorithm ({error})",
+                "replay with the algorithm settings of the recorded run",
+            ) from error
+        return grown
+
+    def _read(self, requests: Sequence[Request], prefix: str) -> dict[str, Tensor]:
+        path = self._directory / file_name(requests, prefix)
         if not path.is_file():
             raise UserError(
                 "rollout.recorded_dir",
@@ -133,11 +174,11 @@ class RecordedEngine:
                 "replay with the data, seed and sampling settings of the recorded run",
             )
         flat = load_file(path)
-        if flat.keys() != flatten([]).keys():
+        if flat.keys() - {GROWN} != flatten([]).keys():
             raise UserError(
                 "rollout.recorded_dir", str(path), "was written by another version of this package", "record it again"
             )
-        return [c if len(c.response_ids) else None for c in unflatten(flat)]
+        return flat
 
     def update_weights(
         self,
@@ -170,11 +211,29 @@ class RecordedEngine:
         """Nothing was started."""
 
 
-def file_name(requests: Sequence[Request]) -> str:
+def file_name(requests: Sequence[Request], prefix: str = "rollouts") -> str:
     """Named by a digest of the requests (ids, limits, seeds), so that a replay finds its own and no other's."""
+    return f"{prefix}_{_digest(requests).numpy().tobytes().hex()}.safetensors"
 
+
+def _digest(requests: Sequence[Request]) -> Tensor:
+    """[12] uint8."""
     digest = hashlib.blake2b(digest_size=12)
     for r in requests:
         digest.update(r.prompt_ids.numpy().tobytes())
         digest.update(repr((r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.seed)).encode())
-    return f"rollouts_{digest.hexdigest()}.safetensors"
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def _all_of(
+    seeds: Sequence[Branch], expand: Expand, grown: Mapping[Key, Completion]
+) -> tuple[list[Request], list[Completion]]:
+    """The requests and completions of a growth, in its order."""
+    requests: list[Request] = []
+
+    def known(branch: Branch) -> Completion:
+        requests.append(branch.request)
+        return grown[branch.key]
+
+    keys = list(in_order(seeds, expand, known))
+    return requests, [grown[key] for key in keys]

@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.types import Completion, FinishReason
-
-FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
+from megatron_rl.types import FINISH_REASONS, Completion
 
 
 def flatten(completions: Sequence[Completion]) -> dict[str, Tensor]:

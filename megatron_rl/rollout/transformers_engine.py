@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_rl.convert.in_memory import ROUTER_BIAS, checkpoint_views
 from megatron_rl.metrics import progress
 from megatron_rl.rollout.engine import CheckpointSource, ShardSource, WeightSource
+from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
 from megatron_rl.rollout.share import gather_completions
 from megatron_rl.types import Completion, FinishReason, Request
 
@@ -66,11 +67,11 @@ class TransformersEngine:
 
         Rank r takes requests r, r + world size, ...: long and short prompts spread evenly.
         """
-        assert self.weight_version >= 0, "generate before the first update_weights"
-        rank, world_size = dist.get_rank(self.cpu_group), dist.get_world_size(self.cpu_group)
-        mine = self._generate_share(requests[rank::world_size])
-        by_rank = gather_completions(mine, self.cpu_group)
-        return [by_rank[index % world_size][index // world_size] for index in range(len(requests))]
+        return list(self._complete(requests))
+
+    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """See ``RolloutEngine``; level by level, each dealt out to the ranks anew."""
+        return grow_by_level(seeds, expand, self._complete)
 
     def update_weights(
         self,
@@ -115,6 +116,13 @@ class TransformersEngine:
     def close(self) -> None:
         """See ``RolloutEngine``."""
 
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        assert self.weight_version >= 0, "generate before the first update_weights"
+        rank, world_size = dist.get_rank(self.cpu_group), dist.get_world_size(self.cpu_group)
+        mine = self._generate_share(requests[rank::world_size])
+        by_rank = gather_completions(mine, self.cpu_group)
+        return [by_rank[index % world_size][index // world_size] for index in range(len(requests))]
+
     def _generate_share(self, requests: Sequence[Request]) -> list[Completion]:
         # Similar prompt lengths share a batch, so little is spent on padding; requests of a batch share their settings.
         order = sorted(range(len(requests)), key=lambda i: (_settings(requests[i]), len(requests[i].prompt_ids), i))
@@ -141,7 +149,7 @@ class TransformersEngine:
             self.model,
             [request.prompt_ids for request in requests],
             _Sampler(requests, self.device),
-            max_new_tokens=requests[0].max_new_tokens,
+            max_new_tokens=[request.max_new_tokens for request in requests],
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
             on_progress=on_progress,
@@ -154,8 +162,8 @@ class TransformersEngine:
         ]
 
 
-def _settings(request: Request) -> tuple[float, float, int, int, bool]:
-    return request.temperature, request.top_p, request.top_k, request.max_new_tokens, request.record_experts
+def _settings(request: Request) -> tuple[float, float, int, bool]:
+    return request.temperature, request.top_p, request.top_k, request.record_experts
 
 
 class _Sampler:
@@ -164,7 +172,8 @@ class _Sampler:
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
         first = requests[0]
         self.temperature, self.top_p, self.top_k = first.temperature, first.top_p, first.top_k
-        self._draws = torch.stack([_uniforms(r.seed, r.max_new_tokens) for r in requests]).to(device)
+        draws = [_uniforms(request.seed, request.max_new_tokens) for request in requests]
+        self._draws = torch.nn.utils.rnn.pad_sequence(draws, batch_first=True).to(device)
 
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         logits = logits.float()

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,18 @@ class Case:
     model: Path
     train: Path
     root: Path
+    config: Path = CONFIG
+
+    def with_algorithm(self, section: str) -> Case:
+        """The same place, with another ``algorithm`` section."""
+        lines = [line for line in CONFIG.read_text().splitlines() if not line.startswith("algorithm:")]
+        config = self.root / "own.yaml"
+        config.write_text("\n".join([*lines, f"algorithm: {section}"]))
+        return replace(self, config=config)
 
     def arguments(self, *overrides: str) -> list[str]:
         return [
-            str(CONFIG),
+            str(self.config),
             f"policy.model_path={self.model}",
             f"data.train={self.train}",
             f"exp_manager.exp_dir={self.root}",

@@ -145,7 +145,6 @@ def test_nodes_with_different_configs_end_before_anything_is_written(case: Case,
     ("victim", "how"),
     [
         (0, signal.SIGKILL),
-        (1, signal.SIGKILL),
         (1, signal.SIGSTOP),  # as a machine that has vanished: no connection breaks, and its ranks may even go on
     ],
 )

@@ -42,6 +42,10 @@ class SGLangClient:
         self.url = url.rstrip("/")
         self._session = session
         self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
+        self.num_prompt_tokens = 0
+        """Of the completions so far."""
+        self.num_cached_tokens = 0
+        """Of these, not computed again: the server had them in its prefix cache."""
 
     # ------------------------------------------------------------------------------------------------ generation
 
@@ -74,6 +78,8 @@ class SGLangClient:
         reply = await self._post("/generate", body, timeout_s)
         try:
             completion = _completion(reply, request, adapter, version)
+            self.num_prompt_tokens += len(request.prompt_ids)
+            self.num_cached_tokens += int(reply["meta_info"].get("cached_tokens", 0))
             return completion if experts is None else replace(completion, experts=_experts(reply, request, experts))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise Unavailable("bad_reply", f"{self.url} sent a reply that cannot be read ({error!r})") from error

@@ -7,12 +7,45 @@ is counted twice.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Generic, TypeVar
 
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.growth import Branch, Expand, Key
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unavailable
 from megatron_rl.rollout.sglang.fleet import Fleet, Server
 from megatron_rl.types import Completion, Request
+
+What = TypeVar("What")
+
+
+class _Running(Generic[What]):
+    """Requests under way, told one at a time as they end. (``asyncio.wait`` would go through all of them each time.)"""
+
+    def __init__(self) -> None:
+        self._of: dict[asyncio.Task[Completion], What] = {}
+        self._ended: asyncio.Queue[asyncio.Task[Completion]] = asyncio.Queue()
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def start(self, work: Coroutine[Any, Any, Completion], what: What) -> None:
+        """Begin; ``next_done`` will tell ``what`` it was."""
+        task = asyncio.create_task(work)
+        self._of[task] = what
+        task.add_done_callback(self._ended.put_nowait)
+
+    async def next_done(self) -> tuple[What, Completion]:
+        """The next that ends; raises what it raised."""
+        task = await self._ended.get()
+        return self._of.pop(task), task.result()
+
+    async def cancel(self) -> None:
+        """End the rest, and wait until it has ended."""
+        for task in self._of:
+            task.cancel()
+        await asyncio.gather(*self._of, return_exceptions=True)
 
 
 class Dispatch:
@@ -55,31 +88,66 @@ class Dispatch:
         results: list[Completion | None] = [None] * len(requests)
         missing = [group_size] * (len(requests) // group_size)
         num_whole = 0
-        tasks = {asyncio.create_task(self._complete(request)): i for i, request in enumerate(requests)}
-        pending = set(tasks)
+        running: _Running[int] = _Running()
         try:
-            while pending and num_whole < num_groups:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    index = tasks[task]
-                    results[index] = task.result()
-                    self.num_done += 1
-                    missing[index // group_size] -= 1
-                    num_whole += missing[index // group_size] == 0
-        finally:
-            for task in pending:  # closing its connection is how SGLang learns that nobody waits any more
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+            for index, request in enumerate(requests):
+                running.start(self._complete(request), index)
+            while len(running) and num_whole < num_groups:
+                index, results[index] = await running.next_done()
+                self.num_done += 1
+                missing[index // group_size] -= 1
+                num_whole += missing[index // group_size] == 0
+        finally:  # closing its connection is how SGLang learns that nobody waits any more
+            await running.cancel()
         whole = [count == 0 for count in missing]
         return [result if whole[i // group_size] else None for i, result in enumerate(results)]
 
-    async def _complete(self, request: Request) -> Completion:
+    async def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """Complete branches and all that follows from them, each the moment its parent is complete.
+
+        Where there are more than the servers take at once, those with most still to come go first: they decide when all is
+        done. Branches of one prompt prefer one server, past the router: it has their common beginnings in its cache.
+
+        Args:
+            seeds: where to start.
+            expand: what follows from a completion.
+
+        Raises:
+            UserError: as ``run``.
+        """
+        self.num_done = 0
+        grown: dict[Key, Completion] = {}
+        known: set[Key] = set()
+        waiting: list[tuple[int, int, Branch]] = []
+        running: _Running[Branch] = _Running()
+
+        def add(branches: Sequence[Branch]) -> None:
+            for branch in branches:
+                if branch.key not in known:
+                    known.add(branch.key)
+                    heapq.heappush(waiting, (-branch.tokens_to_come, len(known), branch))
+
+        try:
+            add(seeds)
+            while waiting or len(running):
+                while waiting and len(running) < self.fleet.capacity:
+                    branch = heapq.heappop(waiting)[2]
+                    running.start(self._complete(branch.request, home=branch.key[0]), branch)
+                branch, completion = await running.next_done()
+                grown[branch.key] = completion
+                self.num_done += 1
+                add(expand(branch, completion))
+        finally:
+            await running.cancel()
+        return grown
+
+    async def _complete(self, request: Request, home: int | None = None) -> Completion:
         config = self.fleet.config
         failures: list[str] = []
         while len(failures) <= config.max_retries:
-            server = await self.fleet.choose()
+            server = await self.fleet.choose(home)
             try:
-                return await self._attempt(request, server)
+                return await self._attempt(request, server, is_direct=home is not None)
             except Unavailable as error:
                 failures.append(str(error))
                 self.fleet.counts[f"retried_{error.reason}"] += 1
@@ -98,10 +166,10 @@ class Dispatch:
             "see the servers' logs",
         )
 
-    async def _attempt(self, request: Request, server: Server) -> Completion:
-        """One try; it ends early when its server is found to be gone."""
+    async def _attempt(self, request: Request, server: Server, *, is_direct: bool) -> Completion:
+        """One try, past the router if ``is_direct``; it ends early when its server is found to be gone."""
         assert server.adapter is not None
-        client = self._router() or server.client
+        client = (None if is_direct else self._router()) or server.client
         reply = asyncio.ensure_future(
             client.generate(
                 request,

@@ -19,6 +19,7 @@ from megatron_rl.convert.shape import ARCHITECTURES, ModelShape, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import error_to_json
 from megatron_rl.rollout.engine import Delivery
+from megatron_rl.rollout.growth import Branch, Expand, Key
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient, serialize
 from megatron_rl.rollout.sglang.dispatch import Dispatch
 from megatron_rl.rollout.sglang.fleet import Fleet, Server
@@ -28,6 +29,9 @@ from megatron_rl.types import Completion, Request
 
 MEET_S = 1.0
 """How often the ranks meet while the servers work."""
+IDLE_CONNECTION_S = 2.0
+"""A server hangs up after 5 s without a request. A connection that we take for open and it has just closed costs a retry, and
+in a weight update the server's place; so ours are given up well before."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,12 @@ class ServedModel:
     def experts(self) -> tuple[int, int] | None:
         """Layers, and experts of each that a token is sent to, where completions tell them."""
         return (self.shape.num_layers, self.shape.num_experts_per_tok) if self.records_experts else None
+
+
+def open_session() -> aiohttp.ClientSession:
+    """What all servers are asked through. The limits are ours: in flight per server in the fleet, deadlines per request."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
 class Driver:
@@ -73,9 +83,7 @@ class Driver:
             raise
 
     async def _build(self, urls: Sequence[str], logs: Sequence[str], admin_key: str | None) -> tuple[Fleet, Dispatch]:
-        # The limits are ours: in flight per server in the fleet, deadlines per request.
-        connector = aiohttp.TCPConnector(limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        self._session = open_session()
         servers = [
             Server(index, SGLangClient(url, self._session, admin_key=admin_key), Path(logs[index]) if logs else None)
             for index, url in enumerate(urls)
@@ -142,6 +150,10 @@ class Driver:
     ) -> Future[list[Completion | None]]:
         """Begin to complete requests."""
         return self._loop.submit(self.dispatch.run(requests, group_size=group_size, num_groups=num_groups))
+
+    def start_growth(self, seeds: Sequence[Branch], expand: Expand) -> Future[dict[Key, Completion]]:
+        """Begin to complete branches and what follows from them."""
+        return self._loop.submit(self.dispatch.grow(seeds, expand))
 
     def verdict(self, future: Future[Any] | None) -> dict[str, Any]:
         """What rank 0 brings to a meeting, after waiting a little for something to tell."""
@@ -253,6 +265,21 @@ class Driver:
             counts = dict(self.fleet.counts)
             self.fleet.counts.clear()
             return counts
+
+        return self._loop.call(take)
+
+    def take_cached_share(self) -> float | None:
+        """Of the prompt tokens since the last call, those that a prefix cache had; None without any."""
+
+        def take() -> float | None:
+            clients = [server.client for server in self.fleet.servers]
+            if self._router is not None and self._router.client is not None:
+                clients.append(self._router.client)
+            num_tokens = sum(client.num_prompt_tokens for client in clients)
+            num_cached = sum(client.num_cached_tokens for client in clients)
+            for client in clients:
+                client.num_prompt_tokens = client.num_cached_tokens = 0
+            return num_cached / num_tokens if num_tokens else None
 
         return self._loop.call(take)
 

@@ -24,6 +24,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.parallel.agree import broadcast_json, error_to_json, gather_json, raise_first
 from megatron_rl.rollout.engine import CheckpointSource, Delivery, ShardSource, WeightSource
+from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
 from megatron_rl.rollout.sglang.driver import Driver, ServedModel
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER, server_command, server_environment
 from megatron_rl.rollout.sglang.process import ChildProcess, free_port, is_port_free, own_address
@@ -93,12 +94,7 @@ class SGLangEngine:
         if self._driver is not None:
             wanted = len(requests) // group_size if num_groups is None else num_groups
             future = self._driver.start(requests, group_size=group_size, num_groups=wanted)
-        with progress(len(requests), "generation") as bar:
-            while self._meet(future) != "done":
-                if self._driver is not None:
-                    bar.advance_to(self._driver.dispatch.num_done)
-                    watchdog.note(self._driver.fleet.describe())
-        watchdog.note("")
+        self._wait(future, len(requests))
         results = future.result() if future is not None else None
         whole = None if results is None else [index for index, result in enumerate(results) if result is not None]
         indices = broadcast_json(whole, self._group)
@@ -107,6 +103,30 @@ class SGLangEngine:
         for index, completion in zip(indices, broadcast_completions(mine, self._group)):
             completions[index] = completion
         return completions
+
+    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """See ``RolloutEngine``. Rank 0 alone expands while servers work; the others do so again with what it got.
+
+        Raises:
+            UserError: as ``generate``.
+        """
+        assert self._weights is not None, "grow before the first update_weights"
+        future = None if self._driver is None else self._driver.start_growth(seeds, expand)
+        self._wait(future, None)
+        mine = None
+        if future is not None:
+            grown = future.result()
+            mine = [grown[key] for key in in_order(seeds, expand, lambda branch: grown[branch.key])]
+        return from_list(seeds, expand, broadcast_completions(mine, self._group))
+
+    def _wait(self, future: Future[Any] | None, total: int | None) -> None:
+        """Meet until the servers are done."""
+        with progress(total, "generation") as bar:
+            while self._meet(future) != "done":
+                if self._driver is not None:
+                    bar.advance_to(self._driver.dispatch.num_done)
+                    watchdog.note(self._driver.fleet.describe())
+        watchdog.note("")
 
     def update_weights(
         self,
@@ -154,6 +174,9 @@ class SGLangEngine:
         restarts = sum(gather_json(self._supervisor.take_restarts() if self._supervisor else 0, self._group))
         counts = broadcast_json(self._driver.take_counts() if self._driver else None, self._group)
         mended = {f"rollout/{name}": float(count) for name, count in {**counts, "server_restarts": restarts}.items()}
+        share = broadcast_json(self._driver.take_cached_share() if self._driver else None, self._group)
+        if share is not None:
+            mended["rollout/cached_prompt_frac"] = share
         return mended | dict(self._shards.metrics if self._shards is not None else {})
 
     def close(self) -> None:

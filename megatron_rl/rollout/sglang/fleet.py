@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rl import watchdog
-from megatron_rl.config.schema import ServersConfig, WeightSyncConfig
+from megatron_rl.config.rollout import ServersConfig, WeightSyncConfig
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unavailable
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER
@@ -25,6 +25,8 @@ from megatron_rl.rollout.sglang.versions import Adapter, adapter_for
 
 POLL_S = 0.5
 """How often a server that is down is asked whether it is back."""
+HOME_SLACK = 16
+"""So many requests, and twice those of the idlest server, may be under way at a server that still attracts its own."""
 STATE_TIMEOUT_S = 10.0
 """Deadline of questions that a living server answers at once."""
 
@@ -115,13 +117,26 @@ class Fleet:
         """Servers that answer and need the current weights."""
         return [server for server in self.servers if server.state == "stale"]
 
-    async def choose(self) -> Server:
-        """The serving server with the fewest requests under way; waits for one to have room."""
+    @property
+    def capacity(self) -> int:
+        """Requests that may be under way at all servers together; at least one server's, so that work waits for it."""
+        return self.config.max_in_flight * max(1, len(self.serving()))
+
+    async def choose(self, home: int | None = None) -> Server:
+        """A serving server with room; waits for one.
+
+        Args:
+            home: requests with the same number go to the same server, which has their common beginning in its cache, unless
+                it is much busier than another; then, and without it, to the one with the fewest under way.
+        """
         async with self._changed:
             while True:
                 free = [s for s in self.serving() if s.in_flight < self.config.max_in_flight]
                 if free:
                     server = min(free, key=lambda s: s.in_flight)
+                    at_home = [s for s in free if home is not None and s.index == home % len(self.servers)]
+                    if at_home and at_home[0].in_flight <= 2 * server.in_flight + HOME_SLACK:
+                        server = at_home[0]
                     server.in_flight += 1
                     return server
                 await self._changed.wait()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_rl.config.schema import ServersConfig
+from megatron_rl.config.rollout import ServersConfig
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.sglang.process import ChildProcess, describe_status, last_error
 

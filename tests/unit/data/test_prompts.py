@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from megatron_rl.config.schema import DataConfig
+from megatron_rl.config.data import DataConfig
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
 from megatron_rl.errors import UserError
 from megatron_rl.types import Problem, Prompt

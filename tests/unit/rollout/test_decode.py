@@ -70,7 +70,7 @@ def test_log_probs_are_those_of_a_whole_forward(family: str, tmp_path: Path, mon
     assert min(lengths) < 20 and max(lengths) > 40, "rows must leave at different times, and the cache grow repeatedly"
     assert batch_sizes == [4, *sorted(batch_sizes[1:], reverse=True)]
     assert batch_sizes[-1] < 25
-    assert progress == sorted(progress) and progress[-1] == sum(length < MAX_NEW_TOKENS for length in lengths)
+    assert progress == sorted(progress) and progress[-1] == len(rows)
 
 
 def test_rows_of_one_prompt_differ_and_belong_to_themselves(tmp_path: Path) -> None:
@@ -87,6 +87,18 @@ def test_rows_of_one_prompt_differ_and_belong_to_themselves(tmp_path: Path) -> N
 
         (alone,) = decode(model, [prompts()[row]], draw_row, **settings)
         assert torch.equal(alone[0], together[row][0])
+
+
+def test_rows_have_limits_of_their_own(tmp_path: Path) -> None:
+    """A row with a lower limit is the beginning of what it would be without."""
+    path = make_tiny_model(tmp_path, "qwen3", tied=True, seed=5, max_position_embeddings=256)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION).eval()
+    whole = decode(model, prompts(), draw, max_new_tokens=30, stop_ids=STOPS, pad_id=0)
+    limits = [1 + 7 * row % 30 for row in range(len(whole))]
+    rows = decode(model, prompts(), draw, max_new_tokens=limits, stop_ids=STOPS, pad_id=0)
+    for row, other, limit in zip(rows, whole, limits, strict=True):
+        assert torch.equal(row.tokens, other.tokens[:limit])
+    assert any(len(row.tokens) == limit for row, limit in zip(rows, limits))
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 20])

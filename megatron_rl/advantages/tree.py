@@ -1,0 +1,74 @@
+"""Trees of rollouts: values from the leaves up, and what each edge is worth (SPO-tree, arXiv 2505.23564 section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.config.algorithms import EdgeAdvantage
+from megatron_rl.types import TreeNode
+
+STD_EPSILON = 1e-8
+
+
+def set_values(node: TreeNode) -> None:
+    """Set the value of every inner node: the mean of its children's, whatever the number of leaves under each (eq. 6).
+
+    Leaves have theirs, or None where they could not be judged: those count as if they were not there.
+    """
+    for child in node.children:
+        set_values(child)
+    if node.children:
+        values = [child.value for child in node.children if child.value is not None]
+        if not values:
+            node.value = None
+        elif min(values) == max(
+            values
+        ):  # exactly: rounding of a mean must not leave edges that are worth nothing an advantage
+            node.value = values[0]
+        else:
+            node.value = sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A node as seen from its parent."""
+
+    path: tuple[TreeNode, ...]
+    """From the root's child down to the parent; empty for edges of the root."""
+    node: TreeNode
+    advantage: float
+    """0.0 where value or parent's value is not known."""
+
+
+def edges(root: TreeNode, kind: EdgeAdvantage) -> Iterator[Edge]:
+    """All edges of a tree whose values are set, parents first.
+
+    Args:
+        root: the prompt.
+        kind: of advantage. ``raw``: V(node) - V(parent). ``std``: that over the unbiased standard deviation of the siblings'
+            values (+1e-8). ``leave_one_out``: V(node) less the mean of its siblings without it, b / (b - 1) times ``raw``
+            (what the released code calls rloo is ``raw``).
+    """
+    waiting: list[tuple[tuple[TreeNode, ...], TreeNode]] = [((), root)]
+    while waiting:
+        path, parent = waiting.pop(0)
+        scale = _scale(parent, kind)
+        for child in parent.children:
+            is_known = child.value is not None and parent.value is not None
+            advantage = (child.value - parent.value) * scale if is_known else 0.0  # type: ignore[operator]
+            yield Edge(path, child, advantage)
+            waiting.append(((*path, child), child))
+
+
+def _scale(parent: TreeNode, kind: EdgeAdvantage) -> float:
+    values = [child.value for child in parent.children if child.value is not None]
+    if kind == "raw":
+        return 1.0
+    if len(values) < 2:  # an only child is its parent's value: there is nothing to scale
+        return 0.0
+    if kind == "leave_one_out":
+        return len(values) / (len(values) - 1)
+    return 1 / (float(torch.tensor(values, dtype=torch.float64).std()) + STD_EPSILON)

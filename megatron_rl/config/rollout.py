@@ -1,0 +1,159 @@
+"""Sections ``rollout`` and ``weight_sync``: how responses are sampled, by which servers, and how those get new weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megatron_rl.config import upstream
+from megatron_rl.config.section import section
+from megatron_rl.errors import UserError
+
+
+@section
+class ServersConfig:
+    """SGLang servers: how many, where, and how long anything may take (``rollout.engine: sglang``)."""
+
+    urls: list[str] | None = None
+    """Servers that run already, each ``http://host:port``; null starts our own."""
+    num_per_node: PositiveInt = 1
+    """Servers started on each node."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """``separate``: servers take the GPUs after the trainer's. ``colocated``: they share the trainer's, and give their
+    memory back while it trains."""
+    use_router: bool = True
+    """Put ``sglang-router`` in front where there is more than one server."""
+    base_port: PositiveInt | None = None
+    """Port of a node's first server, the others count on; null takes free ones."""
+    start_timeout_s: PositiveFloat = 600.0
+    """From start, or from a failure, until a server must serve."""
+    request_timeout_s: PositiveFloat = 1200.0
+    """Deadline of one attempt at one request."""
+    max_retries: NonNegativeInt = 5
+    """Further attempts at a request before the run ends."""
+    max_restarts: NonNegativeInt = 20
+    """Restarts of one server before the run ends."""
+    max_in_flight: PositiveInt = 512
+    """Requests under way at one server; the others wait with us."""
+    health_interval_s: PositiveFloat = 5.0
+    health_timeout_s: PositiveFloat = 60.0
+    """A server that gives no sign of life for so long is restarted (ours) or avoided until it answers (given by URL)."""
+
+    def __post_init__(self) -> None:
+        if self.urls == []:
+            raise UserError("rollout.servers.urls", [], "is empty", "give http://host:port of each server, or null")
+        for url in self.urls or []:
+            if not url.startswith(("http://", "https://")):
+                raise UserError("rollout.servers.urls", url, "must be http://host:port", "add the scheme")
+
+
+@section
+class RolloutConfig:
+    """How responses are sampled in training."""
+
+    engine: Literal["transformers", "sglang", "recorded"] = "transformers"
+    """``transformers`` generates in process, each rank its share; ``sglang`` asks SGLang servers; ``recorded`` replays
+    the files of ``record``."""
+    servers: ServersConfig = Field(default_factory=ServersConfig)
+    sglang_cfg: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of SGLang's server under its own names: tp_size, mem_fraction_static, max_total_tokens, ..."""
+    temperature: float = 1.0
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: NonNegativeInt = 0
+    max_new_tokens: PositiveInt = 1024
+    max_batch_size: PositiveInt = 256
+    """Sequences that one rank generates at once (``transformers``)."""
+    over_sampling: float = Field(default=1.0, ge=1)
+    """Prompts started for each that a step needs (``sglang``). As soon as enough groups are whole the others are stopped,
+    and their prompts come again in the next step. Above 1 nobody waits for the slowest response, and short responses are
+    favoured a little."""
+    record: bool = False
+    """Keep every step's rollouts in ``<run>/rollouts/``."""
+    recorded_dir: str | None = None
+    """Where ``engine: recorded`` reads."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise UserError(
+                "rollout.temperature",
+                self.temperature,
+                "training samples, so it must be above 0",
+                "use 1.0 (greedy decoding belongs to eval.greedy)",
+            )
+        if (self.engine == "recorded") != (self.recorded_dir is not None):
+            raise UserError(
+                "rollout.recorded_dir",
+                self.recorded_dir,
+                "is given exactly when rollout.engine is recorded",
+                "set both or neither",
+            )
+        if self.engine == "transformers" and self.over_sampling > 1:
+            raise UserError(
+                "rollout.over_sampling",
+                self.over_sampling,
+                "rollout.engine transformers cannot stop early, so more prompts would only cost time",
+                "set it to 1, or use rollout.engine=sglang",
+            )
+        if self.servers.urls is not None and self.sglang_cfg:
+            raise UserError(
+                "rollout.sglang_cfg",
+                self.sglang_cfg,
+                "has no effect on the servers of rollout.servers.urls, which run already",
+                "remove one of the two",
+            )
+        upstream.check_sglang_names(self.sglang_cfg)
+
+    @property
+    def starts_servers(self) -> bool:
+        """Whether SGLang servers are ours to start and stop."""
+        return self.engine == "sglang" and self.servers.urls is None
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether our servers and the trainer have the same GPUs, in turn."""
+        return self.starts_servers and self.servers.placement == "colocated"
+
+
+@section
+class WeightSyncConfig:
+    """How servers get new weights. The in-process engine copies."""
+
+    transport: Literal["auto", "shards", "tensors", "disk"] = "auto"
+    """``shards``: each trainer rank sends server ranks what they lack of its shards, and digests of both ends are compared
+    before a server serves. ``tensors``: rank 0 gives each server whole tensors. ``disk``: rank 0 writes what has changed into
+    ``directory``, and servers load the checkpoint that it makes there. ``auto``: shards to servers that can take them, whole
+    tensors to others."""
+    directory: str | None = None
+    """For ``disk``: on a file system that the servers share."""
+    full_every: PositiveInt = 20
+    """For ``disk``: versions from one full copy to the next; between them only differences are written."""
+    quantization: Literal["fp8_block", "fp8_tensor"] | None = None
+    """Servers get their linear layers in eight bits: e4m3 with a scale for each block of 128 x 128, or for each layer. Sent as
+    whole tensors."""
+    power_of_two_scales: bool = False
+    """Of ``quantization``: what e8m0 can hold."""
+    pause_mode: Literal["abort", "retract", "in_place"] = "retract"
+    """What happens to requests under way, under SGLang's names. ``retract``: they start again from their tokens so far,
+    with a fresh cache. ``in_place``: they go on with the old cache, so their next tokens belong to neither version.
+    ``abort``: they end and are asked again."""
+    bucket_bytes: PositiveInt = 512 * 2**20
+    """Whole tensors in one request, or small pieces of shards in one message."""
+    timeout_s: PositiveFloat = 600.0
+    """Deadline of each request of an update."""
+
+    def __post_init__(self) -> None:
+        if (self.transport == "disk") != (self.directory is not None):
+            raise UserError(
+                "weight_sync.directory",
+                self.directory,
+                "must be given if weight_sync.transport is disk, and only then",
+                "name a directory that trainer and servers share, or use another transport",
+            )
+        if self.quantization is not None and self.transport in ("shards", "disk"):
+            raise UserError(
+                "weight_sync.quantization",
+                self.quantization,
+                f"goes by whole tensors; weight_sync.transport is {self.transport}",
+                "set weight_sync.transport to auto or tensors",
+            )

@@ -1,0 +1,104 @@
+"""Sections ``trainer`` and ``exp_manager``: how long and wide a run is, where it lives and how it resumes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megatron_rl.config.section import section
+
+
+@section
+class NumericsConfig:
+    """Looks at the numbers of every linear layer (docs/fp8.md). Limits that are passed are said on the console, and counted."""
+
+    every_n_steps: NonNegativeInt = 0
+    """0 never looks."""
+    forecast: Literal["tensorwise", "blockwise", "mxfp8"] = "blockwise"
+    """In a run without FP8: the recipe whose effect is reported."""
+    max_underflow_frac: float = Field(default=0.05, ge=0, le=1)
+    """Of the numbers of an operand: those that become zero."""
+    max_overflow_frac: float = Field(default=0.001, ge=0, le=1)
+    max_output_error: PositiveFloat = 0.1
+    """Of a layer's output, relative."""
+
+
+@section
+class TrainerConfig:
+    """How long, how wide, in which precision."""
+
+    stage: Literal["rl", "sft"] = "rl"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """``auto`` takes the GPU where torch sees one."""
+    devices: PositiveInt = 1
+    """Processes on each node: GPUs, or CPU ranks."""
+    num_nodes: PositiveInt = 1
+    threads_per_rank: NonNegativeInt = 0
+    """CPU threads of each process; 0 shares the cores out."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """``bf16`` keeps float32 main weights in the optimizer. CPUs without AMX or AVX-512-BF16 are far faster in fp32."""
+    max_steps: PositiveInt = 1000
+    max_generated_tokens: PositiveInt | None = None
+    """Stop after the step in which so many tokens have been sampled for training, whatever became of them: for comparisons of
+    methods at equal cost. ``max_steps`` holds as well."""
+    seed: int = 1234
+    timeout_s: PositiveFloat = 1800.0
+    """A collective that takes longer ends the run."""
+    hang_timeout_s: PositiveFloat | None = 900.0
+    """When no rank has made progress for so long, or one gives no sign of life, the run ends with a message that says who
+    waits for whom (docs/watchdog.md); null never does. Progress is a phase entered or left, or an item of a progress bar."""
+
+    offload_during_rollouts: bool | None = None
+    """Gradients and optimizer state leave the GPU while rollouts are sampled; null does so where servers share the trainer's
+    GPUs (``rollout.servers.placement: colocated``)."""
+    numerics: NumericsConfig = Field(default_factory=NumericsConfig)
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.devices * self.num_nodes
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of one process: as configured, else an equal share of this machine's cores."""
+        return self.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // self.devices)
+
+
+@section
+class CheckpointConfig:
+    """``checkpoint_callback_params``: when to save, what to keep."""
+
+    every_n_train_steps: PositiveInt = 50
+    """The last step is always saved."""
+    keep_last: PositiveInt = 2
+
+
+@section
+class ExpManagerConfig:
+    """Where a run lives, how it resumes, where its metrics go."""
+
+    exp_dir: str = "runs"
+    name: str = "default"
+    resume_if_exists: bool = True
+    """Continue from the last complete checkpoint of this run, if there is one; the same command starts and resumes."""
+    resume_from_checkpoint: str | None = None
+    """One checkpoint directory to start from, until this run has a complete one that descends from it; an incomplete one is an
+    error."""
+    create_checkpoint_callback: bool = True
+    checkpoint_callback_params: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    export_hf: bool = True
+    """Write ``hf/``, a Hugging Face checkpoint, at the end."""
+    create_tensorboard_logger: bool = False
+    summary_writer_kwargs: dict[str, Any] = Field(default_factory=dict)
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
+    create_mlflow_logger: bool = False
+    mlflow_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.exp_dir) / self.name

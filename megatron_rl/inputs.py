@@ -1,0 +1,154 @@
+"""What a run reads before it builds anything: tokenizer, problems and their order, stored samples; and whether rows fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.algorithms.base import PoolNeed
+from megatron_rl.config import Config
+from megatron_rl.convert.shape import read_shape
+from megatron_rl.data.origin import digest_of_fingerprints, random_model_digest, tokenizer_digest, weight_fingerprints
+from megatron_rl.data.pack import pack_layout, too_long
+from megatron_rl.data.pool import Pool
+from megatron_rl.data.prompts import demonstrations, tokenize_prompts
+from megatron_rl.data.stream import Stream
+from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
+from megatron_rl.distance import probe_rows
+from megatron_rl.errors import UserError
+from megatron_rl.parallel.agree import all_ranks_agree, gather_json
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.tasks import get_task
+from megatron_rl.types import Prompt, TrainingSample
+
+Say = Callable[[str], None]
+
+
+class Inputs:
+    """The same on every rank.
+
+    Args:
+        config: of the run.
+        groups: process groups; where a rank cannot read something, all raise.
+        say: prints a line for the user, on one rank.
+
+    Raises:
+        UserError: a file is wrong, or a row will not fit; on all ranks.
+    """
+
+    def __init__(self, config: Config, groups: Groups, say: Say) -> None:
+        self._config, self._groups, self._say = config, groups, say
+        policy = config.policy
+        with all_ranks_agree(groups.cpu_group):
+            self.shape = read_shape(Path(policy.model_path))
+            self.tokenizer = load_tokenizer(Path(policy.tokenizer_path or policy.model_path), self.shape)
+            self.stop_ids = stop_ids(self.tokenizer, self.shape)
+            self._load_problems()
+            self._check_budget()
+        self.probes: list[TrainingSample] = []
+        """Rows of ``eval.pool``."""
+        self.pool_contents: dict[str, tuple[str, str]] = {}
+        """Config key of a pool that is trained on -> its directory, and a digest of what is in it."""
+
+    # ---- problems
+
+    def _load_problems(self) -> None:
+        config, data = self._config, self._config.data
+        seed, new_tokens = config.trainer.seed, config.rollout.max_new_tokens
+        self.prompts: Stream[Prompt] = Stream([], seed, data.shuffle)
+        """To sample on, in an online run."""
+        self.demonstrations: Stream[TrainingSample] = Stream([], seed, data.shuffle)
+        """To learn from, in a supervised one."""
+        self.held_out: Sequence[Prompt] = []
+        """To evaluate on."""
+        if config.trainer.stage == "rl":
+            self.prompts.items = self._load("data.train", data.train, new_tokens)
+        else:
+            self.demonstrations.items = demonstrations(
+                self._load("data.train", data.train, 1),
+                self.tokenizer,
+                stop_id=self.stop_ids[0],
+                context_length=self.shape.max_position_embeddings,
+                overlong=data.overlong_prompts,
+            )
+        if config.eval.is_used:
+            assert data.validation is not None
+            self.held_out = self._load("data.validation", data.validation, new_tokens)[: config.eval.num_problems]
+
+    def _load(self, field: str, file: str, max_new_tokens: int) -> list[Prompt]:
+        data = self._config.data
+        problems = get_task(data.task).load(Path(file), template=data.template)
+        prompts, dropped = tokenize_prompts(
+            problems,
+            self.tokenizer,
+            data,
+            context_length=self.shape.max_position_embeddings,
+            max_new_tokens=max_new_tokens,
+            field=field,
+        )
+        if dropped:
+            self._say(f"{file}: {dropped} of {len(problems)} problems left out, their prompts are too long")
+        return prompts
+
+    @property
+    def stream(self) -> Stream[Any]:
+        """What the run trains on, in order."""
+        return self.prompts if self._config.trainer.stage == "rl" else self.demonstrations
+
+    @property
+    def longest_request(self) -> int:
+        """Tokens of the longest prompt and response that an engine will be asked for."""
+        prompts = [*self.prompts.items, *self.held_out]
+        return max(len(prompt.prompt_ids) for prompt in prompts) + self._config.rollout.max_new_tokens
+
+    # ---- whether rows fit
+
+    def _check_budget(self) -> None:
+        """A row that no micro-batch has room for is found before anything is built."""
+        policy = self._config.policy
+        if self._config.trainer.stage == "rl":
+            longest = max(len(p.prompt_ids) for p in self.prompts.items) + self._config.rollout.max_new_tokens
+        else:
+            longest = max(row.num_tokens for row in self.demonstrations.items)
+        longest = pack_layout(policy).padded(longest)
+        if longest > policy.train_micro_batch_tokens:
+            raise too_long(longest, policy.train_micro_batch_tokens)
+        # Groups get as many replays as there are, so a rank can have one row more than another: it shares a micro-batch.
+        is_uneven = self._config.algorithm.name == "rlep" and self._config.row_unit > 1
+        if is_uneven and 2 * longest > policy.train_micro_batch_tokens:
+            raise UserError(
+                "policy.train_micro_batch_tokens",
+                policy.train_micro_batch_tokens,
+                f"must have room for two of the longest rows, of {longest} tokens each, under replay",
+                f"use {2 * longest} or more, or shorter prompts and responses",
+            )
+
+    # ---- stored samples
+
+    def open_pools(self, need: PoolNeed | None) -> None:
+        """Open the pool to train on and that of ``eval.pool``, where there are such. A collective.
+
+        Raises:
+            UserError: one is missing, damaged, or of another model or tokenizer; on all ranks.
+        """
+        probed = self._config.eval.pool if self._config.eval.is_used else None
+        model = self.model_digest() if need is not None and need.of_this_model else None
+        with all_ranks_agree(self._groups.cpu_group):
+            if need is not None:
+                pool = Pool(need.directory, model_digest=model, tokenizer_digest=tokenizer_digest(self.tokenizer))
+                self._say(need.use(pool, self.prompts.items))
+                self.pool_contents[need.field] = (need.directory, pool.digest())
+            if probed is not None:
+                pool = Pool(probed, tokenizer_digest=tokenizer_digest(self.tokenizer))
+                self.probes = probe_rows(pool, self._config)
+
+    def model_digest(self) -> str:
+        """Of the weights that the policy starts from. A collective: ranks share the reading out."""
+        policy, groups = self._config.policy, self._groups
+        directory, is_random = Path(policy.model_path), policy.initialization == "random"
+        with all_ranks_agree(groups.cpu_group):
+            if is_random:
+                return random_model_digest(directory, self._config.trainer.seed)
+            mine = weight_fingerprints(directory, rank=groups.rank, num_ranks=groups.world_size)
+        return digest_of_fingerprints(gather_json(mine, groups.cpu_group))

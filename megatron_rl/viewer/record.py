@@ -1,0 +1,129 @@
+"""What a step's trees or chains were, as one JSON file: the text, and what each piece of it was worth.
+
+    {"step": 3, "prompts": [{"problem_id", "prompt", "answer", "pieces": [piece, ...]}, ...]}
+    piece = {"tokens": [[text, probability], ...], "value": before it or null, "advantage", "end": why it ended,
+             "reward" and "reason" of a last piece, "pieces": [what follows, ...]}
+
+A chain is a tree whose branches begin at the prompt and never branch again: its pieces are its segments. Values and
+advantages are before whitening.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_rl.advantages.segment import segment_advantages
+from megatron_rl.advantages.tree import edges
+from megatron_rl.config.algorithms import EdgeAdvantage
+from megatron_rl.errors import UserError
+from megatron_rl.types import Completion, Rollout, RolloutGroup, Score, TreeNode
+
+Piece = dict[str, Any]
+
+
+def write_record(
+    path: Path,
+    groups: Sequence[RolloutGroup],
+    tokenizer: Any,
+    *,
+    step: int,
+    shaped: Callable[[float, int], float] = lambda reward, _num_tokens: reward,
+    advantage: EdgeAdvantage = "raw",
+) -> None:
+    """Write the groups of one step; complete or not at all.
+
+    Args:
+        path: of the file; its folder is made.
+        groups: with trees, or with rollouts that have states.
+        tokenizer: of the run.
+        step: counted from 1.
+        shaped: what a reward is worth after so many tokens: values are of that.
+        advantage: which the edges of trees have.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    texts: dict[int, str] = {}
+
+    def text_of(token: int) -> str:
+        if token not in texts:
+            texts[token] = tokenizer.decode([token])
+        return texts[token]
+
+    prompts = [
+        {
+            "problem_id": group.prompt.problem.problem_id,
+            "prompt": group.prompt.problem.prompt,
+            "answer": group.prompt.problem.answer,
+            "pieces": _of_tree(group.tree, advantage, text_of)
+            if group.tree is not None
+            else [_of_chain(rollout, shaped, text_of) for rollout in group.rollouts],
+        }
+        for group in groups
+    ]
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"step": step, "prompts": prompts}))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            "algorithm.save_every_n_steps",
+            str(path),
+            f"could not be written ({error})",
+            "free some disk space and give the same command again, or set algorithm.save_every_n_steps=0",
+        ) from error
+
+
+def _of_tree(root: TreeNode, advantage: EdgeAdvantage, text_of: Callable[[int], str]) -> list[Piece]:
+    pieces: dict[int, Piece] = {id(root): {"pieces": []}}
+    for edge in edges(root, advantage):
+        parent = edge.path[-1] if edge.path else root
+        completion = edge.node.completion
+        assert completion is not None
+        piece = _piece(completion.response_ids, completion.log_probs, parent.value, edge.advantage, text_of)
+        if edge.node.score is not None:
+            piece |= _ending(edge.node.score, completion)
+        pieces[id(edge.node)] = piece
+        pieces[id(parent)]["pieces"].append(piece)
+    return pieces[id(root)]["pieces"]
+
+
+def _of_chain(rollout: Rollout, shaped: Callable[[float, int], float], text_of: Callable[[int], str]) -> Piece:
+    completion, score = rollout.completion, rollout.score
+    log_probs = completion.log_probs if rollout.policy_log_probs is None else rollout.policy_log_probs
+    num_tokens = len(completion.response_ids)
+    reward = None if score.is_failure else shaped(score.reward, num_tokens)
+    advantages = segment_advantages(rollout.states, reward, num_tokens)
+    known = [(state.num_tokens, state.value) for state in rollout.states if state.value is not None]
+    starts: list[tuple[int, float | None]] = [*([] if known and known[0][0] == 0 else [(0, None)]), *known]
+    ends = [*(start for start, _ in starts[1:]), num_tokens]
+    last: Piece | None = None
+    for (start, value), end in reversed(list(zip(starts, ends))):
+        ids, probabilities = completion.response_ids[start:end], log_probs[start:end]
+        piece = _piece(ids, probabilities, value, float(advantages[start]), text_of)
+        piece |= _ending(score, completion) if last is None else {"pieces": [last]}
+        last = piece
+    assert last is not None
+    return last
+
+
+def _piece(
+    ids: Tensor, log_probs: Tensor, value: float | None, advantage: float, text_of: Callable[[int], str]
+) -> Piece:
+    tokens = [[text_of(token), round(p, 4)] for token, p in zip(ids.tolist(), log_probs.exp().tolist())]
+    return {"tokens": tokens, "value": value, "advantage": round(advantage, 4), "pieces": []}
+
+
+def _ending(score: Score, completion: Completion) -> Piece:
+    return {
+        "reward": None if score.is_failure else score.reward,
+        "reason": score.reason,
+        "end": completion.finish_reason,
+    }
