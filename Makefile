@@ -1,6 +1,7 @@
 # make quickstart, make test: each makes .venv, installs pinned requirements, and runs.
 #   ENGINE=sglang  quickstart with rollouts from a real SGLang server
 #   PLATFORM=gpu   takes requirements/gpu.txt (default: cpu)
+# make test-gpu PLATFORM=gpu: checks and benchmarks that need a GPU.
 #   PYTHON=...     the interpreter of the virtual environment
 
 PLATFORM ?= cpu
@@ -11,7 +12,7 @@ RUN_STAMP := .venv/.installed-$(PLATFORM)
 SGLANG_STAMP := .venv/.installed-sglang-$(PLATFORM)
 DEV_STAMP := .venv/.installed-dev
 
-.PHONY: quickstart sglang test test-trainer test-servers lint format bench clean
+.PHONY: quickstart sglang test test-trainer test-servers test-gpu lint format bench clean
 
 quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(BIN)/python examples/quickstart/run.py --engine $(ENGINE)
@@ -27,6 +28,10 @@ test-trainer:
 
 test-servers:
 	$(BIN)/python -m pytest --durations=15 tests/servers
+
+# Everything that this machine's GPU can run, with what is installed; PLATFORM=gpu makes the environment.
+test-gpu: $(RUN_STAMP)
+	$(BIN)/python benchmarks/gpu/run.py
 
 lint: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -13,7 +13,8 @@
 Each figure comes from a process of its own, with the same allocator settings; memory is the peak above the inputs, the
 float32 gradient of the weight (0.62 GB) included. Both run in bfloat16, or in float32 on CPUs that have no units for
 bfloat16: there the naive path would take an hour, and ours, which then multiplies in float32, would win by nothing but that.
-On a GPU it also measures Liger's fused loss where installed (no entropy there).
+On a GPU it also measures Liger's fused loss and Apple's cut cross-entropy where installed (no entropy there), and
+``matmul_share``: the rate of ours over that of a plain product.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def main() -> None:
     """Measure everything; the figures are the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="smaller, for a quick look")
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=usual_dtype())
     parser.add_argument(
         "--pair", action="store_true", help="naive and ours with half of the tokens prompt, nothing else"
@@ -46,8 +49,9 @@ def main() -> None:
         print(json.dumps(measure(**json.loads(arguments.one))))
         return
 
-    def run(path: str, tokens: int = 4096, **how: object) -> dict[str, float]:
-        found = in_process(path=path, tokens=tokens, vocabulary=arguments.vocabulary, dtype=arguments.dtype, **how)
+    def run(path: str, tokens: int = arguments.tokens, **how: object) -> dict[str, float]:
+        sizes = {"hidden_size": arguments.hidden, "vocabulary": arguments.vocabulary}
+        found = in_process(path=path, tokens=tokens, dtype=arguments.dtype, **sizes, **how)
         print(f"{path:8} {tokens:6} tokens {how}: {found['seconds']:.1f} s, {found['gigabytes']:.2f} GB", flush=True)
         return found
 
@@ -65,10 +69,18 @@ def main() -> None:
         "time_ratio_without_prompt": ours_all["seconds"] / naive_all["seconds"],
         "time_vs_chunked": ours_all["seconds"] / chunked["seconds"],
     }
-    figures["time_tp2_vs_tp1"] = run("ours", ranks=2, **half)["seconds"] / ours["seconds"]
+    if not on_gpu():  # NCCL wants a GPU for each rank
+        figures["time_tp2_vs_tp1"] = run("ours", ranks=2, **half)["seconds"] / ours["seconds"]
     table = {tokens: run("ours", tokens, **half) for tokens in (2048, 8192, 32768)}
     if on_gpu():
-        figures["time_vs_liger"] = ours_all["seconds"] / run("liger", **all_rows)["seconds"]
+        # Of each trained token: logits, once more for backward, and both gradients.
+        operations = 4 * 2 * arguments.tokens * arguments.hidden * arguments.vocabulary
+        figures["matmul_share"] = operations / ours_all["seconds"] / matmul_flops()
+        for other in ("liger", "cut_cross_entropy"):
+            if is_there(other):
+                found = run(other, **all_rows)
+                figures[f"time_vs_{other}"] = ours_all["seconds"] / found["seconds"]
+                figures[f"peak_memory_vs_{other}"] = ours_all["gigabytes"] / found["gigabytes"]
     print("\n| tokens | seconds | GB above inputs |\n| --- | --- | --- |")
     for tokens, found in table.items():
         print(f"| {tokens} | {found['seconds']:.1f} | {found['gigabytes']:.2f} |")
@@ -87,12 +99,25 @@ def usual_dtype() -> str:
 
 
 def on_gpu() -> bool:
-    """Whether there is one, and Liger to compare with."""
-    from importlib.util import find_spec
-
+    """Whether there is one."""
     import torch
 
-    return torch.cuda.is_available() and find_spec("liger_kernel") is not None
+    return torch.cuda.is_available()
+
+
+def is_there(other: str) -> bool:
+    """Whether a kernel to compare with is installed."""
+    from importlib.util import find_spec
+
+    return find_spec({"liger": "liger_kernel"}.get(other, other)) is not None
+
+
+def matmul_flops() -> float:
+    """Of a bfloat16 product on this GPU."""
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), "gpu"))
+    from common import matmul_flops as measured
+
+    return measured()
 
 
 def in_process(*, ranks: int = 1, **how: object) -> dict[str, float]:
@@ -127,6 +152,7 @@ def measure(
     *,
     path: str,
     tokens: int,
+    hidden_size: int,
     vocabulary: int,
     trained_share: float,
     rank: int,
@@ -143,8 +169,8 @@ def measure(
     dist.init_process_group(backend, store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
-    hidden = torch.randn(tokens, HIDDEN, device=device).to(kind).requires_grad_()
-    weight = (torch.randn(vocabulary, HIDDEN, device=device) * 0.02).chunk(ranks)[rank].to(kind).requires_grad_()
+    hidden = torch.randn(tokens, hidden_size, device=device).to(kind).requires_grad_()
+    weight = (torch.randn(vocabulary, hidden_size, device=device) * 0.02).chunk(ranks)[rank].to(kind).requires_grad_()
     labels = torch.randint(0, vocabulary, (tokens,), device=device)
     trained = torch.arange(tokens, device=device) >= tokens * (1 - trained_share)
     factors = torch.randn(2, tokens, device=device) * trained
@@ -155,7 +181,9 @@ def measure(
             return torch.cuda.max_memory_allocated() / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-    work: Callable[..., None] = {"naive": naive, "chunked": chunked, "ours": ours, "liger": liger}[path]
+    work: Callable[..., None] = {
+        "naive": naive, "chunked": chunked, "ours": ours, "liger": liger, "cut_cross_entropy": cut_cross_entropy,
+    }[path]  # fmt: skip
     if device == "cuda":  # compilation and library set-up are not what is measured
         work(hidden, weight, labels, trained, factors)
         torch.cuda.reset_peak_memory_stats()
@@ -216,6 +244,13 @@ def liger(hidden, weight, labels, trained, factors) -> None:  # type: ignore[no-
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels).backward()
+
+
+def cut_cross_entropy(hidden, weight, labels, trained, factors) -> None:  # type: ignore[no-untyped-def]
+    """Apple's: log-probs of each token, no entropy; the weight's gradient in its own type."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    (factors[0] @ -linear_cross_entropy(hidden, weight, labels, reduction="none")).backward()
 
 
 if __name__ == "__main__":

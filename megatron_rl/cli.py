@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -73,6 +74,22 @@ def presample(
     start(checked, config, overrides or [], meeting, program="megatron_rl.presample")
 
 
+@app.command()
+def tree(
+    record: Annotated[Path, typer.Argument(help="a file of <run>/trees/", metavar="RECORD")],
+    page: Annotated[Path | None, typer.Argument(help="left out: beside the record", metavar="[HTML]")] = None,
+) -> None:
+    """Make a page of one step's trees or chains of rollouts (SPO), for a browser.
+
+    A run writes records with algorithm.save_every_n_steps.
+    """
+    from megatron_rl.viewer.page import write_page
+
+    target = page or record.with_suffix(".html")
+    write_page(record, target)
+    print(target)
+
+
 doctor = typer.Typer(no_args_is_help=True, help="Check a config before spending a cluster on it.")
 app.add_typer(doctor, name="doctor")
 
@@ -87,6 +104,14 @@ def layout(config: ConfigPath, overrides: Overrides = None) -> None:
         raise typer.Exit(1)
 
 
+@doctor.command()
+def machine() -> None:
+    """What this machine will use: layers, attention, optimizer, recipes of eight bits."""
+    from megatron_rl.doctor.machine import print_machine
+
+    print_machine()
+
+
 plan = typer.Typer(no_args_is_help=True, help="Work out what a config will do, for any size, on a laptop.")
 app.add_typer(plan, name="plan")
 
@@ -98,6 +123,20 @@ def weights(config: ConfigPath, overrides: Overrides = None) -> None:
     from megatron_rl.weight_sync.report import print_report, report
 
     print_report(report(load_config(config, overrides or [])))
+
+
+@plan.command()
+def memory(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu_gb: Annotated[float, typer.Option(help="memory of one GPU: 80 (H100), 141 (H200)", metavar="GB")] = 80.0,
+) -> None:
+    """What one GPU of each pipeline stage will hold, estimated; status 1 if it does not fit."""
+    from megatron_rl.config import load_config
+    from megatron_rl.memory_plan import estimate, print_estimate
+
+    if not print_estimate(estimate(load_config(config, overrides or [])), gpu_gb=gpu_gb):
+        raise typer.Exit(1)
 
 
 convert = typer.Typer(no_args_is_help=True, help="Checkpoints from Hugging Face to Megatron and back, verified.")

@@ -80,6 +80,33 @@ def run_ranks(
     return outcomes  # type: ignore[return-value]
 
 
+def run_child(action: Callable[[], object]) -> int:
+    """Exit status of a forked process that calls ``action``: 0 where nothing ends it, 1 where it raises, negative for a signal.
+
+    No process group, unlike :func:`run_ranks`: for what may be killed, or must not change the parent.
+    """
+    pid = os.fork()
+    if pid == 0:
+        _begin_child()
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _begin_child() -> None:
+    # What the parent left to its garbage collector stays: some of it (tokenizers) waits, when it is dropped, for threads that
+    # only the parent has.
+    gc.freeze()
+    # After a fork torch makes its thread pool anew, at its first use. Two threads that come to it first at the same time break
+    # it ("Invalid thread pool"), so it is made here.
+    torch.set_num_threads(1)
+
+
 def _run_rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -91,9 +118,7 @@ def _run_rank(
 ) -> NoReturn:
     """The life of one rank. Leaves by ``os._exit``: what the parent registered to run at exit is not ours to run."""
     code = 1
-    # What the parent left to its garbage collector stays: some of it (tokenizers) waits, when it is dropped, for threads that
-    # only the parent has.
-    gc.freeze()
+    _begin_child()
     try:
         os.setsid()  # so that its children can be ended with it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # and itself with its parent
@@ -102,7 +127,6 @@ def _run_rank(
         outcome: Any
         try:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-            torch.set_num_threads(1)
             torch.manual_seed(0)
             store = dist.FileStore(str(directory / "store"), world_size)
             timeout = timedelta(seconds=timeout_s)

@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from megatron_rl.types import MicroBatch, TrainingSample
 
 VECTOR_FIELDS = ("weights", "advantages", "old_log_probs", "ref_log_probs")
 """Per-token fields of a sample that travel with a micro-batch where they are set."""
+
+FP8_TOKEN_MULTIPLES = {"mxfp8": 32}
+"""Rows of an operand that units for products in eight bits take at once; 16 with the other recipes."""
 
 
 def plan_micro_batches(
@@ -96,6 +100,13 @@ def plan_micro_batches(
     return plan
 
 
+def full_batches(rows: Sequence[int], *, size: int, multiple: int) -> list[list[int]]:
+    """Rows of a forward pass in batches that every rank has a share of: where some are short of a multiple, the first ones go
+    twice. ``size`` is a multiple of ``multiple``."""
+    filled = [*rows, *islice(cycle(rows), -len(rows) % multiple)] if rows else []
+    return [filled[start : start + size] for start in range(0, len(filled), size)]
+
+
 def too_long(longest: int, max_tokens: int) -> UserError:
     """What to say of a row that no micro-batch has room for."""
     return UserError(
@@ -127,11 +138,19 @@ class PackLayout:
     """Ranks that share the tokens out between layers: the tensor-parallel size under sequence parallelism, else 1."""
     cp_size: int = 1
     cp_rank: int = 0
+    token_multiple: int = 1
+    """The tokens of each of those ranks are a multiple of this: what products in eight bits want."""
 
     @property
     def sequence_multiple(self) -> int:
         """Every sequence is padded to a multiple of this."""
         return 1 if self.cp_size == 1 else 2 * self.cp_size * self.tp_size
+
+    @property
+    def pack_multiple(self) -> int:
+        """The whole pack is padded to a multiple of this, which is one of ``sequence_multiple`` where that is not 1 or where
+        there is something to pad."""
+        return self.tp_size * math.lcm(self.token_multiple, 2 if self.cp_size > 1 else 1) * self.cp_size
 
     def padded(self, num_tokens: int) -> int:
         """Tokens that a row takes in a pack."""
@@ -142,7 +161,10 @@ def pack_layout(policy: PolicyConfig, *, cp_rank: int = 0) -> PackLayout:
     """What a config's layout asks of a pack."""
     is_sequence_parallel = bool(policy.megatron_cfg.get("sequence_parallel"))
     tp_size = policy.tensor_parallel_size if is_sequence_parallel else 1
-    return PackLayout(tp_size, policy.context_parallel_size, cp_rank)
+    token_multiple = 1
+    if policy.megatron_cfg.get("fp8"):
+        token_multiple = FP8_TOKEN_MULTIPLES.get(str(policy.megatron_cfg.get("fp8_recipe")), 16)
+    return PackLayout(tp_size, policy.context_parallel_size, cp_rank, token_multiple)
 
 
 def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLayout = PackLayout()) -> MicroBatch:
@@ -151,13 +173,14 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
     Args:
         samples: the whole mini-batch.
         rows: which of them, in packing order.
-        layout: what is padded: under context parallelism each sequence, at its end; under sequence parallelism alone the
-            pack, with a last sequence. No mask selects padding. Under context parallelism the result is this rank's part.
+        layout: what is padded: under context parallelism each sequence, at its end; under sequence parallelism alone, and in
+            eight bits, the pack, with a last sequence. No mask selects padding. Under context parallelism the result is this
+            rank's part.
     """
     chosen = [samples[row] for row in rows]
     lengths = [layout.padded(sample.num_tokens) for sample in chosen]
     total = sum(lengths)
-    multiple = layout.tp_size
+    multiple = layout.pack_multiple
     padding = -total % multiple
     size = total + padding
 
@@ -165,6 +188,7 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
     labels = torch.zeros(size, dtype=torch.int64)
     position_ids = torch.zeros(size, dtype=torch.int64)
     response_mask = torch.zeros(size, dtype=torch.bool)
+    loss_mask = torch.zeros(size, dtype=torch.bool)
     # Of the whole mini-batch: which fields there are may not depend on who shares a pack. Rows of one kind have the same.
     names = [name for name in VECTOR_FIELDS if any(getattr(sample, name) is not None for sample in samples)]
     vectors = {name: torch.zeros(size) for name in names}
@@ -184,6 +208,7 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
             experts[start : start + len(sample.experts)] = sample.experts
         where = response_slice(start, sample)
         response_mask[where] = True
+        loss_mask[where] = True if sample.loss_mask is None else sample.loss_mask
         for name in names:
             if (vector := getattr(sample, name)) is not None:
                 vectors[name][where] = vector
@@ -202,7 +227,7 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
         cu_seqlens=cu_seqlens,
         max_seqlen=max(*lengths, padding),
         response_mask=response_mask[held],
-        loss_mask=response_mask[held],
+        loss_mask=loss_mask[held],
         rows=list(rows),
         token_indices=held,
         sequence=sequence[held],

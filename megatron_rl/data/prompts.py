@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_rl.config.schema import DataConfig
+from megatron_rl.config.data import DataConfig
 from megatron_rl.errors import UserError
 from megatron_rl.types import Kind, Problem, Prompt, TrainingSample
 

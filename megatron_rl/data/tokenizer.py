@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.errors import UserError
 
@@ -53,3 +56,22 @@ def stop_ids(tokenizer: Any, shape: ModelShape) -> list[int]:
             "set eos_token in the tokenizer's files",
         )
     return ids
+
+
+def ids_with_newlines(tokenizer: Any) -> Tensor:
+    """[*] int64: tokens whose text has a line's end in it.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = sorted(set(tokenizer.get_vocab().values()))
+    texts = tokenizer.batch_decode([[token] for token in known])
+    found = [token for token, text in zip(known, texts) if "\n" in text]
+    if not found:
+        raise UserError(
+            "algorithm.partition.kind",
+            "newlines",
+            "finds no token with a line's end in this vocabulary",
+            "use cut_points, tokens or equal",
+        )
+    return torch.tensor(found)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.algorithms.base import Algorithm
+from megatron_rl.algorithms.clipped import probability_mask
+from megatron_rl.config import MaskConfig
 from megatron_rl.convert.in_memory import checkpoint_views
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
@@ -60,8 +62,11 @@ def recorded_batch(
 ) -> list[TrainingSample]:
     """Rows as if rolled out by a policy that was a little different: ratios leave the clip range on both sides.
 
-    For an algorithm that trains on stored rows, too, those that ``is_stored`` names are such.
+    For an algorithm that trains on stored rows, too, those that ``is_stored`` names are such. Where it masks tokens by their
+    probability, they are masked.
     """
+    settings = algorithm.config.algorithm
+    threshold = settings.mask_threshold if isinstance(settings, MaskConfig) else None
     generator = torch.Generator().manual_seed(1)
     stored = STORED_KINDS.get(algorithm.config.algorithm.name, Kind.RL)
     samples = []
@@ -75,6 +80,7 @@ def recorded_batch(
             log_probs, _ = naive_log_probs(network, row, temperature=temperature)
         noise = torch.randn(2, len(log_probs), generator=generator) * 0.2
         row.old_log_probs, row.ref_log_probs = (log_probs.float() + noise).unbind()
+        row.loss_mask = probability_mask(row.old_log_probs, threshold)
         if row.kind is Kind.REHEARSAL:
             row.advantages = row.old_log_probs = None
     algorithm.assign_weights(samples)
@@ -124,8 +130,9 @@ def reference(
         for name, value in terms.means.items():
             kinds = terms.kinds.get(name, frozenset(Kind))
             if row.kind in kinds:
-                count = sum(other.num_response_tokens for other in samples if other.kind in kinds)
-                sums[name] = sums.get(name, 0.0) + float(value.detach().double().sum()) / count
+                count = sum(other.num_loss_tokens for other in samples if other.kind in kinds)
+                shown = value.detach().double() if row.loss_mask is None else value.detach().double()[row.loss_mask]
+                sums[name] = sums.get(name, 0.0) + float(shown.sum()) / count
     (total_loss + auxiliary).backward()
     held = {name: parameter.grad for name, parameter in network.named_parameters()}
     gradients = checkpoint_views(held, network.config.model_type)
@@ -203,7 +210,8 @@ def _row_as_batch(row: TrainingSample) -> MicroBatch:
     mask = torch.ones(row.num_response_tokens, dtype=torch.bool)
     none = torch.zeros(0)
     kind = torch.full((row.num_response_tokens,), int(row.kind))
-    return MicroBatch(none, none, none, none, 0, mask, mask, [0], none, none, none, kind, vectors)
+    loss_mask = mask if row.loss_mask is None else row.loss_mask
+    return MicroBatch(none, none, none, none, 0, mask, loss_mask, [0], none, none, none, kind, vectors)
 
 
 def _make_whole(policy: Policy) -> None:

@@ -26,6 +26,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_rl.model.fp8.emulation import EMULATED, Fp8Layer
 from megatron_rl.parallel.context import gather_order, zigzag_indices
 
 MATMUL_MAX_LENGTH = 512
@@ -127,16 +128,17 @@ class LatentAttention(MLASelfAttention):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         assert self.tp_group.size() == 1 or config.sequence_parallel, "transformer_config refuses this"
-        self.linear_kv_down_proj = WholeLinear(config, config.kv_lora_rank + config.qk_pos_emb_head_dim)
+        kind = Fp8WholeLinear if getattr(config, EMULATED, None) else WholeLinear
+        self.linear_kv_down_proj = kind(config.kv_lora_rank + config.qk_pos_emb_head_dim, config=config)
         if config.q_lora_rank is not None:
-            self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank)
+            self.linear_q_down_proj = kind(config.q_lora_rank, config=config)
 
 
 class WholeLinear(MegatronModule):
     """A linear layer of the hidden state without bias, not cut over the tensor-parallel ranks."""
 
-    def __init__(self, config: TransformerConfig, output_size: int) -> None:
-        super().__init__(config)
+    def __init__(self, output_size: int, *, config: TransformerConfig) -> None:
+        super().__init__(config=config)
         weight = torch.empty(output_size, config.hidden_size, dtype=config.params_dtype)
         if config.perform_initialization:
             config.init_method(weight)
@@ -146,7 +148,23 @@ class WholeLinear(MegatronModule):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
         """[s, b, H] -> [s, b, output_size], and no bias, as Megatron's linear layers answer."""
-        return F.linear(hidden, self.weight), None
+        return self._forward_impl(hidden, self.weight), None
+
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, **_unused: Any
+    ) -> Tensor:  # as Megatron's linear layers have it
+        return F.linear(input, weight)
+
+
+class Fp8WholeLinear(Fp8Layer, WholeLinear):
+    """The same in emulated eight bits."""
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Like ``WholeLinear``'s, unless there is something to remember: checkpoints of either can then be loaded as both."""
+        state = super().sharded_state_dict(prefix, *args, **kwargs)
+        if self.quantizers.recipe.kind != "delayed":
+            state.pop(f"{prefix}_extra_state", None)
+        return state
 
 
 class _Pack:

@@ -16,13 +16,17 @@ from megatron_rl.convert.rope import RopeScaling, YarnScaling
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.errors import UserError
 from megatron_rl.model.forward import PolicyModel
-from megatron_rl.model.specs import layer_spec
+from megatron_rl.model.fp8.emulation import EMULATED, keep_first_and_last
+from megatron_rl.model.fp8.recipe import check_fp8, recipe_of
+from megatron_rl.model.specs import layer_spec, uses_transformer_engine
 from megatron_rl.parallel.groups import Groups, build_groups
 
 _UNEVEN_PIPELINES = (
     "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
 )  # fmt: skip
+
+_EXPERT_PADDING = ("moe_router_padding_for_fp8", "moe_router_padding_for_quantization")
 
 
 def transformer_config(config: Config, shape: ModelShape, device: torch.device) -> TransformerConfig:
@@ -81,11 +85,21 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     else:
         # Transformer Engine brings its own kernel, but Megatron's output layer needs Apex's, built from source.
         settings["gradient_accumulation_fusion"] = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    chosen = config.policy.megatron_cfg.get("transformer_impl")
+    settings["transformer_impl"] = "transformer_engine" if uses_transformer_engine(chosen, device) else "local"
+    recipe = recipe_of(config.policy.megatron_cfg)
+    if recipe is not None:
+        check_fp8(config, recipe, device, is_local=settings["transformer_impl"] == "local")
     known = {field.name for field in fields(kind)}
     overrides = {name: value for name, value in config.policy.megatron_cfg.items() if name in known}
     if config.policy.virtual_pipeline_size == 1:
         overrides.pop("virtual_pipeline_model_parallel_size", None)
-    return kind(**(settings | overrides))
+    if recipe is None or device.type != "cpu":
+        return kind(**(settings | overrides))
+    # Emulation needs no padding of experts, which Megatron grants to its own fields alone.
+    found = kind(**(settings | overrides | {"fp8": None, **dict.fromkeys(_EXPERT_PADDING, False)}))
+    setattr(found, EMULATED, recipe)
+    return found
 
 
 def _expert_settings(shape: ModelShape) -> dict[str, object]:
@@ -226,7 +240,7 @@ def _build_chunk(
 ) -> PolicyModel:
     model = PolicyModel(
         config=megatron_config,
-        transformer_layer_spec=layer_spec(megatron_config, groups.device, vp_stage),
+        transformer_layer_spec=layer_spec(megatron_config, vp_stage),
         vocab_size=padded_vocab_size(shape.vocab_size, tp_size=groups.tp_size),
         max_sequence_length=shape.max_position_embeddings,
         pre_process=groups.pp_rank == 0 and not vp_stage,
@@ -242,6 +256,7 @@ def _build_chunk(
     # Megatron's own rope scaling fixes three of Llama 3's four parameters, so the frequencies are set from config.json.
     if shape.latent is None:  # latent attention has its own, layer by layer
         model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(groups.device)
+    keep_first_and_last(model.decoder.layers, megatron_config)
     return model.to(groups.device)
 
 

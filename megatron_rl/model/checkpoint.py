@@ -316,6 +316,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
+    policy.update_memory.resume(with_gradients=False)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": policy.groups.dp_cp_group,

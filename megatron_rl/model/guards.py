@@ -37,17 +37,17 @@ def check_trainable(samples: Sequence[TrainingSample], *, update: int) -> None:
     """At least one token is trained on, and of each kind either all rows have a vector or none has.
 
     Raises:
-        UserError: no row has a response.
+        UserError: no row has a token that enters the loss.
     """
     for kind in {ON_POLICY if sample.kind in ON_POLICY else frozenset({sample.kind}) for sample in samples}:
         for name in VECTOR_FIELDS:
             rows = [sample for sample in samples if sample.kind in kind]
             assert len({getattr(row, name) is None for row in rows}) == 1, f"{name} of some {set(kind)} rows alone"
-    if not any(sample.num_response_tokens for sample in samples):
+    if not any(sample.num_loss_tokens for sample in samples):
         raise UserError(
             f"rows of optimizer update {update}",
             len(samples),
-            "have no token to train on: every response is empty",
+            "have no token to train on: every response is empty or masked",
             "look at the rollouts of this step, and at rollout.max_new_tokens; no weight was changed",
         )
 
@@ -95,7 +95,9 @@ def check_finite(loss: float, gradients: Iterable[Tensor], *, update: int, cpu_g
 def _digest(samples: Sequence[TrainingSample]) -> list[int]:
     digest = 0
     for sample in samples:
-        vectors = [getattr(sample, name) for name in ("prompt_ids", "response_ids", "experts", *VECTOR_FIELDS)]
+        vectors = [
+            getattr(sample, name) for name in ("prompt_ids", "response_ids", "experts", "loss_mask", *VECTOR_FIELDS)
+        ]
         outline = [int(sample.kind), *(-1 if vector is None else vector.numel() for vector in vectors)]
         digest = zlib.crc32(repr(outline).encode(), digest)
         for vector in vectors:

@@ -1,4 +1,4 @@
-"""Layer specs: Transformer Engine's where it is installed, Megatron's local modules with our core attention elsewhere."""
+"""Layer specs: Transformer Engine's on GPUs, Megatron's local modules on CPUs, with our core attention and emulated FP8."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.optimizer import Adam
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.errors import UserError
 from megatron_rl.model import experts
 from megatron_rl.model.attention import LatentAttention, PackedCausalAttention
+from megatron_rl.model.fp8.emulation import EMULATED, emulated
 
 
 def has_transformer_engine() -> bool:
@@ -24,27 +27,49 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
-def layer_spec(
-    config: TransformerConfig, device: torch.device, vp_stage: int | None = None
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """The spec of this stage's decoder layers where the model lives: Transformer Engine has no kernels for CPUs.
+def adam_in_use() -> str:
+    """The Adam that Megatron has found: Transformer Engine's, else Apex's, else torch's."""
+    return f"{Adam.__module__}.{Adam.__qualname__}"
+
+
+def uses_transformer_engine(chosen: str | None, device: torch.device) -> bool:
+    """Which layers a model gets.
 
     Args:
-        config: Megatron's; its ``moe_layer_freq`` is a list where layers differ.
+        chosen: ``policy.megatron_cfg.transformer_impl``; None takes Transformer Engine's where they can run.
         device: of the model.
+
+    Raises:
+        UserError: Transformer Engine is asked for where it cannot run.
+    """
+    can_run = device.type == "cuda" and has_transformer_engine()
+    if chosen == "transformer_engine" and not can_run:
+        raise UserError(
+            "policy.megatron_cfg.transformer_impl", chosen,
+            "has no kernels for CPUs" if device.type == "cpu" else "is not installed",
+            "leave it out, which takes local layers here" + ("" if device.type == "cpu" else "; or make PLATFORM=gpu"),
+        )  # fmt: skip
+    return can_run and chosen != "local"
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+    """The spec of this stage's decoder layers.
+
+    Args:
+        config: Megatron's; its ``transformer_impl`` says whose layers, its ``moe_layer_freq`` is a list where layers differ.
         vp_stage: which chunk, under virtual pipelining.
 
     Returns:
         One spec for all layers, or, where they differ, a block with one for each layer of this stage.
     """
-    is_local = device.type == "cpu" or not has_transformer_engine()
+    is_local = config.transformer_impl != "transformer_engine"
     if isinstance(config.moe_layer_freq, list):
         block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=not is_local, normalization=config.normalization, vp_stage=vp_stage
         )
         for spec in {id(spec): spec for spec in block.layer_specs}.values():  # layers of a kind share theirs
             _use_own_parts(spec, is_local=is_local, has_experts="router" in vars(spec.submodules.mlp.submodules))
-        return block
+        return emulated(block) if getattr(config, EMULATED, None) else block
     options = {
         "num_experts": config.num_moe_experts,
         "qk_layernorm": config.qk_layernorm,
@@ -55,7 +80,7 @@ def layer_spec(
     else:
         spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=config.moe_grouped_gemm, **options)
     _use_own_parts(spec, is_local=is_local, has_experts=bool(config.num_moe_experts))
-    return spec
+    return emulated(spec) if getattr(config, EMULATED, None) else spec
 
 
 def _use_own_parts(spec: ModuleSpec, *, is_local: bool, has_experts: bool) -> None:

@@ -28,12 +28,15 @@ from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.model.build import build_chunks
 from megatron_rl.model.forward import PolicyModel, run_model
 from megatron_rl.model.guards import check_finite, check_log_probs, check_same_rows, check_trainable
+from megatron_rl.model.offload import UpdateMemory
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import ON_POLICY, Kind, MicroBatch, TrainingSample
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], TokenTerms]
 """(log_probs [T], entropy [T], micro_batch) -> terms."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+"""Names in ``policy.optim.optimizer_cfg``; Megatron spells eight bits so."""
 _NO_DECAY = 1_000_000_000
 """Megatron's spelling of ``decay_updates: null``: further than any run goes."""
 _SCHEDULE_FIELDS = {
@@ -78,6 +81,8 @@ class Policy:
         self.models = [self._wrap(chunk, is_first=index == 0) for index, chunk in enumerate(self.chunks)]
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.models)
         self.scheduler = self._scheduler()
+        self.update_memory = UpdateMemory(self._gradient_buffers(), self.optimizer, self._parameters())
+        """Gradients and optimizer state: to be released while rollouts are sampled. What needs them brings them back."""
         self.num_updates = 0
         self._set_schedule()
         self.megatron_config.finalize_model_grads_func = finalize_model_grads
@@ -134,13 +139,15 @@ class Policy:
             UserError: ranks have different rows, no token is trained on, or the loss or a gradient is not finite; on all
                 ranks, before any weight has changed.
         """
+        with self.timer("offload"):
+            self.update_memory.resume()
         update = self.num_updates + 1
         check_same_rows(samples, update=update, cpu_group=self.groups.cpu_group)
         check_trainable(samples, update=update)
         # Megatron divides gradients by the integer number of loss tokens of the mini-batch; multiplying by it here leaves
         # exactly sum(weight * term).
         num_tokens = {
-            kind: sum(s.num_response_tokens for s in samples if s.kind is kind) for kind in {s.kind for s in samples}
+            kind: sum(s.num_loss_tokens for s in samples if s.kind is kind) for kind in {s.kind for s in samples}
         }
         num_global_tokens = sum(num_tokens.values())
         micro_batches = self._micro_batches(samples)
@@ -208,6 +215,7 @@ class Policy:
         Returns:
             The settings that differ from the checkpoint's, such as ``policy.optim.lr 0.001 -> 0.0005``.
         """
+        assert not self.update_memory.is_released
         for chunk, weights in zip(self.chunks, state["model"], strict=True):
             chunk.load_state_dict(weights)
         kept = ("max_lr", "min_lr", "start_wd", "end_wd", *_GROUP_FIELDS)
@@ -364,7 +372,8 @@ class Policy:
             "use_distributed_optimizer": True,
         }
         known = {f.name for f in fields(OptimizerConfig)}
-        return OptimizerConfig(**({k: v for k, v in settings.items() if k in known} | optim.optimizer_cfg))
+        passed = {name: _torch_dtype(name, value) for name, value in optim.optimizer_cfg.items()}
+        return OptimizerConfig(**({k: v for k, v in settings.items() if k in known} | passed))
 
     def _scheduler(self) -> OptimizerParamScheduler:
         optim, sched = self.config.policy.optim, self.config.policy.optim.sched
@@ -381,6 +390,11 @@ class Policy:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+
+
+def _torch_dtype(field: str, value: Any) -> Any:
+    """YAML has names where Megatron wants types: ``exp_avg_dtype: bf16``."""
+    return DTYPES[value] if field.endswith("_dtype") else value
 
 
 def _shown(setting: Any) -> str:

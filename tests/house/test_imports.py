@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"convert.shape", "tasks"},
     "convert": set(),
     "parallel": set(),
-    "advantages": set(),
+    "advantages": {"config"},
     "losses": {"config"},
     "rewards": {"tasks"},  # the pool looks a task up by name inside its workers
     "tasks": {"rewards"},
@@ -32,14 +32,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "model": {"config", "convert", "data", "losses", "metrics", "parallel"},
     "weight_sync": {"config", "convert", "parallel", "model", "rollout"},
-    "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout"},
+    "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout", "viewer"},
     "doctor": {"algorithms", "config", "convert", "model", "parallel", "patches", "rollout"},
     "launch": {"config", "lifetime", "watchdog"},
     "diversity": set(),
     "distance": {"config", "data", "losses", "model"},
     "evaluate": {"config", "diversity", "metrics", "rewards", "rollout"},
     "program": {"config", "runtime"},
+    "inputs": {"algorithms", "config", "convert", "data", "distance", "parallel", "tasks"},
+    "engines": {"config", "inputs", "parallel", "rollout", "runtime", "weight_sync"},
     "measure": {"rewards"},
+    "viewer": {"advantages", "config"},
 }  # fmt: skip
 
 

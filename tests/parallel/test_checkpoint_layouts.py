@@ -18,12 +18,14 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-def go_on(model: Path, samples: list, layout: dict, directory: Path, step: int) -> dict[str, float]:
+def go_on(
+    model: Path, samples: list, layout: dict, directory: Path, step: int, overrides: tuple[str, ...] = ()
+) -> dict[str, float]:
     """Load the checkpoint of a step (none for step 0), do one update, save the next."""
     from megatron_rl.algorithms.grpo import GRPO
     from megatron_rl.model.checkpoint import Checkpoints
 
-    config = config_of(model, "policy.optim.lr=1e-2", **layout)
+    config = config_of(model, "policy.optim.lr=1e-2", *overrides, **layout)
     policy = build_policy(config)
     checkpoints = Checkpoints(directory, keep_last=9, groups=policy.groups, say=print)
     if step:

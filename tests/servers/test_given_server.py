@@ -14,6 +14,7 @@ from aiohttp import web
 
 from megatron_rl.types import Request
 from tests.e2e.conftest import Case
+from tests.e2e.test_segment_runs import CHAIN, TREE
 from tests.servers.conftest import Proxy, Spoil
 from tests.tiny_models import make_tiny_model
 
@@ -67,6 +68,24 @@ def test_pause_modes(case: Case, server: str, mode: str) -> None:
     change = ("policy.optim.lr=3e-2", "policy.optim.weight_decay=0.5")
     assert run(case, server, f"weight_sync.pause_mode={mode}", *change) == [0, 0]
     assert all(row["mismatch/log_prob_abs_diff_max"] < 1e-3 for row in case.rows())
+
+
+@pytest.mark.parametrize("algorithm", [CHAIN, TREE], ids=["chain", "tree"])
+def test_segments_continue_from_token_ids(case: Case, server: str, algorithm: str) -> None:
+    """The trainer finds the log-probs of every piece in its context, and what a piece continues was in the server's cache."""
+    spo = case.with_algorithm(algorithm)
+    # Responses have to end at different lengths, else all are worth the same and a step of trees has nothing to learn.
+    longer = ("rollout.max_new_tokens=30", "algorithm.overlong.buffer=30", "algorithm.num_prompts_per_step=12")
+    assert run(spo, server, "exp_manager.name=first", "rollout.record=true", *longer) == [0, 0]
+    rows = spo.rows("first")
+    learned = [row for row in rows if "loss" in row]
+    assert learned and all(row["mismatch/log_prob_abs_diff_max"] < 1e-3 for row in learned)
+    assert all(row["rollout/cached_prompt_frac"] > 0.3 for row in rows)
+    replay = ("rollout.engine=recorded", f"rollout.recorded_dir={case.root / 'first' / 'rollouts'}")
+    assert spo.run(*replay, "trainer.max_steps=2", "exp_manager.name=again", *longer, ranks=2) == [0, 0]
+    for one, other in zip(rows, spo.rows("again"), strict=True):
+        for name in ("loss", "grad_norm", "rollout/generated_tokens_total", "reward/mean"):
+            assert one.get(name) == other.get(name), name
 
 
 def test_rollouts_of_a_server_can_be_recorded_and_replayed(case: Case, server: str) -> None:

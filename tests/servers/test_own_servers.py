@@ -96,7 +96,8 @@ def lives(process: psutil.Process) -> bool:
 def start(case: Case, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
 
-    def make(*overrides: str, ranks: int = 2, program: Path | None = None) -> Started:
+    def make(*overrides: str, ranks: int = 2, program: Path | None = None, algorithm: str | None = None) -> Started:
+        place = case if algorithm is None else case.with_algorithm(algorithm)
         mark, output = uuid.uuid4().hex, tmp_path / "output"
         overrides = (
             f"trainer.devices={ranks}",
@@ -109,7 +110,7 @@ def start(case: Case, tmp_path: Path) -> Iterator[Callable[..., Started]]:
             "rollout.servers.health_timeout_s=12",
             *overrides,
         )
-        command = [sys.executable, "-m", "megatron_rl.cli", "train", *case.arguments(*overrides)]
+        command = [sys.executable, "-m", "megatron_rl.cli", "train", *place.arguments(*overrides)]
         if program is not None:
             launch = ["megatron_rl.launch", "--standalone", f"--nproc-per-node={ranks}", str(program), "--config"]
             command = [sys.executable, "-m", *launch, *case.arguments(*overrides)]
@@ -156,6 +157,32 @@ def test_colocated_server_killed_in_mid_step(start: Callable[..., Started]) -> N
     assert run.end() == 0
     check_steps(run, 3)
     assert sum(row["rollout/server_restarts"] for row in run.rows()) == 1
+
+
+def test_server_killed_in_mid_tree(start: Callable[..., Started]) -> None:
+    """Its nodes are asked for again, and no tree has one twice: a tree of 3 x 3 x 3 has 39 nodes where nothing ends early. (The
+    algorithm itself ends a run whose tree has lost a node.)"""
+    run = start(
+        "trainer.max_steps=2",
+        "rollout.max_new_tokens=100",
+        "algorithm.overlong.buffer=100",
+        algorithm="{name: spo_tree, num_prompts_per_step: 4, branch_factors: [3, 3, 3], tokens_per_level: 30, "
+        "num_edges_per_step: 8}",
+    )
+    run.wait_for_step(1)
+    run.wait_for(lambda: generating(run))
+    run.find("megatron_rl.rollout.sglang_server")[0].kill()
+    assert run.end() == 0
+    rows = run.rows()
+    assert [row["step"] for row in rows] == [1, 2]
+    assert sum(row["rollout/server_restarts"] for row in rows) == 1
+    for row in rows:
+        assert row["num_rollouts"] == 4 * row["spo/leaves_per_tree"]
+        assert 3 <= row["spo/nodes_per_tree"] <= 39 and row["rollout/generated_tokens"] <= 4 * (
+            3 * 30 + 9 * 30 + 27 * 40
+        )
+        assert row.get("mismatch/log_prob_abs_diff_max", 0.0) < 1e-3  # absent where no edge was worth anything
+        assert row["rollout/staleness"] == 0.0
 
 
 def test_server_killed_before_during_and_after_a_weight_update(start: Callable[..., Started]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config.schema import EvalConfig
+from megatron_rl.config.data import EvalConfig
 from megatron_rl.diversity import answer_metrics, distinct, entropy, keep_and_explore, style_metrics
 from megatron_rl.errors import UserError
 from megatron_rl.evaluate import (

@@ -26,7 +26,11 @@ def load(*overrides: str):
         (["trainr.max_steps=3"], "trainr", "did you mean trainer"),
         (["algorithm.kl.coeff=1"], "algorithm.kl.coeff", "did you mean coef"),
         (["algorithm.clip=1"], "algorithm.clip", "is not a known key"),
-        (["algorithm.name=gpro"], "algorithm.name", "must be one of 'grpo', 'dph_rl', 'rlep', 'sft'"),
+        (
+            ["algorithm.name=gpro"],
+            "algorithm.name",
+            "must be one of 'grpo', 'dph_rl', 'rlep', 'spo_chain', 'spo_tree', 'sft'",
+        ),
         (["trainer.max_steps=many"], "trainer.max_steps", "valid integer"),
         (["trainer.max_steps=0"], "trainer.max_steps", "greater than 0"),
         (["trainer.precision=fp16"], "trainer.precision", "'fp32' or 'bf16'"),

@@ -25,6 +25,7 @@ from megatron_rl.convert.shape import Family
 from megatron_rl.convert.sources import MegatronSource
 from megatron_rl.convert.verify import verify
 from megatron_rl.errors import UserError
+from tests.forked import run_child
 from tests.tiny_models import make_tiny_model
 
 
@@ -154,10 +155,7 @@ def test_a_killed_conversion_goes_on_with_what_is_whole(
         if count > limit:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if (pid := os.fork()) == 0:
-        convert(source, target, num_threads=2, reporter=Notes(die))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert run_child(lambda: convert(source, target, num_threads=2, reporter=Notes(die))) == -signal.SIGKILL
     assert not target.exists()
     journal = tmp_path / ".out.partial.journal"
     num_done = len(journal.read_text().splitlines()) - 1

@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_rl.convert.shape import read_shape
+from megatron_rl.errors import UserError
 from megatron_rl.model import build, specs
 from megatron_rl.model.attention import PackedCausalAttention
 from tests.policy_case import tiny_config
@@ -38,8 +39,17 @@ def test_gradient_accumulation_is_fused_only_where_the_kernel_of_the_output_laye
 def test_transformer_engine_serves_gpus_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
     monkeypatch.setattr(specs, "get_gpt_layer_with_transformer_engine_spec", lambda **_options: "Transformer Engine's")
-    config = megatron_config(model, "cpu")
-    assert specs.layer_spec(config, torch.device("cuda")) == "Transformer Engine's"
-    local = specs.layer_spec(config, torch.device("cpu"))
+    assert specs.layer_spec(megatron_config(model, "cuda")) == "Transformer Engine's"
+    local = specs.layer_spec(megatron_config(model, "cpu"))
     assert local.submodules.self_attention.submodules.core_attention is PackedCausalAttention
     assert local.submodules.input_layernorm is WrappedTorchNorm
+    chosen = build.transformer_config(
+        tiny_config(model, "policy.megatron_cfg.transformer_impl=local"), read_shape(model), torch.device("cuda")
+    )
+    assert specs.layer_spec(chosen).submodules.input_layernorm is WrappedTorchNorm
+
+
+def test_transformer_engine_is_not_replaced_without_a_word(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: False)
+    with pytest.raises(UserError, match="transformer_impl = 'transformer_engine': is not installed"):
+        specs.uses_transformer_engine("transformer_engine", torch.device("cuda"))

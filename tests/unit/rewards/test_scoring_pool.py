@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -239,7 +240,9 @@ def start_script(tmp_path, mode):
     script = tmp_path / "trainer.py"
     script.write_text(SCRIPT)
     pipe = subprocess.PIPE
-    trainer = subprocess.Popen([sys.executable, script, mode], stdout=pipe, stderr=pipe, text=True)
+    # A shell that starts this suite in the background makes it, and so the trainer, deaf to SIGINT.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    trainer = subprocess.Popen([sys.executable, script, mode], stdout=pipe, stderr=pipe, text=True, preexec_fn=listen)
     assert trainer.stdout.readline() == "top level\n", trainer.stderr.read()
     workers = [int(pid) for pid in trainer.stdout.readline().split()]
     return trainer, workers, parent_of(workers[0])

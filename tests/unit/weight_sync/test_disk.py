@@ -7,8 +7,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from megatron_rl.weight_sync.disk import (
     write_full,
 )
 from megatron_rl.weight_sync.disk.links import find_links, read_link
+from tests.forked import run_child
 
 Tensors = dict[str, Tensor]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -236,20 +235,6 @@ def test_the_result_that_is_there_already_is_used(links: Path, tmp_path: Path) -
         apply(links, base, 1, into=base)
 
 
-def in_child(action: Callable[[], object]) -> int:
-    """Exit status of a forked process, negative for a signal; it returns 0 where nothing ends it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def killed_after(count: int, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
     for number, item in enumerate(tensors.items()):
         if number == count:
@@ -263,8 +248,8 @@ def test_a_writer_killed_in_between_leaves_no_link(links: Path, tmp_path: Path) 
     new = changed(versions[1], 0.1, seed=5)
     old = versions[1].__getitem__
     for count in (1, 4):
-        assert in_child(lambda: write_full(killed_after(count, new), links, 2)) == -signal.SIGKILL  # noqa: B023
-        assert in_child(lambda: write_delta(old, killed_after(count, new), links, 2)) == -signal.SIGKILL  # noqa: B023
+        assert run_child(lambda: write_full(killed_after(count, new), links, 2)) == -signal.SIGKILL  # noqa: B023
+        assert run_child(lambda: write_delta(old, killed_after(count, new), links, 2)) == -signal.SIGKILL  # noqa: B023
         assert sorted(find_links(links)) == names
         assert sorted(p.name for p in links.iterdir() if p.name[0] == ".") == [
             ".00000002.delta.partial", ".00000002.full.partial"
@@ -289,7 +274,7 @@ def test_a_server_killed_in_between_leaves_no_checkpoint(
 
     with monkeypatch.context() as patched:
         patched.setattr(LayoutWriter, "add", die_at_the_third)
-        assert in_child(lambda: apply(links, base, 1)) == -signal.SIGKILL
+        assert run_child(lambda: apply(links, base, 1)) == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.iterdir()) == [".base.v1.partial", "base", "links"]
     assert_same_bits(apply(links, base, 1), versions[1])
 
@@ -304,7 +289,7 @@ def test_a_full_disk_is_a_user_error_and_leaves_nothing(links: Path) -> None:
         with pytest.raises(UserError, match=r"could not be written \(File too large\)"):
             write_full(versions[0].items(), links, 1)
 
-    assert in_child(write) == 0
+    assert run_child(write) == 0
     assert contents(links) == before
 
 

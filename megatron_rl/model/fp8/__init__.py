@@ -1,0 +1,1 @@
+"""Products in eight bits: which recipe runs where, and its arithmetic in plain torch for machines without such units."""
