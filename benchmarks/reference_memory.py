@@ -35,7 +35,8 @@ def main() -> None:
         size = [f"--intermediate-size={3 * hidden}", "--num-warm-start=64", "--num-train=64", "--num-held-out=8"]
         call("tools/make_word_problems.py", str(folder / "data"), *model, *size)
         start = (f"policy.model_path={folder}/data/model", f"exp_manager.exp_dir={folder}")
-        verb("train", "examples/quickstart/warm_start.yaml", *start, "trainer.max_steps=1", *data(folder, "warm_start"))
+        one = ("trainer.max_steps=1", "policy.optim.sched.warmup_updates=0")
+        verb("train", "examples/quickstart/warm_start.yaml", *start, *one, *data(folder, "warm_start"))
         policy = (f"policy.model_path={folder}/warm_start/hf", f"exp_manager.exp_dir={folder}", *data(folder, "train"))
         make_pool(folder)
         small = (
@@ -86,7 +87,7 @@ def make_pool(folder: Path) -> None:
 
 def data(folder: Path, split: str) -> tuple[str, ...]:
     """Overrides."""
-    return (f"data.train={folder}/data/{split}.jsonl", "trainer.devices=1")
+    return (f"data.train={folder}/data/{split}.jsonl", "data.validation=null", "trainer.devices=1")
 
 
 def verb(name: str, config: str, *overrides: str) -> None:

@@ -125,7 +125,7 @@ def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
     table = Table("", *SHOWN)
     for method, values in results.items():
         table.add_row(method, *(f"{values[name]:.3f}" if name in values else "" for name in SHOWN))
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def draw(results: Mapping[str, Mapping[str, float]], png: Path) -> None:

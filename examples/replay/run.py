@@ -1,9 +1,9 @@
 """Does replaying successes make RL faster? GRPO, then RLEP from the same start with GRPO's own successes.
 
-    .venv/bin/python examples/replay/run.py [--seed 1]       about a quarter of an hour on two CPU cores
+    .venv/bin/python examples/replay/run.py [--seed 1]       about ten minutes on two CPU cores
 
-Leaves runs/replay/seed_1/: results.json, results.png, and the runs phase1 (the baseline), phase2 (RLEP) and online (replays of
-what the run finds itself, without a phase 1). Run again after an interruption, it goes on where it stopped.
+Leaves runs/replay/seed_1/: results.json, results.png, and the runs phase1 (the baseline) and phase2 (RLEP). Run again after an
+interruption, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, seconds_of, verb
+from parts import ROOT, Part, seconds_of, start, verb
 
 HERE = Path(__file__).parent
-QUICKSTART = HERE.parent / "quickstart"
-PROBLEMS = "--num-warm-start 32000 --num-train 2000 --num-held-out 300 --slip-share 0.3 --forgotten-carry-share 0.6"
 METRIC = "eval/avg@4"
 """Accuracy at temperature 1, every five steps."""
 
@@ -30,22 +28,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     seed = parser.parse_args().seed
     folder = Path("runs/replay") / f"seed_{seed}"
-    common = (f"exp_manager.exp_dir={folder}", f"trainer.seed={seed}")
-    make = [sys.executable, "tools/make_word_problems.py", str(folder / "data"), "--seed", str(seed), *PROBLEMS.split()]
+    seconds, common = start(folder, seed)
     # The model to sample is that of phase 1; its folder of samples lies beside the runs.
     collect = (*common, f"policy.model_path={folder}/phase1/hf", "exp_manager.name=.")
-    online = ("exp_manager.name=online", "algorithm.replay.source=online", "algorithm.replay.pool=null")
-    warm = (f"policy.model_path={folder}/data/model", f"data.train={folder}/data/warm_start.jsonl")
     parts = (
-        Part("problems", make, folder / "data" / "model"),
-        Part("warm start", verb("train", QUICKSTART / "warm_start.yaml", *common, *warm), folder / "warm_start" / "hf"),
         Part("phase 1", verb("train", HERE / "grpo.yaml", *common), folder / "phase1" / "summary.json"),
         Part("successes", verb("presample", HERE / "rlep.yaml", *collect), folder / "presample" / "summary.json"),
         Part("phase 2", verb("train", HERE / "rlep.yaml", *common), folder / "phase2" / "summary.json"),
-        Part("online", verb("train", HERE / "rlep.yaml", *common, *online), folder / "online" / "summary.json"),
     )
-    seconds = {part.name: seconds_of(part) for part in parts}
-    curves = {name: curve(ROOT / folder / name) for name in ("phase1", "phase2", "online")}
+    seconds |= {part.name: seconds_of(part) for part in parts}
+    curves = {name: curve(ROOT / folder / name) for name in ("phase1", "phase2")}
     report = compare(curves) | {"seed": seed, "seconds": seconds, "curves": curves}
     (ROOT / folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(curves, ROOT / folder / "results.png")
