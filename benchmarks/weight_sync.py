@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron_rl.convert.kinds import shard_shape
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.convert.table import entries, hf_tensors
-from megatron_rl.rollout.sglang.process import free_port
+from megatron_rl.rollout.sglang.process import HeldPort
 from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages, send_messages
 from megatron_rl.weight_sync.plan import TrainingLayout, make_plan
 from megatron_rl.weight_sync.receiver import make_group
@@ -172,7 +172,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     results: Queue[dict[str, object]] = context.Queue()
     shape = model_of(arguments.layers)
-    port = free_port("127.0.0.1")
+    held = HeldPort("127.0.0.1")  # until this process ends
+    port = held.number
     ranks = range(TRAINING.num_ranks + ROLLOUT.tp_size)
     given = [(rank, port, shape, arguments.repeats, arguments.backend, results) for rank in ranks]
     processes = [context.Process(target=work, args=each, daemon=True) for each in given]

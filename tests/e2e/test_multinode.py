@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from megatron_rl.launch.node_watch import BEAT_S, GRACE_S, LOST_S
+from megatron_rl.rollout.sglang.process import HeldPort
 from tests.e2e.conftest import Case
 
 LAUNCH = Path(__file__).parents[2] / "examples/launch"
@@ -77,19 +75,12 @@ class Nodes:
             time.sleep(0.1)
 
 
-def free_port() -> int:
-    """Below those that the system hands out: the servers of the other half of the tests ask for such all the time."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
-
-
 @pytest.fixture
 def nodes(case: Case) -> Iterator[Nodes]:
-    nodes = Nodes(case, free_port())
+    port = HeldPort("127.0.0.1")
+    nodes = Nodes(case, port.number)
     yield nodes
+    port.close()
     for pid in nodes.processes():
         os.kill(pid, signal.SIGKILL)
     for launcher in nodes.launchers:

@@ -16,15 +16,16 @@ import torch
 from aiohttp import ClientSession, web
 
 from megatron_rl.rollout.sglang.flags import server_command, server_environment
-from megatron_rl.rollout.sglang.process import ChildProcess, free_port
+from megatron_rl.rollout.sglang.process import ChildProcess, HeldPort
 from tests.e2e.conftest import case, tiny_model  # noqa: F401  fixtures
 
 START_S = 240.0
+_held: list[HeldPort] = []
 
 
 def start_server(model: Path, log: Path, **passed: Any) -> tuple[ChildProcess, str]:
     """A server with our flags on a free port; not ready yet."""
-    port = free_port("127.0.0.1")
+    port, nccl_port = hold_port(), hold_port()
     command = server_command(
         passed,
         model_path=str(model),
@@ -32,7 +33,7 @@ def start_server(model: Path, log: Path, **passed: Any) -> tuple[ChildProcess, s
         is_cpu=True,
         host="127.0.0.1",
         port=port,
-        nccl_port=free_port("127.0.0.1"),
+        nccl_port=nccl_port,
         base_gpu_id=0,
         releases_memory=False,
         admin_key="",
@@ -42,6 +43,12 @@ def start_server(model: Path, log: Path, **passed: Any) -> tuple[ChildProcess, s
     size = int(passed.get("tp_size", 1))
     environment = server_environment(is_cpu=True, tensor_parallel_size=size, num_servers=1, num_cores=2)
     return ChildProcess(command, log=log, environment=environment), f"http://127.0.0.1:{port}"
+
+
+def hold_port() -> int:
+    """For as long as the tests run."""
+    _held.append(HeldPort("127.0.0.1"))
+    return _held[-1].number
 
 
 def wait_until_ready(process: ChildProcess, url: str, log: Path) -> None:
@@ -76,7 +83,7 @@ class Proxy:
 
     def __init__(self, target: str, spoil: Spoil) -> None:
         self.target, self.spoil = target, spoil
-        self.url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+        self.url = ""
         self.counts: dict[str, int] = {}
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -96,7 +103,9 @@ class Proxy:
 
         async def start() -> None:
             await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", int(self.url.rpartition(":")[2])).start()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
             self._session = ClientSession()
             self._ready.set()
 

@@ -27,7 +27,7 @@ from megatron_rl.rollout.engine import CheckpointSource, Delivery, ShardSource, 
 from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
 from megatron_rl.rollout.sglang.driver import Driver, ServedModel
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER, server_command, server_environment
-from megatron_rl.rollout.sglang.process import ChildProcess, free_port, is_port_free, own_address
+from megatron_rl.rollout.sglang.process import ChildProcess, HeldPort, own_address
 from megatron_rl.rollout.sglang.supervisor import Managed, Supervisor
 from megatron_rl.rollout.share import broadcast_completions
 from megatron_rl.types import Completion, Request
@@ -61,6 +61,7 @@ class SGLangEngine:
         self._shards: ShardSource | None = None
         self._checkpoint: CheckpointSource | None = None
         self._supervisor: Supervisor | None = None
+        self._ports: list[HeldPort] = []
         self._driver: Driver | None = None
         self._admin_key: str | None = None
         urls, logs = config.rollout.servers.urls, []
@@ -185,6 +186,8 @@ class SGLangEngine:
             self._driver.close()
         if self._supervisor is not None:
             self._supervisor.close()
+        for port in self._ports:
+            port.close()
 
     # ------------------------------------------------------------------------------------------------ the meeting
 
@@ -287,12 +290,14 @@ class SGLangEngine:
         size = int(config.rollout.sglang_cfg.get("tp_size", 1))
         managed = []
         for index in range(servers.num_per_node):
-            port = free_port(host) if servers.base_port is None else servers.base_port + index
-            if servers.base_port is not None and not is_port_free(host, port):
+            wanted = 0 if servers.base_port is None else servers.base_port + index
+            try:
+                port = self._hold_port(host, wanted)
+            except OSError:
                 error = UserError(
                     "rollout.servers.base_port",
                     servers.base_port,
-                    f"something listens on {host}:{port} already",
+                    f"something listens on {host}:{wanted} already",
                     "end it, choose another port, or leave the field null to take free ones",
                 )
                 return [], error_to_json(error)
@@ -319,7 +324,7 @@ class SGLangEngine:
                 is_cpu=self._is_cpu,
                 host=host,
                 port=port,
-                nccl_port=free_port(host),  # another one at every start: the last may be lingering
+                nccl_port=self._hold_port(host),  # another one at every start: the last may be lingering
                 base_gpu_id=first_gpu + index * size,
                 releases_memory=servers.placement == "colocated",
                 admin_key=admin_key,
@@ -334,6 +339,10 @@ class SGLangEngine:
             return ChildProcess(command, log=log, environment=environment)
 
         return Managed(f"server {number}", f"http://{host}:{port}", log, start)
+
+    def _hold_port(self, host: str, number: int = 0) -> int:
+        self._ports.append(HeldPort(host, number))
+        return self._ports[-1].number
 
 
 def _buckets(tensors: Any, num_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:

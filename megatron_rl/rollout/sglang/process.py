@@ -75,22 +75,36 @@ def last_error(log: Path, since: int = 0) -> str:
     return (errors or lines or ["it wrote nothing"])[-1][:400]
 
 
-def free_port(host: str) -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+class HeldPort:
+    """A port for a program that we start, kept from everybody else until ``close``.
 
+    A server takes many seconds from its start to its own ``bind``, and a port that was merely free before is another
+    program's by then. This one is bound and never listened on: the kernel hands it to nobody, and lets a program that asks
+    for it by number bind beside us where both set SO_REUSEADDR, as servers do.
+    """
 
-def is_port_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def __init__(self, host: str, number: int = 0) -> None:
+        """Take it.
+
+        Args:
+            host: address to listen on.
+            number: 0 takes any.
+
+        Raises:
+            OSError: somebody listens there.
+        """
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            self._socket.bind((host, number))
         except OSError:
-            return False
-        return True
+            self._socket.close()
+            raise
+        self.number = int(self._socket.getsockname()[1])
+
+    def close(self) -> None:
+        """Give it up. Harmless when repeated."""
+        self._socket.close()
 
 
 def own_address(num_nodes: int, *peers: str) -> str:

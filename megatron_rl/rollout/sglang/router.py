@@ -21,7 +21,7 @@ import aiohttp
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.sglang.client import SGLangClient
 from megatron_rl.rollout.sglang.fleet import Server
-from megatron_rl.rollout.sglang.process import ChildProcess, describe_status, free_port, last_error
+from megatron_rl.rollout.sglang.process import ChildProcess, HeldPort, describe_status, last_error
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 30.0
@@ -43,10 +43,12 @@ class Router:
         self._health_timeout_s = health_timeout_s
         self._log = log
         self._log_start = log.stat().st_size if log.exists() else 0
-        self.url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+        self._ports = [HeldPort("127.0.0.1"), HeldPort("127.0.0.1")]
+        port, metrics_port = (str(held.number) for held in self._ports)
+        self.url = f"http://127.0.0.1:{port}"
         command = [
             *(sys.executable, "-m", "megatron_rl.rollout.sglang_router", "--host", "127.0.0.1"),
-            *("--port", self.url.rpartition(":")[2], "--prometheus-port", str(free_port("127.0.0.1"))),
+            *("--port", port, "--prometheus-port", metrics_port),
             *("--policy", "cache_aware", "--request-timeout-secs", str(int(request_timeout_s) + 1)),
             *("--disable-retries", "--disable-circuit-breaker", "--disable-health-check", "--log-level", "warn"),
         ]
@@ -106,6 +108,8 @@ class Router:
     def close(self) -> None:
         """End it. Harmless when repeated."""
         self._process.kill()
+        for port in self._ports:
+            port.close()
 
     async def _add(self, url: str) -> None:
         self._ids[url] = (await self._call("POST", "/workers", {"url": url}))["worker_id"]
