@@ -1,6 +1,7 @@
-"""megatron_rl against TRL's GRPOTrainer: the same model, prompts and GRPO step, on the CPU.
+"""megatron_rl against TRL's GRPOTrainer: the same model, prompts and GRPO step, on the CPU or on one GPU.
 
     python benchmarks/vs_trl.py [--trl-python PATH]      without PATH, requirements/bench_trl.txt goes into .venv-trl
+    python benchmarks/vs_trl.py --gpu --trl-python PATH
 
     tokens_per_s_ratio    completion tokens per second of whole steps, megatron_rl over TRL
     generate_ratio        the same of generation alone: prompt ids in, completion ids out
@@ -40,7 +41,13 @@ megatron_rl
     the quickstart's config on one rank: Megatron-Core with the distributed optimizer, one scoring worker, metrics written
     at each step, no checkpoints, no evaluation. MEGATRON_RL_TOKENS tokens a forward, the fastest of 2048, 4096, 8192, 16384.
 
-Speeds are of a model so small that much of the time is spent beside the arithmetic; a larger one shifts the ratios.
+On a GPU
+    model               Qwen2.5-0.5B's sizes and vocabulary, random; all completions have full length. bfloat16: TRL's weights
+                        and optimizer state too, ours with Megatron's float32 main weights
+    step                32 prompts x 8 completions of 256 tokens, 2 updates
+    not tuned           rows and tokens of a forward are guesses; TRL's attention is sdpa
+
+Figures of the CPU are of a model so small that much of the time is spent beside the arithmetic; a larger one shifts the ratios.
 """
 
 from __future__ import annotations
@@ -60,10 +67,11 @@ sys.path.insert(0, str(HERE / "vs_trl"))
 
 from common import Work  # noqa: E402
 
+from megatron_rl.tasks.word_tokenizer import ModelSize  # noqa: E402
+
 REPEATS, WARM_UP, STEPS = 3, 2, 4
 MAX_CROWDED, MIN_QUIET, MAX_TURNS = 0.1, 8, 10
-NUM_PROMPTS, NUM_GENERATIONS, MAX_NEW_TOKENS = 32, 8, 96
-TRL_BATCH, TRL_ATTENTION, MEGATRON_RL_TOKENS = 32, "eager", 16384
+NUM_PROMPTS, NUM_GENERATIONS = 32, 8
 PHASES = {"tokens_per_s": ("generate", "update", "rest"), "generate": ("generate",), "update": ("update",)}
 
 
@@ -80,8 +88,28 @@ class Setting:
         return f"{self.lengths}, {self.num_updates} update{'s' if self.num_updates > 1 else ''}"
 
 
-SETTINGS = (Setting("spread", 2), Setting("equal", 2), Setting("equal", 1))
-"""The first is the one whose ratios stand at the top of the JSON."""
+@dataclass(frozen=True)
+class Place:
+    """Where it is measured, and what fits there."""
+
+    device: str
+    settings: tuple[Setting, ...]
+    """The first is the one whose ratios stand at the top of the JSON."""
+    size: ModelSize
+    vocab_size: int | None
+    """Of the model, where larger than the tokenizer's."""
+    max_new_tokens: int
+    trl_batch_size: int
+    trl_attention: str
+    megatron_rl_tokens: int
+
+
+CPU = Place(
+    "cpu", (Setting("spread", 2), Setting("equal", 2), Setting("equal", 1)), ModelSize(), None, 96, 32, "eager", 16384
+)
+GPU = Place(
+    "gpu", (Setting("equal", 2),), ModelSize(896, 24, 14, 2, 4864, max_positions=1024), 151_936, 256, 32, "sdpa", 32768
+)
 
 
 def main() -> None:
@@ -90,25 +118,28 @@ def main() -> None:
     parser.add_argument("--trl-python", type=Path, help="interpreter of an environment that has TRL")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="turns, at least")
     parser.add_argument("--steps", type=int, default=STEPS, help="measured steps of each process")
+    parser.add_argument("--gpu", action="store_true", help="on one GPU, with a model of half a billion parameters")
     arguments = parser.parse_args()
+    place = GPU if arguments.gpu else CPU
     pythons = {"megatron_rl": Path(sys.executable), "trl": arguments.trl_python or install_trl()}
     num_threads = len(os.sched_getaffinity(0))
     figures: dict[str, dict[str, float]] = {}
     versions: dict[str, dict[str, str]] = {}
-    for setting in SETTINGS:
+    for setting in place.settings:
         with tempfile.TemporaryDirectory() as folder:
-            write_inputs(Path(folder), setting, num_prompts=NUM_PROMPTS * (WARM_UP + arguments.steps))
+            write_inputs(Path(folder), setting, place, num_prompts=NUM_PROMPTS * (WARM_UP + arguments.steps))
             work = Work(
                 directory=folder,
                 num_steps=WARM_UP + arguments.steps,
                 num_threads=num_threads,
                 num_prompts=NUM_PROMPTS,
                 num_generations=NUM_GENERATIONS,
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=place.max_new_tokens,
                 num_updates=setting.num_updates,
-                trl_batch_size=TRL_BATCH,
-                trl_attention=TRL_ATTENTION,
-                megatron_rl_tokens=MEGATRON_RL_TOKENS,
+                trl_batch_size=place.trl_batch_size,
+                trl_attention=place.trl_attention,
+                megatron_rl_tokens=place.megatron_rl_tokens,
+                device=place.device,
             )
             steps: dict[str, list[dict[str, float]]] = {side: [] for side in pythons}
             for turn in range(MAX_TURNS):
@@ -122,10 +153,10 @@ def main() -> None:
         figures[setting.name] = compare(summarise(steps["megatron_rl"]), summarise(steps["trl"]))
     print_table(figures)
     summary = {
-        **{key: value for key, value in figures[SETTINGS[0].name].items() if key.endswith("_ratio")},
+        **{key: value for key, value in figures[place.settings[0].name].items() if key.endswith("_ratio")},
         "settings": figures,
         "versions": versions,
-        "machine": machine(),
+        "machine": machine(place),
         "threads": num_threads,
         "warm_up_steps": WARM_UP,
         "steps": arguments.steps,
@@ -147,7 +178,7 @@ def install_trl() -> Path:
     return python
 
 
-def write_inputs(directory: Path, setting: Setting, *, num_prompts: int) -> None:
+def write_inputs(directory: Path, setting: Setting, place: Place, *, num_prompts: int) -> None:
     """The model, the problems for megatron_rl, and their prompts for TRL."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,9 +186,12 @@ def write_inputs(directory: Path, setting: Setting, *, num_prompts: int) -> None
 
     from megatron_rl.tasks import get_task
     from megatron_rl.tasks.word_problems import generate, write_rows
-    from megatron_rl.tasks.word_tokenizer import END, VOCABULARY, ModelSize, save_model
+    from megatron_rl.tasks.word_tokenizer import END, VOCABULARY, save_model
 
-    save_model(directory / "model", ModelSize())
+    save_model(directory / "model", place.size)
+    if place.vocab_size is not None:
+        path = directory / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": place.vocab_size}))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory / "model"))
     if setting.lengths == "equal":
@@ -233,8 +267,12 @@ def print_table(figures: dict[str, dict[str, float]]) -> None:
         print(f"{name:20}{'ratio':14}{ratios}")
 
 
-def machine() -> str:
-    """The processor in words."""
+def machine(place: Place) -> str:
+    """Processor or GPU in words."""
+    if place.device == "gpu":
+        import torch
+
+        return f"one {torch.cuda.get_device_name(0)}"
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
     units = "with AMX" if "amx_tile" in text else "without AMX"

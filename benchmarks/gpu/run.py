@@ -27,6 +27,11 @@ JOBS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "agreement": (120, ("transformer_engine_torch",), ("benchmarks/gpu/agreement.py",)),
     "log_probs": (150, (), BIG_HEAD),
     "train_step": (240, ("transformer_engine_torch",), ("benchmarks/gpu/train_step.py",)),
+    "vs_trl": (
+        300,
+        ("trl",),
+        ("benchmarks/vs_trl.py", "--gpu", "--repeats", "1", "--steps", "8", "--trl-python", sys.executable),
+    ),
 }
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "liger-kernel", "cut-cross-entropy", "trl", "triton")
 

@@ -31,6 +31,8 @@ class Work:
     """Rows of one forward and backward in TRL."""
     trl_attention: str
     """``attn_implementation`` of TRL's model."""
+    device: str
+    """``cpu``, in fp32, or ``gpu``, in bf16."""
     megatron_rl_tokens: int
     """Tokens of one forward and backward in megatron_rl."""
 

@@ -47,7 +47,8 @@ def main() -> None:
         import torch.distributed as dist
 
         # A store in a file: no port, so that nothing else on the machine is in the way.
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        backend = "gloo" if work.device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         status = run_rank(config, run)
     if status:
         sys.exit(status)
@@ -62,7 +63,8 @@ def overrides(work: Work, folder: str) -> list[str]:
     settings = {
         "trainer.devices": 1,
         "trainer.threads_per_rank": work.num_threads,
-        "trainer.accelerator": "cpu",
+        "trainer.accelerator": work.device,
+        "trainer.precision": "fp32" if work.device == "cpu" else "bf16",
         "trainer.max_steps": work.num_steps,
         "exp_manager.exp_dir": folder,
         "exp_manager.create_checkpoint_callback": "false",

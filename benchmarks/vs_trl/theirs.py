@@ -64,13 +64,14 @@ def reward(completions: list[str], **_columns: Any) -> list[float]:
 
 
 def settings(work: Work, folder: str) -> trl.GRPOConfig:
-    """TRL at its best on a CPU, doing what the other side does; vs_trl.py gives the reasons."""
+    """TRL at its best, doing what the other side does; vs_trl.py gives the reasons."""
+    on_cpu = work.device == "cpu"
     rows_of_update = work.num_rows // work.num_updates
     return trl.GRPOConfig(
         output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": work.trl_attention},
+        use_cpu=on_cpu,
+        bf16=not on_cpu,
+        model_init_kwargs={"dtype": "float32" if on_cpu else "bfloat16", "attn_implementation": work.trl_attention},
         disable_dropout=True,
         gradient_checkpointing=False,
         # one step: generate all rows once, then num_updates updates on equal shares of them
