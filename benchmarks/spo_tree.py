@@ -87,7 +87,8 @@ def make_problems(folder: Path, hidden: int) -> None:
     with (folder / "problems.jsonl").open("w") as file:
         for _ in range(32):
             ids = tokenizer(" ".join(draw.sample(words, 100)), add_special_tokens=False)["input_ids"]
-            text = tokenizer.decode(ids[: PROMPT_TOKENS - 8])
+            text = tokenizer.decode(ids[:PROMPT_TOKENS])
+            assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == PROMPT_TOKENS
             file.write(json.dumps({"question": text, "answer": "7"}) + "\n")
 
 

@@ -59,14 +59,17 @@ def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
     if not any(sample.num_response_tokens for sample in rollouts):  # a mean over no token is no number
         return sizes
     difference = (_joined(rollouts, "old_log_probs") - _joined(rollouts, "rollout_log_probs")).abs()
-    old, advantages = _joined(rollouts, "old_log_probs"), _joined(rollouts, "advantages")
-    covariance = (old - old.mean()) * (advantages - advantages.mean())
-    return sizes | {
+    found = sizes | {
         "mismatch/log_prob_abs_diff": float(difference.mean()),
         "mismatch/log_prob_abs_diff_max": float(difference.max()),
-        "cov/mean": float(covariance.mean()),
-        "advantages/abs_mean": float(advantages.abs().mean()),
     }
+    masks = [torch.ones(row.num_response_tokens).bool() if row.loss_mask is None else row.loss_mask for row in rollouts]
+    in_loss = torch.cat(masks)
+    if not bool(in_loss.any()):
+        return found
+    old, advantages = _joined(rollouts, "old_log_probs")[in_loss], _joined(rollouts, "advantages")[in_loss]
+    covariance = (old - old.mean()) * (advantages - advantages.mean())
+    return found | {"cov/mean": float(covariance.mean()), "advantages/abs_mean": float(advantages.abs().mean())}
 
 
 def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

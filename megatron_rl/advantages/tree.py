@@ -11,6 +11,7 @@ from megatron_rl.config.algorithms import EdgeAdvantage
 from megatron_rl.types import TreeNode
 
 STD_EPSILON = 1e-8
+ROUNDING = 1e-9
 
 
 def set_values(node: TreeNode) -> None:
@@ -24,10 +25,6 @@ def set_values(node: TreeNode) -> None:
         values = [child.value for child in node.children if child.value is not None]
         if not values:
             node.value = None
-        elif min(values) == max(
-            values
-        ):  # exactly: rounding of a mean must not leave edges that are worth nothing an advantage
-            node.value = values[0]
         else:
             node.value = sum(values) / len(values)
 
@@ -57,9 +54,9 @@ def edges(root: TreeNode, kind: EdgeAdvantage) -> Iterator[Edge]:
         path, parent = waiting.pop(0)
         scale = _scale(parent, kind)
         for child in parent.children:
-            is_known = child.value is not None and parent.value is not None
-            advantage = (child.value - parent.value) * scale if is_known else 0.0  # type: ignore[operator]
-            yield Edge(path, child, advantage)
+            difference = 0.0 if child.value is None or parent.value is None else child.value - parent.value
+            # What the rounding of a mean leaves is no advantage.
+            yield Edge(path, child, difference * scale if abs(difference) > ROUNDING else 0.0)
             waiting.append(((*path, child), child))
 
 

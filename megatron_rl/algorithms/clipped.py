@@ -39,9 +39,11 @@ class ClippedAlgorithm(OnlineAlgorithm):
 
         Our engines give those of the whole distribution also where they sample from a part of it. Not every server does.
         """
-        rollout = self.config.rollout
-        return isinstance(self.clipped, MaskConfig) and (
-            self.clipped.probabilities_from(top_p=rollout.top_p, top_k=rollout.top_k) == "policy"
+        rollout, settings = self.config.rollout, self.clipped
+        return (
+            isinstance(settings, MaskConfig)
+            and settings.uses_probabilities
+            and settings.probabilities_from(top_p=rollout.top_p, top_k=rollout.top_k) == "policy"
         )
 
     def mask_of(self, rollout_log_probs: Tensor) -> Tensor | None:

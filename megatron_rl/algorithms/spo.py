@@ -39,7 +39,15 @@ class SegmentAlgorithm(ClippedAlgorithm):
         if settings.save_every_n_steps and step % settings.save_every_n_steps == 0:
             path = directory / "trees" / f"step_{step:08d}.json"
             advantage = settings.advantage if isinstance(settings, SPOTreeConfig) else "raw"
-            write_record(path, groups, tokenizer, step=step, shaped=self.shaped, advantage=advantage)
+            write_record(
+                path,
+                groups,
+                tokenizer,
+                step=step,
+                threshold=settings.sure_from,
+                shaped=self.shaped,
+                advantage=advantage,
+            )
 
 
 def whiten(rows: Sequence[TrainingSample], *, subtract_mean: bool) -> None:

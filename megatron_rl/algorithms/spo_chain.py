@@ -65,11 +65,12 @@ class SPOChain(SegmentAlgorithm):
         chosen = prompts.take(self.settings.num_prompts_per_step)
         draw, limit, sampling = f"train/{step}", self.config.rollout.max_new_tokens, self.sampling()
         further = replace(sampling, record_experts=False)  # nothing is trained on those
+        firsts = _first_equals(chosen)
 
         def continued(index: int, response_ids: Tensor, log_probs: Tensor) -> Iterator[Branch]:
             """From each border of a rollout."""
             borders = self.borders(response_ids, log_probs)
-            for border, state in zip(borders, _state_keys(index, response_ids, borders)):
+            for border, state in zip(borders, _state_keys(firsts[index], response_ids, borders)):
                 prefix = torch.cat([chosen[index].prompt_ids, response_ids[:border]])
                 for number in range(self.settings.num_continuations):
                     key = (*state, number)
@@ -126,13 +127,21 @@ class SPOChain(SegmentAlgorithm):
             key: self.borders(rollout.response_ids, of_policy.get(key, rollout.log_probs))
             for key, rollout in rollouts.items()
         }
+        firsts = _first_equals(prompts)
+        states = {
+            key: _state_keys(firsts[key[0]], rollout.response_ids, borders[key]) for key, rollout in rollouts.items()
+        }
         scores = collector.score([prompts[key[0]] for key in rollouts], list(rollouts.values()))
-        values = self._values(prompts, grown, borders, collector)
+        prefixes = {
+            state: rollout.response_ids[:n]
+            for key, rollout in rollouts.items()
+            for n, state in zip(borders[key], states[key])
+        }
+        values = self._values(prompts, grown, prefixes, collector)
         groups = [RolloutGroup(prompt, []) for prompt in prompts]
         for (key, rollout), score in zip(rollouts.items(), scores):
-            keys = _state_keys(key[0], rollout.response_ids, borders[key])
-            states = tuple(State(n, values[state]) for n, state in zip(borders[key], keys))
-            groups[key[0]].rollouts.append(Rollout(rollout, score, states, of_policy.get(key)))
+            valued = tuple(State(n, values[state]) for n, state in zip(borders[key], states[key]))
+            groups[key[0]].rollouts.append(Rollout(rollout, score, valued, of_policy.get(key)))
         num_borders, num_tokens = sum(map(len, borders.values())), _num_tokens(grown.values())
         self._metrics = {
             "spo/borders_per_rollout": num_borders / len(rollouts),
@@ -147,15 +156,10 @@ class SPOChain(SegmentAlgorithm):
         self,
         prompts: Sequence[Prompt],
         grown: Mapping[Key, Completion],
-        borders: Mapping[Key, Sequence[int]],
+        prefixes: Mapping[Key, Tensor],
         collector: Collector,
     ) -> dict[Key, float | None]:
-        """Of each border: the mean reward of what continues from it; None where none of that could be judged."""
-        prefixes = {
-            state: grown[key].response_ids[:n]
-            for key, of_rollout in borders.items()
-            for n, state in zip(of_rollout, _state_keys(key[0], grown[key].response_ids, of_rollout))
-        }
+        """Of each state: the mean reward of what continues from it; None where none of that could be judged."""
         # Of these only the ids are looked at.
         whole = {
             key: replace(completion, response_ids=torch.cat([prefixes[key[:-1]], completion.response_ids]))
@@ -206,6 +210,15 @@ class SPOChain(SegmentAlgorithm):
 
     def _reward(self, score: Score, completion: Completion) -> float | None:
         return None if score.is_failure else self.shaped(score.reward, len(completion.response_ids))
+
+
+def _first_equals(prompts: Sequence[Prompt]) -> list[int]:
+    """Of each prompt the place of the first that is the same: a small data set may have one twice in a step."""
+    places: dict[tuple[str, bytes], int] = {}
+    return [
+        places.setdefault((prompt.problem.problem_id, prompt.prompt_ids.numpy().tobytes()), place)
+        for place, prompt in enumerate(prompts)
+    ]
 
 
 def _state_keys(prompt: int, response_ids: Tensor, borders: Sequence[int]) -> list[Key]:

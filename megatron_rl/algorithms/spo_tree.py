@@ -7,8 +7,7 @@
     replay         a step trains on ``num_edges_per_step`` edges of its own trees and of those of the last steps. The ratio
                    of an old one is to the policy that grew it
 
-Edges whose advantage is 0 are dropped. Every edge that waits gets its old log-probs in the step that grew its tree; of one
-step's, no more wait than another step could use.
+Edges whose advantage is 0 are dropped. Every edge that waits gets its old log-probs in the step that grew its tree.
 
 Deviations from the released code: advantages are whitened over the optimizer mini-batch, not over each micro-batch; the real
 leave-one-out is there beside what the code calls so; KL is a mean over the same tokens as the loss.
@@ -40,7 +39,13 @@ class SPOTree(SegmentAlgorithm):
         super().__init__(config)
         assert isinstance(config.algorithm, SPOTreeConfig)
         self.settings = config.algorithm
-        self.store = EdgeStore(self.settings.edge_lifetime_steps, self.settings.max_edges_per_prompt)
+        settings = self.settings
+        self.store = EdgeStore(
+            settings.edge_lifetime_steps,
+            settings.max_edges_per_tree,
+            max_waiting=settings.max_waiting_edges_per_step,
+            origin=f"temperature {config.rollout.temperature}, {settings.advantage} advantages",
+        )
         self._num_used = 0
 
     # ---- rollouts

@@ -141,6 +141,11 @@ class MaskConfig:
             return self.probabilities
         return "policy" if top_p < 1 or top_k > 0 else "rollout"
 
+    @property
+    def uses_probabilities(self) -> bool:
+        """Whether they decide anything."""
+        return self.mask_threshold is not None
+
 
 @section
 class GRPOConfig(MaskConfig, GroupConfig):
@@ -278,6 +283,11 @@ class SegmentConfig(MaskConfig, ClippedConfig):
     save_every_n_steps: NonNegativeInt = 0
     """Keep the trees or chains of every n-th step in <run>/trees/, for ``megatron-rl tree``; 0 never does."""
 
+    @property
+    def sure_from(self) -> float:
+        """Probability of a token from which on the policy counts as sure of it."""
+        return self.mask_threshold or 0.9
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl.coef > 0 and self.kl.placement == "reward":
@@ -301,6 +311,16 @@ class SPOChainConfig(SegmentConfig):
     """N: rollouts from each border. Equal borders of one prompt share them."""
 
     @property
+    def uses_probabilities(self) -> bool:
+        """See ``MaskConfig``: cut points are chosen by them as well."""
+        return super().uses_probabilities or self.partition.kind == "cut_points"
+
+    @property
+    def sure_from(self) -> float:
+        """See ``SegmentConfig``."""
+        return self.mask_threshold or self.partition.threshold or 0.9
+
+    @property
     def num_rows(self) -> int:
         """Rollouts of one step."""
         return self.num_prompts_per_step * self.num_generations_per_prompt
@@ -321,10 +341,13 @@ class SPOTreeConfig(SegmentConfig):
     siblings' mean."""
     num_edges_per_step: PositiveInt = 512
     """Rows of a step at most: edges of this step's trees and of those before."""
-    max_edges_per_prompt: PositiveInt = 32
+    max_edges_per_tree: PositiveInt = 32
     """Of these, of one prompt's tree."""
     edge_lifetime_steps: PositiveInt = 8
     """An edge that was not trained on within so many steps, that of its tree included, is forgotten."""
+    max_waiting_edges_per_step: PositiveInt | None = None
+    """Of one step's trees so many wait for later steps at most, chosen at random; null: all that are worth something. Each
+    costs a forward pass in its own step."""
 
     @property
     def num_rows(self) -> int:

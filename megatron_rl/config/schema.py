@@ -111,7 +111,11 @@ class Config:
         if not isinstance(algorithm, SegmentConfig):
             return
         is_colocated = self.rollout.is_colocated
-        asks = algorithm.probabilities_from(top_p=self.rollout.top_p, top_k=self.rollout.top_k)
+        asks = (
+            algorithm.probabilities_from(top_p=self.rollout.top_p, top_k=self.rollout.top_k)
+            if algorithm.uses_probabilities
+            else None
+        )
         if algorithm.name == "spo_chain" and asks == "policy" and is_colocated:
             raise UserError(
                 "algorithm.probabilities",

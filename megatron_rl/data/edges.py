@@ -23,17 +23,23 @@ class _Tree:
 class EdgeStore:
     """The newest trees' edges, in memory, the same on every rank."""
 
-    def __init__(self, lifetime_steps: int, max_per_tree: int) -> None:
+    def __init__(
+        self, lifetime_steps: int, max_per_tree: int, *, max_waiting: int | None = None, origin: str = ""
+    ) -> None:
         """Empty.
 
         Args:
             lifetime_steps: a tree of step s is drawn from in steps s to s + lifetime_steps - 1.
             max_per_tree: edges of one tree in one draw.
+            max_waiting: edges of one step's trees that stay for later; None keeps all.
+            origin: what log-probs and advantages of edges depend on; those of another origin do not go on with this run.
         """
         self._lifetime_steps, self._max_per_tree = lifetime_steps, max_per_tree
+        self._max_waiting, self._origin = 0 if lifetime_steps == 1 else max_waiting, origin
         self._trees: list[_Tree] = []
         self.num_expired = 0
-        """Edges that the last ``add`` has dropped for their age."""
+        """Edges that the last ``add`` has dropped for their age, and those that a resume before it did not take."""
+        self._num_foreign = 0
 
     def __len__(self) -> int:
         return sum(len(tree.rows) for tree in self._trees)
@@ -41,15 +47,13 @@ class EdgeStore:
     def add(self, trees: Sequence[Sequence[TrainingSample]], step: int) -> None:
         """Take the edges of this step's trees in, and drop those that are too old."""
         is_alive = [tree.born > step - self._lifetime_steps for tree in self._trees]
-        self.num_expired = sum(len(tree.rows) for tree, alive in zip(self._trees, is_alive) if not alive)
+        too_old = sum(len(tree.rows) for tree, alive in zip(self._trees, is_alive) if not alive)
+        self.num_expired, self._num_foreign = too_old + self._num_foreign, 0
         self._trees = [tree for tree, alive in zip(self._trees, is_alive) if alive and tree.rows]
         self._trees += [_Tree(step, list(rows)) for rows in trees if rows]
 
     def draw(self, count: int, *, seed: int, step: int, batch_size: int, multiple: int) -> list[TrainingSample]:
         """Take out up to ``count`` edges, any of them as likely as any other within what a tree may give.
-
-        Of this step's trees, no more than ``count`` further ones stay: the others could hardly be used in time, and each that
-        stays costs a forward pass.
 
         Args:
             count: at most so many, a multiple of ``batch_size``.
@@ -73,7 +77,8 @@ class EdgeStore:
         rows = [self._trees[tree].rows[row] for tree, row in drawn]
         gone = set(drawn)
         fresh = [place for place in order if place not in gone and self._trees[place[0]].born == step]
-        gone |= set(fresh[count if self._lifetime_steps > 1 else 0 :])
+        if self._max_waiting is not None:
+            gone |= set(fresh[self._max_waiting :])
         for tree, kept in enumerate(self._trees):
             kept.rows = [row for number, row in enumerate(kept.rows) if (tree, number) not in gone]
         return rows
@@ -91,6 +96,7 @@ class EdgeStore:
             return torch.cat([torch.empty(0, dtype=dtype), *(getattr(row, name).to(dtype) for row in rows)])
 
         state = {
+            "origin": torch.tensor(list(self._origin.encode()), dtype=torch.uint8),
             "born": torch.tensor([tree.born for tree in self._trees], dtype=torch.int64),
             "num_edges": torch.tensor([len(tree.rows) for tree in self._trees], dtype=torch.int64),
             "sizes": torch.tensor([(len(row.prompt_ids), len(row.response_ids)) for row in rows]).reshape(-1, 2),
@@ -106,7 +112,7 @@ class EdgeStore:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``state`` was taken; without one, nothing is kept.
+        """Go on where ``state`` was taken; without one, or from another origin, nothing is kept.
 
         Raises:
             UserError: it is of another algorithm.
@@ -121,6 +127,9 @@ class EdgeStore:
                 "cannot go on with what another algorithm has kept in this run's checkpoint",
                 "give the run another exp_manager.name, and start it from the exported weights",
             )
+        if bytes(state["origin"].tolist()) != self._origin.encode():
+            self._num_foreign = int(state["num_edges"].sum())
+            return
         prompt_sizes, sizes = state["sizes"].T.tolist()
         prompts = state["prompt_ids"].long().split(prompt_sizes)
         responses = state["response_ids"].long().split(sizes)

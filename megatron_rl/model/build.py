@@ -16,7 +16,7 @@ from megatron_rl.convert.rope import RopeScaling, YarnScaling
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.errors import UserError
 from megatron_rl.model.forward import PolicyModel
-from megatron_rl.model.fp8.emulation import EMULATED, keep_first_and_last
+from megatron_rl.model.fp8.emulation import EMULATED, finish_layers
 from megatron_rl.model.fp8.recipe import check_fp8, recipe_of
 from megatron_rl.model.specs import layer_spec, uses_transformer_engine
 from megatron_rl.parallel.groups import Groups, build_groups
@@ -256,7 +256,7 @@ def _build_chunk(
     # Megatron's own rope scaling fixes three of Llama 3's four parameters, so the frequencies are set from config.json.
     if shape.latent is None:  # latent attention has its own, layer by layer
         model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(groups.device)
-    keep_first_and_last(model.decoder.layers, megatron_config)
+    finish_layers(model.decoder.layers, megatron_config)
     return model.to(groups.device)
 
 

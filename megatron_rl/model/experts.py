@@ -58,8 +58,8 @@ class Router(TopKRouter):
     pack: Pack
     expert_bias: Tensor | None
 
-    def __init__(self, config: Any, pg_collection: Any = None) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(self, config: Any, pg_collection: Any = None, **options: Any) -> None:
+        super().__init__(config, pg_collection, **options)
         self._balance_coeff = self.get_aux_loss_coeff("seq_aux_loss")
         self.routing_type = "none"  # so that Megatron adds no loss of its own
         self.router_replay = SimpleNamespace(get_replay_topk=self._replayed)  # Megatron asks it at each choice

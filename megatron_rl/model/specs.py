@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -68,7 +70,7 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
             config, use_transformer_engine=not is_local, normalization=config.normalization, vp_stage=vp_stage
         )
         for spec in {id(spec): spec for spec in block.layer_specs}.values():  # layers of a kind share theirs
-            _use_own_parts(spec, is_local=is_local, has_experts="router" in vars(spec.submodules.mlp.submodules))
+            _use_own_parts(spec, is_local=is_local, has_experts=hasattr(_parts(spec.submodules.mlp), "router"))
         return emulated(block) if getattr(config, EMULATED, None) else block
     options = {
         "num_experts": config.num_moe_experts,
@@ -91,4 +93,9 @@ def _use_own_parts(spec: ModuleSpec, *, is_local: bool, has_experts: bool) -> No
             attention.module = LatentAttention
     if has_experts:
         spec.module = experts.Layer
-        spec.submodules.mlp.submodules.router = experts.Router
+        _parts(spec.submodules.mlp).router = experts.Router
+
+
+def _parts(spec: ModuleSpec | partial[Any]) -> Any:
+    """Submodules of a spec, or of the builder that later versions of Megatron have in the place of some specs."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules

@@ -19,7 +19,7 @@ def write_page(record: Path, page: Path) -> None:
     """
     try:
         found = json.loads(record.read_text())
-        assert isinstance(found["step"], int) and isinstance(found["prompts"], list)
+        assert isinstance(found["step"], int) and isinstance(found["prompts"], list) and found["threshold"]
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(
             "RECORD",

@@ -1,11 +1,11 @@
 """What a step's trees or chains were, as one JSON file: the text, and what each piece of it was worth.
 
-    {"step": 3, "prompts": [{"problem_id", "prompt", "answer", "pieces": [piece, ...]}, ...]}
+    {"step": 3, "threshold": 0.9, "prompts": [{"problem_id", "prompt", "answer", "tree": [piece, ...]}, ...]}
     piece = {"tokens": [[text, probability], ...], "value": before it or null, "advantage", "end": why it ended,
              "reward" and "reason" of a last piece, "pieces": [what follows, ...]}
 
-A chain is a tree whose branches begin at the prompt and never branch again: its pieces are its segments. Values and
-advantages are before whitening.
+Chains have "chains": [[piece, ...], ...] in the place of "tree", the segments of a rollout in a row. Values and advantages are
+before whitening. Tokens below the threshold are those that the policy was not sure of.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def write_record(
     tokenizer: Any,
     *,
     step: int,
+    threshold: float = 0.9,
     shaped: Callable[[float, int], float] = lambda reward, _num_tokens: reward,
     advantage: EdgeAdvantage = "raw",
 ) -> None:
@@ -42,6 +43,7 @@ def write_record(
         groups: with trees, or with rollouts that have states.
         tokenizer: of the run.
         step: counted from 1.
+        threshold: of the mask, or of the cut points where there is no mask.
         shaped: what a reward is worth after so many tokens: values are of that.
         advantage: which the edges of trees have.
 
@@ -60,16 +62,18 @@ def write_record(
             "problem_id": group.prompt.problem.problem_id,
             "prompt": group.prompt.problem.prompt,
             "answer": group.prompt.problem.answer,
-            "pieces": _of_tree(group.tree, advantage, text_of)
-            if group.tree is not None
-            else [_of_chain(rollout, shaped, text_of) for rollout in group.rollouts],
         }
+        | (
+            {"tree": _of_tree(group.tree, advantage, text_of)}
+            if group.tree is not None
+            else {"chains": [_of_chain(rollout, shaped, text_of) for rollout in group.rollouts]}
+        )
         for group in groups
     ]
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"step": step, "prompts": prompts}))
+        temporary.write_text(json.dumps({"step": step, "threshold": threshold, "prompts": prompts}))
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -95,7 +99,7 @@ def _of_tree(root: TreeNode, advantage: EdgeAdvantage, text_of: Callable[[int], 
     return pieces[id(root)]["pieces"]
 
 
-def _of_chain(rollout: Rollout, shaped: Callable[[float, int], float], text_of: Callable[[int], str]) -> Piece:
+def _of_chain(rollout: Rollout, shaped: Callable[[float, int], float], text_of: Callable[[int], str]) -> list[Piece]:
     completion, score = rollout.completion, rollout.score
     log_probs = completion.log_probs if rollout.policy_log_probs is None else rollout.policy_log_probs
     num_tokens = len(completion.response_ids)
@@ -104,14 +108,12 @@ def _of_chain(rollout: Rollout, shaped: Callable[[float, int], float], text_of: 
     known = [(state.num_tokens, state.value) for state in rollout.states if state.value is not None]
     starts: list[tuple[int, float | None]] = [*([] if known and known[0][0] == 0 else [(0, None)]), *known]
     ends = [*(start for start, _ in starts[1:]), num_tokens]
-    last: Piece | None = None
-    for (start, value), end in reversed(list(zip(starts, ends))):
-        ids, probabilities = completion.response_ids[start:end], log_probs[start:end]
-        piece = _piece(ids, probabilities, value, float(advantages[start]), text_of)
-        piece |= _ending(score, completion) if last is None else {"pieces": [last]}
-        last = piece
-    assert last is not None
-    return last
+    pieces = [
+        _piece(completion.response_ids[start:end], log_probs[start:end], value, float(advantages[start]), text_of)
+        for (start, value), end in zip(starts, ends)
+    ]
+    pieces[-1] |= _ending(score, completion)
+    return pieces
 
 
 def _piece(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -26,7 +28,8 @@ def test_four_steps_are_two_and_two(case: Case, algorithm: str) -> None:
     spo = case.with_algorithm(algorithm)
     # In twelve tokens hardly any response ends, and most are worth the same.
     longer = ("rollout.max_new_tokens=30", "algorithm.overlong.buffer=30")
-    assert spo.run("exp_manager.name=whole", *longer) == [0]
+    keep = () if algorithm == MASKED else ("algorithm.save_every_n_steps=2",)
+    assert spo.run("exp_manager.name=whole", *longer, *keep) == [0]
     assert spo.run("exp_manager.name=parts", "trainer.max_steps=2", *longer) == [0]
     assert spo.run("exp_manager.name=parts", *longer) == [0]
     assert spo.rows("whole") == spo.rows("parts")
@@ -36,6 +39,15 @@ def test_four_steps_are_two_and_two(case: Case, algorithm: str) -> None:
     assert any(row["grad_norm"] > 0 for row in rows)
     if algorithm == TREE:  # edges waited at the cut, and were used after it
         assert rows[1]["spo/edges_kept"] > 0 and any(row["spo/edges_staleness"] > 0 for row in rows[2:])
+    if keep:
+        trees = spo.root / "whole/trees"
+        assert sorted(path.name for path in trees.iterdir()) == ["step_00000002.json", "step_00000004.json"]
+        command = [sys.executable, "-m", "megatron_rl.cli", "tree", str(trees / "step_00000004.json")]
+        subprocess.run(command, check=True, capture_output=True)
+        assert ("chains" if algorithm == CHAIN else "tree") in json.loads((trees / "step_00000004.json").read_text())[
+            "prompts"
+        ][0]
+        assert (trees / "step_00000004.html").read_text().startswith("<!doctype html>")
     total = [row["rollout/generated_tokens_total"] for row in rows]
     assert total == [sum(row["rollout/generated_tokens"] for row in rows[: n + 1]) for n in range(4)]
 

@@ -176,6 +176,8 @@ def test_server_killed_in_mid_tree(start: Callable[..., Started]) -> None:
     rows = run.rows()
     assert [row["step"] for row in rows] == [1, 2]
     assert sum(row["rollout/server_restarts"] for row in rows) == 1
+    retried = ("rollout/retried_connection", "rollout/retried_server_lost")
+    assert sum(row.get(name, 0) for row in rows for name in retried) > 0, "the server was lost with nodes under way"
     for row in rows:
         assert row["num_rollouts"] == 4 * row["spo/leaves_per_tree"]
         assert 3 <= row["spo/nodes_per_tree"] <= 39 and row["rollout/generated_tokens"] <= 4 * (

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -264,6 +265,8 @@ def emulated(spec: Any) -> Any:
     """A layer spec with eight-bit linear layers in the place of Megatron's own; the router and norms stay."""
     if isinstance(spec, type):
         return _EMULATED.get(spec, spec)
+    if isinstance(spec, partial):
+        return partial(spec.func, *spec.args, **{name: emulated(value) for name, value in spec.keywords.items()})
     if isinstance(spec, ModuleSpec):
         changed = copy(spec)
         changed.module, changed.submodules = emulated(spec.module), emulated(spec.submodules)
@@ -274,9 +277,16 @@ def emulated(spec: Any) -> Any:
     return [emulated(item) for item in spec] if isinstance(spec, list) else spec
 
 
-def keep_first_and_last(layers: Iterable[Any], config: TransformerConfig) -> None:
-    """Switch eight bits off where Megatron's ``first_last_layers_bf16`` says so."""
+def finish_layers(layers: Iterable[Any], config: TransformerConfig) -> None:
+    """For a model that has been built: eight bits off where Megatron's ``first_last_layers_bf16`` says so, on everywhere else.
+
+    Raises:
+        RuntimeError: this version of Megatron builds a linear layer in a way that ``emulated`` does not know.
+    """
     for layer in layers:
+        left_out = [name for name, module in layer.named_modules() if type(module) in _EMULATED]
+        if left_out and getattr(config, EMULATED, None):
+            raise RuntimeError(f"not in eight bits: {', '.join(left_out)} of layer {layer.layer_number}")
         if is_first_last_bf16_layer(config, layer.layer_number - 1):
             for module in layer.modules():
                 if isinstance(module, Fp8Layer):

@@ -77,7 +77,7 @@ class SGLangClient:
         }
         reply = await self._post("/generate", body, timeout_s)
         try:
-            completion = _completion(reply, request, adapter, version)
+            completion = _completion(reply, request, adapter, version, stop_ids)
             self.num_prompt_tokens += len(request.prompt_ids)
             self.num_cached_tokens += int(reply["meta_info"].get("cached_tokens", 0))
             return completion if experts is None else replace(completion, experts=_experts(reply, request, experts))
@@ -225,7 +225,7 @@ async def _text(response: aiohttp.ClientResponse) -> str:
     return " ".join((await response.text()).split())[:500]
 
 
-def _completion(reply: Any, request: Request, adapter: Adapter, version: int) -> Completion:
+def _completion(reply: Any, request: Request, adapter: Adapter, version: int, stop_ids: Sequence[int]) -> Completion:
     meta = reply["meta_info"]
     kind = (meta["finish_reason"] or {}).get("type")
     if kind == "abort":
@@ -237,8 +237,10 @@ def _completion(reply: Any, request: Request, adapter: Adapter, version: int) ->
         raise Unavailable("stale", f"a completion comes from weights {sorted(versions)} instead of {version}")
     response_ids = torch.tensor(reply["output_ids"], dtype=torch.int64)
     pairs = meta["output_token_logprobs"]
-    # 0.5.23 knows "stop" (a stop token, which is part of the ids) and "length".
-    finish_reason: FinishReason = "stop" if kind == "stop" else "length"
+    # "stop" is a stop token, which is part of the ids. Before 0.5.23 a response that ends with one just at the limit is told
+    # as "length"; it is whole, and nothing may be asked to continue it.
+    is_ended = kind == "stop" or (len(response_ids) > 0 and int(response_ids[-1]) in stop_ids)
+    finish_reason: FinishReason = "stop" if is_ended else "length"
     counts = {len(response_ids), len(pairs), int(meta["completion_tokens"])}
     is_whole = len(counts) == 1 and 0 < len(response_ids) <= request.max_new_tokens
     if not is_whole or [pair[1] for pair in pairs] != reply["output_ids"]:

@@ -52,6 +52,14 @@ def test_equal_children_are_worth_nothing_to_the_bit() -> None:
     assert advantages(inner(*fifths))[:6] == [0] * 6
 
 
+def test_a_child_that_is_worth_the_mean_is_worth_nothing() -> None:
+    """Also where the mean of the others is off by the last bit."""
+    values = [0, 3 / 6, 4 / 6, 4 / 6, 4 / 6]
+    assert sum(values) / 5 != 3 / 6
+    for kind in ("raw", "std", "leave_one_out"):
+        assert [a == 0 for a in advantages(inner(*map(leaf, values)), kind)] == [False, True, False, False, False]
+
+
 def test_an_early_leaf_counts_as_much_as_a_subtree() -> None:
     root = inner(leaf(1), inner(leaf(0), leaf(0), leaf(1)))
     set_values(root)

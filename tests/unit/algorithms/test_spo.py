@@ -211,6 +211,10 @@ def test_the_policy_is_asked_where_sampling_is_cut_off(model: Path) -> None:
     assert not chain(model).asks_policy
     assert chain(model, "rollout.top_p=0.9").asks_policy
     assert not chain(model, "rollout.top_p=0.9", "algorithm.probabilities=rollout").asks_policy
+    for kind in ("equal", "newlines", "tokens"):  # without a mask these look at no probability
+        unmasked = (f"algorithm.partition.kind={kind}", "algorithm.mask_threshold=null")
+        assert not chain(model, "rollout.top_p=0.9", *unmasked).asks_policy
+        load(model, "spo_chain", *COLOCATED, *unmasked)
     algorithm = chain(model, "rollout.top_k=3", "algorithm.partition.size=1", "algorithm.num_continuations=2")
     prompts = Stream([Prompt(Problem(f"p{n}", "?", "1"), torch.tensor([10 + n])) for n in range(2)], 1, False)
 
@@ -254,6 +258,19 @@ def test_naive_segments_and_vineppo_are_settings(model: Path) -> None:
         for rollout in group.rollouts:
             ids = rollout.completion.response_ids.tolist()
             assert [s.num_tokens for s in rollout.states] == [0, *(n + 1 for n, token in enumerate(ids) if token == 2)]
+
+
+def test_the_same_prompt_twice_shares_its_borders(model: Path) -> None:
+    algorithm, engine = chain(model, "algorithm.partition.size=3", "algorithm.num_continuations=5"), Coins()
+    groups, _ = collect(algorithm, engine, num_prompts=1)  # of which a step wants two
+    states = {
+        tuple(rollout.completion.response_ids[: state.num_tokens].tolist())
+        for group in groups
+        for rollout in group.rollouts
+        for state in rollout.states
+    }
+    assert len(groups) == 2 and engine.num_requests == 16 + 5 * len(states)
+    assert all(len(rollout.states) == 3 for group in groups for rollout in group.rollouts)
 
 
 # ------------------------------------------------------------------------------------------------ tree
@@ -319,7 +336,10 @@ def test_early_ends_are_leaves_and_the_limit_is_one(model: Path) -> None:
 
 
 def test_what_is_not_used_waits_with_the_log_probs_of_its_own_policy(model: Path) -> None:
-    algorithm = tree(model, "algorithm.num_edges_per_step=4", "policy.train_global_batch_size=4")
+    algorithm = tree(
+        model, "algorithm.num_edges_per_step=4", "algorithm.max_waiting_edges_per_step=4",
+        "policy.train_global_batch_size=4",
+    )  # fmt: skip
     groups, _ = collect(algorithm)
     rows = algorithm.samples(groups, 0)
     assert algorithm.mini_batches(rows) == [[0, 1, 2, 3]]
@@ -339,9 +359,15 @@ def test_what_is_not_used_waits_with_the_log_probs_of_its_own_policy(model: Path
     assert algorithm.step_metrics()["spo/edges_fresh_frac"] == pytest.approx(1 - len(old) / 4)
 
 
-def test_a_tree_that_agrees_with_itself_teaches_nothing(model: Path) -> None:
+@pytest.mark.parametrize("reward", [None, 1.0], ids=["unjudged", "all alike"])
+def test_a_tree_that_agrees_with_itself_teaches_nothing(model: Path, reward: float | None) -> None:
+    class Alike(Judge):
+        def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
+            return [Score(reward or 0.0, is_failure=reward is None) for _ in completions]
+
     algorithm = tree(model)
-    groups, _ = collect(algorithm, judge=Judge(broken=[()]))
+    groups, _ = collect(algorithm, judge=Alike())
+    assert all(group.tree.value == reward for group in groups)
     assert algorithm.samples(groups, 0) == []
     assert algorithm.mini_batches([]) == [] and algorithm.passes_ahead([]) == []
     algorithm.assign_advantages([])

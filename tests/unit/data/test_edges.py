@@ -69,9 +69,9 @@ def test_whole_batches_or_less_than_one_shared_out_evenly() -> None:
     assert len(store) == 1
 
 
-def test_no_more_wait_than_another_step_could_use() -> None:
-    for lifetime, waiting in ((1, 0), (2, 10)):
-        store = EdgeStore(lifetime_steps=lifetime, max_per_tree=100)
+def test_as_many_wait_as_may() -> None:
+    for lifetime, most, waiting in ((1, None, 0), (2, None, 30), (2, 12, 12), (2, 50, 30)):
+        store = EdgeStore(lifetime_steps=lifetime, max_per_tree=100, max_waiting=most)
         store.add([rows(1, 20), rows(2, 20)], step=3)
         drawn = store.draw(10, seed=1, step=3, batch_size=5, multiple=1)
         assert len(drawn) == 10 and len(store) == waiting
@@ -93,6 +93,19 @@ def test_a_store_with_and_without_masks_is_kept_whole() -> None:
 def test_what_another_algorithm_kept_is_refused() -> None:
     with pytest.raises(UserError, match="another algorithm"):
         EdgeStore(8, 100).load_state({"num_successes": torch.zeros(1)})
+
+
+def test_edges_of_another_temperature_do_not_go_on() -> None:
+    store = EdgeStore(8, 100, origin="temperature 0.6")
+    store.add([rows(1, 7)], step=4)
+    same, other = EdgeStore(8, 100, origin="temperature 0.6"), EdgeStore(8, 100, origin="temperature 1.0")
+    for resumed in (same, other):
+        resumed.load_state(store.state())
+        resumed.add([], step=5)
+    assert (len(same), same.num_expired) == (7, 0)
+    assert (len(other), other.num_expired) == (0, 7)
+    other.add([], step=6)
+    assert other.num_expired == 0
 
 
 def test_the_draw_depends_on_seed_and_step_alone() -> None:

@@ -36,16 +36,22 @@ def test_segments_of_a_chain_follow_each_other(tmp_path: Path) -> None:
     write_record(tmp_path / "step.json", [group], Letters(), step=3, shaped=lambda reward, n: reward - n / 10)
     record = json.loads((tmp_path / "step.json").read_text())
     assert record["step"] == 3 and record["prompts"][0]["answer"] == "7"
-    pieces = record["prompts"][0]["pieces"]
-    found = []
-    while pieces:
-        (piece,) = pieces
-        found.append(("".join(text for text, _ in piece["tokens"]), piece["value"], piece["advantage"]))
-        pieces, last = piece["pieces"], piece
+    (pieces,) = record["prompts"][0]["chains"]
+    found = [("".join(text for text, _ in piece["tokens"]), piece["value"], piece["advantage"]) for piece in pieces]
+    last = pieces[-1]
+    assert not any("reward" in piece for piece in pieces[:-1])
     # The reward of six tokens is 0.4; the border without a value is none.
     assert found == [("a", None, 0.0), ("bcd", 0.25, 0.5), ("ef", 0.75, -0.35)]
     assert (last["reward"], last["reason"], last["end"]) == (1.0, "correct", "stop")
     assert last["tokens"][0] == ["e", 0.5]
+
+
+def test_a_chain_may_be_long(tmp_path: Path) -> None:
+    states = tuple(State(n, 0.5) for n in range(3000))
+    group = RolloutGroup(PROMPT, [Rollout(completion("a" * 3000), Score(1.0), states)])
+    write_record(tmp_path / "step.json", [group], Letters(), step=1, threshold=0.7)
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert len(record["prompts"][0]["chains"][0]) == 3000 and record["threshold"] == 0.7
 
 
 def test_a_tree_keeps_its_shape(tmp_path: Path) -> None:
@@ -55,7 +61,7 @@ def test_a_tree_keeps_its_shape(tmp_path: Path) -> None:
     root = TreeNode(None, [TreeNode(completion("ab"), [leaf("c", 1.0), leaf("d", 0.0)]), leaf("x", 0.0)])
     set_values(root)
     write_record(tmp_path / "trees" / "step.json", [RolloutGroup(PROMPT, [], root)], Letters(), step=1)
-    first, second = json.loads((tmp_path / "trees" / "step.json").read_text())["prompts"][0]["pieces"]
+    first, second = json.loads((tmp_path / "trees" / "step.json").read_text())["prompts"][0]["tree"]
     assert [piece["advantage"] for piece in (first, *first["pieces"], second)] == [0.25, 0.5, -0.5, -0.25]
     assert [piece["value"] for piece in (first, *first["pieces"])] == [0.25, 0.5, 0.5]
     assert "reward" not in first and [piece["reward"] for piece in first["pieces"]] == [1.0, 0.0]
