@@ -1,6 +1,6 @@
 """Is credit for segments worth its tokens? GRPO and SPO from one start, each until it has sampled as many tokens.
 
-    .venv/bin/python examples/segments/run.py [--seed 1]       eight methods, about half an hour on two CPU cores
+    .venv/bin/python examples/segments/run.py [--seed 1]       eight methods, about 20 minutes on two CPU cores
 
 Leaves runs/segments/seed_1/: results.json, results.png (accuracy over tokens and over time), and a run for each method. Run
 again after an interruption, it goes on where it stopped.

@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -117,8 +118,20 @@ class PackedCausalAttention(MegatronModule):
         return {}
 
 
-class LatentAttention(MLASelfAttention):
-    """Megatron's multi-head latent attention, with projections to the latents that every tensor-parallel rank has whole.
+class AsSpecified(MLASelfAttention):
+    """Megatron's multi-head latent attention, with norms where the layer's spec has them.
+
+    Later versions (0.19) norm the queries' input wherever the latent of keys and values is normed. DeepSeek-V2-Lite, whose
+    queries have no latent, has no such norm.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) or IdentityOp for name in names}
+
+
+class LatentAttention(AsSpecified):
+    """The same, with projections to the latents that every tensor-parallel rank has whole.
 
     Megatron's own local layers cut them and gather what comes out, which gives the rotated key that all heads share the
     gradient of this rank's heads alone. Whole projections see a rank's own tokens under sequence parallelism, and the gather

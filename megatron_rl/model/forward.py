@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from megatron_rl.model.experts import Pack
 from megatron_rl.parallel.vocab import vocab_parallel_statistics
 from megatron_rl.types import MicroBatch
 
+HAS_OUTPUT_PROCESSOR = "output_processor" in inspect.signature(GPTModel.forward).parameters
+"""Megatron-Core, from 0.18 on, lets its caller say what becomes of the last hidden states; before, a method is replaced."""
+
 
 class PolicyModel(GPTModel):
     """One pipeline stage. The last one returns ``(log_probs, entropy)``, each [T] float32; others their hidden states.
@@ -28,11 +32,30 @@ class PolicyModel(GPTModel):
     true_vocab_size: int
     """Vocabulary without Megatron's padding."""
 
-    def _postprocess(  # type: ignore[no-untyped-def]
-        self, hidden_states, input_ids=None, position_ids=None, labels=None, *_args, loss_mask=None, **_kwargs: Any
-    ):
-        if not self.post_process:
-            return hidden_states
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``GPTModel``, and above for what comes out."""
+        hook = {"output_processor": self.token_statistics} if HAS_OUTPUT_PROCESSOR else {}
+        return super().forward(*args, **hook, **kwargs)
+
+    if not HAS_OUTPUT_PROCESSOR:
+
+        def _postprocess(  # type: ignore[no-untyped-def]
+            self, hidden_states, input_ids=None, position_ids=None, labels=None, *_args, loss_mask=None, **_kwargs: Any
+        ):
+            if not self.post_process:
+                return hidden_states
+            return self.token_statistics(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask)
+
+    def token_statistics(
+        self, *, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """From the last hidden states, [T, 1, H], to ``(log_probs, entropy)``, each [T] float32.
+
+        Args:
+            hidden_states: of this rank; its part of the tokens under sequence parallelism.
+            labels: [1, T] int64.
+            loss_mask: [1, T] bool, where they are wanted.
+        """
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
@@ -46,21 +69,20 @@ class PolicyModel(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        labels, mask = labels[0], loss_mask[0]
+        mask = loss_mask[0]
         where = mask.nonzero()[:, 0]
         found = vocab_parallel_statistics(
             hidden[where],
             weight,
-            labels[where],
+            labels[0, where],
             vocab_size=self.true_vocab_size,
             temperature=self.temperature,
             tp_group=tp_group,
             main_grad=getattr(weight, "main_grad", None),
             is_weight_used_elsewhere=self.share_embeddings_and_output_weights and self.pre_process,
         )
-        return tuple(
-            torch.zeros(len(mask), device=x.device).index_copy(0, where, x) for x in (found.log_probs, found.entropy)
-        )
+        nothing = torch.zeros(len(mask), device=hidden.device)
+        return nothing.index_copy(0, where, found.log_probs), nothing.index_copy(0, where, found.entropy)
 
 
 def run_model(model: torch.nn.Module, batch: MicroBatch, *, row_weight: float = 0.0) -> tuple[Tensor, Tensor] | Tensor:

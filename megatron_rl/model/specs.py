@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.errors import UserError
 from megatron_rl.model import experts
-from megatron_rl.model.attention import LatentAttention, PackedCausalAttention
+from megatron_rl.model.attention import AsSpecified, LatentAttention, PackedCausalAttention
 from megatron_rl.model.fp8.emulation import EMULATED, emulated
 
 
@@ -86,11 +86,11 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
 
 
 def _use_own_parts(spec: ModuleSpec, *, is_local: bool, has_experts: bool) -> None:
+    attention = spec.submodules.self_attention
+    if attention.module is MLASelfAttention:
+        attention.module = LatentAttention if is_local else AsSpecified
     if is_local:
-        attention = spec.submodules.self_attention
         attention.submodules.core_attention = PackedCausalAttention
-        if attention.module is MLASelfAttention:
-            attention.module = LatentAttention
     if has_experts:
         spec.module = experts.Layer
         _parts(spec.submodules.mlp).router = experts.Router

@@ -6,7 +6,7 @@ Why: even a synchronous save forks one writer process per file from a process wi
 Upstream: ``FileSystemWriterAsync.write_preloaded_data_multiproc`` and ``_get_write_results_queue`` in
     megatron/core/dist_checkpointing/strategies/filesystem_async.py (from 0.17 on writers are threads, and the queue is
     called ``get_write_results_queue``)
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
+Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: a synchronous save needs neither a process nor a queue server.
 Tested by: tests/unit/patches/test_patch_checkpoint.py
 

@@ -5,7 +5,7 @@ Why: every rank writes its shards, and a failure there is told to all. But rank 
     next collective until the process group times out, half an hour by default.
 Upstream: what ``dist_checkpointing.save`` calls: ``TorchCommonSaveStrategy.save_common`` (``save_common`` in 0.17 and
     0.18, none from 0.19 on), ``FileSystemWriterAsync.finish``, ``save_config``
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
+Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: ``dist_checkpointing.save`` raises on all ranks when one of these fails on rank 0.
 Tested by: tests/unit/patches/test_patch_checkpoint_errors.py
 

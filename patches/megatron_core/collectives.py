@@ -7,7 +7,7 @@ Why: gloo has no all-gather and no reduce-scatter of parts of different sizes. M
 Upstream: ``_gather_along_first_dim`` and ``_reduce_scatter_along_first_dim`` in
     megatron/core/tensor_parallel/mappings.py; ``dist_all_gather_func`` and ``dist_reduce_scatter_func`` in
     megatron/core/distributed/param_and_grad_buffer.py
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
+Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: torch's gloo backend takes lists of different shapes in ``all_gather`` and ``reduce_scatter``, and does nothing
     where there is nobody to talk to.
 Tested by: tests/unit/patches/test_patch_collectives.py

@@ -7,7 +7,7 @@ Upstream: ``torch.cuda.current_device`` and ``device="cuda"`` throughout megatro
     ``forward_backward_no_pipelining``, ``get_grad_norm_fp32``, ``exchange_loaded_tensors_gather_rounds`` and
     ``MoEAlltoAllTokenDispatcher``; ``get_pos_emb_on_this_cp_rank`` (pinned memory); ``Tensor.type()`` in the three
     functions of ``_FUNCTIONS_THAT_READ_TYPE_NAMES``
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
+Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: Megatron takes the device from its config or from ``torch.accelerator``.
 Tested by: tests/unit/patches/test_patch_device.py
 

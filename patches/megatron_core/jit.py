@@ -4,7 +4,7 @@ Why: about forty functions are decorated with ``torch.compile`` while Megatron i
     compiler (seconds a process) and calls g++ in the first step: 26 s until a tiny model has done one step.
 Upstream: ``megatron.core.jit.enable_jit_fuser``, called at import; ``disable_jit_fuser`` exists, but cannot be called
     before ``megatron.core`` has imported, and decorated, everything.
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
+Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: the fuser can be switched off before the import, by an environment variable or per call.
 Tested by: tests/unit/patches/test_patch_jit.py
 """

@@ -4,7 +4,7 @@ Why: its constructor asks ``isinstance(layer, TELinear)`` wherever ``HAVE_TE`` i
     imports without Transformer Engine too and puts a stand-in, which is not a class, in its place; ``HAVE_TE``, set by
     that import, is true all the same: TypeError for every model with latent attention.
 Upstream: ``HAVE_TE`` and ``MultiLatentAttention.__init__`` in megatron/core/transformer/multi_latent_attention.py
-Versions: 0.16.1 - 0.16.1 (tested)
+Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: ``HAVE_TE`` there comes from megatron/core/extensions/transformer_engine.py, where it is right.
 Tested by: tests/unit/patches/test_patch_latent.py
 """

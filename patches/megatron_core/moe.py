@@ -5,7 +5,7 @@ Why: the router reads ``te_general_gemm``, a name that exists only where Transfo
     is on the host already, and leaves it a tensor: TypeError in the all-to-all.
 Upstream: ``RouterGatingLinearFunction`` and ``maybe_move_tensor_to_cpu`` in
     megatron/core/transformer/moe/moe_utils.py, the latter imported by name in token_dispatcher.py
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; in 0.19.0 the name is defined, which is detected, the split sizes are not)
+Versions: 0.16.1 - 0.19.2 (tested on both; in 0.19 the name is defined, the split sizes are the same trouble)
 Remove when: ``maybe_move_tensor_to_cpu(as_numpy=True)`` returns an array for a CPU tensor, and 0.16 is out of range.
 Tested by: tests/unit/patches/test_patch_moe.py
 """

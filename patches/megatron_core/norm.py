@@ -6,7 +6,7 @@ Why: without Transformer Engine and Apex the local layer spec has only ``Wrapped
     gradients are silently wrong.
 Upstream: ``WrappedTorchNorm.__new__`` in megatron/core/transformer/torch_norm.py; the mark is read by
     ``_allreduce_non_tensor_model_parallel_grads`` in megatron/core/distributed/finalize_model_grads.py
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
+Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: ``WrappedTorchNorm`` accepts ``config.sequence_parallel`` and marks its parameters.
 Tested by: tests/unit/patches/test_patch_norm.py
 """

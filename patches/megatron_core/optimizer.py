@@ -6,7 +6,7 @@ Why: without Transformer Engine and Apex the inner optimizer is torch's, which h
     advances the count once per parameter, the bias corrections are wrong, and nothing says so.
 Upstream: ``DistributedOptimizer.state_dict``, ``.load_state_dict``, ``.sharded_state_dict`` and
     ``._set_main_param_and_optimizer_states`` in megatron/core/optimizer/distrib_optimizer.py
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read: still one tensor for all)
+Versions: 0.16.1 - 0.19.2 (tested on both; in 0.19 still one tensor for all)
 Remove when: upstream clones the step for each parameter (as it does for ``HybridDeviceOptimizer``) and allocates the
     state before it builds the sharded state dict.
 Tested by: tests/unit/patches/test_patch_optimizer.py

@@ -5,7 +5,7 @@ Why: seeding and every tensor-parallel dropout or initialisation save and set th
     two 5 KB states, because "the CPU state has changed": here that is its purpose.
 Upstream: ``_get_cuda_rng_state``, ``_set_cuda_rng_state``, ``CudaRNGStatesTracker.add`` and ``.fork``,
     ``model_parallel_cuda_manual_seed`` in megatron/core/tensor_parallel/random.py
-Versions: 0.16.1 - 0.19.0 (tested on 0.16.1; 0.19.0 read)
+Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: the tracker is built on ``torch.Generator`` of any device.
 Tested by: tests/unit/patches/test_patch_rng.py
 """
