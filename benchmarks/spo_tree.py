@@ -1,9 +1,9 @@
 """Trees of rollouts from a real SGLang server, with its prefix cache and without; and what the scheduling of a node costs.
 
-    python benchmarks/spo_tree.py [--hidden 256]
+    python benchmarks/spo_tree.py [--hidden 128]
 
-Both runs grow the same trees by the documented command: 4-4-4 on 16 prompts of 768 tokens, 32 tokens a level, random weights,
-whose responses hardly ever end early. The second step counts; there is nothing to learn, so a step is sampling alone.
+Both runs grow trees of the same shape by the documented command: 4-4-4 on 16 prompts of 768 tokens, 32 tokens a level, random
+weights that hardly ever sample the end. The second step counts.
 
 cached_share             of the prompt tokens of a step, those that the server did not compute again
 speedup                  sampled tokens per second of generation, with the cache over without (--disable-radix-cache)
@@ -33,7 +33,7 @@ algorithm:
   tokens_per_level: {LEVEL_TOKENS}
   num_edges_per_step: 64
 rollout: {{engine: sglang, max_new_tokens: {3 * LEVEL_TOKENS}, temperature: 1.0}}
-policy: {{initialization: random, train_global_batch_size: 64, train_micro_batch_tokens: 2048}}
+policy: {{train_global_batch_size: 64, train_micro_batch_tokens: 2048}}
 trainer: {{devices: 1, max_steps: 2, precision: fp32}}
 exp_manager: {{export_hf: false, create_checkpoint_callback: false}}
 data: {{task: word_problems}}
@@ -43,7 +43,7 @@ data: {{task: word_problems}}
 def main() -> None:
     """Measure, and print one line of JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=128)
     hidden = parser.parse_args().hidden
     per_node = scheduling_s_per_node()
     print(f"scheduling: {1e3 * per_node:.3f} ms a node", flush=True)
@@ -70,8 +70,9 @@ def main() -> None:
 
 
 def make_problems(folder: Path, hidden: int) -> None:
-    """A random model with a tokenizer, and 32 problems of ``PROMPT_TOKENS`` tokens each, all different from the first on."""
-    from transformers import AutoTokenizer
+    """A random model that hardly ever ends a response, and 32 different problems of ``PROMPT_TOKENS`` tokens each for it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     model = [f"--hidden-size={hidden}", "--num-layers=4", "--num-heads=8", "--num-kv-heads=4"]
     size = [f"--intermediate-size={3 * hidden}", "--num-warm-start=10", "--num-train=400", "--num-held-out=10"]
@@ -82,6 +83,13 @@ def make_problems(folder: Path, hidden: int) -> None:
     shape = json.loads((folder / "data" / "model" / "config.json").read_text())
     (folder / "data" / "model" / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 2048}))
     tokenizer = AutoTokenizer.from_pretrained(folder / "data" / "model")
+    torch.manual_seed(1)
+    weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "data" / "model"))
+    # One direction of the residual stream is the same for every token but the end, and the tied output layer reads it.
+    embedding = weights.get_input_embeddings().weight.data
+    embedding[:, 0] = 1.0
+    embedding[tokenizer.eos_token_id, 0] = -4.0
+    weights.save_pretrained(folder / "data" / "model")
     words = [json.loads(line)["question"] for line in (folder / "data" / "train.jsonl").read_text().splitlines()]
     draw = random.Random(1)
     with (folder / "problems.jsonl").open("w") as file:
