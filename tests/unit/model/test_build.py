@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.model import build, specs
-from megatron_rl.model.attention import PackedCausalAttention
+from megatron_rl.model.attention import AsSpecified, PackedCausalAttention
 from tests.policy_case import tiny_config
 from tests.tiny_models import make_tiny_model
 
@@ -38,8 +41,10 @@ def test_gradient_accumulation_is_fused_only_where_the_kernel_of_the_output_laye
 
 def test_transformer_engine_serves_gpus_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
-    monkeypatch.setattr(specs, "get_gpt_layer_with_transformer_engine_spec", lambda **_options: "Transformer Engine's")
-    assert specs.layer_spec(megatron_config(model, "cuda")) == "Transformer Engine's"
+    theirs = ModuleSpec(object, submodules=SimpleNamespace(self_attention=ModuleSpec(MLASelfAttention)))
+    monkeypatch.setattr(specs, "get_gpt_layer_with_transformer_engine_spec", lambda **_options: theirs)
+    assert specs.layer_spec(megatron_config(model, "cuda")) is theirs
+    assert theirs.submodules.self_attention.module is AsSpecified
     local = specs.layer_spec(megatron_config(model, "cpu"))
     assert local.submodules.self_attention.submodules.core_attention is PackedCausalAttention
     assert local.submodules.input_layernorm is WrappedTorchNorm
