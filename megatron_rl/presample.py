@@ -10,13 +10,12 @@ The config is the one of the training that follows: its model, engine, layout an
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config, GRPOConfig, PresampleConfig
 from megatron_rl.errors import UserError
-from megatron_rl.lifetime import die_with_starter
+from megatron_rl.lifetime import die_with_starter, leave
 from megatron_rl.program import run_program
 
 if TYPE_CHECKING:
@@ -245,4 +244,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     die_with_starter()
-    sys.exit(main())
+    leave(main())

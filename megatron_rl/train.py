@@ -6,11 +6,10 @@ that a wrong config is refused in the first second.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
-from megatron_rl.lifetime import die_with_starter
+from megatron_rl.lifetime import die_with_starter, leave
 from megatron_rl.program import run_program
 
 if TYPE_CHECKING:
@@ -68,4 +67,4 @@ def train(config: Config, runtime: Runtime) -> None:
 
 if __name__ == "__main__":
     die_with_starter()  # now, not when torch is loaded: a launcher may be killed in between
-    sys.exit(main())
+    leave(main())

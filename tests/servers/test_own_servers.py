@@ -82,6 +82,7 @@ class Started:
         while left := self.processes():
             assert time.monotonic() < deadline, [(p.pid, p.cmdline()[:6]) for p in left]
             time.sleep(0.1)
+        print(self.output.read_text()[-3000:])  # pytest shows it beside a status that was not the expected one
         return status
 
 
