@@ -227,6 +227,12 @@ def _device(config: Config) -> torch.device:
     wanted = config.trainer.accelerator
     if wanted == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator", wanted, "torch sees no GPU here", "use cpu or auto")
+    if wanted == "auto" and not torch.cuda.is_available() and torch.version.cuda and Path("/dev/nvidia0").exists():
+        raise UserError(
+            "trainer.accelerator", wanted,
+            f"finds a GPU that this torch, built for CUDA {torch.version.cuda}, cannot use: mostly the driver is too old",
+            "update the driver, or set trainer.accelerator=cpu",
+        )  # fmt: skip
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if config.trainer.devices > torch.cuda.device_count():

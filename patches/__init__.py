@@ -23,7 +23,8 @@ _REQUIRED_BY_CHECKPOINTS = ("psutil", "tqdm")
 def apply(device_type: str | None = None) -> list[str]:
     """Patch upstream for the device that the model will live on, once; later calls change nothing and return the same names.
 
-    For CUDA only what concerns checkpoints is patched; the rest is about running on CPU and gloo.
+    What is about running on CPU and gloo is for those alone; local layers, torch's Adam and checkpoints need their patches
+    anywhere.
 
     Args:
         device_type: ``cpu`` or ``cuda``; None, for those without a config, takes CUDA where torch sees it.

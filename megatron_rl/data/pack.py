@@ -28,8 +28,8 @@ from megatron_rl.types import MicroBatch, TrainingSample
 VECTOR_FIELDS = ("weights", "advantages", "old_log_probs", "ref_log_probs")
 """Per-token fields of a sample that travel with a micro-batch where they are set."""
 
-FP8_TOKEN_MULTIPLES = {"mxfp8": 32}
-"""Rows of an operand that units for products in eight bits take at once; 16 with the other recipes."""
+FP8_TOKEN_MULTIPLE = 16
+"""Rows of an operand that units for products in eight bits take at once."""
 
 
 def plan_micro_batches(
@@ -163,7 +163,11 @@ def pack_layout(policy: PolicyConfig, *, cp_rank: int = 0) -> PackLayout:
     tp_size = policy.tensor_parallel_size if is_sequence_parallel else 1
     token_multiple = 1
     if policy.megatron_cfg.get("fp8"):
-        token_multiple = FP8_TOKEN_MULTIPLES.get(str(policy.megatron_cfg.get("fp8_recipe")), 16)
+        recipe = policy.megatron_cfg.get("fp8_recipe")
+        token_multiple = 2 * FP8_TOKEN_MULTIPLE if recipe == "mxfp8" else FP8_TOKEN_MULTIPLE
+        if recipe == "blockwise" and is_sequence_parallel:
+            # Transformer Engine up to 2.13 gathers only whole blocks of 128 tokens from each rank, and fails with others.
+            token_multiple = 128
     return PackLayout(tp_size, policy.context_parallel_size, cp_rank, token_multiple)
 
 

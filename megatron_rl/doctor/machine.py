@@ -39,12 +39,13 @@ def look() -> dict[str, str]:
 
 def _choices(device) -> dict[str, str]:  # type: ignore[no-untyped-def]
     from megatron_rl.model.fp8 import recipe
-    from megatron_rl.model.specs import adam_in_use, uses_transformer_engine
+    from megatron_rl.model.specs import adam_in_use, has_transformer_engine
 
-    is_engine = uses_transformer_engine(None, device)
+    is_engine = device.type == "cuda" and has_transformer_engine()
+    local = "only with policy.megatron_cfg.transformer_impl=local: " if device.type == "cuda" else ""
     choices = {
-        "layers": "Transformer Engine's" if is_engine else "Megatron's local ones",
-        "attention": "Transformer Engine's" if is_engine else "our own, in plain torch",
+        "layers": "Transformer Engine's" if is_engine else f"{local}Megatron's local ones",
+        "attention": "Transformer Engine's" if is_engine else f"{local}our own, in plain torch",
         "adam": adam_in_use(),
         "apex": "installed" if find_spec("amp_C") is not None else "not installed",
     }

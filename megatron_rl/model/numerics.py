@@ -9,7 +9,7 @@ Of the first micro-batch of a watched step, for each linear layer of the decoder
 
 In a run without FP8 they say what the recipe ``trainer.numerics.forecast`` would do. Every rank looks at what it holds, without
 communication; of what several ranks hold, the largest is reported. Under Transformer Engine the rounding is that of
-``fp8/emulation.py``, on the layer's own tensors.
+``fp8/emulation.py``, on the layer's own tensors and, under delayed scaling, with its own scales.
 """
 
 from __future__ import annotations
@@ -128,9 +128,14 @@ class NumericsMonitor:
     def _quantizers(self, module: torch.nn.Module) -> Quantizers:
         if isinstance(module, Fp8Layer):
             return module.quantizers
-        # Transformer Engine keeps the scales of delayed scaling to itself: those of the tensor at hand are close.
-        is_delayed = self._recipe.kind == "delayed"
-        return Quantizers(replace(self._recipe, kind="tensorwise") if is_delayed else self._recipe)
+        if self._recipe.kind != "delayed":
+            return Quantizers(self._recipe)
+        scales = _engine_scales(module)
+        if scales is None:  # there is no past to take them from: what the tensor at hand asks for is the best forecast
+            return Quantizers(replace(self._recipe, kind="tensorwise"))
+        found = Quantizers(self._recipe)
+        found.scale = scales
+        return found
 
 
 def summary(report: Mapping[str, LayerReport]) -> dict[str, float]:
@@ -152,6 +157,15 @@ def _linear_layers(chunk: PolicyModel, ep_rank: int, *, is_fp8: bool):  # type: 
         for name, module in layer.named_modules():
             if isinstance(module, LINEAR):
                 yield global_name(f"decoder.layers.0.{name}", number, first_expert).removeprefix("decoder."), module
+
+
+def _engine_scales(module: Any) -> Tensor | None:
+    """[3] float32, on the CPU: what a layer of Transformer Engine multiplies input, weight and gradient by in its next pass,
+    under delayed scaling; None before its first pass in eight bits, and for layers without."""
+    meta = getattr(module, "fp8_meta", {})
+    if not {"scaling_fwd", "scaling_bwd"} <= meta.keys():
+        return None
+    return torch.stack([*meta["scaling_fwd"].scale[:2], meta["scaling_bwd"].scale[0]]).float().cpu()
 
 
 def _weight(module: Any) -> Tensor:

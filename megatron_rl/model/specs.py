@@ -38,20 +38,25 @@ def uses_transformer_engine(chosen: str | None, device: torch.device) -> bool:
     """Which layers a model gets.
 
     Args:
-        chosen: ``policy.megatron_cfg.transformer_impl``; None takes Transformer Engine's where they can run.
+        chosen: ``policy.megatron_cfg.transformer_impl``; None takes Transformer Engine's on a GPU, local ones on a CPU.
         device: of the model.
 
     Raises:
-        UserError: Transformer Engine is asked for where it cannot run.
+        UserError: Transformer Engine's are wanted where they cannot run. A GPU gets slower layers only when asked to.
     """
-    can_run = device.type == "cuda" and has_transformer_engine()
-    if chosen == "transformer_engine" and not can_run:
+    if chosen == "local" or (chosen is None and device.type == "cpu"):
+        return False
+    if device.type == "cpu":
         raise UserError(
-            "policy.megatron_cfg.transformer_impl", chosen,
-            "has no kernels for CPUs" if device.type == "cpu" else "is not installed",
-            "leave it out, which takes local layers here" + ("" if device.type == "cpu" else "; or make PLATFORM=gpu"),
+            "policy.megatron_cfg.transformer_impl", chosen, "has no kernels for CPUs",
+            "leave it out, which takes local layers here",
         )  # fmt: skip
-    return can_run and chosen != "local"
+    if not has_transformer_engine():
+        raise UserError(
+            "policy.megatron_cfg.transformer_impl", chosen, "needs Transformer Engine on a GPU, which is not installed",
+            "make PLATFORM=gpu installs it; or set it to local: plain torch, slower, nothing in eight bits",
+        )  # fmt: skip
+    return True
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:

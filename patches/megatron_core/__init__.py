@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 
 # Everything a training or checkpointing process uses. ``device`` reaches only modules that are loaded when it runs, so
 # those that Megatron would import later, from inside a function, are named too.
@@ -34,23 +35,25 @@ _MODULES = (
 
 
 def apply_everywhere() -> list[str]:
-    """What a GPU machine needs too: checkpoints that leave no process behind and fail on all ranks alike."""
-    from . import checkpoint, checkpoint_errors
+    """What a GPU machine needs too: local layers and torch's Adam where Transformer Engine is missing, checkpoints that leave
+    no process behind and fail on all ranks alike. Nothing here changes what Transformer Engine's layers do."""
+    from . import checkpoint, checkpoint_errors, latent, moe, norm, optimizer
 
-    checkpoint.apply()
-    checkpoint_errors.apply()
-    return ["checkpoint", "checkpoint_errors"]
+    return _apply(norm, moe, latent, optimizer, checkpoint, checkpoint_errors)
 
 
 def apply_cpu() -> list[str]:
     """Import Megatron-Core without its compiler, then apply what CPU and gloo need. Returns the topics in order."""
-    from . import collectives, device, jit, latent, moe, norm, optimizer, rng
+    from . import collectives, device, jit, rng
 
     with jit.without_compiler():
         for module in _MODULES:
             importlib.import_module(module)
     # ``rng`` adds to the view of torch.cuda that ``device`` hands out; the others are independent of each other.
-    topics = (device, rng, norm, moe, latent, collectives, optimizer)
+    return ["jit", *_apply(device, rng, collectives)]
+
+
+def _apply(*topics: ModuleType) -> list[str]:
     for topic in topics:
         topic.apply()
-    return ["jit", *(topic.__name__.rpartition(".")[2] for topic in topics)]
+    return [topic.__name__.rpartition(".")[2] for topic in topics]

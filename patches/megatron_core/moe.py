@@ -1,4 +1,4 @@
-"""Run mixture-of-experts layers on CPU.
+"""Run mixture-of-experts layers without Transformer Engine, and on CPU.
 
 Why: the router reads ``te_general_gemm``, a name that exists only where Transformer Engine is installed: NameError. The
     all-to-all takes its split sizes as a host array; the function that copies them there does nothing to a tensor that
@@ -34,8 +34,8 @@ def apply() -> None:
 def _as_host_array(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        if as_numpy and torch.is_tensor(tensor):
-            return tensor.numpy()
-        return tensor
+        if torch.is_tensor(tensor) and tensor.is_cuda:
+            return original(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     return move

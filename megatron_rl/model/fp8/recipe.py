@@ -174,13 +174,16 @@ def check_gpu(kind: Kind, *, capability: Version, engine: Version | None, cuda: 
         )  # fmt: skip
     if capability < needs.capability or (needs.below is not None and capability >= needs.below):
         wanted = f"{_text(needs.capability)} or later" + (f", before {_text(needs.below)}" if needs.below else "")
+        rule = f"needs a GPU of compute capability {wanted}"
+        if kind == "blockwise":  # Transformer Engine would take later ones, and make other blocks of these
+            rule = "needs a GPU of compute capability 9.0, Hopper, the one with such blocks of its own"
         instead = "mxfp8" if kind == "blockwise" and (10, 0) <= capability < (12, 0) else needs.instead
         if capability < _NEEDS["tensorwise"].capability:
             instead = "no fp8 at all"
         raise UserError(
             _FIELD,
             kind,
-            f"needs a GPU of compute capability {wanted}; this one has {_text(capability)}",
+            f"{rule}; this one has {_text(capability)}",
             f"use {instead}",
         )
     for name, found, least in (("Transformer Engine", engine, needs.engine), ("CUDA", cuda, needs.cuda)):

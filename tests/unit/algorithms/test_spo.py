@@ -20,9 +20,9 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
 from megatron_rl.types import Completion, Kind, Problem, Prompt, Request, RolloutGroup, Score, TrainingSample
+from tests.policy_case import tiny_yaml
 from tests.tiny_models import make_tiny_model
 
-TINY = Path(__file__).parents[2] / "tiny.yaml"
 LENGTH, NEEDED = 8, 4
 """A response is eight flips, 1 or 2 (heads); it is right with four heads or more."""
 END = 3
@@ -90,9 +90,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(model: Path, name: str, *overrides: str) -> Config:
     """The smallest run, under another algorithm's section."""
-    lines = [line for line in TINY.read_text().splitlines() if not line.startswith("algorithm:")]
     file = model.parent / f"{name}.yaml"
-    file.write_text("\n".join([*lines, f"algorithm: {{name: {name}, num_prompts_per_step: 2}}"]))
+    file.write_text(tiny_yaml(f"{{name: {name}, num_prompts_per_step: 2}}"))
     common = [f"policy.model_path={model}", "rollout.max_new_tokens=9", "policy.train_global_batch_size=16"]
     return load_config(file, [*common, *overrides])
 

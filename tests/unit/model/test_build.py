@@ -32,7 +32,7 @@ def megatron_config(model: Path, device: str):
 def test_gradient_accumulation_is_fused_only_where_the_kernel_of_the_output_layer_is_built(
     model: Path, monkeypatch: pytest.MonkeyPatch, is_built: bool
 ) -> None:
-    monkeypatch.setattr(specs, "has_transformer_engine", lambda: not is_built)  # alone, it is not enough
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)  # alone, it is not enough
     kernels = {"fused_weight_gradient_mlp_cuda"} if is_built else set()
     monkeypatch.setattr(build, "find_spec", lambda name: name if name in kernels else None)
     assert megatron_config(model, "cuda").gradient_accumulation_fusion is is_built
@@ -54,7 +54,9 @@ def test_transformer_engine_serves_gpus_only(model: Path, monkeypatch: pytest.Mo
     assert specs.layer_spec(chosen).submodules.input_layernorm is WrappedTorchNorm
 
 
-def test_transformer_engine_is_not_replaced_without_a_word(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chosen", ["transformer_engine", None])
+def test_transformer_engine_is_not_replaced_without_a_word(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs, "has_transformer_engine", lambda: False)
-    with pytest.raises(UserError, match="transformer_impl = 'transformer_engine': is not installed"):
-        specs.uses_transformer_engine("transformer_engine", torch.device("cuda"))
+    with pytest.raises(UserError, match=r"transformer_impl.*: needs Transformer Engine on a GPU.*set it to local"):
+        specs.uses_transformer_engine(chosen, torch.device("cuda"))
+    assert not specs.uses_transformer_engine("local", torch.device("cuda"))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_rl.config import NumericsConfig
-from megatron_rl.model.numerics import NumericsMonitor, summary
+from megatron_rl.model.numerics import NumericsMonitor, _range, summary
 from megatron_rl.model.step import Policy
 from tests.forked import run_ranks
 from tests.parallel.invariance import config_of, num_ranks, recorded_batch
@@ -146,6 +147,17 @@ def test_delayed_scales_that_are_too_large_overflow(model: Path, samples: list) 
     report, alarms, _ = run(model, samples, {}, ("policy.megatron_cfg.fp8=hybrid",), old_scale)
     assert report[name]["input_overflow"] > 0.5
     assert any(line.startswith("input_overflow") and name in line for line in alarms)
+
+
+def test_scales_that_transformer_engine_holds_are_used() -> None:
+    """Its layers keep them in ``fp8_meta``, where a pass in eight bits has been; until then the tensor at hand decides."""
+    monitor = NumericsMonitor([], NumericsConfig(), {"fp8": "hybrid"}, SimpleNamespace(ep_rank=0))
+    x = torch.full((4, 8), 10.0)
+    assert _range(monitor._quantizers(SimpleNamespace(fp8_meta={})), "input", x)["input_overflow"] == 0.0
+    scales = {"scaling_fwd": torch.tensor([100.0, 1.0, 1.0]), "scaling_bwd": torch.tensor([1e4, 1.0])}
+    layer = SimpleNamespace(fp8_meta={key: SimpleNamespace(scale=scale) for key, scale in scales.items()})
+    found = {role: _range(monitor._quantizers(layer), role, x) for role in ("input", "weight", "gradient")}
+    assert [found[role][f"{role}_overflow"] for role in found] == [1.0, 0.0, 1.0]
 
 
 def test_without_fp8_it_tells_what_fp8_would_do(model: Path, samples: list) -> None:

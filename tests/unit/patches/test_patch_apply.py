@@ -50,11 +50,29 @@ def test_each_patch_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     ]
 
 
-def test_only_checkpoints_are_patched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_about_cpus_is_not_patched_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Local layers, which a GPU may be asked to take, and torch's Adam need their patches there, too."""
     monkeypatch.setattr(patches, "_applied", None)
     monkeypatch.setattr(patches, "_device_type", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert patches.apply() == ["megatron_core.checkpoint", "megatron_core.checkpoint_errors"]
+    topics = ("norm", "moe", "latent", "optimizer", "checkpoint", "checkpoint_errors")
+    assert patches.apply() == [f"megatron_core.{topic}" for topic in topics]
+
+
+def test_local_layers_run_with_the_patches_of_a_gpu() -> None:
+    """In a process of its own: these alone, nothing of what CPUs need."""
+    program = (
+        "from types import SimpleNamespace\n"
+        "from megatron_rl import patches\n"
+        "patches.apply('cuda')\n"
+        "from megatron.core.transformer import multi_latent_attention\n"
+        "from megatron.core.transformer.torch_norm import WrappedTorchNorm\n"
+        "config = SimpleNamespace(normalization='RMSNorm', sequence_parallel=True, persist_layer_norm=True,\n"
+        "    layernorm_zero_centered_gamma=False, memory_efficient_layer_norm=False)\n"
+        "assert WrappedTorchNorm(config, 8).weight.sequence_parallel\n"
+        "assert not multi_latent_attention.HAVE_TE\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_a_cpu_run_on_a_machine_with_cuda_is_patched_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
