@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,19 +18,33 @@ CONFIG = Path(__file__).parent / "tiny.yaml"
 def tiny_config(
     model: Path, *overrides: str, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False
 ) -> Config:
-    return load_config(
-        CONFIG,
-        [
-            f"policy.model_path={model}",
-            f"trainer.devices={tp * pp * cp * dp}",
-            f"policy.megatron_cfg.tensor_model_parallel_size={tp}",
-            f"policy.megatron_cfg.pipeline_model_parallel_size={pp}",
-            f"policy.megatron_cfg.virtual_pipeline_model_parallel_size={vpp}",
-            f"policy.megatron_cfg.context_parallel_size={cp}",
-            *(["policy.megatron_cfg.sequence_parallel=true"] if sp else []),
-            *overrides,
-        ],
-    )
+    """The smallest run, under a layout. An override ``algorithm={...}`` is the whole section: others' keys do not fit it."""
+    sections = [item.removeprefix("algorithm=") for item in overrides if item.startswith("algorithm={")]
+    overrides = tuple(item for item in overrides if not item.startswith("algorithm={"))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(tiny_yaml(*sections))
+        file.flush()
+        return load_config(
+            file.name,
+            [
+                f"policy.model_path={model}",
+                f"trainer.devices={tp * pp * cp * dp}",
+                f"policy.megatron_cfg.tensor_model_parallel_size={tp}",
+                f"policy.megatron_cfg.pipeline_model_parallel_size={pp}",
+                f"policy.megatron_cfg.virtual_pipeline_model_parallel_size={vpp}",
+                f"policy.megatron_cfg.context_parallel_size={cp}",
+                *(["policy.megatron_cfg.sequence_parallel=true"] if sp else []),
+                *overrides,
+            ],
+        )
+
+
+def tiny_yaml(algorithm: str | None = None) -> str:
+    """The smallest run's config, with another ``algorithm`` section if one is given."""
+    lines = CONFIG.read_text().splitlines()
+    if algorithm is not None:
+        lines = [line for line in lines if not line.startswith("algorithm:")] + [f"algorithm: {algorithm}"]
+    return "\n".join(lines)
 
 
 def random_samples(count: int = 8, vocab_size: int = 131) -> list[TrainingSample]:

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.forked import run_ranks
+from tests.policy_case import CONFIG, tiny_yaml
 from tests.tiny_models import make_tiny_model
-
-CONFIG = Path(__file__).parents[1] / "tiny.yaml"
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,8 @@ class Case:
 
     def with_algorithm(self, section: str) -> Case:
         """The same place, with another ``algorithm`` section."""
-        lines = [line for line in CONFIG.read_text().splitlines() if not line.startswith("algorithm:")]
         config = self.root / "own.yaml"
-        config.write_text("\n".join([*lines, f"algorithm: {section}"]))
+        config.write_text(tiny_yaml(section))
         return replace(self, config=config)
 
     def arguments(self, *overrides: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import torch
 from megatron_rl.algorithms import build_algorithm
 from megatron_rl.config import Config
 from megatron_rl.doctor import exactness
-from megatron_rl.doctor.exactness import Outcome, errors, load_reference
-from megatron_rl.types import TrainingSample
+from megatron_rl.doctor.exactness import BOUNDS, Outcome, errors, load_reference
+from megatron_rl.types import MicroBatch, TrainingSample
+from tests.forked import run_ranks
 from tests.policy_case import build_policy, tiny_config
 
-__all__ = ["config_of", "entropies", "errors", "num_ranks", "one_update", "recorded_batch", "reference"]
 VOCAB_SIZE = 131
 
 
@@ -38,22 +38,69 @@ def num_ranks(layout: dict) -> int:
     return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
 
+def outcomes(
+    model: Path,
+    samples: list[TrainingSample],
+    layout: dict,
+    overrides: tuple[str, ...] = (),
+    *,
+    tokens: int | None = None,
+    mutate: Callable[[], None] | None = None,
+) -> list[Outcome]:
+    """``one_update`` on every rank.
+
+    Args:
+        tokens: budget of a micro-batch; 0: every row goes alone; None: as configured.
+        mutate: called on every rank before anything is built.
+    """
+    if tokens:
+        overrides = (*overrides, f"policy.train_micro_batch_tokens={tokens}")
+    changes = [change for change in (mutate, never_pack if tokens == 0 else None) if change is not None]
+    return run_ranks(one_update, num_ranks(layout), model, samples, layout, overrides, changes)
+
+
+def assert_exact(found: list[Outcome], true: Outcome) -> None:
+    """All ranks report the same, and it is the reference's."""
+    off = outside(found[0], true)
+    assert not off, off
+    assert all(outcome["metrics"] == found[0]["metrics"] for outcome in found), "ranks report different numbers"
+
+
+def outside(outcome: Outcome, true: Outcome) -> dict[str, float]:
+    """The errors that are not within bounds. Empty where a deliberate error went unnoticed: a crash gives no outcome."""
+    return {what: error for what, error in errors(outcome, true).items() if not error < BOUNDS[what]}
+
+
+def mutate_packs(change: Callable[[MicroBatch, list[TrainingSample], list[int]], None]) -> None:
+    """Change every micro-batch once it is packed; for ``mutate``. ``change(batch, samples, its rows)``."""
+    from megatron_rl.model import step
+
+    pack = step.pack
+
+    def wrong(samples, rows, layout):  # type: ignore[no-untyped-def]
+        batch = pack(samples, rows, layout)
+        change(batch, samples, rows)
+        return batch
+
+    step.pack = wrong
+
+
 def one_update(
     model: Path,
     samples: list[TrainingSample],
     layout: dict,
     overrides: tuple[str, ...] = (),
-    mutate: Callable[[], None] | None = None,
+    changes: Sequence[Callable[[], None]] = (),
 ) -> Outcome:
     """What the layout gives: loss, metrics, and gradients by Hugging Face name (on rank 0)."""
-    if mutate is not None:
-        mutate()
+    for change in changes:
+        change()
     config = config_of(model, *overrides, **layout)
     return exactness.one_update(build_policy(config), build_algorithm(config), samples)
 
 
 def never_pack() -> None:
-    """Each row goes alone; for ``mutate``."""
+    """Each row goes alone."""
     from megatron_rl.model import step
 
     def alone(num_tokens, *, num_ranks, **_options):  # type: ignore[no-untyped-def]

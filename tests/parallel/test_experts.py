@@ -13,12 +13,12 @@ from megatron_rl.doctor import exactness
 from megatron_rl.doctor.exactness import load_reference, naive_log_probs, sequence_balance
 from tests.forked import run_ranks
 from tests.parallel.invariance import (
+    assert_exact,
     config_of,
     entropies,
     errors,
-    never_pack,
     num_ranks,
-    one_update,
+    outcomes,
     recorded_batch,
     reference,
 )
@@ -76,11 +76,10 @@ def test_every_gradient_under_every_layout(
     assert any(".experts.3." in name for name in true["gradients"]) and any(
         "gate.weight" in n for n in true["gradients"]
     )
-    found = errors(run_ranks(one_update, num_ranks(layout), model, batch, layout, overrides)[0], true)
-    assert found["loss"] < 1e-6 and found["metric"] < 1e-5 and found["gradient"] < 1e-5, found
+    assert_exact(outcomes(model, batch, layout, overrides), true)
 
 
-@pytest.mark.parametrize(("layout", "overrides"), [LAYOUTS[0], LAYOUTS[1], LAYOUTS[-1]], ids=str)
+@pytest.mark.parametrize(("layout", "overrides"), LAYOUTS, ids=str)
 def test_the_first_ratio_is_exact(model: Path, batch: list, layout: dict, overrides: tuple[str, ...]) -> None:
     run_ranks(entropies, num_ranks(layout), model, batch, layout, overrides)
 
@@ -108,9 +107,7 @@ PACKED += [(*case, tokens) for case in (LAYOUTS[0], LAYOUTS[4]) for tokens in (1
 def test_auxiliary_losses_do_not_depend_on_layout_or_packing(
     model: Path, batch: list, true: dict, balanced: dict, layout: dict, overrides: tuple[str, ...], tokens: int
 ) -> None:
-    overrides = (*overrides, *BALANCE, f"policy.train_micro_batch_tokens={tokens or 8192}")
-    mutate = None if tokens else never_pack
-    found = errors(run_ranks(one_update, num_ranks(layout), model, batch, layout, overrides, mutate)[0], balanced)
+    found = errors(outcomes(model, batch, layout, (*overrides, *BALANCE), tokens=tokens)[0], balanced)
     assert found["loss"] < 1e-6 and found["gradient"] < 1e-5, found
     gate = next(name for name in true["gradients"] if "gate.weight" in name)
     of_both = balanced["gradients"][gate]
@@ -122,8 +119,7 @@ def test_auxiliary_losses_when_layers_are_recomputed(model: Path, batch: list, b
     recompute = [f"policy.megatron_cfg.recompute_granularity={kind}"]
     if kind == "full":
         recompute += ["policy.megatron_cfg.recompute_method=uniform", "policy.megatron_cfg.recompute_num_layers=1"]
-    overrides = (*BALANCE, *recompute, "policy.train_micro_batch_tokens=150")
-    found = errors(run_ranks(one_update, 2, model, batch, {"pp": 2}, overrides)[0], balanced)
+    found = errors(outcomes(model, batch, {"pp": 2}, (*BALANCE, *recompute), tokens=150)[0], balanced)
     assert found["gradient"] < 1e-5, found
 
 
@@ -145,7 +141,7 @@ def count_local_tokens() -> None:
 
 @pytest.mark.parametrize("mutate", [count_padding, count_local_tokens])
 def test_an_error_in_the_counts_is_noticed(model: Path, batch: list, balanced: dict, mutate) -> None:  # type: ignore[no-untyped-def]
-    found = errors(run_ranks(one_update, 2, model, batch, {"cp": 2}, BALANCE, mutate)[0], balanced)
+    found = errors(outcomes(model, batch, {"cp": 2}, BALANCE, mutate=mutate)[0], balanced)
     assert found["gradient"] > 1e-4, found
 
 
@@ -191,11 +187,9 @@ def test_recorded_choices_are_repeated(
         forced[:] = list(told[number].unbind(1))
 
     true = exactness.reference(network, GRPO(config_of(model)), samples, before_row=follow)
-    overrides = (*overrides, f"policy.train_micro_batch_tokens={tokens}")
-    found = errors(run_ranks(one_update, num_ranks(layout), model, samples, layout, overrides)[0], true)
-    assert found["loss"] < 1e-6 and found["metric"] < 1e-5 and found["gradient"] < 1e-5, found
+    assert_exact(outcomes(model, samples, layout, overrides, tokens=tokens), true)
     samples[1].experts = None  # its routers choose themselves: not what was recorded
-    assert errors(run_ranks(one_update, 1, model, samples, {"tp": 1})[0], true)["gradient"] > 1e-3
+    assert errors(outcomes(model, samples, {"tp": 1})[0], true)["gradient"] > 1e-3
 
 
 def swap_two_experts() -> None:
@@ -208,7 +202,7 @@ def swap_two_experts() -> None:
 
 
 def test_a_confusion_of_experts_is_noticed(model: Path, batch: list, true: dict) -> None:
-    result = run_ranks(one_update, 2, model, batch, {"dp": 2}, EP2, swap_two_experts)[0]
+    result = outcomes(model, batch, {"dp": 2}, EP2, mutate=swap_two_experts)[0]
     assert abs(result["loss"] - true["loss"]) > 1e-3 * abs(true["loss"])
 
 

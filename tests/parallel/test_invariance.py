@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.doctor.exactness import BOUNDS, load_reference, naive_log_probs
+from megatron_rl.doctor.exactness import load_reference, naive_log_probs
 from megatron_rl.parallel.statistics import top_k_mask
 from tests.forked import run_ranks
 from tests.parallel.invariance import (
+    assert_exact,
     entropies,
-    errors,
-    never_pack,
+    mutate_packs,
     num_ranks,
-    one_update,
+    outcomes,
+    outside,
     recorded_batch,
     reference,
 )
@@ -47,18 +48,11 @@ def recorded(models: dict) -> dict:
     return {case: (batch, reference(models[case], batch)) for case, batch in batches.items()}
 
 
-def check(result: dict, true: dict) -> None:
-    for what, error in errors(result, true).items():
-        assert error < BOUNDS[what], (what, error)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_every_gradient_under_every_layout(models: dict, recorded: dict, layout: dict, case: tuple) -> None:
     batch, true = recorded[case]
-    results = run_ranks(one_update, num_ranks(layout), models[case], batch, layout)
-    check(results[0], true)
-    assert all(result["metrics"] == results[0]["metrics"] for result in results), "ranks report different numbers"
+    assert_exact(outcomes(models[case], batch, layout), true)
 
 
 @pytest.mark.parametrize("tokens", [0, 150, 200])
@@ -66,8 +60,7 @@ def test_every_gradient_under_every_layout(models: dict, recorded: dict, layout:
 def test_every_gradient_under_every_packing(models: dict, recorded: dict, layout: dict, tokens: int) -> None:
     """0: not packed."""
     batch, true = recorded[MODELS[0]]
-    how = ((f"policy.train_micro_batch_tokens={tokens}",), None) if tokens else ((), never_pack)
-    check(run_ranks(one_update, num_ranks(layout), models[MODELS[0]], batch, layout, *how)[0], true)
+    assert_exact(outcomes(models[MODELS[0]], batch, layout, tokens=tokens), true)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2, "sp": True}, {"cp": 2, "dp": 2}, {"pp": 2, "vpp": 2}], ids=str)
@@ -75,8 +68,8 @@ def test_overlapped_gradient_reduction(models: dict, recorded: dict, layout: dic
     """The output weight's gradient goes straight to Megatron's buffer: the hook must fire all the same."""
     for case in MODELS:
         batch, true = recorded[case]
-        override = ("policy.ddp_cfg.overlap_grad_reduce=true", "policy.train_micro_batch_tokens=150")
-        check(run_ranks(one_update, num_ranks(layout), models[case], batch, layout, override)[0], true)
+        overlapped = ("policy.ddp_cfg.overlap_grad_reduce=true",)
+        assert_exact(outcomes(models[case], batch, layout, overlapped, tokens=150), true)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
@@ -122,21 +115,14 @@ def forget_the_other_ranks_queries() -> None:
     attention.gather_from_sequence_parallel_region = lambda x, group: gather(x, False, group)
 
 
-def select_per_rank() -> None:
-    from megatron_rl.model.step import Policy
+def select_per_micro_batch() -> None:
+    """What a selection inside the loss would do: the best fifth of each micro-batch's own tokens."""
 
-    make = Policy._micro_batches
+    def select(batch, _samples, _rows):  # type: ignore[no-untyped-def]
+        values = batch.vectors["old_log_probs"][batch.loss_mask]
+        batch.vectors["weights"][batch.loss_mask] *= top_k_mask(values, torch.arange(len(values)), len(values) // 5)
 
-    def wrong(self, samples):  # type: ignore[no-untyped-def]
-        # What a selection inside the loss would do: the best fifth of each data-parallel rank's own tokens.
-        batches = make(self, samples)
-        values = torch.cat([batch.vectors["old_log_probs"][batch.loss_mask] for batch in batches])
-        mask = top_k_mask(values, torch.arange(len(values)), len(values) // 5)
-        for batch, chosen in zip(batches, mask.split([int(batch.loss_mask.sum()) for batch in batches])):
-            batch.vectors["weights"][batch.loss_mask] *= chosen
-        return batches
-
-    Policy._micro_batches = wrong
+    mutate_packs(select)
 
 
 def _zero_all_but_top(samples: list) -> None:
@@ -148,17 +134,11 @@ def _zero_all_but_top(samples: list) -> None:
 
 
 def shift_labels_twice_at_a_border() -> None:
-    from megatron_rl.model import step
-
-    pack = step.pack
-
-    def wrong(*args):  # type: ignore[no-untyped-def]
-        batch = pack(*args)
+    def shift(batch, _samples, _rows):  # type: ignore[no-untyped-def]
         last = batch.cu_seqlens[1:].long() - 2
         batch.labels[last] = batch.labels[(last + 2).clamp(max=len(batch.labels) - 1)]
-        return batch
 
-    step.pack = wrong
+    mutate_packs(shift)
 
 
 def keep_the_target_logit_local() -> None:
@@ -184,22 +164,20 @@ MUTATIONS = [
 @pytest.mark.parametrize(("mutate", "layout"), MUTATIONS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_a_deliberate_error_is_noticed(models: dict, recorded: dict, mutate, layout: dict) -> None:  # type: ignore[no-untyped-def]
     batch, true = recorded[MODELS[1]]
-    result = run_ranks(one_update, num_ranks(layout), models[MODELS[1]], batch, layout, (), mutate)[0]
-    with pytest.raises(AssertionError):
-        check(result, true)
+    assert outside(outcomes(models[MODELS[1]], batch, layout, mutate=mutate)[0], true)
 
 
-def test_selection_per_rank_is_noticed(models: dict, recorded: dict) -> None:
-    """The same selection over the whole batch is right under both layouts, over a rank's own rows under one only."""
+def test_selection_per_micro_batch_is_noticed(models: dict, recorded: dict) -> None:
+    """Selected over the whole batch, it is right under any layout and packing; over micro-batches, with a single one only."""
     import copy
 
-    batch, _ = recorded[MODELS[1]]
+    model, (batch, _) = models[MODELS[1]], recorded[MODELS[1]]
     chosen = copy.deepcopy(batch)
     _zero_all_but_top(chosen)
-    true = reference(models[MODELS[1]], chosen)
-    for layout in ({"tp": 1}, {"dp": 2}):
-        check(run_ranks(one_update, num_ranks(layout), models[MODELS[1]], chosen, layout)[0], true)
-    check(run_ranks(one_update, 1, models[MODELS[1]], batch, {"tp": 1}, (), select_per_rank)[0], true)
-    wrong = run_ranks(one_update, 2, models[MODELS[1]], batch, {"dp": 2}, (), select_per_rank)[0]
-    with pytest.raises(AssertionError):
-        check(wrong, true)
+    true = reference(model, chosen)
+    several = [({"tp": 1}, 150), ({"dp": 2}, 10_000)]
+    for layout, tokens in (({"tp": 1}, 10_000), *several):
+        assert_exact(outcomes(model, chosen, layout, tokens=tokens), true)
+    assert_exact(outcomes(model, batch, {"tp": 1}, tokens=10_000, mutate=select_per_micro_batch), true)
+    for layout, tokens in several:
+        assert outside(outcomes(model, batch, layout, tokens=tokens, mutate=select_per_micro_batch)[0], true)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatron_rl.doctor.exactness import BOUNDS
-from megatron_rl.types import Kind
-from tests.forked import run_ranks
-from tests.parallel.invariance import errors, never_pack, num_ranks, one_update, recorded_batch, reference
+from megatron_rl.types import Kind, TrainingSample
+from tests.parallel.invariance import assert_exact, mutate_packs, outcomes, outside, recorded_batch, reference
 from tests.tiny_models import make_tiny_model
 
 REHEARSAL = (
@@ -40,14 +37,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(folder / "qwen3", "qwen3", tied=True, seed=5, num_hidden_layers=4)
 
 
-def check(model: Path, settings: tuple[str, ...], layout: dict, *, how=(), mix=MIXES["half"], mutate=None) -> None:  # type: ignore[no-untyped-def]
-    batch = recorded_batch(model, *settings, is_stored=mix)
+def mixed(model: Path, settings: tuple[str, ...] = JS, mix: str = "half") -> list[TrainingSample]:
+    batch = recorded_batch(model, *settings, is_stored=MIXES[mix])
     assert len({row.kind for row in batch}) == 2
-    true = reference(model, batch, *settings)
-    results = run_ranks(one_update, num_ranks(layout), model, batch, layout, (*settings, *how), mutate)
-    for what, error in errors(results[0], true).items():
-        assert error < BOUNDS[what], (what, error)
-    assert all(result["metrics"] == results[0]["metrics"] for result in results)
+    return batch
+
+
+def check(model: Path, settings: tuple[str, ...], layout: dict, *, mix: str = "half", **how) -> None:  # type: ignore[no-untyped-def]
+    batch = mixed(model, settings, mix)
+    assert_exact(outcomes(model, batch, layout, settings, **how), reference(model, batch, *settings))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -65,14 +63,13 @@ def test_every_method(model: Path, method: str, layout: dict) -> None:
 @pytest.mark.parametrize("mix", MIXES)
 def test_every_mix(model: Path, mix: str) -> None:
     """With few stored rows, most micro-batches have none; with many, most have nothing else."""
-    check(model, JS, {"cp": 2, "dp": 2}, mix=MIXES[mix])
+    check(model, JS, {"cp": 2, "dp": 2}, mix=mix)
 
 
 @pytest.mark.parametrize("tokens", [0, 150, 10_000])
 def test_every_packing(model: Path, tokens: int) -> None:
     """0: every row alone; 10,000: all in one micro-batch, rows of both kinds side by side."""
-    how = (f"policy.train_micro_batch_tokens={tokens}",) if tokens else ()
-    check(model, JS, {"dp": 2}, how=how, mutate=None if tokens else never_pack)
+    check(model, JS, {"dp": 2}, tokens=tokens)
 
 
 # ------------------------------------------------------------------------------------------------ it can fail
@@ -80,16 +77,7 @@ def test_every_packing(model: Path, tokens: int) -> None:
 
 def route_by_the_first_row() -> None:
     """What the released code does: the kind of a micro-batch's first row decides for all of it."""
-    from megatron_rl.model import step
-
-    pack = step.pack
-
-    def wrong(samples, rows, layout):  # type: ignore[no-untyped-def]
-        batch = pack(samples, rows, layout)
-        batch.kind = torch.full_like(batch.kind, int(samples[rows[0]].kind))
-        return batch
-
-    step.pack = wrong
+    mutate_packs(lambda batch, samples, rows: batch.kind.fill_(int(samples[rows[0]].kind)))
 
 
 def forget_who_is_stored() -> None:
@@ -98,7 +86,16 @@ def forget_who_is_stored() -> None:
     dph_rl.Kind = type("Kind", (), {"REHEARSAL": Kind.EDGE, "RL": Kind.RL})
 
 
-@pytest.mark.parametrize("mutate", [route_by_the_first_row, forget_who_is_stored], ids=lambda f: f.__name__)
-def test_a_deliberate_error_is_noticed(model: Path, mutate) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(AssertionError):
-        check(model, JS, {"tp": 1}, how=("policy.train_micro_batch_tokens=10000",), mutate=mutate)
+@pytest.mark.parametrize("first", [Kind.RL, Kind.REHEARSAL], ids=lambda kind: kind.name)
+def test_routing_by_the_first_row_is_noticed(model: Path, first: Kind) -> None:
+    """Whichever kind the first row of the only micro-batch, the longest of all, is of."""
+    batch = recorded_batch(model, *JS, is_stored=lambda number: (number % 2 == 1) == (first == Kind.REHEARSAL))
+    assert max(batch, key=lambda row: row.num_tokens).kind == first
+    found = outcomes(model, batch, {"tp": 1}, JS, tokens=10_000, mutate=route_by_the_first_row)
+    assert outside(found[0], reference(model, batch, *JS))
+
+
+def test_stored_rows_taken_for_rollouts_are_noticed(model: Path) -> None:
+    batch = mixed(model)
+    found = outcomes(model, batch, {"tp": 1}, JS, mutate=forget_who_is_stored)
+    assert outside(found[0], reference(model, batch, *JS))
