@@ -8,6 +8,7 @@ PLATFORM ?= cpu
 ENGINE ?= transformers
 PYTHON ?= $(if $(filter gpu,$(PLATFORM)),python3.12,python3.11)
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN_STAMP := .venv/.installed-$(PLATFORM)
 SGLANG_STAMP := .venv/.installed-sglang-$(PLATFORM)
 DEV_STAMP := .venv/.installed-dev
@@ -49,16 +50,21 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 $(RUN_STAMP): requirements/$(PLATFORM).txt setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/$(PLATFORM).txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+ifeq ($(PLATFORM),gpu)  # Transformer Engine's bindings are built against the torch that is there already
+	$(PIP) $(shell grep -E '^(torch|setuptools)==' requirements/gpu.txt)
+	NVTE_BUILD_USE_NVIDIA_WHEELS=1 $(PIP) --no-build-isolation -r requirements/gpu.txt
+else
+	$(PIP) -r requirements/$(PLATFORM).txt
+endif
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(SGLANG_STAMP): requirements/sglang_$(PLATFORM).txt | $(RUN_STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/sglang_$(PLATFORM).txt
+	$(PIP) --no-deps -r requirements/sglang_$(PLATFORM).txt
 	touch $@
 
 $(DEV_STAMP): requirements/dev.txt | $(RUN_STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(PIP) -r requirements/dev.txt
 	touch $@
 
 clean:
