@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -42,6 +44,16 @@ def seconds_of(part: Part) -> float:
     if status:
         sys.exit(status)
     return total
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, whose folder is relative to the repository."""
+    return [json.loads(line) for line in (ROOT / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """``results.json`` in a folder that is relative to the repository."""
+    (ROOT / folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def verb(name: str, config: Path, *overrides: str) -> list[str]:

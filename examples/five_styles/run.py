@@ -10,14 +10,13 @@ interruption, it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, seconds_of, verb
+from parts import ROOT, Part, rows_of, seconds_of, verb, write_report
 
 HERE = Path(__file__).parent
 KL = 0.02
@@ -78,7 +77,7 @@ def main() -> int:
         overrides = (*common, f"exp_manager.name={method}", *settings, *short, *first)
         done = folder / method / "summary.json"
         seconds[method] = seconds_of(Part(method, verb("train", HERE / config, *overrides), done))
-        rows = [json.loads(line) for line in (ROOT / folder / method / "metrics.jsonl").read_text().splitlines()]
+        rows = rows_of(folder / method)
         if method == methods[0]:
             results["base"] = shown(rows[0])
         results[method] = shown(rows[-1])
@@ -88,7 +87,7 @@ def main() -> int:
         "seconds": seconds,
         "total_seconds": round(sum(seconds.values())),
     }
-    (ROOT / folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(folder, report)
     draw(results, ROOT / folder / "results.png")
     print_table(results)
     print(f"{report['total_seconds']} s in all. Look at {folder}/results.png; figures are in {folder}/results.json.")

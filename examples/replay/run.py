@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, seconds_of, start, verb
+from parts import ROOT, Part, rows_of, seconds_of, start, verb, write_report
 
 HERE = Path(__file__).parent
 METRIC = "eval/avg@4"
@@ -37,9 +37,9 @@ def main() -> int:
         Part("phase 2", verb("train", HERE / "rlep.yaml", *common), folder / "phase2" / "summary.json"),
     )
     seconds |= {part.name: seconds_of(part) for part in parts}
-    curves = {name: curve(ROOT / folder / name) for name in ("phase1", "phase2")}
+    curves = {name: curve(folder / name) for name in ("phase1", "phase2")}
     report = compare(curves) | {"seed": seed, "seconds": seconds, "curves": curves}
-    (ROOT / folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(folder, report)
     draw(curves, ROOT / folder / "results.png")
     print(json.dumps({key: value for key, value in report.items() if key != "curves"}, indent=1))
     return 0
@@ -47,7 +47,7 @@ def main() -> int:
 
 def curve(run: Path) -> list[tuple[int, float]]:
     """(step, accuracy) of each evaluation with four samples or more; the first and last have eight."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(run)
     names = (METRIC, "eval/avg@8")
     return [
         (row["step"], next(row[name] for name in names if name in row)) for row in rows if any(n in row for n in names)

@@ -9,13 +9,12 @@ again after an interruption, it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, seconds_of, start, verb
+from parts import ROOT, Part, rows_of, seconds_of, start, verb, write_report
 
 HERE = Path(__file__).parent
 NAIVE = ("algorithm.partition.kind=equal", "algorithm.mask_threshold=null")
@@ -48,9 +47,9 @@ def main() -> int:
         config, *settings = METHODS[method]
         overrides = (*common, f"exp_manager.name={method}", *settings)
         seconds_of(Part(method, verb("train", HERE / config, *overrides), folder / method / "summary.json"))
-        curves[method] = curve(ROOT / folder / method)
+        curves[method] = curve(folder / method)
     report = {"seed": seed, "methods": {name: summary(points) for name, points in curves.items()}, "curves": curves}
-    (ROOT / folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(folder, report)
     draw(curves, ROOT / folder / "results.png")
     print_table(report["methods"])
     return 0
@@ -58,9 +57,8 @@ def main() -> int:
 
 def curve(run: Path) -> list[Point]:
     """Accuracy, tokens sampled so far and seconds of training so far, at each evaluation."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     points, seconds, tokens = [], 0.0, 0.0
-    for row in rows:
+    for row in rows_of(run):
         seconds += row.get("time/step_s", 0.0)
         tokens = row.get("rollout/generated_tokens_total", tokens)
         found = [row[name] for name in METRICS if name in row]
