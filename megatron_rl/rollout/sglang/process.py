@@ -58,15 +58,19 @@ def _inherited() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in names and not key.startswith(prefixes)}
 
 
-def describe_status(status: int) -> str:
-    """``exited with status 1``, ``was killed by SIGKILL``."""
-    if status >= 0:
-        return f"exited with status {status}"
+def how_it_ended(status: int, log: Path, since: int = 0) -> str:
+    """``exited with status 1 (what its log says)``, ``was killed by SIGKILL``.
+
+    Args:
+        status: as ``ChildProcess.status`` has it.
+        log: of the process; read from byte ``since`` on. Not asked where somebody else ended it: what it said last is not why.
+    """
     names = {known.value: known.name for known in signal.Signals}
-    return f"was killed by {names.get(-status, f'signal {-status}')}"
+    how = f"exited with status {status}" if status >= 0 else f"was killed by {names.get(-status, f'signal {-status}')}"
+    return how if -status in (signal.SIGKILL, signal.SIGTERM) else f"{how} ({_last_error(log, since)})"
 
 
-def last_error(log: Path, since: int = 0) -> str:
+def _last_error(log: Path, since: int) -> str:
     """The last line of a log that looks like the reason of a failure, from byte ``since`` on."""
     with log.open("rb") as file:
         file.seek(since)

@@ -21,7 +21,7 @@ import aiohttp
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.sglang.client import SGLangClient
 from megatron_rl.rollout.sglang.fleet import Server
-from megatron_rl.rollout.sglang.process import ChildProcess, HeldPort, describe_status, last_error
+from megatron_rl.rollout.sglang.process import ChildProcess, HeldPort, how_it_ended
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 30.0
@@ -69,11 +69,11 @@ class Router:
         while True:
             status = self._process.status()
             if status is not None or time.monotonic() > deadline:
-                how = "did not answer" if status is None else describe_status(status)
+                how = "did not answer" if status is None else how_it_ended(status, self._log, self._log_start)
                 raise UserError(
                     "rollout.servers.use_router",
                     True,
-                    f"the router {how} ({last_error(self._log, self._log_start)})",
+                    f"the router {how}",
                     f"see {self._log}, or set use_router=false",
                 )
             try:

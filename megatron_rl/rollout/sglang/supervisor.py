@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_rl.config.rollout import ServersConfig
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.sglang.process import ChildProcess, describe_status, last_error
+from megatron_rl.rollout.sglang.process import ChildProcess, how_it_ended
 
 LOOK_S = 0.5
 
@@ -119,7 +119,7 @@ class Supervisor:
         assert server.process is not None
         status = server.process.status()
         if status is not None:
-            self._replace(server, f"{describe_status(status)} ({last_error(server.log, server.log_start)})")
+            self._replace(server, how_it_ended(status, server.log, server.log_start))
             return
         now = time.monotonic()
         if not server.is_up:
