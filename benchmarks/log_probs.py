@@ -13,8 +13,9 @@
 Each figure comes from a process of its own, with the same allocator settings; memory is the peak above the inputs, the
 float32 gradient of the weight (0.62 GB) included. Both run in bfloat16, or in float32 on CPUs that have no units for
 bfloat16: there the naive path would take an hour, and ours, which then multiplies in float32, would win by nothing but that.
-On a GPU it also measures Liger's fused loss and Apple's cut cross-entropy where installed (no entropy there), and
-``matmul_share``: the rate of ours over that of a plain product.
+On a GPU, where seconds are the least of three, it also measures Liger's fused loss and Apple's cut cross-entropy (no entropy
+there), and ``matmul_share``: the rate of ours over that of a plain product. ``skipped`` says which of the others is not
+installed, or what it failed with. Figures are printed as soon as they are known, in a line of JSON that holds all so far.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+
+from megatron_rl.lifetime import leave
 
 HIDDEN, VOCABULARY = 1024, 151_936
 _PAIR = {"peak_memory": "gigabytes", "time": "seconds"}
@@ -48,49 +52,68 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(**json.loads(arguments.one))))
-        return
+        leave(measure_and_print(json.loads(arguments.one)))
 
     def run(path: str, tokens: int = arguments.tokens, **how: object) -> dict[str, float]:
         sizes = {"hidden_size": arguments.hidden, "vocabulary": arguments.vocabulary}
         found = in_process(path=path, tokens=tokens, dtype=arguments.dtype, **sizes, **how)
-        print(f"{path:8} {tokens:6} tokens {how}: {found['seconds']:.1f} s, {found['gigabytes']:.2f} GB", flush=True)
+        print(f"{path:8} {tokens:6} tokens {how}: {found['seconds']:.3f} s, {found['gigabytes']:.2f} GB", flush=True)
         return found
 
     half, all_rows = {"trained_share": 0.5}, {"trained_share": 1.0}
-    turns = [(run("naive", **half), run("ours", **half)) for _ in range(arguments.repeats)]
-    naive, ours = ({key: statistics.median(found[key] for found in side) for key in side[0]} for side in zip(*turns))
-    if arguments.pair:
-        ratios = {f"{what}_ratio": ours[key] / naive[key] for what, key in _PAIR.items()}
+
+    def pair() -> tuple[dict[str, float], dict[str, float], list[float]]:
+        """Naive and ours, and our share of the seconds in each turn."""
+        turns = [(run("naive", **half), run("ours", **half)) for _ in range(arguments.repeats)]
+        sides = [{key: statistics.median(found[key] for found in side) for key in side[0]} for side in zip(*turns)]
         each = [round(mine["seconds"] / theirs["seconds"], 3) for theirs, mine in turns]
-        rounded = {name: round(value, 3) for name, value in ratios.items()}
-        print(json.dumps({"dtype": arguments.dtype} | rounded | {"time_ratio_of_each_turn": each}))
+        return sides[0], sides[1], each
+
+    if arguments.pair:
+        naive, ours, each = pair()
+        ratios = {f"{what}_ratio": round(ours[key] / naive[key], 3) for what, key in _PAIR.items()}
+        print(json.dumps({"dtype": arguments.dtype} | ratios | {"time_ratio_of_each_turn": each}))
         return
-    naive_all, ours_all, chunked = run("naive", **all_rows), run("ours", **all_rows), run("chunked", **all_rows)
-    figures = {
-        "peak_memory_ratio": ours["gigabytes"] / naive["gigabytes"],
-        "time_ratio": ours["seconds"] / naive["seconds"],
-        "peak_memory_ratio_without_prompt": ours_all["gigabytes"] / naive_all["gigabytes"],
-        "time_ratio_without_prompt": ours_all["seconds"] / naive_all["seconds"],
-        "time_vs_chunked": ours_all["seconds"] / chunked["seconds"],
-    }
-    if not on_gpu():  # NCCL wants a GPU for each rank
-        figures["time_tp2_vs_tp1"] = run("ours", ranks=2, **half)["seconds"] / ours["seconds"]
-    table = {tokens: run("ours", tokens, **half) for tokens in (2048, 8192, 32768)}
+    figures: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+
+    def summary() -> str:
+        rounded = {name: round(value, 3) for name, value in figures.items()}
+        return json.dumps({"dtype": arguments.dtype} | rounded | ({"skipped": skipped} if skipped else {}))
+
+    def set_against(other: str, **names: str) -> None:
+        """Add ours over another's seconds and gigabytes, under these names; on a GPU, whatever the other's fate."""
+        try:
+            found = run(other, **all_rows)
+            figures.update({names[of]: ours_all[of] / found[of] for of in names})
+        except RuntimeError as error:
+            if not on_gpu():
+                raise
+            skipped[other] = str(error)
+        print(summary(), flush=True)
+
+    ours_all = run("ours", **all_rows)
     if on_gpu():
         # Of each trained token: logits, once more for backward, and both gradients.
         operations = 4 * 2 * arguments.tokens * arguments.hidden * arguments.vocabulary
         figures["matmul_share"] = operations / ours_all["seconds"] / matmul_flops()
+        print(summary(), flush=True)
+    set_against("naive", seconds="time_ratio_without_prompt", gigabytes="peak_memory_ratio_without_prompt")
+    set_against("chunked", seconds="time_vs_chunked")
+    if on_gpu():
         for other in ("liger", "cut_cross_entropy"):
-            if is_there(other):
-                found = run(other, **all_rows)
-                figures[f"time_vs_{other}"] = ours_all["seconds"] / found["seconds"]
-                figures[f"peak_memory_vs_{other}"] = ours_all["gigabytes"] / found["gigabytes"]
+            set_against(other, seconds=f"time_vs_{other}", gigabytes=f"peak_memory_vs_{other}")
+    naive, ours, _ = pair()
+    figures |= {f"{what}_ratio": ours[key] / naive[key] for what, key in _PAIR.items()}
+    if not on_gpu():  # NCCL wants a GPU for each rank
+        figures["time_tp2_vs_tp1"] = run("ours", ranks=2, **half)["seconds"] / ours["seconds"]
+    print(summary(), flush=True)
+    table = {tokens: run("ours", tokens, **half) for tokens in (2048, 8192, 32768)}
     print("\n| tokens | seconds | GB above inputs |\n| --- | --- | --- |")
     for tokens, found in table.items():
-        print(f"| {tokens} | {found['seconds']:.1f} | {found['gigabytes']:.2f} |")
-    sizes = {name: [round(found[name], 2) for found in table.values()] for name in ("seconds", "gigabytes")}
-    print(json.dumps({"dtype": arguments.dtype} | {name: round(value, 3) for name, value in figures.items()} | sizes))
+        print(f"| {tokens} | {found['seconds']:.3f} | {found['gigabytes']:.2f} |")
+    sizes = {name: [round(found[name], 3) for found in table.values()] for name in ("seconds", "gigabytes")}
+    print(json.dumps(json.loads(summary()) | sizes))
 
 
 def usual_dtype() -> str:
@@ -110,13 +133,6 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def is_there(other: str) -> bool:
-    """Whether a kernel to compare with is installed."""
-    from importlib.util import find_spec
-
-    return find_spec({"liger": "liger_kernel"}.get(other, other)) is not None
-
-
 def matmul_flops() -> float:
     """Of a bfloat16 product on this GPU."""
     sys.path.insert(0, os.path.join(os.path.dirname(__file__), "gpu"))
@@ -126,7 +142,11 @@ def matmul_flops() -> float:
 
 
 def in_process(*, ranks: int = 1, **how: object) -> dict[str, float]:
-    """The slowest rank's seconds and the largest rank's memory."""
+    """The slowest rank's seconds and the largest rank's memory.
+
+    Raises:
+        RuntimeError: with what a rank failed with.
+    """
     from megatron_rl.launch.command import ALLOCATOR
 
     cores = len(os.sched_getaffinity(0))
@@ -148,9 +168,22 @@ def in_process(*, ranks: int = 1, **how: object) -> dict[str, float]:
         ]
         outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
-        raise RuntimeError(f"{how} failed")
+        said = [json.loads(output.splitlines()[-1]).get("failed") for output in outputs if output.strip()]
+        status = f"status {[process.returncode for process in processes]}"
+        raise RuntimeError(next(filter(None, said), status))
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {name: max(each[name] for each in found) for name in found[0]}
+
+
+def measure_and_print(how: dict) -> int:
+    """One line of JSON: the figures, or why there are none. Returns the exit status."""
+    try:
+        print(json.dumps(measure(**how)))
+    except Exception as error:
+        traceback.print_exc()
+        print(json.dumps({"failed": f"{type(error).__name__}: {error}"[:400]}))
+        return 1
+    return 0
 
 
 def measure(
@@ -191,11 +224,17 @@ def measure(
     }[path]  # fmt: skip
     if device == "cuda":  # compilation and library set-up are not what is measured
         work(hidden, weight, labels, trained, factors)
+        hidden.grad = weight.grad = None
         torch.cuda.reset_peak_memory_stats()
-    before, started = peak(), time.perf_counter()
-    work(hidden, weight, labels, trained, factors)
-    after = peak()
-    return {"seconds": time.perf_counter() - started, "gigabytes": after - before}
+    before, seconds = peak(), []
+    for _ in range(3 if device == "cuda" else 1):
+        hidden.grad = weight.grad = None
+        started = time.perf_counter()
+        work(hidden, weight, labels, trained, factors)
+        after = peak()
+        seconds.append(time.perf_counter() - started)
+    dist.destroy_process_group()
+    return {"seconds": min(seconds), "gigabytes": after - before}
 
 
 def _into_main_grad(weight) -> None:  # type: ignore[no-untyped-def]

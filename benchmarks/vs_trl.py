@@ -12,7 +12,8 @@ The rest of a step (scoring, advantages, weight sync, metrics, each trainer's ow
 sides take turns, ``REPEATS`` processes each, the first ``WARM_UP`` steps of each left out; figures are medians over the
 steps. Steps in which something waited for a processor for more than ``MAX_CROWDED`` of the time are left out as well, and
 counted: threads that spin at a barrier while another program has the core lose far more than its share, TRL's more than
-ours. Turns go on, up to ``MAX_TURNS``, until each side has ``MIN_QUIET`` quiet steps.
+ours. Turns go on, up to ``MAX_TURNS``, until each side has ``MIN_QUIET`` quiet steps; on a GPU there are ``--repeats`` turns.
+What is known so far is printed after each process, as a line of JSON.
 
 Lengths
     spread    the model as initialised: any token may be the end, so lengths are geometric, cut at the limit
@@ -125,6 +126,21 @@ def main() -> None:
     num_threads = len(os.sched_getaffinity(0))
     figures: dict[str, dict[str, float]] = {}
     versions: dict[str, dict[str, str]] = {}
+
+    def summary() -> dict[str, object]:
+        """Of what is known so far."""
+        first = figures[place.settings[0].name]
+        return {
+            **{key: value for key, value in first.items() if key.endswith("_ratio")},
+            "settings": figures,
+            "versions": versions,
+            "machine": machine(place),
+            "threads": num_threads,
+            "warm_up_steps": WARM_UP,
+            "steps": arguments.steps,
+            "repeats": arguments.repeats,
+        }
+
     for setting in place.settings:
         with tempfile.TemporaryDirectory() as folder:
             write_inputs(Path(folder), setting, place, num_prompts=NUM_PROMPTS * (WARM_UP + arguments.steps))
@@ -143,26 +159,18 @@ def main() -> None:
             )
             steps: dict[str, list[dict[str, float]]] = {side: [] for side in pythons}
             for turn in range(MAX_TURNS):
-                if turn >= arguments.repeats and all(len(quiet(of)) >= MIN_QUIET for of in steps.values()):
+                enough = arguments.gpu or all(len(quiet(of)) >= MIN_QUIET for of in steps.values())
+                if turn >= arguments.repeats and enough:
                     break
                 for side, python in pythons.items():
                     report = run_worker(side, python, work)
                     versions[side] = report["versions"]
                     steps[side] += report["steps"][WARM_UP:]
                     print(f"{setting.name}: {side}", summarise(report["steps"][WARM_UP:]), flush=True)
-        figures[setting.name] = compare(summarise(steps["megatron_rl"]), summarise(steps["trl"]))
+                    figures[setting.name] = compare({side: summarise(of) for side, of in steps.items() if of})
+                    print(json.dumps(summary()), flush=True)
     print_table(figures)
-    summary = {
-        **{key: value for key, value in figures[place.settings[0].name].items() if key.endswith("_ratio")},
-        "settings": figures,
-        "versions": versions,
-        "machine": machine(place),
-        "threads": num_threads,
-        "warm_up_steps": WARM_UP,
-        "steps": arguments.steps,
-        "repeats": arguments.repeats,
-    }
-    print(json.dumps(summary))
+    print(json.dumps(summary()))
 
 
 def install_trl() -> Path:
@@ -250,10 +258,12 @@ def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
     return medians | {"quiet_steps": len(quiet(steps)), "all_steps": len(steps)}
 
 
-def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
-    """Ratios above 1 say that megatron_rl is faster."""
-    ratios = {f"{name}_ratio": round(ours[name] / theirs[name], 3) for name in PHASES}
-    return ratios | {f"{side}_{key}": of[key] for side, of in (("megatron_rl", ours), ("trl", theirs)) for key in of}
+def compare(sides: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Both sides' figures, and ratios once there are both: above 1 megatron_rl is faster."""
+    ratios = {}
+    if len(sides) == 2:
+        ratios = {f"{name}_ratio": round(sides["megatron_rl"][name] / sides["trl"][name], 3) for name in PHASES}
+    return ratios | {f"{side}_{key}": value for side, of in sides.items() for key, value in of.items()}
 
 
 def print_table(figures: dict[str, dict[str, float]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 import tempfile
@@ -56,7 +57,7 @@ def load(model: Path, *overrides: str) -> Any:
 
 
 def join_alone() -> Any:
-    """A process group of one, and the patches; returns the device."""
+    """A process group of one until this process ends, and the patches; returns the device."""
     import torch
     import torch.distributed as dist
 
@@ -66,6 +67,7 @@ def join_alone() -> Any:
     megatron_rl.patches.apply(device.type)
     store = dist.FileStore(tempfile.mkdtemp() + "/store", 1)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    atexit.register(dist.destroy_process_group)
     return device
 
 
@@ -81,9 +83,28 @@ def build(config: Any, groups: Any) -> Any:
         config,
         shape,
         groups,
-        fill_weights=lambda chunks: load_hf_weights(chunks, shape, groups, lambda: RandomReader(shape, seed=1)),
+        fill_weights=lambda chunks: load_hf_weights(
+            chunks, shape, groups, lambda: RandomReader(shape, seed=1, device=groups.device)
+        ),
         timer=lambda _phase: nullcontext(),
     )
+
+
+def emit(line: dict[str, Any]) -> None:
+    """Print everything measured so far, as one line of JSON: who is stopped later has said this much."""
+    print(json.dumps(line), flush=True)
+
+
+def last_json(output: str) -> dict[str, Any] | None:
+    """The last whole line of JSON in an output that may break off anywhere; None where there is none."""
+    for line in reversed(output.splitlines()):
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return None
 
 
 def random_rows(lengths: Sequence[int], vocab_size: int, *, prompt_share: float = 0.25) -> list[Any]:

@@ -1,8 +1,10 @@
 """One update of Qwen2.5-32B-shaped layers, in bfloat16 and in each FP8 recipe that the device can run. One recipe a process.
 
+    layers                    as many as fit in every recipe, or what --layers says
     tokens_per_s_<recipe>     tokens of a whole update (forward, backward, optimizer) per second
-    mfu_<recipe>              floating-point operations of the model per second, over the measured rate of a bfloat16 product
-    <recipe>_over_bf16        ratio of tokens per second
+    model_flops_<recipe>      floating-point operations of the model per second
+    mfu_<recipe>              the same over the measured rate of a bfloat16 product
+    <recipe>_over_bf16        ratio of tokens per second; fp8_over_bf16 is the best of them
     peak_bytes_<recipe>       memory at its highest; estimated_bytes_<recipe> is what ``plan memory`` says
     refused                   recipes that the device cannot run, with what is said
 
@@ -13,14 +15,29 @@ width of attention, halved for causality.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import TINY, Sizes, build, join_alone, load, matmul_flops, random_rows, seconds_of, write_model
+from common import (
+    TINY,
+    Sizes,
+    build,
+    emit,
+    join_alone,
+    last_json,
+    load,
+    matmul_flops,
+    random_rows,
+    seconds_of,
+    write_model,
+)
+
+from megatron_rl.errors import UserError
+from megatron_rl.lifetime import leave
 
 RECIPES = {
     "bf16": (),
@@ -31,73 +48,110 @@ RECIPES = {
 }
 
 
-def main() -> None:
-    """Measure all recipes in turn, and print one line of JSON."""
+FREE_SHARE = 0.15
+"""Of the device's memory: activations are estimated, and the estimate was never compared with a GPU."""
+
+
+def main() -> int:
+    """Measure all recipes in turn, and print a line of JSON after each; status 1 if one has failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", help="sizes for a machine without a GPU")
-    parser.add_argument("--layers", type=int, default=10, help="as many as fit: 141 GB hold 10 with all their state")
+    parser.add_argument("--layers", type=int, help="default: as many as fit")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--set", nargs="*", default=[], help="fields of the config, for all recipes")
     parser.add_argument("--one", choices=RECIPES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments)))
-        return
-    line: dict[str, Any] = {"refused": {}}
-    for recipe in RECIPES:
+        emit(measure(arguments))
+        return 0
+    line: dict[str, Any] = {"refused": {}, "failed": {}}
+    for recipe in arguments.recipes:
         command = [sys.executable, __file__, *sys.argv[1:], "--one", recipe]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode == 2:
-            line["refused"][recipe] = done.stderr.strip().splitlines()[-1]
-        elif done.returncode:
-            line.setdefault("failed", {})[recipe] = done.stderr.strip()[-300:]
+        found = last_json(done.stdout)
+        if found is None:
+            line["failed"][recipe] = f"status {done.returncode}: {done.stderr.strip()[-600:]}"
+        elif "refused" in found:
+            line["refused"][recipe] = found["refused"]
         else:
-            line |= {f"{name}_{recipe}": value for name, value in json.loads(done.stdout.splitlines()[-1]).items()}
-        print(recipe, {name: value for name, value in line.items() if name.endswith(recipe)}, flush=True)
+            line["layers"] = found.pop("layers")
+            line |= {f"{name}_{recipe}": value for name, value in found.items()}
+            add_ratio(line, recipe)
+        emit({name: value for name, value in line.items() if name != "failed" or value})
+    return int(bool(line["failed"]))
+
+
+def add_ratio(line: dict[str, Any], recipe: str) -> None:
+    """Of a recipe in eight bits to bfloat16, and the best so far."""
     base = line.get("tokens_per_s_bf16")
-    for recipe in list(RECIPES)[1:]:
-        if base and f"tokens_per_s_{recipe}" in line:
-            line[f"{recipe}_over_bf16"] = round(line[f"tokens_per_s_{recipe}"] / base, 3)
-    print(json.dumps(line))
-    sys.exit(int("failed" in line))
+    if base and recipe != "bf16":
+        ratio = round(line[f"tokens_per_s_{recipe}"] / base, 3)
+        line |= {f"{recipe}_over_bf16": ratio, "fp8_over_bf16": max(ratio, line.get("fp8_over_bf16", 0.0))}
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Of one recipe."""
-    sizes = TINY if arguments.tiny else Sizes(num_hidden_layers=arguments.layers)
+def layers_that_fit(total_bytes: int, overrides: Sequence[str]) -> int:
+    """The most layers whose update in any recipe leaves ``FREE_SHARE`` of ``total_bytes``; at least one."""
+    from megatron_rl.memory_plan import estimate
+
+    layers = 0
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            model = write_model(Path(folder), Sizes(num_hidden_layers=layers + 1))
+            needed = 0
+            for recipe in RECIPES.values():
+                memory = estimate(load(model, *overrides, *recipe))[0]
+                # The check for finite gradients makes float32 and boolean copies, when the activations are gone.
+                checking = memory.updating - memory.activations - memory.working + 7 * memory.num_parameters
+                needed = max(needed, memory.updating, checking)
+            if needed > (1 - FREE_SHARE) * total_bytes:
+                return max(1, layers)
+            layers += 1
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of one recipe: what stands at the top, without the recipe in the names; or why it is refused."""
     tokens, length = (128, 32) if arguments.tiny else (arguments.tokens, arguments.length)
     device = join_alone()
 
     import torch
 
     from megatron_rl.algorithms import build_algorithm
-    from megatron_rl.errors import UserError
     from megatron_rl.memory_plan import estimate
     from megatron_rl.model.build import build_groups_of
 
+    overrides = [f"policy.train_micro_batch_tokens={tokens}", *arguments.set]
+    if arguments.tiny:
+        sizes = TINY
+    else:
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        sizes = Sizes(num_hidden_layers=arguments.layers or layers_that_fit(total_bytes, overrides))
     model = write_model(Path(tempfile.mkdtemp()) / "model", sizes)
-    config = load(model, f"policy.train_micro_batch_tokens={tokens}", *RECIPES[arguments.one])
+    config = load(model, *overrides, *RECIPES[arguments.one])
     try:
         policy = build(config, build_groups_of(config, device))
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        return {"refused": str(error)}
     algorithm = build_algorithm(config)
     rows = random_rows([length] * (tokens // length), sizes.vocab_size)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_of(lambda: policy.train_step(rows, algorithm.loss))
+    peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     trained = sum(row.num_response_tokens for row in rows)
     per_layer = sum(p.numel() for p in policy.chunks[0].decoder.parameters())
     operations = 6 * (per_layer * tokens + sizes.hidden_size * sizes.vocab_size * trained)
     operations += 6 * sizes.num_hidden_layers * tokens * length * sizes.hidden_size
     return {
+        "layers": sizes.num_hidden_layers,
         "tokens_per_s": round(tokens / seconds, 1),
+        "model_flops": operations / seconds,
         "mfu": round(operations / seconds / matmul_flops(), 4),
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+        "peak_bytes": peak_bytes,
         "estimated_bytes": estimate(config)[0].updating,
     }
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

@@ -17,13 +17,13 @@ class RandomReader:
     """Reads like ``HFReader``. Each tensor follows from (seed, its name), so every layout starts from the same weights.
 
     Matrices are normal with config.json's ``initializer_range`` as standard deviation, norms one, biases zero: what
-    transformers does.
+    transformers does. Another kind of device draws other numbers; a GPU draws billions in a moment.
     """
 
-    def __init__(self, shape: ModelShape, *, seed: int) -> None:
+    def __init__(self, shape: ModelShape, *, seed: int, device: torch.device | str = "cpu") -> None:
         self.directory = Path("random initialization")
         self._shapes = hf_tensors(shape)
-        self._seed, self._std = seed, shape.initializer_range
+        self._seed, self._std, self._device = seed, shape.initializer_range, device
 
     @property
     def names(self) -> set[str]:
@@ -39,14 +39,14 @@ class RandomReader:
         assert self._shapes[name] == shape
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """One rectangle of a tensor, or all of it, float32."""
+        """One rectangle of a tensor, or all of it, float32, on the device."""
         extent = self._shapes[name]
         if name.endswith("norm.weight"):
-            tensor = torch.ones(extent)
+            tensor = torch.ones(extent, device=self._device)
         elif name.endswith((".bias", "_bias")):
-            tensor = torch.zeros(extent)
+            tensor = torch.zeros(extent, device=self._device)
         else:
             digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            tensor = torch.randn(extent, generator=generator) * self._std
+            generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest, "little") >> 1)
+            tensor = torch.randn(extent, generator=generator, device=self._device) * self._std
         return tensor if slices is None else tensor[slices]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,15 +18,172 @@ def last_line(*command: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+def of_runner(code: str) -> Any:
+    """What an expression gives in a process of its own that has ``run.py`` as ``run``: its folder has common names."""
+    program = f"import json, sys; sys.path.insert(0, 'benchmarks/gpu'); import run; print(json.dumps({code}))"
+    return json.loads(last_line("-c", program))
+
+
+def output_of(program: str) -> str:
+    """What a program that has our benchmarks as modules prints, however it ends."""
+    program = f"import sys; sys.path.insert(0, 'benchmarks')\n{program}"
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True).stdout
+
+
 def test_agreement() -> None:
     found = json.loads(last_line("benchmarks/gpu/agreement.py", "--tiny"))
     assert found["first_log_ratio_local_packed"] == found["first_log_ratio_local_alone"] == 0.0
-    assert found["packing_abs_diff_local"] < 2e-3
+    assert found["packing_local_log_prob_abs_diff"] < 2e-3
+    assert 0 < found["packing_local_gradient_rel_diff"] < 0.02
 
 
-def test_an_update_of_each_recipe() -> None:
-    found = json.loads(last_line("benchmarks/gpu/train_step.py", "--tiny", "--one", "blockwise"))
-    assert found["tokens_per_s"] > 0 and found["mfu"] > 0
+def test_updates_of_several_recipes_and_why_one_is_refused() -> None:
+    recomputed = {"granularity": "full", "method": "uniform", "num_layers": 1}
+    fields = [f"policy.megatron_cfg.recompute_{name}={value}" for name, value in recomputed.items()]
+    recipes = ["bf16", "delayed", "tensorwise"]
+    found = json.loads(last_line("benchmarks/gpu/train_step.py", "--tiny", "--recipes", *recipes, "--set", *fields))
+    for recipe in ("bf16", "tensorwise"):
+        assert found[f"tokens_per_s_{recipe}"] > 0 and found[f"mfu_{recipe}"] > 0
+    assert found["fp8_over_bf16"] == found["tensorwise_over_bf16"]
+    assert list(found["refused"]) == ["delayed"] and "scales of delayed scaling" in found["refused"]["delayed"]
+    assert found["layers"] == 2 and "failed" not in found
+
+
+def test_layers_leave_memory_free() -> None:
+    code = (
+        "[__import__('train_step').layers_that_fit(total, ['policy.train_micro_batch_tokens=16384']) for total in {}]"
+    )
+    few, most, all_of_a_smaller = of_runner(code.format((80_000_000_000, 150_000_000_000, 1)))
+    assert 1 <= few < most < 10 and all_of_a_smaller == 1
+
+
+def test_a_job_beyond_its_limit_ends_with_its_children_and_keeps_its_figures(tmp_path: Path) -> None:
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        """print('{"child": %d, "rate": 2.5}' % child.pid, '\\n{"rate": 3', end='', flush=True)\n"""
+        "time.sleep(60)\n"
+    )
+    found = of_runner(f"run.run(({str(job)!r},), 3)")
+    assert found["rate"] == 2.5 and found["failed"] == "not done after 3 s"
+    deadline = time.monotonic() + 10
+    while is_running(found["child"]):
+        assert time.monotonic() < deadline, "the grandchild lives on"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    """Not even as a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_interrupted_runner_ends_its_job(tmp_path: Path) -> None:
+    job, pid_file = tmp_path / "job.py", tmp_path / "pid"
+    job.write_text(
+        f"import os, pathlib, time\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    program = f"import sys; sys.path.insert(0, 'benchmarks/gpu'); import run; run.run(({str(job)!r},), 60)"
+    runner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(runner.pid, 2)
+    assert runner.wait(timeout=30) != 0
+    while is_running(int(pid_file.read_text())):
+        assert time.monotonic() < deadline, "the job lives on"
+        time.sleep(0.05)
+
+
+def test_a_failure_is_told_with_its_status(tmp_path: Path) -> None:
+    job = tmp_path / "job.py"
+    job.write_text("import sys\nprint('{}')\nsys.exit('out of memory')\n")
+    assert of_runner(f"run.run(({str(job)!r},), 60)")["failed"] == "status 1: out of memory\n"
+
+
+def test_a_second_call_of_the_day_adds_to_the_first(tmp_path: Path) -> None:
+    calls = [
+        ("train_step", {"mfu_bf16": 0.41, "fp8_over_bf16": 1.3}),
+        ("vs_trl", {"skipped": "needs trl"}),
+        ("vs_trl", {"tokens_per_s_ratio": 2.0}),
+        ("train_step", {"skipped": "no time left"}),
+    ]
+    code = (
+        f"[run.merge(run.Path({str(tmp_path / 'day.json')!r}), {{'date': 'today'}}, *call) for call in {calls!r}][-1]"
+    )
+    found = of_runner(code)
+    assert found == json.loads((tmp_path / "day.json").read_text())
+    assert found["ran"] == {"train_step": calls[0][1], "vs_trl": calls[2][1]}
+    assert found["skipped"] == {"train_step": "no time left"}
+    assert [(aim["value"], aim["met"]) for aim in found["aims"].values()] == [(None, None), (0.41, False), (1.3, True)]
+
+
+def test_all_limits_fit_into_one_run() -> None:
+    assert of_runner("sum(limit for limit, _, _ in run.JOBS.values())") < 9.5 * 60
+
+
+def test_kernels_that_fail_are_skipped_with_their_reason() -> None:
+    lines = output_of(
+        """
+import log_probs
+log_probs.on_gpu, log_probs.matmul_flops, real = lambda: True, lambda: 1e12, log_probs.in_process
+def measured(**how):
+    if how["path"] == "naive":
+        raise RuntimeError("OutOfMemoryError")
+    return real(**how) if how["path"] == "liger" else {"seconds": 1.0, "gigabytes": 2.0}
+log_probs.in_process = measured
+sys.argv = ["log_probs.py", "--hidden", "64", "--vocabulary", "256", "--tokens", "64"]
+log_probs.main()
+"""
+    ).splitlines()
+    found = json.loads(lines[-1])
+    assert found["time_vs_chunked"] == found["time_vs_cut_cross_entropy"] == 1.0 and "matmul_share" in found
+    assert list(found["skipped"]) == ["naive", "liger"] and found["skipped"]["naive"] == "OutOfMemoryError"
+    assert "Error: " in found["skipped"]["liger"]  # not installed, or not for CPUs
+
+
+def test_on_a_gpu_crowded_steps_ask_for_no_more_turns_and_what_is_known_is_kept() -> None:
+    lines = output_of(
+        """
+import vs_trl
+vs_trl.write_inputs, vs_trl.machine = lambda *_, **__: None, lambda _: "stand-in"
+step = {"tokens": 10, "generate": 1.0, "update": 1.0, "rest": 0.5, "crowded": 0.9}
+count = 0
+def run_worker(side, python, work):
+    global count
+    count += 1
+    return {"versions": {}, "steps": [step] * work.num_steps} if count < 4 else sys.exit(f"{side} failed")
+vs_trl.run_worker = run_worker
+sys.argv = ["vs_trl.py", "--gpu", "--repeats", "1", "--steps", "3", "--trl-python", "python"]
+vs_trl.main()
+vs_trl.main()
+"""
+    ).splitlines()
+    tables = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [table.get("tokens_per_s_ratio") for table in tables] == [None, 1.0, 1.0, None]  # the fourth process fails
+    assert tables[-1]["settings"]["equal, 2 updates"]["megatron_rl_tokens_per_s"] == 4.0
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As if not called by another make."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, env=environment)
+
+
+def test_make_asks_for_the_platform_of_a_machine_with_a_gpu() -> None:
+    done = make("test-gpu", "PLATFORM=cpu", "NVIDIA=/dev/nvidia0")
+    assert done.returncode == 2 and "make test-gpu PLATFORM=gpu" in done.stderr
+
+
+def test_make_installs_from_a_folder_alone() -> None:
+    lines = make("-nB", "test-gpu", "PLATFORM=gpu", "WHEELS=/wheels").stdout.splitlines()
+    installs = [line for line in lines if "pip install" in line]
+    assert len(installs) == 4 and all("--no-index --find-links /wheels" in line for line in installs)
 
 
 def test_without_a_gpu_nothing_is_claimed() -> None:
