@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from common import Clock, Work, digit_share
@@ -62,6 +63,11 @@ def overrides(work: Work, folder: str) -> list[str]:
     """The quickstart's config, with what the comparison fixes."""
     settings = {
         "trainer.devices": 1,
+        **(
+            {}
+            if work.device == "cpu" or find_spec("transformer_engine_torch")
+            else {"policy.megatron_cfg.transformer_impl": "local"}
+        ),
         "trainer.threads_per_rank": work.num_threads,
         "trainer.accelerator": work.device,
         "trainer.precision": "fp32" if work.device == "cpu" else "bf16",

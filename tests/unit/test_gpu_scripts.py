@@ -108,6 +108,7 @@ def test_a_failure_is_told_with_its_status(tmp_path: Path) -> None:
 def test_a_second_call_of_the_day_adds_to_the_first(tmp_path: Path) -> None:
     calls = [
         ("train_step", {"mfu_bf16": 0.41, "fp8_over_bf16": 1.3}),
+        ("agreement", {"te_log_prob_abs_diff": 0.001}),
         ("vs_trl", {"skipped": "needs trl"}),
         ("vs_trl", {"tokens_per_s_ratio": 2.0}),
         ("train_step", {"skipped": "no time left"}),
@@ -117,9 +118,10 @@ def test_a_second_call_of_the_day_adds_to_the_first(tmp_path: Path) -> None:
     )
     found = of_runner(code)
     assert found == json.loads((tmp_path / "day.json").read_text())
-    assert found["ran"] == {"train_step": calls[0][1], "vs_trl": calls[2][1]}
+    assert found["ran"] == {"train_step": calls[0][1], "agreement": calls[1][1], "vs_trl": calls[3][1]}
     assert found["skipped"] == {"train_step": "no time left"}
-    assert [(aim["value"], aim["met"]) for aim in found["aims"].values()] == [(None, None), (0.41, False), (1.3, True)]
+    judged = [(aim["value"], aim["met"]) for aim in found["aims"].values()]
+    assert judged == [(0.001, True), (None, None), (0.41, False), (1.3, True)]
 
 
 def test_all_limits_fit_into_one_run() -> None:
