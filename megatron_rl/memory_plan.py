@@ -7,7 +7,7 @@ padding of buffers apart. Activations are estimated from the tensors that Transf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
@@ -19,8 +19,8 @@ from megatron_rl.convert.table import Entry, entries
 from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
 
 GB = 1e9
-LOGIT_ROWS = 4096
-"""Tokens whose logits exist at a time: ``parallel.vocab.CHUNK_TOKENS``."""
+LOGIT_ROWS, LOGITS = 4096, 1 << 26
+"""Tokens of a chunk, and logits that exist at a time: ``parallel.vocab``'s ``CHUNK_TOKENS`` and ``BLOCK_ELEMENTS``."""
 CONTEXT_BYTES = int(1.5 * GB)
 """CUDA's context, NCCL's and cuBLAS's buffers: what an empty process of such a run takes."""
 
@@ -131,21 +131,18 @@ def _weight_bytes(passed: Mapping[str, Any], total: int, linear: int, width: int
 
 def _optimizer_bytes(config: Config) -> float:
     """Of a parameter, on the GPU, before data-parallel ranks share it."""
-    optim = config.policy.optim
-    passed = optim.optimizer_cfg
+    passed = config.policy.optim.optimizer_cfg
     # In float32 the model's own weights are the main ones.
     main = 4 if config.trainer.precision == "bf16" else 0
-    if optim.name == "sgd":
-        moments = 4 if passed.get("sgd_momentum", 0.9) else 0
-    elif passed.get("use_precision_aware_optimizer"):
-        moments = sum(DTYPE_BYTES[passed.get(name, "fp32")] for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
-        main = DTYPE_BYTES[passed.get("main_params_dtype", "fp32")]
-    else:
-        moments = 8
-    if not passed.get("optimizer_cpu_offload"):
-        return main + moments
-    # The offloaded share has its moments on the CPU, and a copy of its main weights; all main weights stay here as well.
-    return main + moments * (1 - float(passed.get("optimizer_offload_fraction", 0.0)))
+    if passed.get("optimizer_cpu_offload"):
+        # All of the share goes, and what stays is in float32 whatever the types: Megatron does not hand them on here.
+        return (main + 8) * (1 - float(passed.get("optimizer_offload_fraction", 0.0)))
+    if not passed.get("use_precision_aware_optimizer"):
+        return main + 8
+    moments = sum(DTYPE_BYTES[passed.get(name, "fp32")] for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
+    main_bytes = DTYPE_BYTES[passed.get("main_params_dtype", "fp32")]
+    # Of a float32 main weight, the upper 16 bits are the model's own.
+    return moments + (2 if main and passed.get("store_param_remainders", True) else main_bytes)
 
 
 @dataclass(frozen=True)
@@ -156,14 +153,16 @@ class _Layer:
     """The layer's input."""
     norms: float
     attention: float
-    mlp_in: float
-    """What the activation function is applied to."""
-    mlp_out: float
-    """Its result."""
+    """Without ``mla_up_proj``."""
+    mla_up_proj: float = 0.0
+    """These four under their names in ``recompute_modules``."""
+    mlp: float = 0.0
+    moe: float = 0.0
+    shared_experts: float = 0.0
 
     @property
     def all(self) -> float:
-        return self.stream + self.norms + self.attention + self.mlp_in + self.mlp_out
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def _layer(config: Config, shape: ModelShape, width: int) -> _Layer:
@@ -172,6 +171,7 @@ def _layer(config: Config, shape: ModelShape, width: int) -> _Layer:
     streams = tp if passed.get("sequence_parallel") else 1
     saved = 1 if passed.get("fp8") else width  # inputs of products are kept in eight bits
     hidden = shape.hidden_size
+    parts: dict[str, float] = {}
     if shape.latent is None:
         queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
         # Query, key and value; query and key once more, rotated; what goes into the projection.
@@ -180,24 +180,25 @@ def _layer(config: Config, shape: ModelShape, width: int) -> _Layer:
         latent, heads = shape.latent, shape.num_attention_heads
         head = latent.qk_nope_head_dim + latent.qk_rope_head_dim
         ranks = (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim
-        attention = 2 * ranks * saved + heads * (2 * head + latent.v_head_dim) * width / tp
-        attention += heads * latent.v_head_dim * saved / tp
+        attention = 2 * ranks * saved + heads * latent.v_head_dim * saved / tp
+        parts["mla_up_proj"] = heads * (2 * head + latent.v_head_dim) * width / tp
+    if passed.get("bias_activation_fusion", passed.get("transformer_impl") != "local"):
+        gates, weighting = 2 * (1 if passed.get("activation_func_fp8_input_store") else width), 0
+    else:  # both factors of the product as well, and of an expert what its weight multiplies
+        gates, weighting = 4 * width, width
     if shape.num_experts:
         cut = passed.get("expert_tensor_parallel_size") or tp
         chosen, ffn = shape.num_experts_per_tok, shape.moe_intermediate_size
         # A token's copies at its experts, balanced, which each of an expert's ranks has whole; the shared ones beside them.
-        mlp_in = chosen * (hidden * saved * cut + 2 * ffn * width) / tp
-        mlp_out = chosen * (ffn * saved + hidden * width) / tp
-        shared = shape.dims["shared_ffn"] if shape.num_shared_experts else 0
-        mlp_in, mlp_out = mlp_in + 2 * shared * width / tp, mlp_out + shared * saved / tp
+        parts["moe"] = chosen * (hidden * (saved * cut + width) + ffn * (gates + weighting + saved)) / tp
+        parts["shared_experts"] = (gates + saved) * (shape.dims["shared_ffn"] if shape.num_shared_experts else 0) / tp
     else:
-        mlp_in, mlp_out = 2 * shape.intermediate_size * width / tp, shape.intermediate_size * saved / tp
+        parts["mlp"] = (gates + saved) * shape.intermediate_size / tp
     return _Layer(
         stream=hidden * width / streams,
         norms=(hidden * width + 2 * hidden * saved) / streams,
         attention=attention,
-        mlp_in=mlp_in,
-        mlp_out=mlp_out,
+        **parts,
     )
 
 
@@ -205,12 +206,11 @@ def _kept(layer: _Layer, passed: Mapping[str, Any]) -> float:
     """Bytes a token of one layer that is not recomputed as a whole."""
     if passed.get("recompute_granularity") != "selective":
         return layer.all
-    modules = passed.get("recompute_modules") or ["core_attn"]
-    left = layer.all
-    left -= layer.mlp_in + layer.mlp_out if {"mlp", "moe"} & set(modules) else 0
-    left -= layer.mlp_out if "moe_act" in modules else 0
-    left -= layer.norms / 2 if "layernorm" in modules else 0
-    return left  # flash attention keeps nothing of core_attn
+    modules = set(passed.get("recompute_modules") or ())
+    modules |= {"shared_experts"} if "moe" in modules else set()
+    # Flash attention keeps nothing of core_attn; that of the norms is small.
+    again = modules & {"mla_up_proj", "mlp", "moe", "shared_experts"}
+    return layer.all - sum(getattr(layer, module) for module in again)
 
 
 def _tokens(config: Config) -> int:
@@ -232,7 +232,7 @@ def _activation_bytes(config: Config, shape: ModelShape, stage: int, width: int)
         else:
             per_token = -(-layers // group) * layer.stream
     else:
-        per_token = layers * _kept(layer, passed)
+        per_token = (layers - int(passed.get("cpu_offloading_num_layers") or 0)) * _kept(layer, passed)
     return round(per_token * _tokens(config) * in_flight)
 
 
@@ -248,7 +248,8 @@ def _working_bytes(config: Config, shape: ModelShape, stage: int, width: int) ->
         columns = (
             padded_vocab_size(shape.vocab_size, tp_size=policy.tensor_parallel_size) // policy.tensor_parallel_size
         )
-        logits = min(tokens, LOGIT_ROWS) * columns * (2 * 4 + 2 * width)
+        # Of a block, while backward starts the next: three tensors in float32 and one that products take.
+        logits = min(LOGITS, min(tokens, LOGIT_ROWS) * columns) * (3 * 4 + width)
         largest = max(largest, logits + 2 * tokens * shape.hidden_size * width)
     return round(largest)
 

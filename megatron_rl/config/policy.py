@@ -50,7 +50,7 @@ class SchedConfig:
 class OptimConfig:
     """Megatron's optimizer. Fields beyond these go to ``optimizer_cfg`` under Megatron's names."""
 
-    name: Literal["adam", "sgd"] = "adam"
+    name: Literal["adam"] = "adam"  # Megatron's distributed optimizer takes no other
     lr: PositiveFloat = 1e-6
     min_lr: NonNegativeFloat = 0.0
     weight_decay: NonNegativeFloat = 0.0
@@ -68,14 +68,27 @@ class OptimConfig:
         upstream.check_names(
             "policy.optim.optimizer_cfg", self.optimizer_cfg, upstream.OPTIMIZER, owned=upstream.OPTIMIZER_OWNED
         )
+        is_aware = self.optimizer_cfg.get("use_precision_aware_optimizer")
         for field, value in self.optimizer_cfg.items():
-            if field.endswith("_dtype") and value not in DTYPE_BYTES:
+            allowed = ("fp32", "fp16") if field == "main_params_dtype" else tuple(DTYPE_BYTES)
+            if field.endswith("_dtype") and value not in allowed:
                 raise UserError(
                     f"policy.optim.optimizer_cfg.{field}",
                     value,
-                    f"must be one of {', '.join(DTYPE_BYTES)}",
+                    f"must be one of {', '.join(allowed)}",
                     "choose one",
                 )
+            if field.endswith("_dtype") and value != "fp32" and not is_aware:
+                raise UserError(
+                    f"policy.optim.optimizer_cfg.{field}", value, "must be fp32 without use_precision_aware_optimizer",
+                    "set policy.optim.optimizer_cfg.use_precision_aware_optimizer=true, or leave this out",
+                )  # fmt: skip
+        if self.optimizer_cfg.get("optimizer_cpu_offload") and not is_aware:
+            raise UserError(
+                "policy.optim.optimizer_cfg.optimizer_cpu_offload", True,
+                "needs use_precision_aware_optimizer: without it Megatron cannot resume from a checkpoint",
+                "set policy.optim.optimizer_cfg.use_precision_aware_optimizer=true as well",
+            )  # fmt: skip
 
 
 _PARALLEL_SIZES = (
@@ -86,6 +99,8 @@ _PARALLEL_SIZES = (
     "expert_tensor_parallel_size",
     "virtual_pipeline_model_parallel_size",
 )
+_RECOMPUTED = ("core_attn", "mlp", "moe", "shared_experts", "mla_up_proj", "layernorm")
+"""Of Megatron's choices, without moe_act: that one is of grouped experts."""
 _KEPT_LAYERS = ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 _OF_DELAYED = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad", "tp_only_amax_red")
 """What Megatron takes and ignores with any other recipe."""
@@ -172,6 +187,7 @@ class PolicyConfig:
             )
         self._check_routing()
         self._check_fp8()
+        self._check_activations()
         if self.megatron_cfg.get("sequence_parallel") and self.tensor_parallel_size == 1:
             raise UserError(
                 "policy.megatron_cfg.sequence_parallel",
@@ -202,6 +218,31 @@ class PolicyConfig:
                     "the pack of a later micro-batch",
                     "use recompute_granularity: full, or leave it out",
                 )
+
+    def _check_activations(self) -> None:
+        """Recomputed or offloaded."""
+        passed = self.megatron_cfg
+        modules = passed.get("recompute_modules")
+        if modules is not None and (unknown := set(modules) - set(_RECOMPUTED)):
+            raise UserError(
+                "policy.megatron_cfg.recompute_modules", sorted(unknown), f"must be of {', '.join(_RECOMPUTED)}",
+                "choose among them",
+            )  # fmt: skip
+        if modules is not None and passed.get("recompute_granularity") != "selective":
+            raise UserError(
+                "policy.megatron_cfg.recompute_modules", modules, "does nothing without recompute_granularity: selective",
+                "set that, or leave this out",
+            )  # fmt: skip
+        if bool(passed.get("cpu_offloading")) != bool(passed.get("cpu_offloading_num_layers")):
+            raise UserError(
+                "policy.megatron_cfg.cpu_offloading_num_layers", passed.get("cpu_offloading_num_layers", 0),
+                "does nothing without cpu_offloading, nor that without a number of layers", "set both, or neither",
+            )  # fmt: skip
+        if passed.get("cpu_offloading") and (self.pipeline_parallel_size > 1 or passed.get("recompute_granularity")):
+            raise UserError(
+                "policy.megatron_cfg.cpu_offloading", True,
+                "works on one pipeline stage, and without recompute_granularity", "leave it or them out",
+            )  # fmt: skip
 
     def _check_fp8(self) -> None:
         passed = self.megatron_cfg

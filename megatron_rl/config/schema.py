@@ -65,6 +65,13 @@ class Config:
                 f"is for servers; rollout.engine is {self.rollout.engine}, which copies the weights in process",
                 "set rollout.engine=sglang, or leave weight_sync as it is by default",
             )
+        if self.policy.optim.optimizer_cfg.get("optimizer_cpu_offload") and self.trainer.precision != "bf16":
+            raise UserError(
+                "policy.optim.optimizer_cfg.optimizer_cpu_offload",
+                True,
+                "needs trainer.precision=bf16: in fp32 Megatron cannot resume from a checkpoint",
+                "leave one out",
+            )
         if self.eval.is_used and self.data.validation is None:
             raise UserError(
                 "data.validation",

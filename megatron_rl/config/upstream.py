@@ -40,6 +40,8 @@ TRANSFORMER_OWNED: dict[str, str] = {
             "add_qkv_bias",
             "qk_layernorm",
             "rotary_interleaved",
+            "activation_func_clamp_value",
+            "glu_linear_offset",
             "num_moe_experts",
             "moe_ffn_hidden_size",
             "moe_router_topk",
@@ -64,6 +66,15 @@ TRANSFORMER_OWNED: dict[str, str] = {
     "moe_enable_routing_replay": "is policy.router_replay",
     "moe_router_fusion": "is fixed at false: the fused kernel cannot repeat the rollout's choices",
     "moe_grouped_gemm": "is fixed at false: experts are loaded, published and exported one by one",
+    "use_te_activation_func": "is fixed at false: bias_activation_fusion is the fused kernel",
+    **dict.fromkeys(
+        ("fine_grained_activation_offloading", "offload_modules"),
+        "is not supported: its pool of pinned memory keeps a buffer for every length of pack that it has seen",
+    ),
+    "cpu_offloading_retain_pinned_cpu_buffers": "needs packs of one length",
+    **dict.fromkeys(
+        ("cpu_offloading_weights", "cpu_offloading_double_buffering"), "does nothing in today's Transformer Engine"
+    ),
     "layernorm_zero_centered_gamma": "is not how Hugging Face stores norms",
     "variable_seq_lengths": "is fixed: packed micro-batches differ in length",
     **dict.fromkeys(

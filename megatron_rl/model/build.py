@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
@@ -72,24 +73,22 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     if config.policy.virtual_pipeline_size > 1:
         # With Megatron's defaults the interleaved schedule pairs sends and receives wrongly, and says nothing.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if device.type == "cpu":  # fused kernels that exist for GPUs only
-        settings |= {
-            "use_cpu_initialization": True,
-            "gradient_accumulation_fusion": False,
-            "masked_softmax_fusion": False,
-            "bias_activation_fusion": False,
-            "bias_dropout_fusion": False,
-            "apply_rope_fusion": False,
-            "persist_layer_norm": False,
-        }
+    if device.type == "cpu":
+        settings["use_cpu_initialization"] = True
     else:
         # Transformer Engine brings its own kernel, but Megatron's output layer needs Apex's, built from source.
         settings["gradient_accumulation_fusion"] = find_spec("fused_weight_gradient_mlp_cuda") is not None
-    chosen = config.policy.megatron_cfg.get("transformer_impl")
-    settings["transformer_impl"] = "transformer_engine" if uses_transformer_engine(chosen, device) else "local"
+    is_local = not uses_transformer_engine(config.policy.megatron_cfg.get("transformer_impl"), device)
+    settings["transformer_impl"] = "local" if is_local else "transformer_engine"
+    if not is_local:
+        settings |= _fused_kernels(shape)
+    elif config.policy.megatron_cfg.get("cpu_offloading"):
+        raise UserError(
+            "policy.megatron_cfg.cpu_offloading", True, "needs Transformer Engine's layers on a GPU", "leave it out"
+        )
     recipe = recipe_of(config.policy.megatron_cfg)
     if recipe is not None:
-        check_fp8(config, recipe, device, is_local=settings["transformer_impl"] == "local")
+        check_fp8(config, recipe, device, is_local=is_local)
     known = {field.name for field in fields(kind)}
     overrides = {name: value for name, value in config.policy.megatron_cfg.items() if name in known}
     if config.policy.virtual_pipeline_size == 1:
@@ -100,6 +99,18 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     found = kind(**(settings | overrides | {"fp8": None, **dict.fromkeys(_EXPERT_PADDING, False)}))
     setattr(found, EMULATED, recipe)
     return found
+
+
+def _fused_kernels(shape: ModelShape) -> dict[str, object]:
+    """Megatron's fused kernels, all off by default, for Transformer Engine's layers; its softmax is in the attention."""
+    return {
+        "bias_activation_fusion": True,  # memory_plan.py counts what it saves
+        # Of a layer without bias and dropout one addition is left to fuse.
+        "bias_dropout_fusion": shape.proj_bias,
+        # By cu_seqlens and rank, as zigzag_indices cuts them; any frequencies, but no scale of YaRN. For latent attention
+        # Megatron has another kernel, which it calls experimental, and for YaRN alone.
+        "apply_rope_fusion": shape.latent is None and rope_utils.fused_apply_rotary_pos_emb_thd is not None,
+    }
 
 
 def _expert_settings(shape: ModelShape) -> dict[str, object]:
@@ -161,7 +172,7 @@ def _latent_settings(shape: ModelShape) -> dict[str, object]:
 
 
 def _check_features(config: Config, shape: ModelShape) -> None:
-    """Refuse what a model of experts or with latents would compute wrongly, or a checkpoint could not hold."""
+    """Refuse what this model would compute wrongly or not at all, or a checkpoint could not hold."""
     policy, passed = config.policy, config.policy.megatron_cfg
     if shape.latent is not None and policy.tensor_parallel_size > 1 and not passed.get("sequence_parallel"):
         raise UserError(
@@ -173,6 +184,25 @@ def _check_features(config: Config, shape: ModelShape) -> None:
         raise UserError(
             "policy.megatron_cfg.moe_use_legacy_grouped_gemm", True, "keeps all experts of a rank in one matrix",
             "leave it out: moe_grouped_gemm alone keeps one parameter an expert",
+        )  # fmt: skip
+    has_part = {
+        "mlp": not shape.num_experts or shape.num_dense_layers,
+        "moe": shape.num_experts,
+        "shared_experts": shape.num_shared_experts,
+        "mla_up_proj": shape.latent,
+        "layernorm": shape.num_experts or shape.latent,  # elsewhere a part of the linear layer behind it
+    }
+    for module in passed.get("recompute_modules") or ():
+        if not has_part.get(module, True):
+            raise UserError(
+                "policy.megatron_cfg.recompute_modules", passed["recompute_modules"],
+                f"has nothing to compute again as {module}: this model's layers have none", "leave it out",
+            )  # fmt: skip
+    if (passed.get("cpu_offloading_num_layers") or 0) >= shape.num_layers:
+        raise UserError(
+            "policy.megatron_cfg.cpu_offloading_num_layers", passed["cpu_offloading_num_layers"],
+            f"must be below the model's {shape.num_layers} layers: the last one's activations are needed at once",
+            "use a smaller number",
         )  # fmt: skip
     rate = passed.get("moe_router_bias_update_rate")
     if shape.sigmoid_router is not None and rate:

@@ -15,6 +15,9 @@ from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.types import ON_POLICY, TrainingSample
 
+SLICE_ELEMENTS = 1 << 28
+"""Of a gradient buffer that are looked at in one kernel: torch's reductions count in 32 bits."""
+
 
 def check_same_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group: dist.ProcessGroup) -> None:
     """The rows are the same on every rank, in all that an update depends on.
@@ -80,7 +83,7 @@ def check_finite(loss: float, gradients: Iterable[Tensor], *, update: int, cpu_g
     Raises:
         UserError: one of them is not.
     """
-    finite = torch.tensor(float(all(bool(gradient.isfinite().all()) for gradient in gradients)))
+    finite = torch.tensor(float(all(map(_is_finite, gradients))))
     dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=cpu_group)
     if not math.isfinite(loss) or not finite.item():
         what = "loss" if not math.isfinite(loss) else "gradient"
@@ -90,6 +93,13 @@ def check_finite(loss: float, gradients: Iterable[Tensor], *, update: int, cpu_g
             "is not finite; no weight was changed and the last checkpoint is intact",
             "lower policy.optim.lr, check the data of this step, or use trainer.precision=fp32 to find the cause",
         )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """No mask as large as ``values``: the least and the largest of a slice tell (NaN is both), and all are read at once."""
+    slices = values.flatten().split(SLICE_ELEMENTS) if values.numel() else ()
+    ends = [end for part in slices for end in part.aminmax()]
+    return not ends or bool(torch.stack(ends).isfinite().all())
 
 
 def _digest(samples: Sequence[TrainingSample]) -> list[int]:

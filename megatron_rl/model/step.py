@@ -24,11 +24,13 @@ from torch import Tensor
 from megatron_rl.config import Config
 from megatron_rl.convert.shape import ModelShape
 from megatron_rl.data.pack import pack, pack_layout, plan_micro_batches, unpack
+from megatron_rl.errors import UserError
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.model.build import build_chunks
 from megatron_rl.model.forward import PolicyModel, run_model
 from megatron_rl.model.guards import check_finite, check_log_probs, check_same_rows, check_trainable
 from megatron_rl.model.offload import UpdateMemory
+from megatron_rl.model.specs import has_transformer_engine
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import ON_POLICY, Kind, MicroBatch, TrainingSample
@@ -73,6 +75,7 @@ class Policy:
             fill_weights: puts the initial weights into the bare model; called before the optimizer copies them.
             timer: ``PhaseTimer``.
         """
+        check_optimizer(config, groups.device)
         self.config, self.shape, self.groups, self.timer = config, shape, groups, timer
         self.chunks: list[PolicyModel] = build_chunks(config, shape, groups)
         """This rank's part of the model: one, or several under virtual pipelining."""
@@ -390,6 +393,21 @@ class Policy:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+
+
+def check_optimizer(config: Config, device: torch.device) -> None:
+    """Refuse what Megatron's optimizer has for GPUs, or with Transformer Engine's Adam, alone.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    passed, is_gpu = config.policy.optim.optimizer_cfg, device.type == "cuda"
+    for field, can_run, rule in (
+        ("optimizer_cpu_offload", is_gpu, "moves what is on a GPU; this run has none"),
+        ("use_precision_aware_optimizer", is_gpu and has_transformer_engine(), "needs Transformer Engine on a GPU"),
+    ):
+        if passed.get(field) and not can_run:
+            raise UserError(f"policy.optim.optimizer_cfg.{field}", True, rule, "leave it out")
 
 
 def _torch_dtype(field: str, value: Any) -> Any:

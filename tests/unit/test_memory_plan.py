@@ -11,7 +11,7 @@ import pytest
 from megatron_rl.config import load_config
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.errors import UserError
-from megatron_rl.memory_plan import GB, estimate
+from megatron_rl.memory_plan import GB, LOGIT_ROWS, LOGITS, estimate
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, random_samples, tiny_config
 from tests.tiny_models import make_tiny_model
@@ -61,6 +61,42 @@ def test_what_can_be_counted_is_what_is_allocated(
         assert (memory.num_parameters, memory.weights) == (count, weights)
         assert memory.gradients == pytest.approx(gradients, rel=0.01)  # padding of the buffers
         assert memory.optimizer == pytest.approx(state, rel=0.02)
+
+
+def saved_for_backward(model: Path, *overrides: str) -> tuple[int, int]:
+    """(Bytes that an update saves for backward, its tokens), of all micro-batches together."""
+    import torch
+
+    from megatron_rl.algorithms.grpo import GRPO
+
+    config, rows = tiny_config(model, "algorithm.kl.coef=0", *overrides), random_samples()
+    policy, saved = build_policy(config), []  # held, so that no two share an address
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy.train_step(rows, GRPO(config).loss)
+    tokens = sum(len(batch.input_ids) for batch in policy._micro_batches(rows))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in saved}.values()), tokens
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_the_fused_activation_saves_what_the_plan_says(family: Any, tmp_path: Path) -> None:
+    """All but the activation function is the same with and without."""
+    model = make_tiny_model(tmp_path, family, tied=False, seed=1)
+    choices = [f"policy.megatron_cfg.bias_activation_fusion={choice}" for choice in ("true", "false")]
+    (fused, tokens), (unfused, _) = (run_ranks(saved_for_backward, 1, model, choice)[0] for choice in choices)
+    config = tiny_config(model, choices[1])
+    planned = estimate(config)[0].activations - estimate(tiny_config(model, choices[0]))[0].activations
+    assert (unfused - fused) / tokens == pytest.approx(planned / config.policy.train_micro_batch_tokens, rel=0.01)
+
+
+def test_logits_are_those_of_the_code_that_holds_them() -> None:
+    from megatron_rl.parallel import vocab
+
+    assert (vocab.CHUNK_TOKENS, vocab.BLOCK_ELEMENTS["cuda"]) == (LOGIT_ROWS, LOGITS)
 
 
 @pytest.fixture(scope="module")
@@ -138,18 +174,26 @@ def test_options_save_what_they_say(qwen_32b: Path) -> None:
     small = of(
         precise, "policy.optim.optimizer_cfg.exp_avg_dtype=bf16", "policy.optim.optimizer_cfg.exp_avg_sq_dtype=bf16"
     )
-    assert small.optimizer == pytest.approx(8 / 2 * base.num_parameters)
-    offloaded = ("policy.optim.optimizer_cfg.optimizer_cpu_offload=true",)
-    # Megatron offloads nothing unless told how much, and keeps the main weights on the GPU: 4 of 12 bytes.
-    whole = of(*offloaded, "policy.optim.optimizer_cfg.optimizer_offload_fraction=1.0")
-    assert whole.optimizer == pytest.approx(4 / 2 * base.num_parameters)
+    # Two moments of 16 bits, and 16 bits of the main weight: the other 16 are the model's own.
+    assert small.optimizer == pytest.approx(6 / 2 * base.num_parameters)
+    assert of(precise).optimizer == pytest.approx(10 / 2 * base.num_parameters)
+    assert of(precise, "policy.optim.optimizer_cfg.store_param_remainders=false").optimizer == base.optimizer
+    offloaded = (precise, "policy.optim.optimizer_cfg.optimizer_cpu_offload=true")
+    # Megatron offloads nothing unless told how much.
+    assert of(*offloaded, "policy.optim.optimizer_cfg.optimizer_offload_fraction=1.0").optimizer == 0
     half = of(*offloaded, "policy.optim.optimizer_cfg.optimizer_offload_fraction=0.5")
-    assert half.optimizer == pytest.approx(8 / 2 * base.num_parameters)
+    assert half.optimizer == pytest.approx(6 / 2 * base.num_parameters)
     assert of(*offloaded).optimizer == base.optimizer
-    assert of("policy.optim.name=sgd").optimizer == pytest.approx(8 / 2 * base.num_parameters)
     assert of("policy.ddp_cfg.grad_reduce_in_fp32=false").gradients == base.gradients / 2
     assert of("trainer.offload_during_rollouts=false").sampling - base.sampling == base.gradients + base.optimizer
     assert of("weight_sync.quantization=fp8_block").server == pytest.approx(base.server / 2)
     eight = of(*FP8)
     assert base.weights < eight.weights < 2 * base.weights
     assert eight.activations <= base.activations
+    selective = "policy.megatron_cfg.recompute_granularity=selective"
+    again = of(selective, "policy.megatron_cfg.recompute_modules=[mlp]")
+    token = 2 * 32 * 12288 / 8  # of two micro-batches, in half of the layers, on one of eight ranks
+    assert base.activations - again.activations == pytest.approx(token * 3 * 27648 * 2)
+    one_stage = "policy.megatron_cfg.pipeline_model_parallel_size=1"
+    offloaded = ("policy.megatron_cfg.cpu_offloading=true", "policy.megatron_cfg.cpu_offloading_num_layers=48")
+    assert of(one_stage, *offloaded).activations == pytest.approx(of(one_stage).activations / 4)

@@ -100,6 +100,60 @@ def load(*overrides: str):
             "policy.megatron_cfg.moe_layer_recompute",
             "later micro-batch",
         ),
+        (["policy.optim.name=sgd"], "policy.optim.name", "adam"),
+        (
+            ["policy.optim.optimizer_cfg.optimizer_cpu_offload=true"],
+            "policy.optim.optimizer_cfg.optimizer_cpu_offload",
+            "needs use_precision_aware_optimizer",
+        ),
+        (
+            [
+                "trainer.precision=fp32",
+                "policy.optim.optimizer_cfg.optimizer_cpu_offload=true",
+                "policy.optim.optimizer_cfg.use_precision_aware_optimizer=true",
+            ],
+            "policy.optim.optimizer_cfg.optimizer_cpu_offload",
+            "needs trainer.precision=bf16",
+        ),
+        (
+            ["policy.optim.optimizer_cfg.exp_avg_dtype=bf16"],
+            "policy.optim.optimizer_cfg.exp_avg_dtype",
+            "without use_precision_aware_optimizer",
+        ),
+        (
+            ["policy.optim.optimizer_cfg.main_params_dtype=bf16"],
+            "policy.optim.optimizer_cfg.main_params_dtype",
+            "one of fp32, fp16",
+        ),
+        (
+            ["policy.megatron_cfg.recompute_granularity=selective", "policy.megatron_cfg.recompute_modules=[moe_act]"],
+            "policy.megatron_cfg.recompute_modules",
+            "must be of core_attn, mlp",
+        ),
+        (
+            ["policy.megatron_cfg.recompute_modules=[mlp]"],
+            "policy.megatron_cfg.recompute_modules",
+            "does nothing without recompute_granularity: selective",
+        ),
+        (
+            ["policy.megatron_cfg.cpu_offloading=true"],
+            "policy.megatron_cfg.cpu_offloading_num_layers",
+            "nor that without a number of layers",
+        ),
+        (
+            [
+                "policy.megatron_cfg.cpu_offloading=true",
+                "policy.megatron_cfg.cpu_offloading_num_layers=1",
+                "policy.megatron_cfg.recompute_granularity=selective",
+            ],
+            "policy.megatron_cfg.cpu_offloading",
+            "without recompute_granularity",
+        ),
+        (
+            ["policy.megatron_cfg.fine_grained_activation_offloading=true"],
+            "policy.megatron_cfg.fine_grained_activation_offloading",
+            "pinned memory",
+        ),
         (["trainer"], "override", "section.field=value"),
     ],
 )

@@ -13,7 +13,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_rl.convert.shape import read_shape
 from megatron_rl.errors import UserError
-from megatron_rl.model import build, specs
+from megatron_rl.model import build, specs, step
 from megatron_rl.model.attention import AsSpecified, PackedCausalAttention
 from tests.policy_case import tiny_config
 from tests.tiny_models import make_tiny_model
@@ -37,6 +37,82 @@ def test_gradient_accumulation_is_fused_only_where_the_kernel_of_the_output_laye
     monkeypatch.setattr(build, "find_spec", lambda name: name if name in kernels else None)
     assert megatron_config(model, "cuda").gradient_accumulation_fusion is is_built
     assert megatron_config(model, "cpu").gradient_accumulation_fusion is False
+
+
+FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "masked_softmax_fusion")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "expected"),
+    [
+        ("qwen2", {}, (True, False, True, False)),
+        ("qwen3", {}, (True, False, True, False)),
+        ("qwen3_moe", {}, (True, False, True, False)),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, (True, True, True, False)),
+        ("deepseek_v3", {}, (True, False, False, False)),
+    ],
+)
+def test_fused_kernels_are_on_where_they_can_be_used(
+    family: str, fields: dict, expected: tuple[bool, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
+    for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+        monkeypatch.setattr(build.rope_utils, name, object())
+    model = make_tiny_model(tmp_path, family, tied=False, seed=0, **fields)
+
+    def chosen(device: str, *overrides: str) -> tuple[bool, ...]:
+        found = build.transformer_config(tiny_config(model, *overrides), read_shape(model), torch.device(device))
+        return tuple(getattr(found, name) for name in FUSIONS)
+
+    assert chosen("cuda") == expected
+    assert chosen("cpu") == chosen("cuda", "policy.megatron_cfg.transformer_impl=local") == (False,) * 4
+    assert chosen("cuda", "policy.megatron_cfg.bias_activation_fusion=false") == (False, *expected[1:])
+    assert chosen("cpu", "policy.megatron_cfg.bias_activation_fusion=true")[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        (
+            "qwen3",
+            ("recompute_granularity=selective", "recompute_modules=[layernorm]"),
+            "has nothing to compute again as",
+        ),
+        (
+            "qwen3_moe",
+            ("recompute_granularity=selective", "recompute_modules=[mlp]"),
+            "has nothing to compute again as",
+        ),
+        ("qwen3", ("cpu_offloading=true", "cpu_offloading_num_layers=2"), "must be below the model's 2 layers"),
+        ("qwen3", ("cpu_offloading=true", "cpu_offloading_num_layers=1"), "needs Transformer Engine's layers"),
+    ],
+)
+def test_what_this_model_or_machine_has_not_is_refused(
+    family: str, overrides: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    model = make_tiny_model(tmp_path, family, tied=False, seed=0)
+    config = tiny_config(model, *(f"policy.megatron_cfg.{override}" for override in overrides))
+    with pytest.raises(UserError, match=message):
+        build.transformer_config(config, read_shape(model), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("field", ["optimizer_cpu_offload", "use_precision_aware_optimizer"])
+def test_optimizers_that_cannot_run_here_are_refused(
+    model: Path, field: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "has_transformer_engine", lambda: False)
+    names = dict.fromkeys((field, "use_precision_aware_optimizer"))
+    config = tiny_config(
+        model, "trainer.precision=bf16", *(f"policy.optim.optimizer_cfg.{name}=true" for name in names)
+    )
+    refused = field if device == "cpu" else "use_precision_aware_optimizer"
+    with pytest.raises(UserError, match=f"optimizer_cfg.{refused} = True"):
+        step.Policy(
+            config, read_shape(model), SimpleNamespace(device=torch.device(device)), fill_weights=None, timer=None
+        )
+    monkeypatch.setattr(step, "has_transformer_engine", lambda: True)
+    step.check_optimizer(config, torch.device("cuda"))
 
 
 def test_transformer_engine_serves_gpus_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
