@@ -99,12 +99,7 @@ def layers_that_fit(total_bytes: int, overrides: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         while True:
             model = write_model(Path(folder), Sizes(num_hidden_layers=layers + 1))
-            needed = 0
-            for recipe in RECIPES.values():
-                memory = estimate(load(model, *overrides, *recipe))[0]
-                # The check for finite gradients makes float32 and boolean copies, when the activations are gone.
-                checking = memory.updating - memory.activations - memory.working + 7 * memory.num_parameters
-                needed = max(needed, memory.updating, checking)
+            needed = max(estimate(load(model, *overrides, *recipe))[0].updating for recipe in RECIPES.values())
             if needed > (1 - FREE_SHARE) * total_bytes:
                 return max(1, layers)
             layers += 1
