@@ -24,6 +24,12 @@ def of_runner(code: str) -> Any:
     return json.loads(last_line("-c", program))
 
 
+def output_of(program: str) -> str:
+    """What a program that has our benchmarks as modules prints, however it ends."""
+    program = f"import sys; sys.path.insert(0, 'benchmarks')\n{program}"
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True).stdout
+
+
 def test_agreement() -> None:
     found = json.loads(last_line("benchmarks/gpu/agreement.py", "--tiny"))
     assert found["first_log_ratio_local_packed"] == found["first_log_ratio_local_alone"] == 0.0
@@ -118,6 +124,66 @@ def test_a_second_call_of_the_day_adds_to_the_first(tmp_path: Path) -> None:
 
 def test_all_limits_fit_into_one_run() -> None:
     assert of_runner("sum(limit for limit, _, _ in run.JOBS.values())") < 9.5 * 60
+
+
+def test_kernels_that_fail_are_skipped_with_their_reason() -> None:
+    lines = output_of(
+        """
+import log_probs
+log_probs.on_gpu, log_probs.matmul_flops, real = lambda: True, lambda: 1e12, log_probs.in_process
+def measured(**how):
+    if how["path"] == "naive":
+        raise RuntimeError("OutOfMemoryError")
+    return real(**how) if how["path"] == "liger" else {"seconds": 1.0, "gigabytes": 2.0}
+log_probs.in_process = measured
+sys.argv = ["log_probs.py", "--hidden", "64", "--vocabulary", "256", "--tokens", "64"]
+log_probs.main()
+"""
+    ).splitlines()
+    found = json.loads(lines[-1])
+    assert found["time_vs_chunked"] == found["time_vs_cut_cross_entropy"] == 1.0 and "matmul_share" in found
+    assert list(found["skipped"]) == ["naive", "liger"] and found["skipped"]["naive"] == "OutOfMemoryError"
+    assert "Error: " in found["skipped"]["liger"]  # not installed, or not for CPUs
+
+
+def test_on_a_gpu_crowded_steps_ask_for_no_more_turns_and_what_is_known_is_kept() -> None:
+    lines = output_of(
+        """
+import vs_trl
+vs_trl.write_inputs, vs_trl.machine = lambda *_, **__: None, lambda _: "stand-in"
+step = {"tokens": 10, "generate": 1.0, "update": 1.0, "rest": 0.5, "crowded": 0.9}
+count = 0
+def run_worker(side, python, work):
+    global count
+    count += 1
+    return {"versions": {}, "steps": [step] * work.num_steps} if count < 4 else sys.exit(f"{side} failed")
+vs_trl.run_worker = run_worker
+sys.argv = ["vs_trl.py", "--gpu", "--repeats", "1", "--steps", "3", "--trl-python", "python"]
+vs_trl.main()
+vs_trl.main()
+"""
+    ).splitlines()
+    tables = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [table.get("tokens_per_s_ratio") for table in tables] == [None, 1.0, 1.0, None]  # the fourth process fails
+    assert tables[-1]["settings"]["equal, 2 updates"]["megatron_rl_tokens_per_s"] == 4.0
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As if not called by another make."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, env=environment)
+
+
+def test_make_asks_for_the_platform_of_a_machine_with_a_gpu() -> None:
+    done = make("test-gpu", "PLATFORM=cpu", "NVIDIA=/dev/nvidia0")
+    assert done.returncode == 2 and "make test-gpu PLATFORM=gpu" in done.stderr
+
+
+def test_make_installs_from_a_folder_alone() -> None:
+    lines = make("-nB", "test-gpu", "PLATFORM=gpu", "WHEELS=/wheels").stdout.splitlines()
+    installs = [line for line in lines if "pip install" in line]
+    assert len(installs) == 4 and all("--no-index --find-links /wheels" in line for line in installs)
 
 
 def test_without_a_gpu_nothing_is_claimed() -> None:
