@@ -46,8 +46,6 @@ RECIPES = {
     "blockwise": ("policy.megatron_cfg.fp8=e4m3", "policy.megatron_cfg.fp8_recipe=blockwise"),
     "mxfp8": ("policy.megatron_cfg.fp8=e4m3", "policy.megatron_cfg.fp8_recipe=mxfp8"),
 }
-
-
 FREE_SHARE = 0.15
 """Of the device's memory: activations are estimated, and the estimate was never compared with a GPU."""
 
