@@ -107,7 +107,7 @@ class SPOChain(SegmentAlgorithm):
         """
         partition, num_tokens = self.settings.partition, len(response_ids)
         if partition.kind == "cut_points":
-            return every_nth_cut_point(log_probs, partition.threshold or 0.9, partition.segment_size)
+            return every_nth_cut_point(log_probs, partition.cut_threshold, partition.segment_size)
         if partition.kind == "tokens":
             return every_n_tokens(num_tokens, partition.segment_size)
         if partition.kind == "equal":

@@ -16,6 +16,8 @@ from megatron_rl.errors import UserError
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 Partition = Literal["cut_points", "tokens", "equal", "newlines"]
 EdgeAdvantage = Literal["raw", "std", "leave_one_out"]
+SURE_FROM = 0.9
+"""SPO's threshold: a token sampled with a probability from here on is one that the policy was sure of."""
 Divergence = Literal["forward_kl", "js", "js_definition", "alpha", "reverse_kl", "likelihood"]
 
 
@@ -253,6 +255,11 @@ class PartitionConfig:
     """Of ``cut_points``: a token sampled with a probability below this is one; null: 0.9."""
 
     @property
+    def cut_threshold(self) -> float:
+        """``threshold``, with null made out."""
+        return self.threshold or SURE_FROM
+
+    @property
     def segment_size(self) -> int:
         """``size``, with null made out."""
         return self.size or {"cut_points": 5, "tokens": 100, "equal": 4, "newlines": 1}[self.kind]
@@ -275,7 +282,7 @@ class PartitionConfig:
 class SegmentConfig(MaskConfig, ClippedConfig):
     """What both forms of SPO have."""
 
-    mask_threshold: float | None = Field(default=0.9, gt=0, le=1)
+    mask_threshold: float | None = Field(default=SURE_FROM, gt=0, le=1)
     kl: KLConfig = Field(default_factory=lambda: KLConfig(coef=1e-4))
     whitening: Literal["none", "std", "mean_std"] = "mean_std"
     """Of the advantages, over the tokens of an optimizer mini-batch that enter the loss: divide by their standard deviation,
@@ -286,7 +293,7 @@ class SegmentConfig(MaskConfig, ClippedConfig):
     @property
     def sure_from(self) -> float:
         """Probability of a token from which on the policy counts as sure of it."""
-        return self.mask_threshold or 0.9
+        return self.mask_threshold or SURE_FROM
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -318,7 +325,7 @@ class SPOChainConfig(SegmentConfig):
     @property
     def sure_from(self) -> float:
         """See ``SegmentConfig``."""
-        return self.mask_threshold or self.partition.threshold or 0.9
+        return self.mask_threshold or self.partition.cut_threshold
 
     @property
     def num_rows(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_rl.data.pool import Pool, merge
 from tests.e2e.conftest import Case
@@ -140,6 +141,16 @@ def test_a_pool_of_another_model_is_refused_and_a_damaged_one(case: Case, capfd:
     )
     assert rehearse(case, "exp_manager.name=dph", f"policy.model_path={other}") == [2]
     assert "comes from another model" in capfd.readouterr().err
+    retold = shutil.copytree(case.model, case.root / "retold")  # the same weights under a tokenizer with one more token
+    tokenizer = AutoTokenizer.from_pretrained(retold)
+    tokenizer.add_tokens(["seventeen"])
+    tokenizer.save_pretrained(retold)
+    assert rehearse(case, "exp_manager.name=dph", f"policy.model_path={retold}") == [2]
+    assert "another tokenizer" in capfd.readouterr().err
+    measured = ("algorithm.name=grpo", f"eval.pool={folder(case) / 'pool'}", "eval.every_n_steps=2")
+    held_out = (f"data.validation={case.train}", f"policy.model_path={retold}", "exp_manager.name=probed")
+    assert case.run(*TASK, *measured, *held_out) == [2]
+    assert "another tokenizer" in capfd.readouterr().err
     assert rehearse(case, "exp_manager.name=dph", "algorithm.rehearsal.pool=nowhere") == [2]
     assert "algorithm.rehearsal.pool" in capfd.readouterr().err
     data = next((folder(case) / "pool").glob("shard_*/data.bin"))

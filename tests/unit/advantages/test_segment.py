@@ -55,6 +55,14 @@ def test_partitions() -> None:
     assert after_tokens(ids, torch.tensor([7])) == [0]
 
 
+def test_an_end_that_the_policy_was_not_sure_of_is_a_segment_of_its_own() -> None:
+    """The end token is a token like others: what follows the border before it is one more try of coming to an end there."""
+    borders = every_nth_cut_point(torch.tensor([0.5, 0.99, 0.6]).log(), 0.9, 1)
+    assert borders == [0, 2]
+    states = [State(border, value) for border, value in zip(borders, (0.5, 0.25))]
+    assert segment_advantages(states, 1.0, 3).tolist() == [-0.25, -0.25, 0.75]
+
+
 def test_no_border_means_no_advantage() -> None:
     assert every_nth_cut_point(torch.tensor([-0.01, -0.02]), 0.9, 5) == []
     assert segment_advantages([], 1.0, 3).tolist() == [0, 0, 0]
