@@ -223,6 +223,9 @@ class Policy:
             chunk.load_state_dict(weights)
         kept = ("max_lr", "min_lr", "start_wd", "end_wd", *_GROUP_FIELDS)
         ours = [{key: group[key] for key in kept if key in group} for group in self.optimizer.param_groups]
+        for group, settings in zip(self.optimizer.param_groups, ours, strict=True):
+            # Megatron-Core 0.19 knows a checkpoint's group by its settings, the rates among them.
+            group.update({key: state["scheduler"][key] for key in settings if key in state["scheduler"]})
         self.optimizer.load_state_dict(state["optimizer"])
         changed = self._changed_settings(state["scheduler"], ours[0] if ours else {})
         for group, settings in zip(self.optimizer.param_groups, ours, strict=True):
