@@ -35,6 +35,7 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch: pytest.Monk
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(runtime, "Path", lambda _name: SimpleNamespace(exists=lambda: True))
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert runtime._device(config("trainer.accelerator=auto")).type == "cpu"  # torch was built for CPUs: no accident
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(UserError, match=r"trainer\.accelerator = 'auto': finds a GPU .* built for CUDA 13\.0"):
