@@ -120,8 +120,8 @@ def _generate(directory: Path, *, layers: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from megatron_rl.convert.shape import read_shape
-    from megatron_rl.convert.table import hf_tensors
+    from megatron_rl.convert.architecture.shape import read_shape
+    from megatron_rl.convert.tables.table import hf_tensors
 
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(_CONFIG | {"num_hidden_layers": layers}))
@@ -251,10 +251,10 @@ def _memory_mb() -> float:
 
 
 def _prepare(what: str, source: str, target: str) -> Callable[[], object]:
-    from megatron_rl.convert.memory import keep_freed_memory
+    from megatron_rl.convert.offline.memory import keep_freed_memory
 
     keep_freed_memory()  # as the commands do
-    from megatron_rl.convert.offline import export_hf, import_hf
+    from megatron_rl.convert.offline.convert import export_hf, import_hf
 
     if what == "copy":
         return lambda: _copy(Path(source), Path(target))
@@ -274,7 +274,7 @@ def _prepare_mbridge(what: str, source: str, target: str) -> Callable[[], object
     from transformers import AutoConfig
 
     from megatron_rl.config import load_config
-    from megatron_rl.convert.shape import read_shape
+    from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.model.build import build_chunks, build_groups_of
     from megatron_rl.model.torch_dist import load_torch_dist
 

@@ -60,8 +60,8 @@ def measure(max_matmul_length: int) -> float:
 
     from megatron_rl.algorithms.sft import SFT
     from megatron_rl.config import load_config
-    from megatron_rl.convert.random_weights import RandomReader
-    from megatron_rl.convert.shape import read_shape
+    from megatron_rl.convert.architecture.shape import read_shape
+    from megatron_rl.convert.hf.random_weights import RandomReader
     from megatron_rl.data.prompts import demonstrations, tokenize_prompts
     from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
     from megatron_rl.model import attention

@@ -29,7 +29,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from megatron_rl.convert.writer import LayoutWriter
+from megatron_rl.convert.hf.writer import LayoutWriter
 from megatron_rl.weight_sync.disk import apply, write_delta, write_full
 from megatron_rl.weight_sync.disk.frames import bits_of, encode
 

@@ -15,7 +15,7 @@ import resource
 import time
 from collections import defaultdict
 
-from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.weight_sync.plan import TrainingLayout, make_plan
 from megatron_rl.weight_sync.served import RolloutLayout
 

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_rl.convert.memory import keep_freed_memory
-from megatron_rl.convert.reporter import Reporter
+from megatron_rl.convert.offline.memory import keep_freed_memory
+from megatron_rl.convert.offline.reporter import Reporter
 from megatron_rl.errors import UserError
 
 DtypeOption = Annotated[
@@ -50,7 +50,7 @@ def convert_hf_to_megatron(
 ) -> None:
     """Hugging Face -> Megatron. Given again after a kill, the same command goes on where it stopped."""
     keep_freed_memory()
-    from megatron_rl.convert.offline import import_hf
+    from megatron_rl.convert.offline.convert import import_hf
 
     started, reporter = time.perf_counter(), TerminalReporter()
     done = import_hf(source, target, dtype=dtype, layer_spec=layer_spec, num_threads=threads, reporter=reporter)
@@ -87,8 +87,8 @@ def convert_megatron_to_hf(
 ) -> None:
     """Megatron -> Hugging Face: the model weights; optimizer state is left out. Resumable like the other direction."""
     keep_freed_memory()
-    from megatron_rl.convert.offline import export_hf
-    from megatron_rl.convert.sources import find_weights
+    from megatron_rl.convert.offline.convert import export_hf
+    from megatron_rl.convert.offline.sources import find_weights
 
     if max_shard_gb is not None and max_shard_gb <= 0:
         raise UserError("--max-shard-gb", max_shard_gb, "must be a positive number", "leave it out")
@@ -119,7 +119,7 @@ def verify_checkpoint(
 ) -> None:
     """Compare every tensor, bit for bit; names those that differ. Status 1 if any does."""
     keep_freed_memory()
-    from megatron_rl.convert.verify import verify
+    from megatron_rl.convert.offline.verify import verify
 
     reporter = TerminalReporter()
     lines = verify(a, b, config_from=hf, dtype=dtype, num_threads=threads, reporter=reporter)
@@ -149,9 +149,9 @@ def _say_done(done: Any, seconds: float, reporter: TerminalReporter) -> None:
 
 def _verify_written(done: Any, hf_directory: Path | None, megatron_directory: Path, reporter: TerminalReporter) -> None:
     """Digests of what was written; then a forward of both, where both hold the same values. Status 1 if they differ."""
-    from megatron_rl.convert.kinds import hf_shapes
-    from megatron_rl.convert.table import entries
-    from megatron_rl.convert.verify import verify
+    from megatron_rl.convert.offline.verify import verify
+    from megatron_rl.convert.tables.kinds import hf_shapes
+    from megatron_rl.convert.tables.table import entries
     from megatron_rl.doctor.forward import BOUND, bytes_of_forward, compare_forward, fits
 
     lines = verify(done.directory, is_fresh=True, reporter=reporter)

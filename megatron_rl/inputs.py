@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_rl.algorithms.base import PoolNeed
 from megatron_rl.config import Config
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.data.origin import digest_of_fingerprints, random_model_digest, tokenizer_digest, weight_fingerprints
 from megatron_rl.data.pack import pack_layout, too_long
 from megatron_rl.data.pool import Pool

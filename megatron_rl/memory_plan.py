@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_rl.config import Config, read_model_shape
 from megatron_rl.config.policy import DTYPE_BYTES
-from megatron_rl.convert.kinds import padded_vocab_size, shard_shape
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import Entry, entries
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.kinds import padded_vocab_size, shard_shape
+from megatron_rl.convert.tables.table import Entry, entries
 from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
 
 GB = 1e9

@@ -261,7 +261,7 @@ def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], li
 
 
 def _tokenizer(config: Config) -> Any:
-    from megatron_rl.convert.shape import read_shape
+    from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.data.tokenizer import load_tokenizer
 
     policy = config.policy
@@ -269,7 +269,7 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _prompts(config: Config, tokenizer: Any) -> list[Prompt]:
-    from megatron_rl.convert.shape import read_shape
+    from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.data.prompts import tokenize_prompts
     from megatron_rl.tasks import get_task
 

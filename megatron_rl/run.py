@@ -17,8 +17,8 @@ from megatron_rl import watchdog
 from megatron_rl.algorithms import build_algorithm
 from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.config import Config, save_resolved
-from megatron_rl.convert.random_weights import RandomReader
-from megatron_rl.convert.reader import HFReader
+from megatron_rl.convert.hf.random_weights import RandomReader
+from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.curves import plot_curves
 from megatron_rl.data.pack import full_batches
 from megatron_rl.distance import distance_metrics

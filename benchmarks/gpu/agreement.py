@@ -77,7 +77,7 @@ def compute(config: Any, groups: Any, rows: list[Any]) -> tuple[Pass, float]:
     import torch
 
     from megatron_rl.algorithms import build_algorithm
-    from megatron_rl.convert.export import merge_parameter
+    from megatron_rl.convert.hf.export import merge_parameter
     from megatron_rl.model.weights import named_parameters
 
     policy, algorithm = build(config, groups), build_algorithm(config)

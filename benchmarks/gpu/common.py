@@ -74,7 +74,7 @@ def join_alone() -> Any:
 def build(config: Any, groups: Any) -> Any:
     """A policy with the random weights of the config's seed."""
     from megatron_rl.config import read_model_shape
-    from megatron_rl.convert.random_weights import RandomReader
+    from megatron_rl.convert.hf.random_weights import RandomReader
     from megatron_rl.model.step import Policy
     from megatron_rl.model.weights import load_hf_weights
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_rl.config.algorithms import DPHRLConfig, RLEPConfig
 from megatron_rl.config.schema import Config
-from megatron_rl.convert.shape import ModelShape, read_shape
+from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
 

@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.convert.digest import as_text, digest
-from megatron_rl.convert.reader import HFReader
+from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.convert.tables.digest import as_text, digest
 from megatron_rl.errors import UserError
 
 _SPLITTING = ("normalizer", "pre_tokenizer", "model")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.errors import UserError
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_rl.algorithms.base import Algorithm
 from megatron_rl.algorithms.clipped import probability_mask
 from megatron_rl.config import MaskConfig
-from megatron_rl.convert.in_memory import checkpoint_views
+from megatron_rl.convert.hf.in_memory import checkpoint_views
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
 from megatron_rl.types import Kind, MicroBatch, TrainingSample

@@ -72,7 +72,7 @@ def _compare(_rank: int, hf_directory: str, megatron_directory: str, folder: str
 
     warnings.filterwarnings("ignore")  # what upstream packages lack or deprecate is not news to our users
     megatron_rl.patches.apply("cpu")
-    from megatron_rl.convert.shape import read_shape
+    from megatron_rl.convert.architecture.shape import read_shape
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, read_shape(hf_directory).vocab_size, (_NUM_TOKENS,), generator=generator)

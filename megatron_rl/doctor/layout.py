@@ -238,8 +238,8 @@ def build_policy(config: Config) -> Any:
 
     import torch
 
-    from megatron_rl.convert.reader import HFReader
-    from megatron_rl.convert.shape import read_shape
+    from megatron_rl.convert.architecture.shape import read_shape
+    from megatron_rl.convert.hf.reader import HFReader
     from megatron_rl.model.build import build_groups_of
     from megatron_rl.model.step import Policy
     from megatron_rl.model.weights import load_hf_weights

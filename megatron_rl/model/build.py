@@ -12,9 +12,9 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.convert.kinds import padded_vocab_size
-from megatron_rl.convert.rope import RopeScaling, YarnScaling
-from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.architecture.rope import RopeScaling, YarnScaling
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.kinds import padded_vocab_size
 from megatron_rl.errors import UserError
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.fp8.emulation import EMULATED, finish_layers

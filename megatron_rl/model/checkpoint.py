@@ -40,8 +40,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.config import Config
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.model.step import Policy

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from megatron_rl.config import NumericsConfig
-from megatron_rl.convert.table import global_name
+from megatron_rl.convert.tables.table import global_name
 from megatron_rl.model.attention import WholeLinear
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.fp8.emulation import Fp8Layer, Quantizers, fp8_product

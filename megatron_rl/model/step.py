@@ -22,7 +22,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.data.pack import pack, pack_layout, plan_micro_batches, unpack
 from megatron_rl.errors import UserError
 from megatron_rl.losses.terms import TokenTerms

@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.data.pack import pack, response_slice
 from megatron_rl.model.build import build_chunks, build_groups_of
 from megatron_rl.model.forward import PolicyModel, run_model

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.convert.checkpoint_view import CheckpointView, exported_config
-from megatron_rl.convert.export import merge_parameter
-from megatron_rl.convert.kinds import shard_shape
-from megatron_rl.convert.load import check_coverage, load_parameter
-from megatron_rl.convert.reader import HFReader, TensorReader
-from megatron_rl.convert.shape import Dtype, ModelShape
-from megatron_rl.convert.table import (
+from megatron_rl.convert.architecture.shape import Dtype, ModelShape
+from megatron_rl.convert.hf.checkpoint_view import CheckpointView, exported_config
+from megatron_rl.convert.hf.export import merge_parameter
+from megatron_rl.convert.hf.load import check_coverage, load_parameter
+from megatron_rl.convert.hf.reader import HFReader, TensorReader
+from megatron_rl.convert.hf.writer import LayoutWriter, check_source, dtype_fields
+from megatron_rl.convert.tables.kinds import shard_shape
+from megatron_rl.convert.tables.table import (
     entries,
     find_entry,
     float32_tensors,
@@ -28,7 +29,6 @@ from megatron_rl.convert.table import (
     names_of_all_experts,
     plain_name,
 )
-from megatron_rl.convert.writer import LayoutWriter, check_source, dtype_fields
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.model.forward import PolicyModel

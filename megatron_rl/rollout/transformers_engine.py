@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.convert.in_memory import ROUTER_BIAS, checkpoint_views
+from megatron_rl.convert.hf.in_memory import ROUTER_BIAS, checkpoint_views
 from megatron_rl.metrics import progress
 from megatron_rl.rollout.engine import CheckpointSource, ShardSource, WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level

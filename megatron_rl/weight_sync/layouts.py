@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.config import Config
-from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.weight_sync.plan import TrainingLayout
 from megatron_rl.weight_sync.served import RolloutLayout
 

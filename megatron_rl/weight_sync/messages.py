@@ -15,8 +15,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.digest import digest
-from megatron_rl.convert.kinds import Extent
+from megatron_rl.convert.tables.digest import digest
+from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.weight_sync.plan import Piece, Plan, rounds
 
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """Who sends what to whom: the copies that turn a trainer's shards into a server's, each byte once and no byte in vain.
 
 A plan is a function of the model's shape and both layouts alone, so every rank computes the same one without asking, and a
-laptop computes it for any cluster. Both sides are described as boxes of Hugging Face tensors (``convert.kinds`` for
+laptop computes it for any cluster. Both sides are described as boxes of Hugging Face tensors (``convert.tables.kinds`` for
 Megatron, ``served`` for SGLang); a copy is where two boxes meet.
 """
 
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
-from megatron_rl.convert.kinds import Extent, boxes
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import Entry, entries
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.kinds import Extent, boxes
+from megatron_rl.convert.tables.table import Entry, entries
 from megatron_rl.weight_sync.served import RolloutLayout, ServedParameter, served_parameters
 
 

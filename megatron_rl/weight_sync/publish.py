@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import hf_tensors, plain_name
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.table import hf_tensors, plain_name
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import iterate_hf_tensors, named_parameters
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_rl.convert.digest import digest
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.shape import Dtype, ModelShape
-from megatron_rl.convert.table import hf_tensors
-from megatron_rl.convert.writer import Layout, LayoutWriter
+from megatron_rl.convert.architecture.shape import Dtype, ModelShape
+from megatron_rl.convert.hf.writer import Layout, LayoutWriter
+from megatron_rl.convert.tables.digest import digest
+from megatron_rl.convert.tables.kinds import Extent
+from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 
@@ -249,7 +249,7 @@ def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch
     """Shape and dtype of each tensor that ``quantized`` yields.
 
     Args:
-        extents: of the model's own tensors (``convert.table.hf_tensors``).
+        extents: of the model's own tensors (``convert.tables.table.hf_tensors``).
         fmt: the format.
         dtype: of those that stay as they are.
     """

@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.weight_sync.mailbox import Mailbox
 from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages
 from megatron_rl.weight_sync.plan import Piece, TrainingLayout, make_plan

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from megatron_rl.config import Config, read_model_shape
-from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
 from megatron_rl.weight_sync.plan import Plan, TrainingLayout, make_plan, rounds
 from megatron_rl.weight_sync.served import RolloutLayout

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.kinds import Extent
+from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 
 VOCAB_MULTIPLE = 64

@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl import watchdog
-from megatron_rl.convert.digest import as_text
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.digest import as_text
+from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import broadcast_json, gather_json
 from megatron_rl.rollout.engine import Delivery

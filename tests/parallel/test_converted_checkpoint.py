@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.convert.offline import export_hf, import_hf
+from megatron_rl.convert.offline.convert import export_hf, import_hf
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, tiny_config
 from tests.tiny_models import make_tiny_model
@@ -39,7 +39,7 @@ def load_strictly(model: Path, directory: Path, layout: dict, strict: str) -> di
     """Every HF tensor of a model that starts without a number and is filled from the directory."""
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-    from megatron_rl.convert.shape import read_shape
+    from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.model import specs
     from megatron_rl.model.build import build_chunks, build_groups_of
     from megatron_rl.model.torch_dist import load_torch_dist

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.algorithms.grpo import GRPO
-from megatron_rl.convert.in_memory import checkpoint_views
-from megatron_rl.convert.load import check_coverage
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
+from megatron_rl.convert.hf.in_memory import checkpoint_views
+from megatron_rl.convert.hf.load import check_coverage
+from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.doctor import exactness
 from megatron_rl.doctor.exactness import LENGTHS, errors, load_reference, naive_log_probs
 from megatron_rl.doctor.small_model import write_small_model
@@ -222,7 +222,7 @@ def test_a_layout_computes_and_exports_what_transformers_does(
 
 def swap_in_table(family: str, one: str, other: str, *, order: tuple[int, ...] | None = None) -> None:
     """Two Megatron parameters get each other's tensors, or one (``other`` is empty) its own in another order."""
-    from megatron_rl.convert import table
+    from megatron_rl.convert.tables import table
 
     rules = list(table.TABLES[family])
     places = [

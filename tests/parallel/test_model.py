@@ -78,7 +78,7 @@ def test_recompute_does_not_change_the_update(models: dict, single: dict, recomp
 
 
 def update_with_swapped_norms(model: Path) -> dict:
-    from megatron_rl.convert import table
+    from megatron_rl.convert.tables import table
 
     rules = []
     for rule in table.TABLES["qwen3"]:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.rollout.engine import Delivery
 from megatron_rl.weight_sync.messages import box
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters

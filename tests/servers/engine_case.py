@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config import load_config
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.rollout.engine import WeightSource
 from megatron_rl.rollout.sglang.driver import ServedModel
 from megatron_rl.rollout.sglang.engine import SGLangEngine

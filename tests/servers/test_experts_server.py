@@ -35,7 +35,7 @@ async def complete(url: str, model: torch.nn.Module, requests: list[Request]) ->
 
 
 def checkpoint_views(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    from megatron_rl.convert.in_memory import checkpoint_views as views
+    from megatron_rl.convert.hf.in_memory import checkpoint_views as views
 
     return views(dict(model.named_parameters()), "qwen3_moe")
 

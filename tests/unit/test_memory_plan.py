@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config import load_config
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.memory_plan import GB, LOGIT_ROWS, LOGITS, estimate
 from tests.forked import run_ranks

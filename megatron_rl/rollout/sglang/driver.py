@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.convert.shape import ARCHITECTURES, ModelShape, read_shape
+from megatron_rl.convert.architecture.shape import ARCHITECTURES, ModelShape, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import error_to_json
 from megatron_rl.rollout.engine import Delivery

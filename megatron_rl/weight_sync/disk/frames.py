@@ -21,7 +21,7 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_rl.convert.digest import MASK, as_text, digest
+from megatron_rl.convert.tables.digest import MASK, as_text, digest
 
 FRAME_ELEMENTS = 2**21
 LEVEL = 1

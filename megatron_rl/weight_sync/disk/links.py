@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.convert.kinds import Extent
+from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk.frames import Frame
 

@@ -17,8 +17,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.writer import LayoutWriter
+from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.convert.hf.writer import LayoutWriter
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk.frames import (
     FRAME_ELEMENTS,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_rl.convert.writer import FORMAT_NAMES, write_in_calls
+from megatron_rl.convert.hf.writer import FORMAT_NAMES, write_in_calls
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk.frames import FRAME_ELEMENTS, Bits, Frame, bits_of, encode, tensor_digest
 from megatron_rl.weight_sync.disk.links import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.digest import MASK, as_text, digest
+from megatron_rl.convert.tables.digest import MASK, as_text, digest
 
 NAME = "model.layers.3.mlp.down_proj.weight"
 
@@ -19,7 +19,7 @@ def whole(tensor: Tensor, name: str = NAME) -> int:
 
 def by_hand(tensor: Tensor, name: str = NAME) -> int:
     """Element by element, with Python's integers."""
-    from megatron_rl.convert.digest import _weights
+    from megatron_rl.convert.tables.digest import _weights
 
     rows, columns = tensor.shape
     size = tensor.element_size()

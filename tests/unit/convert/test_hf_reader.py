@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl.convert import load
-from megatron_rl.convert.load import check_coverage, load_parameter
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
+from megatron_rl.convert.hf import load
+from megatron_rl.convert.hf.load import check_coverage, load_parameter
+from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.errors import UserError
 from tests.tiny_models import make_tiny_model
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_rl.convert import table
-from megatron_rl.convert.export import HFWriter, merge_parameter
-from megatron_rl.convert.kinds import Rule, shard_shape
-from megatron_rl.convert.load import check_coverage, load_parameter
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import ModelShape, read_shape
-from megatron_rl.convert.table import entries, find_entry
+from megatron_rl.convert.architecture.shape import ModelShape, read_shape
+from megatron_rl.convert.hf.export import HFWriter, merge_parameter
+from megatron_rl.convert.hf.load import check_coverage, load_parameter
+from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.convert.tables import table
+from megatron_rl.convert.tables.kinds import Rule, shard_shape
+from megatron_rl.convert.tables.table import entries, find_entry
 from tests.tiny_models import make_tiny_model
 
 MODELS = [

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import ModelShape, read_shape
-from megatron_rl.convert.writer import HFWriter
+from megatron_rl.convert.architecture.shape import ModelShape, read_shape
+from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.convert.hf.writer import HFWriter
 from megatron_rl.errors import UserError
 from tests.tiny_models import make_tiny_model
 

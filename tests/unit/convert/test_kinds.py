@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_rl.convert import load
-from megatron_rl.convert.kinds import (
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.hf import load
+from megatron_rl.convert.tables.kinds import (
     Box,
     Kind,
     boxes,
@@ -24,7 +25,6 @@ from megatron_rl.convert.kinds import (
     shard_shape,
     vocab,
 )  # fmt: skip
-from megatron_rl.convert.shape import ModelShape
 from megatron_rl.errors import UserError
 
 SHAPE = ModelShape(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.convert.deepseek_fields import LatentShape, SigmoidRouter
-from megatron_rl.convert.rope import RopeScaling, YarnScaling
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.deepseek_fields import LatentShape, SigmoidRouter
+from megatron_rl.convert.architecture.rope import RopeScaling, YarnScaling
+from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.errors import UserError
 
 LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -253,7 +253,7 @@ def test_unreadable_file(content: str | None, tmp_path: Path) -> None:
 def test_shape_kinds_and_table_do_not_import_torch() -> None:
     code = """
 import sys
-import megatron_rl.convert.shape, megatron_rl.convert.kinds, megatron_rl.convert.table
+import megatron_rl.convert.architecture.shape, megatron_rl.convert.tables.kinds, megatron_rl.convert.tables.table
 sys.exit(any(name in sys.modules for name in ("torch", "transformers", "safetensors", "megatron.core")))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl.convert import distcp, partial
-from megatron_rl.convert.manifest import read_manifest
-from megatron_rl.convert.offline import export_hf, import_hf
-from megatron_rl.convert.reporter import Reporter
-from megatron_rl.convert.shape import Family
-from megatron_rl.convert.sources import MegatronSource
-from megatron_rl.convert.verify import verify
+from megatron_rl.convert.architecture.shape import Family
+from megatron_rl.convert.offline.convert import distcp, export_hf, import_hf, partial
+from megatron_rl.convert.offline.manifest import read_manifest
+from megatron_rl.convert.offline.reporter import Reporter
+from megatron_rl.convert.offline.sources import MegatronSource
+from megatron_rl.convert.offline.verify import verify
 from megatron_rl.errors import UserError
 from tests.forked import run_child
 from tests.tiny_models import make_tiny_model
@@ -54,7 +53,7 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many files, many chunks, many blocks, as a large model has them."""
     monkeypatch.setattr(partial, "_PART_BYTES", 2**14)
-    monkeypatch.setattr("megatron_rl.convert.offline.MAX_CHUNK_BYTES", 2**12)
+    monkeypatch.setattr("megatron_rl.convert.offline.convert.MAX_CHUNK_BYTES", 2**12)
 
 
 def weights(directory: Path) -> dict[str, Tensor]:

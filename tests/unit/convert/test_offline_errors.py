@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from megatron_rl.cli import app
-from megatron_rl.convert.offline import export_hf, import_hf
+from megatron_rl.convert.offline.convert import export_hf, import_hf
 from megatron_rl.errors import UserError
 from tests.tiny_models import make_tiny_model
 

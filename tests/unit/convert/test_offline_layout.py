@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.convert.shape import read_shape
-from megatron_rl.convert.torch_dist import Layout, stored_names
+from megatron_rl.convert.architecture.shape import read_shape
+from megatron_rl.convert.offline.torch_dist import Layout, stored_names
 from tests.tiny_models import make_tiny_model
 
 LINEAR = {"self_attention.linear_qkv", "self_attention.linear_proj"}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.convert.shape import ModelShape, read_shape
-from megatron_rl.convert.table import (
+from megatron_rl.convert.architecture.shape import ModelShape, read_shape
+from megatron_rl.convert.tables.table import (
     dropped_tensors,
     entries,
     find_entry,

@@ -11,7 +11,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.model import build, specs, step
 from megatron_rl.model.attention import AsSpecified, PackedCausalAttention

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_rl.convert.shape import read_shape
+from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
 from megatron_rl.tasks.five_styles import (

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl.convert.digest import as_text, digest
-from megatron_rl.convert.writer import LayoutWriter
+from megatron_rl.convert.hf.writer import LayoutWriter
+from megatron_rl.convert.tables.digest import as_text, digest
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk import (
     DiskPublisher,

@@ -9,9 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_rl.convert.kinds import boxes, shard_shape
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import entries, hf_tensors
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.kinds import boxes, shard_shape
+from megatron_rl.convert.tables.table import entries, hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.messages import box
 from megatron_rl.weight_sync.plan import Plan, TrainingLayout, make_plan, rounds

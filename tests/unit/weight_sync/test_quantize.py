@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_rl.convert.digest import digest
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import ModelShape, read_shape
-from megatron_rl.convert.table import hf_tensors
-from megatron_rl.convert.writer import LayoutWriter
+from megatron_rl.convert.architecture.shape import ModelShape, read_shape
+from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.convert.hf.writer import LayoutWriter
+from megatron_rl.convert.tables.digest import digest
+from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.quantize import (
     Fp8Format,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rl.convert.shape import ModelShape, read_shape
-from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.architecture.shape import ModelShape, read_shape
+from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 from tests.tiny_models import make_tiny_model

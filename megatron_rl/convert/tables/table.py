@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_rl.convert import deepseek_v3, llama, mixtral, qwen2, qwen3, qwen3_moe
-from megatron_rl.convert.kinds import Extent, Kind, Rule, hf_shapes
-from megatron_rl.convert.shape import Family, ModelShape
+from megatron_rl.convert.architecture.shape import Family, ModelShape
+from megatron_rl.convert.tables import deepseek_v3, llama, mixtral, qwen2, qwen3, qwen3_moe
+from megatron_rl.convert.tables.kinds import Extent, Kind, Rule, hf_shapes
 from megatron_rl.errors import UserError
 
 TABLES: dict[Family, tuple[Rule, ...]] = {

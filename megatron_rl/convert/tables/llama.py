@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rl.convert.kinds import Rule, gated, qkv, replicated, row, vocab
+from megatron_rl.convert.tables.kinds import Rule, gated, qkv, replicated, row, vocab
 
 _M = "decoder.layers.{layer}."
 _H = "model.layers.{layer}."

@@ -9,10 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.kinds import DEFAULT_VOCAB_MULTIPLE, Extent, Kind, boxes, hf_shapes, shard_shape
-from megatron_rl.convert.reader import HFReader, TensorReader
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import entries, find_entry, hf_tensors
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.hf.reader import HFReader, TensorReader
+from megatron_rl.convert.tables.kinds import DEFAULT_VOCAB_MULTIPLE, Extent, Kind, boxes, hf_shapes, shard_shape
+from megatron_rl.convert.tables.table import entries, find_entry, hf_tensors
 from megatron_rl.errors import UserError
 
 __all__ = ["HFReader", "check_coverage", "check_shard", "check_tiling", "load_parameter"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.kinds import Extent
+from megatron_rl.convert.tables.table import hf_tensors
 
 
 class RandomReader:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from megatron_rl.convert.shape import Family
+from megatron_rl.convert.architecture.shape import Family
 
 ROUTER_BIAS = ".gate.e_score_correction_bias"
 """How the name of the one buffer that checkpoints hold ends: DeepSeek-V3's routers have it."""

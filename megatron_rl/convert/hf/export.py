@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.kinds import DEFAULT_VOCAB_MULTIPLE, boxes, hf_shapes, shard_shape
-from megatron_rl.convert.load import check_shard
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import find_entry
-from megatron_rl.convert.writer import HFWriter
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.hf.load import check_shard
+from megatron_rl.convert.hf.writer import HFWriter
+from megatron_rl.convert.tables.kinds import DEFAULT_VOCAB_MULTIPLE, boxes, hf_shapes, shard_shape
+from megatron_rl.convert.tables.table import find_entry
 
 
 def merge_parameter(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_rl.convert.kinds import Rule, gated, replicated, row
-from megatron_rl.convert.llama import TRUNK
+from megatron_rl.convert.tables.kinds import Rule, gated, replicated, row
+from megatron_rl.convert.tables.llama import TRUNK
 
 _M = "decoder.layers.{layer}.mlp."
 _H = "model.layers.{layer}.block_sparse_moe."

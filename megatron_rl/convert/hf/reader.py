@@ -9,7 +9,7 @@ from typing import Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_rl.convert.kinds import Extent
+from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.errors import UserError
 
 SINGLE_FILE = "model.safetensors"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_rl.convert.kinds import Rule, gated, replicated, row
-from megatron_rl.convert.llama import ATTENTION_BIAS, TRUNK
-from megatron_rl.convert.qwen3 import QK_NORM
+from megatron_rl.convert.tables.kinds import Rule, gated, replicated, row
+from megatron_rl.convert.tables.llama import ATTENTION_BIAS, TRUNK
+from megatron_rl.convert.tables.qwen3 import QK_NORM
 
 _M = "decoder.layers.{layer}.mlp."
 _H = "model.layers.{layer}.mlp."

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_rl.convert.kinds import Rule, column, gated, replicated, row
-from megatron_rl.convert.llama import TRUNK
-from megatron_rl.convert.qwen3_moe import EXPERTS
+from megatron_rl.convert.tables.kinds import Rule, column, gated, replicated, row
+from megatron_rl.convert.tables.llama import TRUNK
+from megatron_rl.convert.tables.qwen3_moe import EXPERTS
 
 _M = "decoder.layers.{layer}."
 _H = "model.layers.{layer}."

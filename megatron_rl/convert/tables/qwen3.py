@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_rl.convert.kinds import Rule, replicated
-from megatron_rl.convert.llama import ATTENTION_BIAS, TRUNK
+from megatron_rl.convert.tables.kinds import Rule, replicated
+from megatron_rl.convert.tables.llama import ATTENTION_BIAS, TRUNK
 
 _M = "decoder.layers.{layer}.self_attention."
 _H = "model.layers.{layer}.self_attn."

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_rl.convert.llama import ATTENTION_BIAS, TRUNK
+from megatron_rl.convert.tables.llama import ATTENTION_BIAS, TRUNK
 
 TABLE = (*TRUNK, *ATTENTION_BIAS)

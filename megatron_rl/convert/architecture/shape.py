@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.convert.deepseek_fields import LatentShape, SigmoidRouter, read_fp8_block, read_latent, read_router
-from megatron_rl.convert.fields import ConfigFields
-from megatron_rl.convert.rope import RopeScaling, YarnScaling, read_rope
+from megatron_rl.convert.architecture.deepseek_fields import (
+    LatentShape,
+    SigmoidRouter,
+    read_fp8_block,
+    read_latent,
+    read_router,
+)
+from megatron_rl.convert.architecture.fields import ConfigFields
+from megatron_rl.convert.architecture.rope import RopeScaling, YarnScaling, read_rope
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3"]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -16,15 +16,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.checkpoint_view import CheckpointView
-from megatron_rl.convert.distcp import METADATA_FILE, Distcp
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.load import check_coverage
-from megatron_rl.convert.mapped import MappedHF, row_blocks
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import ModelShape, read_shape
-from megatron_rl.convert.table import Entry, float32_tensors
-from megatron_rl.convert.torch_dist import Layout, Run, Slot, hf_extents, parameter_extent, runs, stored_names
+from megatron_rl.convert.architecture.shape import ModelShape, read_shape
+from megatron_rl.convert.hf.checkpoint_view import CheckpointView
+from megatron_rl.convert.hf.load import check_coverage
+from megatron_rl.convert.hf.mapped import MappedHF, row_blocks
+from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.convert.offline.distcp import METADATA_FILE, Distcp
+from megatron_rl.convert.offline.torch_dist import Layout, Run, Slot, hf_extents, parameter_extent, runs, stored_names
+from megatron_rl.convert.tables.kinds import Extent
+from megatron_rl.convert.tables.table import Entry, float32_tensors
 from megatron_rl.errors import UserError
 
 HF_FOLDER = "hf"

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.checkpoint_view import exported_config
-from megatron_rl.convert.digest import MASK, digest
-from megatron_rl.convert.distcp import (
+from megatron_rl.convert.architecture.shape import Dtype, ModelShape
+from megatron_rl.convert.hf.checkpoint_view import exported_config
+from megatron_rl.convert.hf.mapped import dtype_name, dtype_of, row_blocks
+from megatron_rl.convert.hf.writer import carry_companions, check_source, dtype_fields, plan_files, write_index
+from megatron_rl.convert.offline.distcp import (
     ALIGNMENT,
     MAX_CHUNK_BYTES,
     METADATA_FILE,
@@ -32,16 +34,14 @@ from megatron_rl.convert.distcp import (
     archive,
     pickled_metadata,
 )
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.manifest import MANIFEST_FILE, Fingerprint, write_manifest
-from megatron_rl.convert.mapped import dtype_name, dtype_of, row_blocks
-from megatron_rl.convert.partial import Part, PartialDirectory, Stream, part_bytes
-from megatron_rl.convert.reporter import Reporter
-from megatron_rl.convert.shape import Dtype, ModelShape
-from megatron_rl.convert.sources import HF_FOLDER, HFSource, MegatronSource, Source
-from megatron_rl.convert.table import Entry, float32_tensors
-from megatron_rl.convert.torch_dist import LayerSpec, Layout, Slot, parameter_extent, runs
-from megatron_rl.convert.writer import carry_companions, check_source, dtype_fields, plan_files, write_index
+from megatron_rl.convert.offline.manifest import MANIFEST_FILE, Fingerprint, write_manifest
+from megatron_rl.convert.offline.partial import Part, PartialDirectory, Stream, part_bytes
+from megatron_rl.convert.offline.reporter import Reporter
+from megatron_rl.convert.offline.sources import HF_FOLDER, HFSource, MegatronSource, Source
+from megatron_rl.convert.offline.torch_dist import LayerSpec, Layout, Slot, parameter_extent, runs
+from megatron_rl.convert.tables.digest import MASK, digest
+from megatron_rl.convert.tables.kinds import Extent
+from megatron_rl.convert.tables.table import Entry, float32_tensors
 from megatron_rl.errors import UserError
 
 _MAX_SHARD_BYTES = 4 * 10**9

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_rl.convert.digest import MASK
-from megatron_rl.convert.manifest import MANIFEST_FILE, Fingerprint, differences, read_manifest
-from megatron_rl.convert.mapped import dtype_name, dtype_of
-from megatron_rl.convert.offline import block_digests, default_threads
-from megatron_rl.convert.partial import threads
-from megatron_rl.convert.reporter import Reporter
-from megatron_rl.convert.shape import Dtype
-from megatron_rl.convert.sources import HFSource, MegatronSource, num_bytes, open_source
-from megatron_rl.convert.table import float32_tensors
+from megatron_rl.convert.architecture.shape import Dtype
+from megatron_rl.convert.hf.mapped import dtype_name, dtype_of
+from megatron_rl.convert.offline.convert import block_digests, default_threads
+from megatron_rl.convert.offline.manifest import MANIFEST_FILE, Fingerprint, differences, read_manifest
+from megatron_rl.convert.offline.partial import threads
+from megatron_rl.convert.offline.reporter import Reporter
+from megatron_rl.convert.offline.sources import HFSource, MegatronSource, num_bytes, open_source
+from megatron_rl.convert.tables.digest import MASK
+from megatron_rl.convert.tables.table import float32_tensors
 
 
 def fingerprints(

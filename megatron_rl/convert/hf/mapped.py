@@ -16,9 +16,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import Dtype
+from megatron_rl.convert.architecture.shape import Dtype
+from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.convert.tables.kinds import Extent
 
 BLOCK_BYTES = 2**22
 """Of one tensor, handled at a time: small enough for a core's cache, large enough for the disk."""

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, get_args
 
-from megatron_rl.convert.kinds import Box, Extent, boxes, hf_shapes, shard_shape
-from megatron_rl.convert.load import check_tiling
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import Entry, entries
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.hf.load import check_tiling
+from megatron_rl.convert.tables.kinds import Box, Extent, boxes, hf_shapes, shard_shape
+from megatron_rl.convert.tables.table import Entry, entries
 
 LayerSpec = Literal["both", "local", "te"]
 """For which of Megatron's layer specs a checkpoint is written. ``both`` has the names of both, small tensors twice where they

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as torch_metadata
 
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.mapped import MappedFile, as_dtype
+from megatron_rl.convert.hf.mapped import MappedFile, as_dtype
+from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.errors import UserError
 
 METADATA_FILE = ".metadata"

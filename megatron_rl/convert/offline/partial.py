@@ -24,10 +24,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from megatron_rl.convert.digest import MASK, as_text
-from megatron_rl.convert.memory import keep_freed_memory
-from megatron_rl.convert.reporter import Reporter
-from megatron_rl.convert.writer import CALL_BYTES, check_target, sync
+from megatron_rl.convert.hf.writer import CALL_BYTES, check_target, sync
+from megatron_rl.convert.offline.memory import keep_freed_memory
+from megatron_rl.convert.offline.reporter import Reporter
+from megatron_rl.convert.tables.digest import MASK, as_text
 from megatron_rl.errors import UserError
 
 _PART_BYTES = 2**27

@@ -20,10 +20,10 @@ from typing import Self, get_args
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.reader import INDEX_FILE, SINGLE_FILE
-from megatron_rl.convert.shape import Dtype, ModelShape
-from megatron_rl.convert.table import hf_tensors
+from megatron_rl.convert.architecture.shape import Dtype, ModelShape
+from megatron_rl.convert.hf.reader import INDEX_FILE, SINGLE_FILE
+from megatron_rl.convert.tables.kinds import Extent
+from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 
 Layout = Mapping[str, tuple[Extent, torch.dtype]]

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.reader import HFReader
-from megatron_rl.convert.shape import ModelShape
-from megatron_rl.convert.table import dropped_tensors
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.convert.tables.kinds import Extent
+from megatron_rl.convert.tables.table import dropped_tensors
 from megatron_rl.errors import UserError
 
 _SCALE = "_scale_inv"

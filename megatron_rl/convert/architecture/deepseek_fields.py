@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.convert.fields import ConfigFields
+from megatron_rl.convert.architecture.fields import ConfigFields
 
 NORM_EPS = 1e-6
 """Of the norms over latents, whatever ``rms_norm_eps`` says."""

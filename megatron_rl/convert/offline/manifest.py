@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from megatron_rl.convert.digest import as_text
-from megatron_rl.convert.kinds import Extent
-from megatron_rl.convert.mapped import dtype_of
+from megatron_rl.convert.hf.mapped import dtype_of
+from megatron_rl.convert.tables.digest import as_text
+from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.errors import UserError
 
 MANIFEST_FILE = "digests.json"

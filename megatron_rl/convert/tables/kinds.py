@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from megatron_rl.convert.shape import ModelShape
+from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.errors import UserError
 
 DEFAULT_VOCAB_MULTIPLE = 128
