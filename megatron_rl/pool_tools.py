@@ -238,7 +238,7 @@ def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], li
     from megatron_rl.metrics import PhaseTimer
     from megatron_rl.rollout.collect import Collector
     from megatron_rl.rollout.recorded import RecordedEngine
-    from megatron_rl.rollout.score import Scorer
+    from megatron_rl.scoring.scorer import Scorer
 
     algorithm, tokenizer, data = build_algorithm(config), _tokenizer(config), config.data
     assert isinstance(algorithm, OnlineAlgorithm)

@@ -35,8 +35,8 @@ from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.score import Scorer
 from megatron_rl.runtime import Runtime
+from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.summary import print_before_after, write_summary
 from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync

@@ -1,1 +1,1 @@
-"""Verifiers as plain functions, and the pool of worker processes that runs them. Imports no torch."""
+"""Verifiers as plain functions. Imports no torch."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.growth import Branch, Expand, Key
-from megatron_rl.rollout.score import Scorer
+from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.types import Completion, Prompt, Request, Rollout, RolloutGroup, Score
 
 

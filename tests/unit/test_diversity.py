@@ -27,7 +27,7 @@ from megatron_rl.evaluate import (
 )
 from megatron_rl.rewards.pass_at_k import pass_at_k
 from megatron_rl.rollout.collect import Collector, Sampling
-from megatron_rl.rollout.score import Scorer
+from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.tasks import get_task
 from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, Score
 from tests.forked import run_ranks

@@ -26,7 +26,7 @@ from megatron_rl.metrics import PhaseTimer
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.recorded import RecordingEngine
-from megatron_rl.rollout.score import Scorer
+from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.tasks import get_task
 from megatron_rl.tasks.word_problems import generate, write_rows
 from megatron_rl.tasks.word_tokenizer import ModelSize, save_model

@@ -148,7 +148,7 @@ def test_wrong_import_path_is_an_error(path, rule):
 
 def test_tasks_and_scoring_import_no_torch():
     code = (
-        "import sys, megatron_rl.tasks as t, megatron_rl.rewards.workers\n"
+        "import sys, megatron_rl.tasks as t, megatron_rl.scoring.workers\n"
         "assert all(task.score('1', '#### 1').reward == 1 for task in t.TASKS.values())\n"
         "assert t.get_task('gsm8k').score('1/2', 'so 1 - 0.5 = 0.5').reward == 1\n"
         "sys.exit('torch' in sys.modules)"

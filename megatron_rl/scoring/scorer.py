@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rl.parallel.agree import broadcast_json
-from megatron_rl.rewards.workers import ScoringPool
+from megatron_rl.scoring.workers import ScoringPool
 from megatron_rl.types import Completion, Prompt, Score
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.rewards.workers import ScoringPool, _Chunk, _score_chunk
+from megatron_rl.scoring.workers import ScoringPool, _Chunk, _score_chunk
 from megatron_rl.tasks import TASKS
 from megatron_rl.types import Score
 
@@ -226,7 +226,7 @@ def test_workers_that_cannot_start_are_an_error_not_a_hang(tmp_path, monkeypatch
 SCRIPT = """
 import os, sys, time
 print("top level", flush=True)           # no __main__ guard: workers must not run this
-from megatron_rl.rewards.workers import ScoringPool
+from megatron_rl.scoring.workers import ScoringPool
 pool = ScoringPool("gsm8k", num_workers=2, timeout_s=600)
 pool.score([("1", "\\\\boxed{1}")])
 print(*[w.pid for w in pool._pool._pool_manager.worker_manager.workers.values()], flush=True)

@@ -37,6 +37,7 @@ from typing import Any, cast
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_rl.errors import UserError
+from megatron_rl.tasks import get_task
 from megatron_rl.types import Score
 
 CHUNKS_PER_WORKER = 4
@@ -79,8 +80,6 @@ class ScoringPool:
         Raises:
             UserError: no such task, or a number is not positive.
         """
-        from megatron_rl.tasks import get_task  # not above: tasks import rewards, only this class looks the other way
-
         for name, value in (("data.num_scoring_workers", num_workers), ("data.scoring_timeout_s", timeout_s)):
             if not value > 0:
                 raise UserError(name, value, "must be above 0", "give a positive number")
@@ -228,8 +227,6 @@ def _describe(error: BaseException) -> str:
 
 def _score_chunk(task_name: str, jobs: Sequence[tuple[str, str]], budget_s: float) -> list[Score]:
     """Scores of the first jobs, at least one of them, until ``budget_s`` is used up."""
-    from megatron_rl.tasks import get_task
-
     task = get_task(task_name)
     start = time.monotonic()
     scores: list[Score] = []
