@@ -9,13 +9,13 @@ import torch
 
 from megatron_rl.config import Config
 from megatron_rl.inputs import Inputs
+from megatron_rl.launch.rank import Runtime
 from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
 from megatron_rl.rollout.sglang.flags import check_kv_pool
 from megatron_rl.rollout.transformers_engine import TransformersEngine
-from megatron_rl.runtime import Runtime
 from megatron_rl.weight_sync.publish import served_overrides
 
 

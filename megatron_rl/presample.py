@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config, GRPOConfig, PresampleConfig
 from megatron_rl.errors import UserError
+from megatron_rl.launch.program import run_program
 from megatron_rl.lifetime import die_with_starter, leave
-from megatron_rl.program import run_program
 
 if TYPE_CHECKING:
     from megatron_rl.data.pool import Provenance, Trajectory
     from megatron_rl.data.presampled import PresampledFolder, Verdict
+    from megatron_rl.launch.rank import Runtime
     from megatron_rl.run import Run
-    from megatron_rl.runtime import Runtime
     from megatron_rl.types import Completion, Prompt, RolloutGroup
 
 FOLDER = "presample"

@@ -26,6 +26,7 @@ from megatron_rl.engines import build_engine
 from megatron_rl.errors import UserError
 from megatron_rl.evaluate import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
 from megatron_rl.inputs import Inputs
+from megatron_rl.launch.rank import Runtime
 from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
 from megatron_rl.model.build import build_groups_of
@@ -35,7 +36,6 @@ from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.runtime import Runtime
 from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.summary import print_before_after, write_summary
 from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample

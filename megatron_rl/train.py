@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
+from megatron_rl.launch.program import run_program
 from megatron_rl.lifetime import die_with_starter, leave
-from megatron_rl.program import run_program
 
 if TYPE_CHECKING:
+    from megatron_rl.launch.rank import Runtime
     from megatron_rl.run import Run
-    from megatron_rl.runtime import Runtime
 
 
 def run_online(run: Run) -> None:

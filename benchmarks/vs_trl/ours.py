@@ -33,7 +33,7 @@ def main() -> None:
     """Train as ``megatron-rl train`` does, with the clock around the parts of a step."""
     work = Work(**json.loads(sys.argv[1]))
     from megatron_rl.config import load_config
-    from megatron_rl.runtime import run_rank
+    from megatron_rl.launch.rank import run_rank
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

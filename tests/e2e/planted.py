@@ -72,7 +72,7 @@ def leave_time() -> None:
 
 
 def stay_away() -> None:
-    from megatron_rl import runtime
+    from megatron_rl.launch import rank as runtime
 
     def never(*_: object) -> None:
         leave_time()

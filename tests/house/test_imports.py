@@ -31,18 +31,17 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"parallel", "tasks"},
     "advantages": {"config"},
     "convert.offline": {"convert.architecture", "convert.hf", "convert.tables"},
-    "launch": {"config", "lifetime", "watchdog"},
     "losses": {"config"},
     "metrics": {"config"},
     "curves": {"metrics"},
     "data": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "metrics", "parallel", "rewards", "tasks",
     },
+    "launch": {"config", "lifetime", "metrics", "parallel", "patches", "watchdog"},
     "rollout": {
         "config", "convert.architecture", "convert.hf", "lifetime", "metrics", "parallel", "patches", "scoring",
         "watchdog",
     },
-    "runtime": {"config", "lifetime", "metrics", "parallel", "patches", "watchdog"},
     "summary": {"metrics"},
     "viewer": {"advantages", "config"},
     "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout", "viewer"},
@@ -50,7 +49,6 @@ ALLOWED: dict[str, set[str]] = {
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
     },
-    "program": {"config", "runtime"},
     "distance": {"config", "data", "losses", "model"},
     "doctor": {"algorithms", "config", "convert.architecture", "convert.hf", "model", "patches"},
     "pool_tools": {
@@ -62,16 +60,14 @@ ALLOWED: dict[str, set[str]] = {
     "conversion": {"convert.offline", "convert.tables", "doctor"},
     "inputs": {"algorithms", "config", "convert.architecture", "data", "distance", "parallel", "tasks"},
     "memory_plan": {"config", "convert.architecture", "convert.tables", "weight_sync"},
-    "engines": {"config", "inputs", "parallel", "rollout", "runtime", "weight_sync"},
+    "engines": {"config", "inputs", "launch", "parallel", "rollout", "weight_sync"},
     "run": {
         "algorithms", "config", "convert.hf", "curves", "data", "distance", "engines", "evaluate", "inputs",
-        "measure", "metrics", "model", "parallel", "rollout", "runtime", "scoring", "summary", "watchdog",
+        "launch", "measure", "metrics", "model", "parallel", "rollout", "scoring", "summary", "watchdog",
         "weight_sync",
     },
-    "presample": {
-        "config", "data", "lifetime", "metrics", "parallel", "program", "rewards", "rollout", "run", "runtime",
-    },
-    "train": {"config", "lifetime", "program", "run", "runtime"},
+    "presample": {"config", "data", "launch", "lifetime", "metrics", "parallel", "rewards", "rollout", "run"},
+    "train": {"config", "launch", "lifetime", "run"},
     "cli": {
         "config", "conversion", "doctor", "launch", "memory_plan", "pool_tools", "presample", "viewer",
         "weight_sync",

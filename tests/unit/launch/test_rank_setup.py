@@ -10,10 +10,10 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import megatron_rl.patches
-from megatron_rl import runtime
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
 from megatron_rl.launch import launcher
+from megatron_rl.launch import rank as runtime
 from tests.forked import run_ranks
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"

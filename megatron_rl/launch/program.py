@@ -11,7 +11,7 @@ from megatron_rl.config import Config, check_files, load_config
 from megatron_rl.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_rl.runtime import Runtime
+    from megatron_rl.launch.rank import Runtime
 
 
 def run_program(
@@ -43,6 +43,6 @@ def run_program(
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    from megatron_rl.runtime import run_rank
+    from megatron_rl.launch.rank import run_rank
 
     return run_rank(config, lambda runtime: work(config, runtime))
