@@ -15,8 +15,8 @@ from megatron_rl.data.pool import Pool
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
 from megatron_rl.data.stream import Stream
 from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
-from megatron_rl.distance import probe_rows
 from megatron_rl.errors import UserError
+from megatron_rl.evaluation.distance import probe_rows
 from megatron_rl.parallel.agree import all_ranks_agree, gather_json
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.tasks import get_task

@@ -21,10 +21,10 @@ from megatron_rl.convert.hf.random_weights import RandomReader
 from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.curves import plot_curves
 from megatron_rl.data.pack import full_batches
-from megatron_rl.distance import distance_metrics
 from megatron_rl.engines import build_engine
 from megatron_rl.errors import UserError
-from megatron_rl.evaluate import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
+from megatron_rl.evaluation.distance import distance_metrics
+from megatron_rl.evaluation.evaluator import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
 from megatron_rl.inputs import Inputs
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2] / "megatron_rl"
 ALLOWED: dict[str, set[str]] = {
     "convert": set(),
     "convert.architecture": set(),
-    "diversity": set(),
     "errors": set(),
     "lifetime": set(),
     "parallel": set(),
@@ -45,12 +44,11 @@ ALLOWED: dict[str, set[str]] = {
     "summary": {"metrics"},
     "viewer": {"advantages", "config"},
     "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout", "viewer"},
-    "evaluate": {"config", "diversity", "metrics", "rewards", "rollout"},
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
     },
-    "distance": {"config", "data", "losses", "model"},
     "doctor": {"algorithms", "config", "convert.architecture", "convert.hf", "model", "patches"},
+    "evaluation": {"config", "data", "losses", "metrics", "model", "rewards", "rollout"},
     "pool_tools": {
         "algorithms", "config", "convert.architecture", "data", "metrics", "rewards", "rollout", "scoring", "tasks",
     },
@@ -58,13 +56,12 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "rollout", "watchdog",
     },
     "conversion": {"convert.offline", "convert.tables", "doctor"},
-    "inputs": {"algorithms", "config", "convert.architecture", "data", "distance", "parallel", "tasks"},
+    "inputs": {"algorithms", "config", "convert.architecture", "data", "evaluation", "parallel", "tasks"},
     "memory_plan": {"config", "convert.architecture", "convert.tables", "weight_sync"},
     "engines": {"config", "inputs", "launch", "parallel", "rollout", "weight_sync"},
     "run": {
-        "algorithms", "config", "convert.hf", "curves", "data", "distance", "engines", "evaluate", "inputs",
-        "launch", "measure", "metrics", "model", "parallel", "rollout", "scoring", "summary", "watchdog",
-        "weight_sync",
+        "algorithms", "config", "convert.hf", "curves", "data", "engines", "evaluation", "inputs", "launch",
+        "measure", "metrics", "model", "parallel", "rollout", "scoring", "summary", "watchdog", "weight_sync",
     },
     "presample": {"config", "data", "launch", "lifetime", "metrics", "parallel", "rewards", "rollout", "run"},
     "train": {"config", "launch", "lifetime", "run"},

@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.rewards.pass_at_k import pass_at_k
+from megatron_rl.evaluation.pass_at_k import pass_at_k
 
 
 def test_value_of_the_papers_formula():

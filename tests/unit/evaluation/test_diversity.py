@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config.data import EvalConfig
-from megatron_rl.diversity import answer_metrics, distinct, entropy, keep_and_explore, style_metrics
 from megatron_rl.errors import UserError
-from megatron_rl.evaluate import (
+from megatron_rl.evaluation.diversity import answer_metrics, distinct, entropy, keep_and_explore, style_metrics
+from megatron_rl.evaluation.evaluator import (
     EvalResults,
     Evaluator,
     ProblemResult,
@@ -25,7 +25,7 @@ from megatron_rl.evaluate import (
     results_path,
     save_results,
 )
-from megatron_rl.rewards.pass_at_k import pass_at_k
+from megatron_rl.evaluation.pass_at_k import pass_at_k
 from megatron_rl.rollout.collect import Collector, Sampling
 from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.tasks import get_task

@@ -15,11 +15,11 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_rl.config.data import EvalConfig
-from megatron_rl.diversity import answer_metrics, keep_and_explore, style_metrics
 from megatron_rl.errors import UserError
+from megatron_rl.evaluation.diversity import answer_metrics, keep_and_explore, style_metrics
+from megatron_rl.evaluation.pass_at_k import pass_at_k
 from megatron_rl.metrics.rows import EVAL_PREFIX, write_atomic
 from megatron_rl.rewards.correct import is_correct
-from megatron_rl.rewards.pass_at_k import pass_at_k
 from megatron_rl.rollout.collect import Collector, Sampling
 from megatron_rl.types import Prompt, RolloutGroup
 
