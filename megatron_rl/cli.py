@@ -83,7 +83,7 @@ def tree(
 
     A run writes records with algorithm.save_every_n_steps.
     """
-    from megatron_rl.viewer.page import write_page
+    from megatron_rl.report.tree_page import write_page
 
     target = page or record.with_suffix(".html")
     write_page(record, target)

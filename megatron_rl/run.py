@@ -19,7 +19,6 @@ from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.config import Config, save_resolved
 from megatron_rl.convert.hf.random_weights import RandomReader
 from megatron_rl.convert.hf.reader import HFReader
-from megatron_rl.curves import plot_curves
 from megatron_rl.data.pack import full_batches
 from megatron_rl.engines import build_engine
 from megatron_rl.errors import UserError
@@ -35,9 +34,10 @@ from megatron_rl.model.numerics import NumericsMonitor, summary
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
+from megatron_rl.report.curves import plot_curves
+from megatron_rl.report.summary import print_before_after, write_summary
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.scoring.scorer import Scorer
-from megatron_rl.summary import print_before_after, write_summary
 from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync
 

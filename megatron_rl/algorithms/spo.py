@@ -10,8 +10,8 @@ import torch
 
 from megatron_rl.algorithms.clipped import ClippedAlgorithm
 from megatron_rl.config import Config, SegmentConfig, SPOTreeConfig
+from megatron_rl.report.tree_record import write_record
 from megatron_rl.types import RolloutGroup, TrainingSample
-from megatron_rl.viewer.record import write_record
 
 STD_EPSILON = 1e-6
 

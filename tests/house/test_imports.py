@@ -32,18 +32,16 @@ ALLOWED: dict[str, set[str]] = {
     "convert.offline": {"convert.architecture", "convert.hf", "convert.tables"},
     "losses": {"config"},
     "metrics": {"config"},
-    "curves": {"metrics"},
     "data": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "metrics", "parallel", "rewards", "tasks",
     },
     "launch": {"config", "lifetime", "metrics", "parallel", "patches", "watchdog"},
+    "report": {"advantages", "config", "metrics"},
     "rollout": {
         "config", "convert.architecture", "convert.hf", "lifetime", "metrics", "parallel", "patches", "scoring",
         "watchdog",
     },
-    "summary": {"metrics"},
-    "viewer": {"advantages", "config"},
-    "algorithms": {"advantages", "config", "data", "losses", "rewards", "rollout", "viewer"},
+    "algorithms": {"advantages", "config", "data", "losses", "report", "rewards", "rollout"},
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
     },
@@ -60,13 +58,13 @@ ALLOWED: dict[str, set[str]] = {
     "memory_plan": {"config", "convert.architecture", "convert.tables", "weight_sync"},
     "engines": {"config", "inputs", "launch", "parallel", "rollout", "weight_sync"},
     "run": {
-        "algorithms", "config", "convert.hf", "curves", "data", "engines", "evaluation", "inputs", "launch",
-        "measure", "metrics", "model", "parallel", "rollout", "scoring", "summary", "watchdog", "weight_sync",
+        "algorithms", "config", "convert.hf", "data", "engines", "evaluation", "inputs", "launch", "measure",
+        "metrics", "model", "parallel", "report", "rollout", "scoring", "watchdog", "weight_sync",
     },
     "presample": {"config", "data", "launch", "lifetime", "metrics", "parallel", "rewards", "rollout", "run"},
     "train": {"config", "launch", "lifetime", "run"},
     "cli": {
-        "config", "conversion", "doctor", "launch", "memory_plan", "pool_tools", "presample", "viewer",
+        "config", "conversion", "doctor", "launch", "memory_plan", "pool_tools", "presample", "report",
         "weight_sync",
     },
 }  # fmt: skip

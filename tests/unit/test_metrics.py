@@ -246,7 +246,7 @@ def test_ranks_that_do_not_write_leave_no_trace(open_logger, tmp_path):
 
 
 def test_metrics_import_no_torch():
-    code = "import sys, megatron_rl.metrics, megatron_rl.summary; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_rl.metrics, megatron_rl.report.summary; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -5,8 +5,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from megatron_rl import curves
-from megatron_rl.curves import plot_curves, smooth
+from megatron_rl.report import curves
+from megatron_rl.report.curves import plot_curves, smooth
 
 
 @pytest.fixture

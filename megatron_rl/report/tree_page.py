@@ -29,7 +29,7 @@ def write_page(record: Path, page: Path) -> None:
         ) from error
     # What a model writes may hold anything, also the end of a script.
     data = json.dumps(found).replace("<", "\\u003c")
-    template = files("megatron_rl.viewer").joinpath("page.html").read_text()
+    template = files("megatron_rl.report").joinpath("page.html").read_text()
     try:
         page.write_text(template.replace(PLACE, data))
     except OSError as error:

@@ -4,7 +4,7 @@ import math
 
 from rich.console import Console
 
-from megatron_rl.summary import print_before_after, write_summary
+from megatron_rl.report.summary import print_before_after, write_summary
 
 
 def cells(console):

@@ -11,9 +11,9 @@ import torch
 
 from megatron_rl.advantages.tree import set_values
 from megatron_rl.errors import UserError
+from megatron_rl.report.tree_page import write_page
+from megatron_rl.report.tree_record import write_record
 from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, Score, State, TreeNode
-from megatron_rl.viewer.page import write_page
-from megatron_rl.viewer.record import write_record
 
 PROMPT = Prompt(Problem("p1", "What is </script>?", "7"), torch.tensor([1]))
 
