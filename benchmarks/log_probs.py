@@ -32,7 +32,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from megatron_rl.lifetime import leave
+from megatron_rl.process.lifetime import leave
 
 HIDDEN, VOCABULARY = 1024, 151_936
 _PAIR = {"peak_memory": "gigabytes", "time": "seconds"}

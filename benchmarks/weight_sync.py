@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import shard_shape
 from megatron_rl.convert.tables.table import entries, hf_tensors
-from megatron_rl.rollout.sglang.process import HeldPort
+from megatron_rl.process.network import HeldPort
 from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages, send_messages
 from megatron_rl.weight_sync.plan import TrainingLayout, make_plan
 from megatron_rl.weight_sync.receiver import make_group

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.config import Config, GRPOConfig, PresampleConfig
 from megatron_rl.errors import UserError
 from megatron_rl.launch.program import run_program
-from megatron_rl.lifetime import die_with_starter, leave
+from megatron_rl.process.lifetime import die_with_starter, leave
 
 if TYPE_CHECKING:
     from megatron_rl.data.pool import Provenance, Trajectory

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl import watchdog
 from megatron_rl.algorithms import build_algorithm
 from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.config import Config, save_resolved
@@ -34,6 +33,7 @@ from megatron_rl.model.numerics import NumericsMonitor, summary
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
+from megatron_rl.process import activity
 from megatron_rl.report.curves import plot_curves
 from megatron_rl.report.summary import print_before_after, write_summary
 from megatron_rl.rollout.collect import Collector
@@ -51,7 +51,7 @@ class Run:
         self.directory = config.exp_manager.run_dir
         self.is_first = runtime.rank == 0
         self.timer = PhaseTimer(
-            synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=watchdog.enter
+            synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=activity.enter
         )
         self._checkpoint_seconds: dict[str, float] = {}
         self.num_generated_tokens = 0
@@ -115,7 +115,7 @@ class Run:
             self.timer.flush()
             self._generated_at_start = self.rollouts.num_generated_tokens if self.collector is not None else 0
             self._step_started = time.monotonic()
-            watchdog.set_step(step + 1)
+            activity.set_step(step + 1)
             if self._numerics is not None and (step + 1) % self.config.trainer.numerics.every_n_steps == 0:
                 self._numerics.watch()
             yield step
@@ -227,7 +227,7 @@ class Run:
             with self.timer("offload"):
                 self.policy.update_memory.release()
 
-    @watchdog.phase("finish")
+    @activity.phase("finish")
     def finish(self) -> None:
         """Export, plot, sum up."""
         if self.config.exp_manager.export_hf:
@@ -289,7 +289,7 @@ class Run:
             self.checkpoints.set_aside_others(path)
         return step
 
-    @watchdog.phase("checkpoint")
+    @activity.phase("checkpoint")
     def _save_if_due(self, done: int) -> None:
         manager = self.config.exp_manager
         is_due = done % manager.checkpoint_callback_params.every_n_train_steps == 0 or self._is_last(done)
@@ -328,7 +328,7 @@ class Run:
             cpu_group=self.groups.cpu_group,
         )
 
-    @watchdog.phase("evaluation")
+    @activity.phase("evaluation")
     def _evaluate(self, done: int, num_samples: int) -> None:
         started = time.monotonic()
         distance: dict[str, float] = {}

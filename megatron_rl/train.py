@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
 from megatron_rl.launch.program import run_program
-from megatron_rl.lifetime import die_with_starter, leave
+from megatron_rl.process.lifetime import die_with_starter, leave
 
 if TYPE_CHECKING:
     from megatron_rl.launch.rank import Runtime

@@ -20,7 +20,7 @@ from typing import Any
 
 from common import TINY, Sizes, build, emit, join_alone, load, random_rows, write_model
 
-from megatron_rl.lifetime import leave
+from megatron_rl.process.lifetime import leave
 
 LIMITS = {"log_prob_abs_diff": 0.03, "loss_abs_diff": 5e-3, "gradient_rel_diff": 0.05}
 """What bfloat16 allows, loosely. On a CPU, hidden size 1,024, it differs from float32 by 0.006, 0.0006 and 0.017; the first

@@ -37,7 +37,7 @@ from common import (
 )
 
 from megatron_rl.errors import UserError
-from megatron_rl.lifetime import leave
+from megatron_rl.process.lifetime import leave
 
 RECIPES = {
     "bf16": (),

@@ -1,7 +1,7 @@
 """``python -m megatron_rl.launch <torchrun arguments>``: see ``launcher``."""
 
 from megatron_rl.launch.launcher import main
-from megatron_rl.lifetime import leave
+from megatron_rl.process.lifetime import leave
 
 if __name__ == "__main__":
     leave(main())

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.launch.meeting import read_back
 from megatron_rl.launch.node_watch import NodeWatch
-from megatron_rl.lifetime import PARENT_VARIABLE
-from megatron_rl.watchdog import HANG
+from megatron_rl.process.hang_report import HANG
+from megatron_rl.process.lifetime import PARENT_VARIABLE
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

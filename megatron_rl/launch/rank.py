@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 import megatron_rl.patches
-from megatron_rl import lifetime, watchdog
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import terminal
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
+from megatron_rl.process import activity, lifetime, watchdog
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _set_up(config: Config, rank: int, world_size: int) -> torch.device:
     # Before the ranks meet: one that never arrives is a hang as well.
     with _writing(logs):
         watchdog.start(logs, rank=rank, world_size=world_size, timeout_s=config.trainer.hang_timeout_s)
-    terminal.listen(watchdog.beat)
+    terminal.listen(activity.beat)
     device = _device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.trainer.num_threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rl.lifetime import die_with_starter
+from megatron_rl.process.lifetime import die_with_starter
 
 if __name__ == "__main__":
     die_with_starter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_rl.lifetime import PARENT_VARIABLE, die_with_starter
+from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter
 
 
 def _prepare() -> None:

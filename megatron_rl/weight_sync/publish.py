@@ -17,8 +17,8 @@ from megatron_rl.convert.tables.table import hf_tensors, plain_name
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import iterate_hf_tensors, named_parameters
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
+from megatron_rl.process.network import own_address
 from megatron_rl.rollout.engine import CheckpointSource, RolloutEngine, ShardSource
-from megatron_rl.rollout.sglang.process import own_address
 from megatron_rl.weight_sync import disk
 from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
 from megatron_rl.weight_sync.quantize import Fp8Format, check_served, quantization_config, quantized

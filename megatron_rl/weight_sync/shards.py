@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl import watchdog
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.digest import as_text
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import broadcast_json, gather_json
+from megatron_rl.process import activity
 from megatron_rl.rollout.engine import Delivery
 from megatron_rl.weight_sync.mailbox import BROKEN
 from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, send_messages
@@ -207,7 +207,7 @@ class ShardSender:
             return by_server[server].send(flat, self._training.num_ranks + tp_rank, message.tag, limit)
 
         for _ in send_messages(messages, parameters, dtype=self._dtype, send=send):
-            watchdog.beat()
+            activity.beat()
         num_bytes = sum(message.num_elements for message in messages) * self._dtype.itemsize
         self.metrics["weight_sync/sent_bytes"] = float(sum(gather_json(num_bytes, self._cpu_group)))
 
@@ -297,7 +297,7 @@ class ShardSender:
             deadline, done = time.monotonic() + 1.0, False
             while self._rank == 0 and not (done := is_done()) and time.monotonic() < deadline:
                 time.sleep(LOOK_S)
-            watchdog.beat()
+            activity.beat()
             if broadcast_json(done, self._cpu_group):
                 return
 

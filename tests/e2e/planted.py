@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_rl import train, watchdog
+from megatron_rl import train
+from megatron_rl.process import watchdog
 
 
 def plant(kind: str, culprit: int, step: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.launch.node_watch import BEAT_S, GRACE_S, LOST_S
-from megatron_rl.rollout.sglang.process import HeldPort
+from megatron_rl.process.network import HeldPort
 from tests.e2e.conftest import Case
 
 LAUNCH = Path(__file__).parents[2] / "examples/launch"

@@ -16,12 +16,11 @@ ALLOWED: dict[str, set[str]] = {
     "convert": set(),
     "convert.architecture": set(),
     "errors": set(),
-    "lifetime": set(),
     "parallel": set(),
     "patches": set(),
+    "process": set(),
     "rewards": set(),
     "types": set(),
-    "watchdog": set(),
     "convert.tables": {"convert.architecture"},
     "measure": {"rewards"},
     "tasks": {"rewards"},
@@ -35,11 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "data": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "metrics", "parallel", "rewards", "tasks",
     },
-    "launch": {"config", "lifetime", "metrics", "parallel", "patches", "watchdog"},
+    "launch": {"config", "metrics", "parallel", "patches", "process"},
     "report": {"advantages", "config", "metrics"},
     "rollout": {
-        "config", "convert.architecture", "convert.hf", "lifetime", "metrics", "parallel", "patches", "scoring",
-        "watchdog",
+        "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "process", "scoring",
     },
     "algorithms": {"advantages", "config", "data", "losses", "report", "rewards", "rollout"},
     "model": {
@@ -51,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "algorithms", "config", "convert.architecture", "data", "metrics", "rewards", "rollout", "scoring", "tasks",
     },
     "weight_sync": {
-        "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "rollout", "watchdog",
+        "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "process", "rollout",
     },
     "conversion": {"convert.offline", "convert.tables", "doctor"},
     "inputs": {"algorithms", "config", "convert.architecture", "data", "evaluation", "parallel", "tasks"},
@@ -59,10 +57,10 @@ ALLOWED: dict[str, set[str]] = {
     "engines": {"config", "inputs", "launch", "parallel", "rollout", "weight_sync"},
     "run": {
         "algorithms", "config", "convert.hf", "data", "engines", "evaluation", "inputs", "launch", "measure",
-        "metrics", "model", "parallel", "report", "rollout", "scoring", "watchdog", "weight_sync",
+        "metrics", "model", "parallel", "process", "report", "rollout", "scoring", "weight_sync",
     },
-    "presample": {"config", "data", "launch", "lifetime", "metrics", "parallel", "rewards", "rollout", "run"},
-    "train": {"config", "launch", "lifetime", "run"},
+    "presample": {"config", "data", "launch", "metrics", "parallel", "process", "rewards", "rollout", "run"},
+    "train": {"config", "launch", "process", "run"},
     "cli": {
         "config", "conversion", "doctor", "launch", "memory_plan", "pool_tools", "presample", "report",
         "weight_sync",

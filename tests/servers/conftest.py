@@ -15,8 +15,9 @@ import pytest
 import torch
 from aiohttp import ClientSession, web
 
+from megatron_rl.process.child import ChildProcess
+from megatron_rl.process.network import HeldPort
 from megatron_rl.rollout.sglang.flags import server_command, server_environment
-from megatron_rl.rollout.sglang.process import ChildProcess, HeldPort
 from tests.e2e.conftest import case, tiny_model  # noqa: F401  fixtures
 
 START_S = 240.0

@@ -18,16 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl import watchdog
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
 from megatron_rl.parallel.agree import broadcast_json, error_to_json, gather_json, raise_first
+from megatron_rl.process import activity
+from megatron_rl.process.child import ChildProcess
+from megatron_rl.process.network import HeldPort, own_address
 from megatron_rl.rollout.engine import CheckpointSource, Delivery, ShardSource, WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
 from megatron_rl.rollout.sglang.driver import Driver, ServedModel
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER, server_command, server_environment
-from megatron_rl.rollout.sglang.process import ChildProcess, HeldPort, own_address
 from megatron_rl.rollout.sglang.supervisor import Managed, Supervisor
 from megatron_rl.rollout.share import broadcast_completions
 from megatron_rl.types import Completion, Request
@@ -126,8 +127,8 @@ class SGLangEngine:
             while self._meet(future) != "done":
                 if self._driver is not None:
                     bar.advance_to(self._driver.dispatch.num_done)
-                    watchdog.note(self._driver.fleet.describe())
-        watchdog.note("")
+                    activity.note(self._driver.fleet.describe())
+        activity.note("")
 
     def update_weights(
         self,
@@ -147,7 +148,7 @@ class SGLangEngine:
             self._driver.withdraw(version)
         with progress(None, "waiting for servers"):
             while self._meet(None) != "serving":
-                watchdog.beat()  # servers have deadlines of their own
+                activity.beat()  # servers have deadlines of their own
 
     def release_memory(self) -> None:
         """See ``RolloutEngine``. Separate servers keep theirs: nobody else wants it."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl import watchdog
 from megatron_rl.config.rollout import ServersConfig, WeightSyncConfig
 from megatron_rl.errors import UserError
+from megatron_rl.process import activity
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unavailable
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER
 from megatron_rl.rollout.sglang.versions import Adapter, adapter_for
@@ -205,7 +205,7 @@ class Fleet:
         try:
             await server.client.check_health(self.config.health_timeout_s)
             server.last_sign_s = time.monotonic()
-            watchdog.beat()  # long responses: nothing is finished for minutes, and nothing hangs
+            activity.beat()  # long responses: nothing is finished for minutes, and nothing hangs
         except (Unavailable, Refused) as error:
             if self._is_quiet or server.state != "serving":
                 server.last_sign_s = time.monotonic()  # loading weights keeps its scheduler busy

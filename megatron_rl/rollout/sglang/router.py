@@ -19,9 +19,10 @@ from urllib.parse import quote
 import aiohttp
 
 from megatron_rl.errors import UserError
+from megatron_rl.process.child import ChildProcess, how_it_ended
+from megatron_rl.process.network import HeldPort
 from megatron_rl.rollout.sglang.client import SGLangClient
 from megatron_rl.rollout.sglang.fleet import Server
-from megatron_rl.rollout.sglang.process import ChildProcess, HeldPort, how_it_ended
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 30.0

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_rl.config.rollout import ServersConfig
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.sglang.process import ChildProcess, how_it_ended
+from megatron_rl.process.child import ChildProcess, how_it_ended
 
 LOOK_S = 0.5
 

@@ -12,7 +12,7 @@ from megatron_rl.launch.command import torchrun_arguments
 from megatron_rl.launch.meeting import Meeting, find_meeting, first_host, read_back
 from megatron_rl.launch.rank import difference
 
-TINY = Path(__file__).parents[1] / "tiny.yaml"
+TINY = Path(__file__).parents[2] / "tiny.yaml"
 SLURM = {"SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NODEID": "1", "SLURM_JOB_ID": "123456"}
 
 

@@ -16,7 +16,7 @@ from megatron_rl.launch import launcher
 from megatron_rl.launch import rank as runtime
 from tests.forked import run_ranks
 
-TINY = Path(__file__).parents[1] / "tiny.yaml"
+TINY = Path(__file__).parents[2] / "tiny.yaml"
 
 
 def config(*overrides: str):

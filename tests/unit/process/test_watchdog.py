@@ -16,14 +16,14 @@ import pytest
 from torch.distributed import distributed_c10d
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from megatron_rl import watchdog
 from megatron_rl.launch import launcher
 from megatron_rl.metrics import PhaseTimer, progress, terminal
-from megatron_rl.watchdog import State, explain, locate
+from megatron_rl.process import activity, hang_report, watchdog
+from megatron_rl.process.hang_report import RankState, explain, locate
 
 # ---------------------------------------------------------------------------------------------------- who is to blame
 
-WAITS = State(
+WAITS = RankState(
     rank=0,
     pid=100,
     host="a",
@@ -41,15 +41,15 @@ WAITS = State(
 )
 
 
-def waits(rank: int, **changes: object) -> State:
+def waits(rank: int, **changes: object) -> RankState:
     return replace(WAITS, rank=rank, pid=100 + rank, **changes)  # type: ignore[arg-type]
 
 
-def works(rank: int, **changes: object) -> State:
+def works(rank: int, **changes: object) -> RankState:
     return waits(rank, **({"collective": "", "where": "losses/clipped.py:loss"} | changes))
 
 
-def message(*states: State | None, silent_s: dict[int, float] | None = None) -> list[str]:
+def message(*states: RankState | None, silent_s: dict[int, float] | None = None) -> list[str]:
     first, *lines = explain(states, silent_s or {}, "9 s").splitlines()
     assert first == "hang: no progress for 9 s"
     return [line.strip() for line in lines]
@@ -167,7 +167,9 @@ def _object(innermost): return innermost()
 
 def test_a_shared_helper_is_left_out_for_its_caller() -> None:
     names: dict = {}
-    exec(compile("def gather(innermost): return innermost()", f"{watchdog._PACKAGE}parallel/agree.py", "exec"), names)
+    exec(
+        compile("def gather(innermost): return innermost()", f"{hang_report._PACKAGE}parallel/agree.py", "exec"), names
+    )
     assert locate(names["gather"](sys._getframe))[1].endswith(":test_a_shared_helper_is_left_out_for_its_caller")
 
 
@@ -180,25 +182,25 @@ def test_an_asynchronous_wait_shows_by_its_line() -> None:
         return Work().wait()
 
     frame = finish_sync()
-    assert watchdog._collective(frame) == "finish_sync"  # type: ignore[arg-type]
+    assert hang_report._collective(frame) == "finish_sync"  # type: ignore[arg-type]
 
 
 def test_phases_bars_and_errors_are_told() -> None:
     watchdog.start(Path("nowhere"), rank=0, world_size=1, timeout_s=None)
-    terminal.listen(watchdog.beat)
-    activity = watchdog._activity
+    terminal.listen(activity.beat)
+    told = activity.current()
     try:
-        assert activity.phase == "setup"
-        watchdog.set_step(2)
-        timer = PhaseTimer(on_border=watchdog.enter)
-        with pytest.raises(KeyError) as caught, watchdog.phase("evaluation"), timer("generation"), timer("inner"):
-            assert activity.phase == "evaluation/inner" and activity.num_phases == 3
-            before = activity.progress
+        assert told.phase == "setup"
+        activity.set_step(2)
+        timer = PhaseTimer(on_border=activity.enter)
+        with pytest.raises(KeyError) as caught, activity.phase("evaluation"), timer("generation"), timer("inner"):
+            assert told.phase == "evaluation/inner" and told.num_phases == 3
+            before = told.progress
             list(progress(range(3), "rows"))
-            assert activity.progress == before + 3
+            assert told.progress == before + 3
             raise KeyError
         assert caught.value.__notes__ == ["in phase inner", "in phase generation", "in phase evaluation"]
-        assert activity.phase == ""
+        assert told.phase == ""
     finally:
         terminal.listen(None)
         watchdog.stop()
@@ -211,14 +213,14 @@ LIMIT_S = 1.0
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from megatron_rl import watchdog
+from megatron_rl.process import activity, watchdog
 
 directory, rank, world_size, beats, every_s = sys.argv[1:]
 watchdog.SETUP_S = 0.0
 watchdog.start(Path(directory), rank=int(rank), world_size=int(world_size), timeout_s={limit})
-watchdog.note("a note")
+activity.note("a note")
 for _ in range(int(beats)):
-    watchdog.beat()
+    activity.beat()
     time.sleep(float(every_s))
 watchdog.stop()
 """

@@ -8,7 +8,7 @@ import socket
 import pytest
 from aiohttp import web
 
-from megatron_rl.rollout.sglang.process import HeldPort
+from megatron_rl.process.network import HeldPort
 
 HOST = "127.0.0.1"
 

@@ -15,8 +15,6 @@ A rank that waits for one that works does not hang, however long the work takes:
 So only one rank must look at all, and the reads grow with the number of ranks, not with its square. A rank that does not
 even write its state (stopped, its machine gone, the interpreter's lock held for ever) is found by its left neighbour, also
 if it is rank 0. Times are those that each process measures; clocks of different machines are never compared.
-
-This module imports nothing of the package, so that every room may call ``beat`` and ``note``.
 """
 
 from __future__ import annotations
@@ -24,261 +22,24 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import linecache
 import os
 import signal
 import socket
 import sys
-import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
+
+from megatron_rl.process import activity
+from megatron_rl.process.hang_report import RankState, explain, locate
 
 EXIT_STATUS = 4
 """Of a rank that the watchdog ends."""
-HANG = "hang: "
-"""How the message begins."""
 SETUP_S = 60.0
 """Before the first step the limit is at least this: ranks import, read and build for a while without a sign of it."""
-_PACKAGE = str(Path(__file__).parent) + os.sep
-_LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-_COLLECTIVES = tuple(f"torch/distributed/{name}.py" for name in ("distributed_c10d", "c10d_logger", "rendezvous"))
-
-
-# ---------------------------------------------------------------------------------------------------- what a rank does
-
-
-@dataclass
-class _Activity:
-    """What the main thread is at, as far as it has told."""
-
-    step: int = 0
-    """The one under way, as ``metrics.jsonl`` counts; 0 is before the first."""
-    outer: list[str] = field(default_factory=list)
-    inner: str = ""
-    num_phases: int = 0
-    """Phases entered. Ranks run the same program, so fewer means behind."""
-    progress: int = 0
-    """Grows with whatever is a sign of work."""
-    note: str = ""
-
-    @property
-    def phase(self) -> str:
-        names = [*self.outer, self.inner] if self.inner else self.outer
-        return "/".join(names) or ("setup" if self.step == 0 else "")
-
-
-_activity = _Activity()
 _watchdog: Watchdog | None = None
-
-
-def beat() -> None:
-    """Say that work goes on, such as a request answered. From any thread; costs nothing, with and without a watchdog.
-
-    Not for a thread that would go on although the work stands still: a beat on a timer hides every hang.
-    """
-    _activity.progress += 1
-
-
-def note(text: str) -> None:
-    """Set the line that the message quotes for this rank, such as ``120 of 256, waiting for server 1``; "" clears it.
-
-    It is not progress: a line about the same wait may change for ever.
-    """
-    _activity.note = text
-
-
-def set_step(step: int) -> None:
-    """A training step begins, counted from 1."""
-    _activity.step = step
-    beat()
-
-
-def enter(phase: str) -> None:
-    """The innermost open phase has changed; "" is none. For ``PhaseTimer``."""
-    _activity.inner = phase
-    _activity.num_phases += bool(phase)
-    beat()
-
-
-@contextlib.contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Name what is no phase of a step and has no timer, such as a checkpoint; phases inside are shown as name/phase."""
-    _activity.outer.append(name)
-    _activity.num_phases += 1
-    beat()
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(f"in phase {name}")
-        raise
-    finally:
-        _activity.outer.pop()
-        beat()
-
-
-# ---------------------------------------------------------------------------------------------------- what others see
-
-
-@dataclass(frozen=True)
-class State:
-    """One rank, as it describes itself."""
-
-    rank: int
-    pid: int
-    host: str
-    parent: int
-    """The launcher's pid."""
-    error_file: str
-    """Where the launcher looks for a message if this rank fails; "" without a launcher."""
-    beat: int
-    """Grows with every state written: that of a frozen process stands still."""
-    time: float
-    """Unix time, for people who read the file."""
-    step: int
-    phase: str
-    num_phases: int
-    progress: int
-    idle_s: float
-    """Since ``progress`` last grew."""
-    collective: str
-    """What the main thread waits in; "" where it is not in a collective."""
-    where: str
-    """Innermost function that is not of a library, as file:function."""
-    note: str = ""
-    has_ended: bool = False
-
-    @property
-    def name(self) -> str:
-        """Rank and process."""
-        return f"rank {self.rank} (pid {self.pid} on {self.host})"
-
-    @property
-    def place(self) -> str:
-        """Phase and step."""
-        if self.step == 0:
-            return f"phase {self.phase}"
-        return f"phase {self.phase} of step {self.step}" if self.phase else f"step {self.step}, between phases"
-
-
-def locate(frame: FrameType | None) -> tuple[str, str]:
-    """Collective and place of a thread.
-
-    Returns:
-        Name of the collective that the innermost frames are in, or ""; and file:function of the innermost frame that is of
-        this package, its shared helpers in ``parallel`` left out, or of a user's own file. A collective on a GPU has
-        returned long before it is done, so its wait shows as the place that needs the result.
-    """
-    collective, where = _collective(frame), ""
-    while frame is not None:
-        path = frame.f_code.co_filename
-        short = path.removeprefix(_PACKAGE) if path.startswith(_PACKAGE) else os.path.basename(path)
-        if _is_ours(path):
-            where = f"{short}:{frame.f_code.co_name}"
-            if not short.startswith("parallel/"):
-                break
-        frame = frame.f_back
-    return collective, where
-
-
-def _collective(frame: FrameType | None) -> str:
-    names: list[str] = []
-    innermost = frame
-    while frame is not None and frame.f_code.co_filename.endswith(_COLLECTIVES):
-        names.insert(0, frame.f_code.co_name)
-        frame = frame.f_back
-    for name in names:  # outermost first: all_gather_object and not the all_gather inside
-        if not name.startswith("_") and name != "wrapper":
-            return name
-    if names:  # several at once, started by a context manager: whoever uses it has the better name
-        while frame is not None and frame.f_code.co_filename == contextlib.__file__:
-            frame = frame.f_back
-        return frame.f_code.co_name if frame is not None else names[0]
-    # A collective that was started without waiting is waited for in C++: the caller's line is all that can be seen.
-    # Other waits (threads, processes) have a Python frame of their own. A frame that runs may have no line.
-    if innermost is None or innermost.f_lineno is None:
-        return ""
-    is_wait = ".wait()" in linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
-    return innermost.f_code.co_name if is_wait else ""
-
-
-def _is_ours(path: str) -> bool:
-    return path.startswith(_PACKAGE) or not path.startswith((*_LIBRARIES, "<"))
-
-
-# ---------------------------------------------------------------------------------------------------- who is to blame
-
-
-def explain(states: Sequence[State | None], silent_s: Mapping[int, float], limit: str) -> str:
-    """The message about a hang: who is waited for, and who waits.
-
-    Args:
-        states: of each rank, its last; None for one that never wrote any.
-        silent_s: ranks that no longer write, and since how many seconds.
-        limit: that was passed, such as ``900 s``.
-    """
-    awake = [state for state in states if state is not None and not state.has_ended and state.rank not in silent_s]
-    ended = [state for state in states if state is not None and state.has_ended and state.rank not in silent_s]
-    busy = [state for state in awake if not state.collective]
-    waiting = [state for state in awake if state.collective]
-    if silent_s:
-        culprits = list(silent_s)
-        lines = [_describe_silent(rank, states[rank], seconds) for rank, seconds in sorted(silent_s.items())]
-    elif busy and (waiting or ended):
-        behind = _furthest_behind(busy)
-        culprits = [state.rank for state in behind]
-        lines = _group(behind, lambda state: f"is busy in {_at(state)}, not in a collective")
-    elif ended:
-        culprits = [state.rank for state in ended]
-        lines = _group(ended, lambda _: "has ended its work")
-    elif len(behind := _furthest_behind(awake)) < len(awake):
-        culprits = [state.rank for state in behind]
-        lines = _group(behind, lambda state: f"is the furthest behind: {_does(state)}")
-    else:
-        culprits = []
-        places = {(state.collective, state.where) for state in awake}
-        lines = ["the ranks wait in different collectives, each for the others"] if waiting and len(places) > 1 else []
-    others = [state for state in awake if state.rank not in culprits]
-    whom = " for it" if len(culprits) == 1 else " for them" if culprits else ""
-    lines += _group(others, lambda state: _does(state, whom))
-    lines += [f"rank {state.rank} noted: {state.note}" for state in states if state is not None and state.note]
-    return "\n  ".join([f"{HANG}no progress for {limit}", *lines])
-
-
-def _furthest_behind(states: Sequence[State]) -> list[State]:
-    def position(state: State) -> tuple[int, int]:
-        return state.step, state.num_phases
-
-    first = min(map(position, states), default=None)
-    return [state for state in states if position(state) == first]
-
-
-def _describe_silent(rank: int, state: State | None, seconds: float) -> str:
-    if state is None:
-        return f"rank {rank} has given no sign of life since the start, {seconds:.0f} s ago"
-    return f"{state.name} has given no sign of life for {seconds:.0f} s; it was last seen in {_at(state)}"
-
-
-def _group(states: Iterable[State], describe: Callable[[State], str]) -> list[str]:
-    """One line for all ranks with the same description."""
-    groups: dict[str, list[State]] = {}
-    for state in states:
-        groups.setdefault(describe(state), []).append(state)
-    return [
-        f"{same[0].name} {text}" if len(same) == 1 else f"ranks {', '.join(str(s.rank) for s in same)}: each {text}"
-        for text, same in groups.items()
-    ]
-
-
-def _does(state: State, whom: str = "") -> str:
-    return f"waits{whom} in {state.collective}, {_at(state)}" if state.collective else f"is busy in {_at(state)}"
-
-
-def _at(state: State) -> str:
-    return f"{state.place}, at {state.where}" if state.where else state.place
 
 
 # ---------------------------------------------------------------------------------------------------- the thread
@@ -311,7 +72,7 @@ class Watchdog:
         self._now_s = 0.0
         """A clock that stands still while this process does: after Ctrl-Z and fg nobody has been idle or silent."""
         self._progress, self._moved_s = -1, 0.0
-        self._states: dict[int, State] = {}
+        self._states: dict[int, RankState] = {}
         self._heard_s: dict[int, float] = {}
         self._verdict = ""
         """This rank's own message, should it be the first or the disk be full."""
@@ -322,7 +83,7 @@ class Watchdog:
     @property
     def limit_s(self) -> float:
         """Of this moment, in seconds."""
-        return self.timeout_s if _activity.step > 0 else max(self.timeout_s, SETUP_S)
+        return self.timeout_s if activity.current().step > 0 else max(self.timeout_s, SETUP_S)
 
     def stop(self) -> None:
         """This rank's work is over, and the others need not wonder about it."""
@@ -335,8 +96,8 @@ class Watchdog:
             moment = time.monotonic()
             self._now_s += min(moment - self._ticked_s, 3 * self.interval_s)
             self._ticked_s = moment
-            if self._progress != _activity.progress:
-                self._progress, self._moved_s = _activity.progress, self._now_s
+            if self._progress != activity.current().progress:
+                self._progress, self._moved_s = activity.current().progress, self._now_s
             self._write_state()
             self._listen(self._whom_to_watch())
             if self._is_hang():
@@ -354,7 +115,7 @@ class Watchdog:
         assert main_thread is not None
         collective, where = locate(sys._current_frames().get(main_thread))
         self._num_written += 1
-        state = State(
+        state = RankState(
             rank=self.rank,
             pid=os.getpid(),
             host=self._host,
@@ -362,14 +123,14 @@ class Watchdog:
             error_file=self._error_file,
             beat=self._num_written,
             time=time.time(),
-            step=_activity.step,
-            phase=_activity.phase,
-            num_phases=_activity.num_phases,
-            progress=_activity.progress,
+            step=activity.current().step,
+            phase=activity.current().phase,
+            num_phases=activity.current().num_phases,
+            progress=activity.current().progress,
             idle_s=self._now_s - self._moved_s,
             collective=collective,
             where=where,
-            note=_activity.note,
+            note=activity.current().note,
             has_ended=has_ended,
         )
         self._states[self.rank], self._heard_s[self.rank] = state, self._now_s
@@ -425,7 +186,7 @@ class Watchdog:
     def _accuse(self) -> None:
         """Write the message, unless another rank was first."""
         states = [self._states.get(rank) for rank in range(self.world_size)]
-        limit = f"{self.limit_s:g} s ({'trainer.hang_timeout_s' if _activity.step else 'in setup'})"
+        limit = f"{self.limit_s:g} s ({'trainer.hang_timeout_s' if activity.current().step else 'in setup'})"
         self._verdict = explain(states, self._silent(), limit)
         self._verdict += f"\n  stacks: {self._hang_file.parent}/stacks_rank_*.txt"
         own = self._hang_file.with_name(f"hang.{self.rank}.tmp")
@@ -456,7 +217,7 @@ class Watchdog:
                 os.kill(state.pid, signal.SIGKILL)
         os._exit(EXIT_STATUS)
 
-    def _read_sibling(self, rank: int) -> State | None:
+    def _read_sibling(self, rank: int) -> RankState | None:
         """The state of another rank of our launcher whose process is stopped (SIGSTOP)."""
         state = _read_state(self._state_file(rank))
         if state is None or rank == self.rank or (state.host, state.parent) != (self._host, self._parent):
@@ -468,9 +229,9 @@ class Watchdog:
         return state if status in "tT" and int(parent) == self._parent else None
 
 
-def _read_state(path: Path) -> State | None:
+def _read_state(path: Path) -> RankState | None:
     try:
-        return State(**json.loads(path.read_text()))
+        return RankState(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # not there yet; or half a file, or one of another version
         return None
 
@@ -486,9 +247,9 @@ def _write_whole(path: Path, text: str) -> None:
 
 def start(directory: Path, *, rank: int, world_size: int, timeout_s: float | None) -> None:
     """Watch this process until ``stop``; see ``Watchdog``. ``timeout_s`` None watches nothing."""
-    global _watchdog, _activity
+    global _watchdog
     assert _watchdog is None, "this process is watched already"
-    _activity = _Activity()
+    activity.forget()
     if timeout_s is not None:
         _watchdog = Watchdog(directory, rank=rank, world_size=world_size, timeout_s=timeout_s)
 
@@ -505,7 +266,10 @@ def report_failure(error: BaseException, rank: int) -> None:
     """Tell the launcher why this rank ends, where there is a launcher to tell."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        notes = [*getattr(error, "__notes__", []), *([f"step {_activity.step}"] if _activity.step else [])]
+        notes = [
+            *getattr(error, "__notes__", []),
+            *([f"step {activity.current().step}"] if activity.current().step else []),
+        ]
         where = f" ({', '.join(notes)})" if notes else ""
         write_error_file(Path(path), f"rank {rank} failed{where}: {type(error).__name__}: {error}")
 

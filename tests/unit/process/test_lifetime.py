@@ -10,7 +10,9 @@ import textwrap
 
 def ended(body: str, *, stdout: int = subprocess.PIPE) -> tuple[int, str]:
     """Status and output of a program that ends by ``leave(3)``."""
-    code = "import atexit, sys, threading, time\nfrom megatron_rl.lifetime import leave\n" + textwrap.dedent(body)
+    code = "import atexit, sys, threading, time\nfrom megatron_rl.process.lifetime import leave\n" + textwrap.dedent(
+        body
+    )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-c", code + "\nleave(3)\n"]
     done = subprocess.run(command, stdout=stdout, text=True, env=environment, timeout=30, check=False)

@@ -1,0 +1,173 @@
+"""The message about a hang: how a rank describes itself, and who waits for whom."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+HANG = "hang: "
+"""How the message begins."""
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+_LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_COLLECTIVES = tuple(f"torch/distributed/{name}.py" for name in ("distributed_c10d", "c10d_logger", "rendezvous"))
+
+
+@dataclass(frozen=True)
+class RankState:
+    """One rank, as it describes itself."""
+
+    rank: int
+    pid: int
+    host: str
+    parent: int
+    """The launcher's pid."""
+    error_file: str
+    """Where the launcher looks for a message if this rank fails; "" without a launcher."""
+    beat: int
+    """Grows with every state written: that of a frozen process stands still."""
+    time: float
+    """Unix time, for people who read the file."""
+    step: int
+    phase: str
+    num_phases: int
+    progress: int
+    idle_s: float
+    """Since ``progress`` last grew."""
+    collective: str
+    """What the main thread waits in; "" where it is not in a collective."""
+    where: str
+    """Innermost function that is not of a library, as file:function."""
+    note: str = ""
+    has_ended: bool = False
+
+    @property
+    def name(self) -> str:
+        """Rank and process."""
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @property
+    def place(self) -> str:
+        """Phase and step."""
+        if self.step == 0:
+            return f"phase {self.phase}"
+        return f"phase {self.phase} of step {self.step}" if self.phase else f"step {self.step}, between phases"
+
+
+def locate(frame: FrameType | None) -> tuple[str, str]:
+    """Collective and place of a thread.
+
+    Returns:
+        Name of the collective that the innermost frames are in, or ""; and file:function of the innermost frame that is of
+        this package, its shared helpers in ``parallel`` left out, or of a user's own file. A collective on a GPU has
+        returned long before it is done, so its wait shows as the place that needs the result.
+    """
+    collective, where = _collective(frame), ""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        short = path.removeprefix(_PACKAGE) if path.startswith(_PACKAGE) else os.path.basename(path)
+        if _is_ours(path):
+            where = f"{short}:{frame.f_code.co_name}"
+            if not short.startswith("parallel/"):
+                break
+        frame = frame.f_back
+    return collective, where
+
+
+def _collective(frame: FrameType | None) -> str:
+    names: list[str] = []
+    innermost = frame
+    while frame is not None and frame.f_code.co_filename.endswith(_COLLECTIVES):
+        names.insert(0, frame.f_code.co_name)
+        frame = frame.f_back
+    for name in names:  # outermost first: all_gather_object and not the all_gather inside
+        if not name.startswith("_") and name != "wrapper":
+            return name
+    if names:  # several at once, started by a context manager: whoever uses it has the better name
+        while frame is not None and frame.f_code.co_filename == contextlib.__file__:
+            frame = frame.f_back
+        return frame.f_code.co_name if frame is not None else names[0]
+    # A collective that was started without waiting is waited for in C++: the caller's line is all that can be seen.
+    # Other waits (threads, processes) have a Python frame of their own. A frame that runs may have no line.
+    if innermost is None or innermost.f_lineno is None:
+        return ""
+    is_wait = ".wait()" in linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
+    return innermost.f_code.co_name if is_wait else ""
+
+
+def _is_ours(path: str) -> bool:
+    return path.startswith(_PACKAGE) or not path.startswith((*_LIBRARIES, "<"))
+
+
+def explain(states: Sequence[RankState | None], silent_s: Mapping[int, float], limit: str) -> str:
+    """The message about a hang: who is waited for, and who waits.
+
+    Args:
+        states: of each rank, its last; None for one that never wrote any.
+        silent_s: ranks that no longer write, and since how many seconds.
+        limit: that was passed, such as ``900 s``.
+    """
+    awake = [state for state in states if state is not None and not state.has_ended and state.rank not in silent_s]
+    ended = [state for state in states if state is not None and state.has_ended and state.rank not in silent_s]
+    busy = [state for state in awake if not state.collective]
+    waiting = [state for state in awake if state.collective]
+    if silent_s:
+        culprits = list(silent_s)
+        lines = [_describe_silent(rank, states[rank], seconds) for rank, seconds in sorted(silent_s.items())]
+    elif busy and (waiting or ended):
+        behind = _furthest_behind(busy)
+        culprits = [state.rank for state in behind]
+        lines = _group(behind, lambda state: f"is busy in {_at(state)}, not in a collective")
+    elif ended:
+        culprits = [state.rank for state in ended]
+        lines = _group(ended, lambda _: "has ended its work")
+    elif len(behind := _furthest_behind(awake)) < len(awake):
+        culprits = [state.rank for state in behind]
+        lines = _group(behind, lambda state: f"is the furthest behind: {_does(state)}")
+    else:
+        culprits = []
+        places = {(state.collective, state.where) for state in awake}
+        lines = ["the ranks wait in different collectives, each for the others"] if waiting and len(places) > 1 else []
+    others = [state for state in awake if state.rank not in culprits]
+    whom = " for it" if len(culprits) == 1 else " for them" if culprits else ""
+    lines += _group(others, lambda state: _does(state, whom))
+    lines += [f"rank {state.rank} noted: {state.note}" for state in states if state is not None and state.note]
+    return "\n  ".join([f"{HANG}no progress for {limit}", *lines])
+
+
+def _furthest_behind(states: Sequence[RankState]) -> list[RankState]:
+    def position(state: RankState) -> tuple[int, int]:
+        return state.step, state.num_phases
+
+    first = min(map(position, states), default=None)
+    return [state for state in states if position(state) == first]
+
+
+def _describe_silent(rank: int, state: RankState | None, seconds: float) -> str:
+    if state is None:
+        return f"rank {rank} has given no sign of life since the start, {seconds:.0f} s ago"
+    return f"{state.name} has given no sign of life for {seconds:.0f} s; it was last seen in {_at(state)}"
+
+
+def _group(states: Iterable[RankState], describe: Callable[[RankState], str]) -> list[str]:
+    """One line for all ranks with the same description."""
+    groups: dict[str, list[RankState]] = {}
+    for state in states:
+        groups.setdefault(describe(state), []).append(state)
+    return [
+        f"{same[0].name} {text}" if len(same) == 1 else f"ranks {', '.join(str(s.rank) for s in same)}: each {text}"
+        for text, same in groups.items()
+    ]
+
+
+def _does(state: RankState, whom: str = "") -> str:
+    return f"waits{whom} in {state.collective}, {_at(state)}" if state.collective else f"is busy in {_at(state)}"
+
+
+def _at(state: RankState) -> str:
+    return f"{state.place}, at {state.where}" if state.where else state.place
