@@ -18,15 +18,14 @@ from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.config import Config, save_resolved
 from megatron_rl.convert.hf.random_weights import RandomReader
 from megatron_rl.convert.hf.reader import HFReader
+from megatron_rl.data.inputs import Inputs
 from megatron_rl.data.pack import full_batches
-from megatron_rl.engines import build_engine
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.distance import distance_metrics
 from megatron_rl.evaluation.evaluator import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
-from megatron_rl.inputs import Inputs
 from megatron_rl.launch.rank import Runtime
-from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
+from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
 from megatron_rl.model.numerics import NumericsMonitor, summary
@@ -36,10 +35,12 @@ from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process import activity
 from megatron_rl.report.curves import plot_curves
 from megatron_rl.report.summary import print_before_after, write_summary
+from megatron_rl.rollout.build import build_engine
 from megatron_rl.rollout.collect import Collector
+from megatron_rl.rollout.engine import RolloutEngine, ServedModel
 from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
-from megatron_rl.weight_sync.publish import WeightSync
+from megatron_rl.weight_sync.publish import WeightSync, served_overrides
 
 
 class Run:
@@ -78,7 +79,7 @@ class Run:
         config = self.config
         # First of all, because servers take long to start; they do while the policy is built.
         is_sampled = config.trainer.stage == "rl" or config.eval.is_used
-        engine = build_engine(config, self.inputs, self.groups, self.runtime) if is_sampled else None
+        engine = self._build_engine() if is_sampled else None
         if engine is not None:
             parts.callback(engine.close)
         self.policy = Policy(config, self.shape, self.groups, fill_weights=self._fill_weights, timer=self.timer)
@@ -317,6 +318,21 @@ class Run:
             # A fresh run starts without rows; a resumed one keeps those up to its checkpoint.
             logger.resume_at(self.start_step if self.start_step else -1)
         return logger
+
+    def _build_engine(self) -> RolloutEngine:
+        config, inputs = self.config, self.inputs
+        pad_id = inputs.tokenizer.pad_token_id
+        model = ServedModel(
+            Path(config.policy.model_path),
+            self.shape,
+            torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
+            tuple(inputs.stop_ids),
+            pad_id=inputs.stop_ids[0] if pad_id is None else pad_id,
+            longest_request=inputs.longest_request,
+            records_experts=config.policy.router_replay,
+            overrides=served_overrides(config, self.shape),
+        )
+        return build_engine(config, model, device=self.runtime.device, cpu_group=self.groups.cpu_group)
 
     def _build_scorer(self) -> Scorer:
         data = self.config.data

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.data.pool import Pool
+from megatron_rl.data.pool import PoolNeed
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rollout.collect import Collector, Sampling
 from megatron_rl.types import Completion, MicroBatch, Prompt, RolloutGroup, TrainingSample
-
-
-@dataclass(frozen=True)
-class PoolNeed:
-    """The pool of stored samples that an algorithm trains on."""
-
-    field: str
-    """Config key that names it, for errors."""
-    directory: str
-    of_this_model: bool
-    """Its samples must be of the policy's initial weights, not only of its tokenizer."""
-    use: Callable[[Pool, Sequence[Prompt]], str]
-    """Takes the pool and the prompts of the run; returns a line for the user. Raises ``UserError`` if nothing in it can be
-    used."""
 
 
 class Algorithm(ABC):

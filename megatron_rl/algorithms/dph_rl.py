@@ -22,10 +22,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.base import PoolNeed
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.config import Config, DPHRLConfig
-from megatron_rl.data.pool import Pool
+from megatron_rl.data.pool import Pool, PoolNeed
 from megatron_rl.data.rehearsal import Rehearsal
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.f_divergence import f_divergence, js_definition

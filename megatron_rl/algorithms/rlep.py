@@ -20,10 +20,9 @@ from itertools import groupby
 
 from torch import Tensor
 
-from megatron_rl.algorithms.base import PoolNeed
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.config import Config, RLEPConfig
-from megatron_rl.data.pool import Pool
+from megatron_rl.data.pool import Pool, PoolNeed
 from megatron_rl.data.replay import FoundSuccesses, PooledSuccesses, Success
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample

@@ -49,6 +49,7 @@ from megatron_rl.data.shard import (
     shard_paths,
 )
 from megatron_rl.errors import UserError
+from megatron_rl.types import Prompt
 
 __all__ = [
     "FilterCount",
@@ -398,3 +399,17 @@ def _copy(
 def _chunks(rows: Any) -> Iterator[Any]:
     """Consecutive pieces of a range or an array."""
     return (rows[first : first + _CHUNK_ROWS] for first in range(0, len(rows), _CHUNK_ROWS))
+
+
+@dataclass(frozen=True)
+class PoolNeed:
+    """The pool of stored samples that an algorithm trains on."""
+
+    field: str
+    """Config key that names it, for errors."""
+    directory: str
+    of_this_model: bool
+    """Its samples must be of the policy's initial weights, not only of its tokenizer."""
+    use: Callable[[Pool, Sequence[Prompt]], str]
+    """Takes the pool and the prompts of the run; returns a line for the user. Raises ``UserError`` if nothing in it can be
+    used."""

@@ -12,6 +12,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.types import Kind, TrainingSample
 
 FIELD = "algorithm.rehearsal.pool"
+PROBE_FIELD = "eval.pool"
 
 
 class Rehearsal:
@@ -93,3 +94,17 @@ def rehearsal_row(trajectory: Trajectory) -> TrainingSample:
         has_reward=False,
         ref_log_probs=trajectory.ref_log_probs,
     )
+
+
+def probe_rows(pool: Pool, config: Config) -> list[TrainingSample]:
+    """The first ``eval.num_pool_rows`` rows that are short enough.
+
+    Raises:
+        UserError: there is none, or one cannot be compared with the policy.
+    """
+    limit = row_limit(config)
+    fits = (pool.prompt_lengths() + pool.response_lengths()) <= limit
+    if not fits.any():
+        raise UserError(PROBE_FIELD, str(pool.directory), f"has no row of at most {limit} tokens", "give another pool")
+    check_reference(pool, fits, temperature=config.log_prob_temperature, field=PROBE_FIELD)
+    return [rehearsal_row(trajectory) for trajectory in pool.take(fits.nonzero()[0][: config.eval.num_pool_rows])]

@@ -7,30 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from megatron_rl.config import Config
-from megatron_rl.data.limits import row_limit
-from megatron_rl.data.pool import Pool
-from megatron_rl.data.rehearsal import check_reference, rehearsal_row
-from megatron_rl.errors import UserError
 from megatron_rl.losses.f_divergence import f_divergence
 from megatron_rl.model.step import Policy
 from megatron_rl.types import TrainingSample
-
-FIELD = "eval.pool"
-
-
-def probe_rows(pool: Pool, config: Config) -> list[TrainingSample]:
-    """The first ``eval.num_pool_rows`` rows that are short enough.
-
-    Raises:
-        UserError: there is none, or one cannot be compared with the policy.
-    """
-    limit = row_limit(config)
-    fits = (pool.prompt_lengths() + pool.response_lengths()) <= limit
-    if not fits.any():
-        raise UserError(FIELD, str(pool.directory), f"has no row of at most {limit} tokens", "give another pool")
-    check_reference(pool, fits, temperature=config.log_prob_temperature, field=FIELD)
-    return [rehearsal_row(trajectory) for trajectory in pool.take(fits.nonzero()[0][: config.eval.num_pool_rows])]
 
 
 def distance_metrics(policy: Policy, rows: Sequence[TrainingSample], *, batch_size: int) -> dict[str, float]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.rollout.growth import Branch, Expand, Key
 from megatron_rl.types import Completion, Request
 
@@ -19,6 +22,32 @@ consumes it to the end. Valid until the next optimizer update."""
 
 CheckpointSource = Callable[[], str]
 """Writes the current weights as a Hugging Face checkpoint, once for each version, and says where. A collective."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What an engine generates from: a model's config, and how its tokens are read."""
+
+    path: Path
+    """Directory with config.json."""
+    shape: ModelShape
+    dtype: torch.dtype
+    """Of weights and activations."""
+    stop_ids: tuple[int, ...]
+    """Token ids that end a response (they are part of it)."""
+    pad_id: int = 0
+    """Fills batches; never part of a response."""
+    longest_request: int = 0
+    """Tokens of the longest prompt and response that will be asked for; 0 where nobody knows."""
+    records_experts: bool = False
+    """Completions say which experts were chosen."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of config.json that servers read otherwise than they stand there, such as ``quantization_config``."""
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """Layers, and experts of each that a token is sent to, where completions tell them."""
+        return (self.shape.num_layers, self.shape.num_experts_per_tok) if self.records_experts else None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from megatron_rl.config import load_config
 from megatron_rl.convert.architecture.shape import read_shape
-from megatron_rl.rollout.engine import WeightSource
-from megatron_rl.rollout.sglang.driver import ServedModel
+from megatron_rl.rollout.engine import ServedModel, WeightSource
 from megatron_rl.rollout.sglang.engine import SGLangEngine
 from megatron_rl.rollout.transformers_engine import TransformersEngine
 from tests.e2e.conftest import Case

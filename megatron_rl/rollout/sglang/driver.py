@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import Config
-from megatron_rl.convert.architecture.shape import ARCHITECTURES, ModelShape, read_shape
+from megatron_rl.convert.architecture.shape import ARCHITECTURES, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import error_to_json
-from megatron_rl.rollout.engine import Delivery
+from megatron_rl.rollout.engine import Delivery, ServedModel
 from megatron_rl.rollout.growth import Branch, Expand, Key
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient, serialize
 from megatron_rl.rollout.sglang.dispatch import Dispatch
@@ -34,25 +33,6 @@ IDLE_CONNECTION_S = 2.0
 in a weight update the server's place; so ours are given up well before."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """What a server must serve."""
-
-    path: Path
-    shape: ModelShape
-    dtype: torch.dtype
-    stop_ids: tuple[int, ...]
-    records_experts: bool = False
-    """Completions say which experts were chosen."""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of config.json that servers read otherwise than they stand there, such as ``quantization_config``."""
-
-    @property
-    def experts(self) -> tuple[int, int] | None:
-        """Layers, and experts of each that a token is sent to, where completions tell them."""
-        return (self.shape.num_layers, self.shape.num_experts_per_tok) if self.records_experts else None
 
 
 def open_session() -> aiohttp.ClientSession:

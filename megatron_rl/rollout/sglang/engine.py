@@ -25,9 +25,9 @@ from megatron_rl.parallel.agree import broadcast_json, error_to_json, gather_jso
 from megatron_rl.process import activity
 from megatron_rl.process.child import ChildProcess
 from megatron_rl.process.network import HeldPort, own_address
-from megatron_rl.rollout.engine import CheckpointSource, Delivery, ShardSource, WeightSource
+from megatron_rl.rollout.engine import CheckpointSource, Delivery, ServedModel, ShardSource, WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
-from megatron_rl.rollout.sglang.driver import Driver, ServedModel
+from megatron_rl.rollout.sglang.driver import Driver
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER, server_command, server_environment
 from megatron_rl.rollout.sglang.supervisor import Managed, Supervisor
 from megatron_rl.rollout.share import broadcast_completions

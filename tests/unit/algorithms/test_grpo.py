@@ -12,7 +12,7 @@ from megatron_rl.algorithms import grpo as grpo_module
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.config import load_config
 from megatron_rl.data.stream import Stream
-from megatron_rl.measure import MAXIMA
+from megatron_rl.metrics.step import MAXIMA
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.types import Completion, MicroBatch, Problem, Prompt, Rollout, RolloutGroup, Score
 

@@ -6,17 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.algorithms.base import PoolNeed
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.data.origin import digest_of_fingerprints, random_model_digest, tokenizer_digest, weight_fingerprints
 from megatron_rl.data.pack import pack_layout, too_long
-from megatron_rl.data.pool import Pool
+from megatron_rl.data.pool import Pool, PoolNeed
 from megatron_rl.data.prompts import demonstrations, tokenize_prompts
+from megatron_rl.data.rehearsal import probe_rows
 from megatron_rl.data.stream import Stream
 from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
 from megatron_rl.errors import UserError
-from megatron_rl.evaluation.distance import probe_rows
 from megatron_rl.parallel.agree import all_ranks_agree, gather_json
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.tasks import get_task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_rl.measure import rollout_metrics, sample_metrics, update_metrics
+from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score, TrainingSample
 
 

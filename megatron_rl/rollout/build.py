@@ -1,0 +1,60 @@
+"""The rollout engine that a config asks for."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config import Config
+from megatron_rl.parallel.agree import all_ranks_agree
+from megatron_rl.rollout.engine import RolloutEngine, ServedModel
+from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
+from megatron_rl.rollout.sglang.flags import check_kv_pool
+from megatron_rl.rollout.transformers_engine import TransformersEngine
+
+
+def build_engine(
+    config: Config, model: ServedModel, *, device: torch.device, cpu_group: dist.ProcessGroup
+) -> RolloutEngine:
+    """Start the engine of a run; a collective.
+
+    Args:
+        config: of the run.
+        model: what the engine generates from.
+        device: of this rank.
+        cpu_group: all ranks, over gloo.
+    """
+    if config.rollout.recorded_dir is not None:
+        return RecordedEngine(Path(config.rollout.recorded_dir))
+    build = _sglang if config.rollout.engine == "sglang" else _transformers
+    engine = build(config, model, device=device, cpu_group=cpu_group)
+    if not config.rollout.record:
+        return engine
+    agree = partial(all_ranks_agree, cpu_group)
+    is_writer = dist.get_rank(cpu_group) == 0
+    return RecordingEngine(engine, config.exp_manager.run_dir / "rollouts", is_writer=is_writer, agree=agree)
+
+
+def _sglang(config: Config, model: ServedModel, *, device: torch.device, cpu_group: dist.ProcessGroup) -> RolloutEngine:
+    from megatron_rl.rollout.sglang.engine import SGLangEngine  # needs aiohttp
+
+    # A request that never fits a server's cache is found before the servers are started.
+    check_kv_pool(config.rollout.sglang_cfg, is_cpu=device.type == "cpu", longest_request=model.longest_request)
+    return SGLangEngine(config, model, device=device, cpu_group=cpu_group)
+
+
+def _transformers(
+    config: Config, model: ServedModel, *, device: torch.device, cpu_group: dist.ProcessGroup
+) -> RolloutEngine:
+    return TransformersEngine(
+        model.path,
+        dtype=model.dtype,
+        device=device,
+        stop_ids=model.stop_ids,
+        pad_id=model.pad_id,
+        max_batch_size=config.rollout.max_batch_size,
+        cpu_group=cpu_group,
+    )
