@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl import conversion, pool_tools
+from megatron_rl.commands import convert as conversion
+from megatron_rl.commands import pool as pool_tools
 from megatron_rl.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -63,15 +64,15 @@ def presample(
 
     Takes the config of the training that follows. The pool, and what is still to be learned, go to <run>/presample/.
     """
+    from megatron_rl.commands.presample import adapt
     from megatron_rl.config import check_files, load_config
     from megatron_rl.launch.command import start
     from megatron_rl.launch.meeting import find_meeting
-    from megatron_rl.presample import adapt
 
     checked = adapt(load_config(config, overrides or []))
     meeting = find_meeting(checked, rdzv_endpoint, node_rank, os.environ)
     check_files(checked)
-    start(checked, config, overrides or [], meeting, program="megatron_rl.presample")
+    start(checked, config, overrides or [], meeting, program="megatron_rl.commands.presample")
 
 
 @app.command()
@@ -120,7 +121,7 @@ app.add_typer(plan, name="plan")
 def weights(config: ConfigPath, overrides: Overrides = None) -> None:
     """What each weight sync moves: bytes of every rank, rounds, and how far that is from the least possible."""
     from megatron_rl.config import load_config
-    from megatron_rl.weight_sync.report import print_report, report
+    from megatron_rl.doctor.weight_traffic import print_report, report
 
     print_report(report(load_config(config, overrides or [])))
 
@@ -133,7 +134,7 @@ def memory(
 ) -> None:
     """What one GPU of each pipeline stage will hold, estimated; status 1 if it does not fit."""
     from megatron_rl.config import load_config
-    from megatron_rl.memory_plan import estimate, print_estimate
+    from megatron_rl.doctor.memory import estimate, print_estimate
 
     if not print_estimate(estimate(load_config(config, overrides or [])), gpu_gb=gpu_gb):
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
 """Hugging Face safetensors -> Megatron torch_dist. See docs/convert.md."""
 
-from megatron_rl.conversion import convert_hf_to_megatron, run
+from megatron_rl.commands.convert import convert_hf_to_megatron, run
 
 if __name__ == "__main__":
     run(convert_hf_to_megatron)

@@ -1,6 +1,6 @@
 """Megatron torch_dist -> Hugging Face safetensors. See docs/convert.md."""
 
-from megatron_rl.conversion import convert_megatron_to_hf, run
+from megatron_rl.commands.convert import convert_megatron_to_hf, run
 
 if __name__ == "__main__":
     run(convert_megatron_to_hf)

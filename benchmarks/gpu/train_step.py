@@ -91,7 +91,7 @@ def add_ratio(line: dict[str, Any], recipe: str) -> None:
 
 def layers_that_fit(total_bytes: int, overrides: Sequence[str]) -> int:
     """The most layers whose update in any recipe leaves ``FREE_SHARE`` of ``total_bytes``; at least one."""
-    from megatron_rl.memory_plan import estimate
+    from megatron_rl.doctor.memory import estimate
 
     layers = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_rl.algorithms import build_algorithm
-    from megatron_rl.memory_plan import estimate
+    from megatron_rl.doctor.memory import estimate
     from megatron_rl.model.build import build_groups_of
 
     overrides = [f"policy.train_micro_batch_tokens={tokens}", *arguments.set]

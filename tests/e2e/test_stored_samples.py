@@ -46,7 +46,7 @@ def presample(case: Case, *overrides: str, ranks: int = 1) -> list[int]:
 
 
 def run_presample(arguments: list[str]) -> int:
-    from megatron_rl.presample import main
+    from megatron_rl.commands.presample import main
 
     return main(["--config", *arguments])
 

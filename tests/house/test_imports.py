@@ -42,26 +42,24 @@ ALLOWED: dict[str, set[str]] = {
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
     },
-    "doctor": {"algorithms", "config", "convert.architecture", "convert.hf", "model", "patches"},
     "evaluation": {"config", "losses", "metrics", "model", "rewards", "rollout"},
-    "pool_tools": {
-        "algorithms", "config", "convert.architecture", "data", "metrics", "rewards", "rollout", "scoring", "tasks",
-    },
     "weight_sync": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "process", "rollout",
     },
-    "conversion": {"convert.offline", "convert.tables", "doctor"},
-    "memory_plan": {"config", "convert.architecture", "convert.tables", "weight_sync"},
+    "doctor": {
+        "algorithms", "config", "convert.architecture", "convert.hf", "convert.tables", "model", "patches",
+        "weight_sync",
+    },
     "run": {
         "algorithms", "config", "convert.hf", "data", "evaluation", "launch", "metrics", "model", "parallel",
         "process", "report", "rollout", "scoring", "weight_sync",
     },
-    "presample": {"config", "data", "launch", "metrics", "parallel", "process", "rewards", "rollout", "run"},
-    "train": {"config", "launch", "process", "run"},
-    "cli": {
-        "config", "conversion", "doctor", "launch", "memory_plan", "pool_tools", "presample", "report",
-        "weight_sync",
+    "commands": {
+        "algorithms", "config", "convert.architecture", "convert.offline", "convert.tables", "data", "doctor",
+        "launch", "metrics", "parallel", "process", "rewards", "rollout", "run", "scoring", "tasks",
     },
+    "train": {"config", "launch", "process", "run"},
+    "cli": {"commands", "config", "doctor", "launch", "report"},
 }  # fmt: skip
 
 

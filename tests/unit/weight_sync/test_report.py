@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config import load_config
+from megatron_rl.doctor.weight_traffic import print_report, report
 from megatron_rl.weight_sync.plan import TrainingLayout
-from megatron_rl.weight_sync.report import print_report, report
 from megatron_rl.weight_sync.served import RolloutLayout
 from tests.policy_case import CONFIG
 from tests.tiny_models import make_tiny_model

@@ -1,4 +1,4 @@
-"""The sampling program, one process per rank: ``torchrun ... -m megatron_rl.presample --config x.yaml section.field=value``.
+"""The sampling program, one process per rank: ``torchrun ... -m megatron_rl.commands.presample --config FILE [KEY=VALUE ...]``.
 
 Stage 1 of DPH-RL (arXiv 2509.07430): which problems does the model solve reliably, and one sample of each that was not drawn to
 find that out (a sample chosen for being right would be a biased one of its own split). Phase 1 of RLEP (arXiv 2507.07451): the
@@ -239,7 +239,7 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """One rank, from its command line to its exit status."""
-    return run_program("megatron_rl.presample", presample, argv, adapt=adapt)
+    return run_program("megatron_rl.commands.presample", presample, argv, adapt=adapt)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def status_of_the_tool(directory: Path) -> tuple[object, str]:
     import io
     import sys
 
-    from megatron_rl.pool_tools import main
+    from megatron_rl.commands.pool import main
 
     sys.argv = ["sample_pool.py", "verify", str(directory)]
     with contextlib.redirect_stderr(io.StringIO()) as printed:
@@ -160,7 +160,7 @@ def config_of(root: Path) -> Config:
         "algorithm.use_dynamic_sampling": True, "rollout.temperature": 0.7, "trainer.max_steps": 9,
     }  # fmt: skip
     overrides = [f"{name}={json.dumps(value, default=str)}" for name, value in settings.items()]
-    return load_config(Path(__file__).parents[1] / "tiny.yaml", overrides)
+    return load_config(Path(__file__).parents[2] / "tiny.yaml", overrides)
 
 
 def record(root: Path) -> list[list[tuple[str, list[int], list[int], float, str]]]:

@@ -10,13 +10,13 @@ import pytest
 
 from megatron_rl.config import load_config
 from megatron_rl.convert.architecture.shape import read_shape
+from megatron_rl.doctor.memory import GB, LOGIT_ROWS, LOGITS, estimate
 from megatron_rl.errors import UserError
-from megatron_rl.memory_plan import GB, LOGIT_ROWS, LOGITS, estimate
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, random_samples, tiny_config
 from tests.tiny_models import make_tiny_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LAYOUTS: list[dict[str, Any]] = [
     {}, {"tp": 2, "sp": True}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"dp": 2}, {"tp": 2, "sp": True, "pp": 2}, {"cp": 2},
 ]  # fmt: skip
