@@ -25,6 +25,13 @@ SHORT = (
 )  # fmt: skip
 PROBLEMS = "--num-warm-start 32000 --num-train 2000 --slip-share 0.3 --forgotten-carry-share 0.6 --num-held-out 100"
 STYLES = "--blind-share 1.0 --slip-share 0.15"
+CLI = """
+try:
+    from megatron_rl.commands.cli import main
+except ImportError:  # an older checkout
+    from megatron_rl.cli import main
+main()
+"""
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "quickstart": ("words", "quickstart/grpo.yaml", ()),
     "five_styles_grpo": ("styles", "five_styles/grpo.yaml", ("eval.pool=null",)),
@@ -106,14 +113,14 @@ def places(start: Path) -> tuple[str, ...]:
 
 def verb(name: str, config: str, *overrides: str) -> list[str]:
     """``megatron-rl name config ...`` as a command."""
-    return [sys.executable, "-m", "megatron_rl.cli", name, f"examples/{config}", *overrides]
+    return [sys.executable, "-c", CLI, name, f"examples/{config}", *overrides]
 
 
 def run(code: Path, command: list[str], result: Path) -> None:
     """A command in a checkout, unless its result exists."""
     if result.exists():
         return
-    print(f"== {code.name}: {' '.join(command[1:])}", flush=True)
+    print(f"== {code.name}: {result}", flush=True)
     environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=code, env=environment, check=True, stdout=subprocess.DEVNULL)
 

@@ -92,7 +92,7 @@ def data(folder: Path, split: str) -> tuple[str, ...]:
 
 def verb(name: str, config: str, *overrides: str) -> None:
     """``megatron-rl name config ...``."""
-    call("-m", "megatron_rl.cli", name, config, *overrides)
+    call("-m", "megatron_rl.commands.cli", name, config, *overrides)
 
 
 def call(*arguments: str) -> None:

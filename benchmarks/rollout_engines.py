@@ -53,7 +53,7 @@ def main() -> None:
 
 def measure(engine: str, folder: Path, name: str) -> dict[str, float]:
     """One short run."""
-    command = [sys.executable, "-m", "megatron_rl.cli", "train", "examples/quickstart/grpo.yaml"]
+    command = [sys.executable, "-m", "megatron_rl.commands.cli", "train", "examples/quickstart/grpo.yaml"]
     command += [f"rollout.engine={engine}", f"trainer.max_steps={STEPS}", "policy.initialization=random"]
     command += [
         f"policy.model_path={folder}/data/model",

@@ -102,7 +102,14 @@ def make_problems(folder: Path, hidden: int) -> None:
 
 def grown(folder: Path, name: str, *settings: str) -> dict[str, float]:
     """The metrics of a run's second step."""
-    command = [sys.executable, "-m", "megatron_rl.cli", "train", str(folder / "tree.yaml"), f"exp_manager.name={name}"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_rl.commands.cli",
+        "train",
+        str(folder / "tree.yaml"),
+        f"exp_manager.name={name}",
+    ]
     command += [f"exp_manager.exp_dir={folder}", f"policy.model_path={folder}/data/model", *settings]
     command += [f"data.train={folder}/problems.jsonl", "rollout.sglang_cfg.max_total_tokens=120000"]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)

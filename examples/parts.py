@@ -58,7 +58,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 def verb(name: str, config: Path, *overrides: str) -> list[str]:
     """``megatron-rl name config ...`` as a command."""
-    return [sys.executable, "-m", "megatron_rl.cli", name, str(config.relative_to(ROOT)), *overrides]
+    return [sys.executable, "-m", "megatron_rl.commands.cli", name, str(config.relative_to(ROOT)), *overrides]
 
 
 def start(folder: Path, seed: int, *, num_held_out: int = 300) -> tuple[dict[str, float], tuple[str, ...]]:

@@ -18,6 +18,6 @@ if [[ -z "${PYTHON:-}" ]]; then
 fi
 
 # exec: a signal to this script reaches the launcher, which ends its ranks.
-exec "$PYTHON" -m megatron_rl.cli train \
+exec "$PYTHON" -m megatron_rl.commands.cli train \
     --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --node-rank "$NODE_RANK" \
     "$@" "trainer.num_nodes=$NNODES"

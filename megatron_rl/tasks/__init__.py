@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
+from megatron_rl import plugins
 from megatron_rl.errors import UserError
 from megatron_rl.tasks.base import Task
 from megatron_rl.tasks.five_styles import FiveStyles
@@ -18,27 +17,12 @@ TASKS: dict[str, Task] = {
 
 
 def get_task(name: str) -> Task:
-    """The task called ``name``; ``package.module:ATTRIBUTE`` names a task outside this package.
+    """The task called ``name``; ``package.module:NAME`` names a task outside this package.
 
     Raises:
         UserError: there is no such task, or what the import path names is not one.
     """
-    if name in TASKS:
-        return TASKS[name]
-    if ":" not in name:
-        raise UserError(
-            "data.task",
-            name,
-            f"is no task; there are {', '.join(sorted(TASKS))}",
-            "use one of them, or give your own as package.module:ATTRIBUTE",
-        )
-    module_name, _, attribute = name.partition(":")
-    try:
-        task = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            "data.task", name, f"cannot be imported ({error})", "put its folder on PYTHONPATH and check the spelling"
-        ) from error
+    task = plugins.find(name, TASKS, field="data.task", what="a task")
     if isinstance(task, type) or not isinstance(task, Task):
         raise UserError(
             "data.task",

@@ -49,7 +49,7 @@ class Case:
     def start(self, *overrides: str) -> subprocess.Popen[str]:
         """The documented command, as a user types it."""
         return subprocess.Popen(
-            [sys.executable, "-m", "megatron_rl.cli", "train", *self.arguments(*overrides)],
+            [sys.executable, "-m", "megatron_rl.commands.cli", "train", *self.arguments(*overrides)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -93,7 +93,7 @@ def test_from_presampling_to_rehearsal(case: Case) -> None:
 def test_presampling_goes_on_where_it_was_killed(case: Case) -> None:
     assert presample(case, "exp_manager.name=whole") == [0]
     command = [
-        sys.executable, "-m", "megatron_rl.cli", "presample",
+        sys.executable, "-m", "megatron_rl.commands.cli", "presample",
         *case.arguments("trainer.devices=1", f"presample.problems={case.train}", *TASK, *SPLIT),
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

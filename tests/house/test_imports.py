@@ -18,11 +18,12 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "parallel": set(),
     "patches": set(),
+    "plugins": set(),
     "process": set(),
     "rewards": set(),
     "types": set(),
     "convert.tables": {"convert.architecture"},
-    "tasks": {"rewards"},
+    "tasks": {"plugins", "rewards"},
     "config": {"convert.architecture", "tasks"},
     "convert.hf": {"convert.architecture", "convert.tables"},
     "scoring": {"parallel", "tasks"},
@@ -56,10 +57,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "commands": {
         "algorithms", "config", "convert.architecture", "convert.offline", "convert.tables", "data", "doctor",
-        "launch", "metrics", "parallel", "process", "rewards", "rollout", "run", "scoring", "tasks",
+        "launch", "metrics", "parallel", "process", "report", "rewards", "rollout", "run", "scoring", "tasks",
     },
     "train": {"config", "launch", "process", "run"},
-    "cli": {"commands", "config", "doctor", "launch", "report"},
 }  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def start(case: Case, tmp_path: Path) -> Iterator[Callable[..., Started]]:
             f"rollout.servers.health_timeout_s={HEALTH_TIMEOUT_S}",
             *overrides,
         )
-        command = [sys.executable, "-m", "megatron_rl.cli", "train", *place.arguments(*overrides)]
+        command = [sys.executable, "-m", "megatron_rl.commands.cli", "train", *place.arguments(*overrides)]
         if program is not None:
             launch = ["megatron_rl.launch", "--standalone", f"--nproc-per-node={ranks}", str(program), "--config"]
             command = [sys.executable, "-m", *launch, *case.arguments(*overrides)]

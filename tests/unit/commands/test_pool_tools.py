@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from megatron_rl.algorithms.grpo import GRPO
-from megatron_rl.cli import app
+from megatron_rl.commands.cli import app
 from megatron_rl.config import Config, load_config, save_resolved
 from megatron_rl.data.origin import tokenizer_digest
 from megatron_rl.data.pool import Pool, PoolWriter, Provenance, Trajectory

@@ -228,7 +228,7 @@ def test_updates_per_step() -> None:
 
 def test_neither_config_nor_command_line_loads_torch() -> None:
     code = (
-        "import sys\nfrom megatron_rl.config import load_config\nimport megatron_rl.cli\n"
+        "import sys\nfrom megatron_rl.config import load_config\nimport megatron_rl.commands.cli\n"
         f"load_config({str(TINY)!r}, ['policy.model_path=m', 'policy.megatron_cfg.fp8=hybrid'])\n"
         "assert not {'torch', 'megatron.core', 'transformers'} & set(sys.modules), 'heavy import'"
     )

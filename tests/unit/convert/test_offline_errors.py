@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from megatron_rl.cli import app
+from megatron_rl.commands.cli import app
 from megatron_rl.convert.offline.convert import export_hf, import_hf
 from megatron_rl.errors import UserError
 from tests.tiny_models import make_tiny_model

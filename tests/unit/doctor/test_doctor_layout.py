@@ -47,7 +47,7 @@ LARGE = (
 
 
 def doctor(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
-    program = f"{code}\nimport sys; from megatron_rl.cli import main; sys.argv[0] = 'megatron-rl'; main()"
+    program = f"{code}\nimport sys; from megatron_rl.commands.cli import main; sys.argv[0] = 'megatron-rl'; main()"
     command = [sys.executable, "-c", program, "doctor", "layout", str(CONFIG), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
 

@@ -96,7 +96,7 @@ def test_torchrun_is_told_where_and_who_and_never_to_restart() -> None:
 
 def test_the_command_refuses_before_torch_is_imported() -> None:
     code = (
-        "import sys, megatron_rl.cli as cli\n"
+        "import sys, megatron_rl.commands.cli as cli\n"
         f"sys.argv = ['megatron-rl', 'train', {str(TINY)!r}, 'policy.model_path=m', 'trainer.num_nodes=2']\n"
         "try:\n    cli.main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     )

@@ -135,8 +135,8 @@ def test_task_outside_the_package_is_found_by_import_path(tmp_path, monkeypatch)
     ("path", "rule"),
     [
         ("no_such_module:TASK", "cannot be imported"),
-        ("megatron_rl.tasks:NO_SUCH_TASK", "cannot be imported"),
-        (":TASK", "cannot be imported"),
+        ("megatron_rl.tasks:NO_SUCH_TASK", "has no NO_SUCH_TASK"),
+        (":TASK", "does not read package.module:NAME"),
         ("megatron_rl.tasks.gsm8k:Gsm8k", "is not an object with"),
         ("megatron_rl.tasks.gsm8k:TEMPLATE", "is not an object with"),
     ],

@@ -1,0 +1,60 @@
+"""Paths in a config are resolved in one way, and refused before a module of the user's is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl import plugins
+from megatron_rl.errors import UserError
+
+KNOWN = {"one": 1, "two": 2}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def find(name: str) -> object:
+    return plugins.find(name, KNOWN, field="data.thing", what="a thing")
+
+
+def test_a_known_name_and_a_path_are_found(folder: Path) -> None:
+    (folder / "plugins_good.py").write_text("THING = 3\n")
+    assert find("two") == 2 and find("plugins_good:THING") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "three",
+            r"data.thing = 'three': is no thing; there are one, two. Fix: use one of them, or give a thing of your own",
+        ),
+        ("plugins_bad:", "does not read package.module:NAME"),
+        ("a-b:X", "does not read package.module:NAME"),
+        ("plugins_nowhere:X", "there is no module plugins_nowhere"),
+        ("plugins_nowhere.inside:X", "cannot be imported"),
+        ("plugins_bad:THINK", r"plugins_bad has no THINK. Fix: did you mean THING\?"),
+        ("plugins_bad:inside", "has no inside"),
+        ("plugins_bad:THING", r"cannot be imported \(ZeroDivisionError"),
+        ("plugins_syntax:THING", r"cannot be imported \(SyntaxError"),
+    ],
+)
+def test_what_is_wrong_is_one_error(folder: Path, name: str, message: str) -> None:
+    (folder / "plugins_bad.py").write_text("THING = 1 / 0\ndef f():\n    inside = 1\n")
+    (folder / "plugins_syntax.py").write_text("THING = = 1\n")
+    with pytest.raises(UserError, match=message):
+        find(name)
+
+
+@pytest.mark.parametrize(
+    "source", ["if True:\n    THING = 1", "import os as THING", "from os import *", "class THING: ..."]
+)
+def test_a_check_knows_names_bound_in_any_way_and_runs_nothing(folder: Path, source: str) -> None:
+    name = f"plugins_form_{abs(hash(source))}"
+    (folder / f"{name}.py").write_text(source + "\nraise SystemExit('it ran')\n")
+    plugins.check(f"{name}:THING", field="f", what="a thing")
