@@ -26,7 +26,7 @@ def run_online(run: Run) -> None:
         samples = run.samples(groups, step)
         policy.fill_log_probs(samples, algorithm.passes_ahead(samples), "old_log_probs")
         if algorithm.needs_reference:
-            with policy.weights_of(run.reference):
+            with policy.trainable.weights_of(run.reference):
                 policy.fill_log_probs(samples, algorithm.mini_batches(samples), "ref_log_probs")
         algorithm.assign_advantages(samples)
         mini_batches = algorithm.updates(samples)

@@ -19,7 +19,7 @@ from megatron_rl.algorithms.base import Algorithm
 from megatron_rl.algorithms.clipped import probability_mask
 from megatron_rl.config import MaskConfig
 from megatron_rl.convert.hf.in_memory import checkpoint_views
-from megatron_rl.model.step import Policy
+from megatron_rl.model.policy import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
 from megatron_rl.types import Kind, MicroBatch, TrainingSample
 
@@ -167,7 +167,7 @@ def watch_routers(network: Any) -> list[Tensor]:
 
 def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingSample]) -> Outcome:
     """Loss, metrics, and gradients (rank 0) of one update; the weights are gone after it."""
-    policy.optimizer.step = lambda: (True, 0.0, None)  # the gradients shall stay as they are
+    policy.trainable.optimizer.step = lambda: (True, 0.0, None)  # the gradients shall stay as they are
     metrics = policy.train_step(samples, algorithm.loss)
     _make_whole(policy)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def _row_as_batch(row: TrainingSample) -> MicroBatch:
 
 def _make_whole(policy: Policy) -> None:
     """The distributed optimizer leaves each rank its shard of a gradient; collect the others'."""
-    for model in policy.models:
+    for model in policy.trainable.models:
         for group in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
             ranks = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:

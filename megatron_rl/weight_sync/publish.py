@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors, plain_name
-from megatron_rl.model.step import Policy
+from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import iterate_hf_tensors, named_parameters
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process.network import own_address
@@ -28,7 +28,7 @@ from megatron_rl.weight_sync.shards import Meeting, ShardSender
 class WeightSync:
     """Gives an engine the policy's weights, version after version. Every method is a collective."""
 
-    def __init__(self, config: Config, policy: Policy) -> None:
+    def __init__(self, config: Config, policy: Trainable) -> None:
         """Nothing is sent yet.
 
         Args:
@@ -87,13 +87,13 @@ def served_overrides(config: Config, shape: ModelShape) -> dict[str, Any]:
     return {"quantization_config": quantization_config(hf_tensors(shape), fmt)}
 
 
-def shards_of(policy: Policy) -> dict[str, Tensor]:
+def shards_of(policy: Trainable) -> dict[str, Tensor]:
     """This rank's weights as they are now, by the table's names: Transformer Engine calls fused norms and experts otherwise."""
     named = named_parameters(policy.chunks, policy.shape, policy.groups)
     return {plain_name(name): tensor.detach() for name, tensor in named}
 
 
-def _shard_sender(config: Config, policy: Policy) -> ShardSender | None:
+def _shard_sender(config: Config, policy: Trainable) -> ShardSender | None:
     """None where the config rules shards out."""
     groups, servers, sync = policy.groups, config.rollout.servers, config.weight_sync
     is_asked_for = sync.transport in ("auto", "shards") and sync.quantization is None
@@ -122,7 +122,7 @@ def _shard_sender(config: Config, policy: Policy) -> ShardSender | None:
 class _Disk:
     """Differences in a shared directory, and beside them the checkpoint that they make; rank 0 does the work."""
 
-    def __init__(self, config: Config, policy: Policy) -> None:
+    def __init__(self, config: Config, policy: Trainable) -> None:
         sync, self._group = config.weight_sync, policy.groups.cpu_group
         self._directory, self._base = Path(str(sync.directory)).absolute(), Path(config.policy.model_path)
         self._is_writer = policy.groups.rank == 0
