@@ -43,6 +43,9 @@ from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync, served_overrides
 
+NEEDS = frozenset({"old_log_probs", "ref_log_probs", "entropy", "values"})
+"""Per-token vectors that ``Run.fill`` can be asked for."""
+
 
 class Run:
     """Everything of one run on this rank. Every rank builds the same; what is shared out is inside the parts."""
@@ -92,7 +95,7 @@ class Run:
         if engine is not None:
             parts.callback(engine.close)
         self.policy = Policy(self._build_model())
-        needs_reference = self.is_trained and self.algorithm.needs_reference
+        needs_reference = self.is_trained and "ref_log_probs" in self.algorithm.needs
         self.reference = self.policy.trainable.snapshot() if needs_reference else []
         numerics = config.trainer.numerics
         self._numerics: NumericsMonitor | None = None
@@ -125,7 +128,7 @@ class Run:
                 return
             self.timer.flush()
             self._generated_at_start = self.rollouts.num_generated_tokens if self.collector is not None else 0
-            self._step_started = time.monotonic()
+            self._step_started, self._is_first_step = time.monotonic(), step == self.start_step
             activity.set_step(step + 1)
             if self._numerics is not None and (step + 1) % self.config.trainer.numerics.every_n_steps == 0:
                 self._numerics.watch()
@@ -202,6 +205,30 @@ class Run:
         """The rows of a step; where stored ones cannot be read, all ranks end alike."""
         with all_ranks_agree(self.groups.cpu_group):
             return self.online_algorithm.samples(groups, step)
+
+    def fill(self, samples: Sequence[TrainingSample], needs: frozenset[str]) -> None:
+        """Set the per-token vectors that a method needs before it gives credit, by forward passes.
+
+        A first update can bring ``old_log_probs`` from its own pass, so ``passes_ahead`` may leave its rows out. In the
+        first step of a run it does not: a pass ahead of it shows that both give the same bits (the ratio is exactly 1).
+
+        Args:
+            samples: all rows of the step, on every rank. A row keeps a vector that it has already.
+            needs: names among ``NEEDS``. ``entropy`` is filled beside ``old_log_probs`` and needs it.
+        """
+        assert needs <= NEEDS, f"nothing fills {', '.join(sorted(needs - NEEDS))}"
+        assert "values" not in needs, "values need a critic, and a run has none"
+        assert "entropy" not in needs or "old_log_probs" in needs, "entropy is filled beside old_log_probs"
+        policy, online = self.policy, self.algorithm if isinstance(self.algorithm, OnlineAlgorithm) else None
+        mini_batches = online.mini_batches(samples) if online is not None else [list(range(len(samples)))]
+        if "old_log_probs" in needs:
+            ahead = online.passes_ahead(samples) if online is not None else mini_batches
+            policy.fill_log_probs(samples, ahead, "old_log_probs", *needs & {"entropy"})
+        if "ref_log_probs" in needs:
+            with policy.trainable.weights_of(self.reference):
+                policy.fill_log_probs(samples, mini_batches, "ref_log_probs")
+        if "old_log_probs" in needs and online is not None and self._is_first_step:
+            policy.fill_log_probs(samples, online.updates(samples)[:1], "old_log_probs")
 
     @property
     def online_algorithm(self) -> OnlineAlgorithm:

@@ -29,6 +29,11 @@ class Algorithm(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the per-token vectors to fill by forward passes before credit is given: some of ``NEEDS`` (run.py)."""
+        return frozenset({"ref_log_probs"} if self.needs_reference else ())
+
     def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
         """Set ``weights`` of every row of one optimizer mini-batch. The aggregation is over the whole of it."""
         weights = token_weights(
@@ -59,6 +64,11 @@ class OnlineAlgorithm(Algorithm):
     """``assign_advantages`` reads ``old_log_probs``."""
     num_epochs: int = 1
     """Passes over each rollout batch."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the per-token vectors to fill before credit is given; the ratio always needs ``old_log_probs``."""
+        return super().needs | {"old_log_probs"}
 
     @abstractmethod
     def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
@@ -92,10 +102,10 @@ class OnlineAlgorithm(Algorithm):
     def passes_ahead(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Row indices of each forward pass that fills ``old_log_probs`` before credit is given.
 
-        The first update brings those of its rows from its own pass, unless credit needs them sooner.
+        The first update brings those of its rows from its own pass, unless credit needs them, or entropies, sooner.
         """
         mini_batches = self.mini_batches(samples)
-        return mini_batches if self.needs_old_log_probs else mini_batches[1:]
+        return mini_batches if self.needs_old_log_probs or "entropy" in self.needs else mini_batches[1:]
 
     @abstractmethod
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:

@@ -79,21 +79,31 @@ def test_the_same_bits_from_weights_alone(layout: dict, precision: str, model: P
         assert held < 1.1 * weights + 50_000 < held_by_trained
 
 
-def weights_of_checkpoint(model: Path, directory: Path) -> tuple[bool, int]:
-    """Train once and save; (whether a model without an optimizer has those weights after loading, its updates)."""
+def saved(model: Path, directory: Path) -> list[torch.Tensor]:
+    """The weights after an update, which a checkpoint holds as well."""
     from megatron_rl.algorithms.grpo import GRPO
     from megatron_rl.model.checkpoint import Checkpoints
 
     config = tiny_config(model, "algorithm.kl.coef=0", "policy.optim.lr=1e-2")
     policy = build_policy(config)
     policy.train_step(random_samples(), GRPO(config).loss)
-    checkpoints = Checkpoints(directory, keep_last=1, groups=policy.groups, say=print)
-    path = checkpoints.save(1, policy.trainable, {"step": 1})
-    frozen = frozen_policy(config).trainable
-    assert not all(map(torch.equal, frozen.parameters(), policy.trainable.parameters()))
-    checkpoints.load(path, frozen)
-    return all(map(torch.equal, frozen.parameters(), policy.trainable.parameters())), frozen.num_updates
+    Checkpoints(directory, keep_last=1, groups=policy.groups, say=print).save(1, policy.trainable, {"step": 1})
+    return policy.trainable.snapshot()
+
+
+def loaded(model: Path, directory: Path) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+    """The weights before and after loading that checkpoint, and the count of updates."""
+    from megatron_rl.model.checkpoint import Checkpoints
+
+    trainable = frozen_policy(tiny_config(model)).trainable
+    before = trainable.snapshot()
+    checkpoints = Checkpoints(directory, keep_last=1, groups=trainable.groups, say=print)
+    checkpoints.load(directory / "step_00000001", trainable)
+    return before, trainable.snapshot(), trainable.num_updates
 
 
 def test_it_loads_the_weights_of_a_checkpoint(model: Path, tmp_path: Path) -> None:
-    assert run_ranks(weights_of_checkpoint, 1, model, tmp_path) == [(True, 1)]
+    [wanted] = run_ranks(saved, 1, model, tmp_path)
+    [(before, after, num_updates)] = run_ranks(loaded, 1, model, tmp_path)
+    assert not any(map(torch.equal, before, wanted)) and all(map(torch.equal, after, wanted))
+    assert num_updates == 1
