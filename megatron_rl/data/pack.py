@@ -15,14 +15,16 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config import PolicyConfig
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.context import zigzag_indices
+from megatron_rl.parallel.context import sum_over_ranks, zigzag_indices
 from megatron_rl.types import MicroBatch, TrainingSample
 
 VECTOR_FIELDS = ("weights", "advantages", "old_log_probs", "ref_log_probs")
@@ -140,6 +142,8 @@ class PackLayout:
     cp_rank: int = 0
     token_multiple: int = 1
     """The tokens of each of those ranks are a multiple of this: what products in eight bits want."""
+    cp_group: dist.ProcessGroup | None = None
+    """The context-parallel ranks, for sums over a sequence in a loss; not needed to pack."""
 
     @property
     def sequence_multiple(self) -> int:
@@ -157,7 +161,7 @@ class PackLayout:
         return num_tokens + -num_tokens % self.sequence_multiple
 
 
-def pack_layout(policy: PolicyConfig, *, cp_rank: int = 0) -> PackLayout:
+def pack_layout(policy: PolicyConfig, *, cp_rank: int = 0, cp_group: dist.ProcessGroup | None = None) -> PackLayout:
     """What a config's layout asks of a pack."""
     is_sequence_parallel = bool(policy.megatron_cfg.get("sequence_parallel"))
     tp_size = policy.tensor_parallel_size if is_sequence_parallel else 1
@@ -168,7 +172,7 @@ def pack_layout(policy: PolicyConfig, *, cp_rank: int = 0) -> PackLayout:
         if recipe == "blockwise" and is_sequence_parallel:
             # Transformer Engine up to 2.13 gathers only whole blocks of 128 tokens from each rank, and fails with others.
             token_multiple = 128
-    return PackLayout(tp_size, policy.context_parallel_size, cp_rank, token_multiple)
+    return PackLayout(tp_size, policy.context_parallel_size, cp_rank, token_multiple, cp_group)
 
 
 def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLayout = PackLayout()) -> MicroBatch:
@@ -239,6 +243,7 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
         lengths=torch.tensor([sample.num_tokens for sample in chosen]),
         experts=None if experts is None else experts[held],
         vectors={name: vector[held] for name, vector in vectors.items()},
+        sum_over_cp=None if layout.cp_size == 1 else partial(sum_over_ranks, group=layout.cp_group),
     )
 
 

@@ -208,10 +208,11 @@ def _row_as_batch(row: TrainingSample) -> MicroBatch:
     vectors = {name: torch.zeros(row.num_response_tokens, dtype=torch.float64) for name in fields}
     vectors |= {name: value.double() for name in fields if (value := getattr(row, name)) is not None}
     mask = torch.ones(row.num_response_tokens, dtype=torch.bool)
-    none = torch.zeros(0)
+    none, length = torch.zeros(0), torch.tensor([row.num_tokens])
+    sequence = torch.zeros(row.num_response_tokens, dtype=torch.int64)
     kind = torch.full((row.num_response_tokens,), int(row.kind))
     loss_mask = mask if row.loss_mask is None else row.loss_mask
-    return MicroBatch(none, none, none, none, 0, mask, loss_mask, [0], none, none, none, kind, vectors)
+    return MicroBatch(none, none, none, none, 0, mask, loss_mask, [0], none, sequence, length, kind, vectors)
 
 
 def _make_whole(policy: Policy) -> None:

@@ -131,7 +131,7 @@ class Trainable:
         """Pack this data-parallel rank's rows: a pure function of the rows, so that each pass over them has the same packs."""
         with self.timer("pack"):
             groups = self.groups
-            layout = pack_layout(self.config.policy, cp_rank=groups.cp_rank)
+            layout = pack_layout(self.config.policy, cp_rank=groups.cp_rank, cp_group=groups.cp_group)
             plan = plan_micro_batches(
                 [layout.padded(sample.num_tokens) for sample in samples],
                 num_ranks=groups.dp_size,
