@@ -191,6 +191,8 @@ class TrainingSample:
     """[R] float32: the factor of each token's loss term. Every aggregation is such a factor (losses/aggregate.py)."""
     loss_mask: Tensor | None = None
     """[R] bool: the tokens that enter the loss; None: all."""
+    unit: int | None = None
+    """Rows of a mini-batch with the same number go into one micro-batch, such as both responses of a preference pair."""
 
     @property
     def num_tokens(self) -> int:

@@ -41,11 +41,12 @@ def plan_micro_batches(
     max_tokens: int,
     count_multiple: int = 1,
     quadratic_length: float = math.inf,
+    units: Sequence[int | None] | None = None,
 ) -> list[list[list[int]]]:
     """Deal rows to data-parallel ranks and micro-batches: balanced, deterministic, the same count on every rank.
 
     Longest row first, each into the emptiest bin: the load of the fullest bin is then at most 4/3 of the best possible.
-    Bins go to ranks by their cost, dearest first, each round's dearest to the rank that has least to do so far.
+    Bins go to ranks by their cost, dearest first; in each round the dearest goes to the rank with the least cost so far.
 
     Args:
         num_tokens: tokens of every row of the mini-batch, over all ranks.
@@ -54,52 +55,75 @@ def plan_micro_batches(
         count_multiple: the number of micro-batches of a rank is a multiple of this.
         quadratic_length: length at which attention costs as much as everything else; a row costs
             ``length * (1 + length / quadratic_length)``.
+        units: a number for each row; rows with the same one go into one micro-batch, in place of a single row above. None,
+            for all rows or for one: the row stands alone.
 
     Returns:
         ``plan[rank][micro_batch]`` is a list of row indices in rising order. Every rank gets equally many micro-batches,
         none of them empty.
 
     Raises:
-        UserError: a row is longer than the budget, or there are too few rows to give every rank ``count_multiple``
-            micro-batches within it.
+        UserError: a row or a unit is longer than the budget, or there are too few of them to give every rank
+            ``count_multiple`` micro-batches within it.
     """
+    items = _units(units or [None] * len(num_tokens))
+    sizes = [sum(num_tokens[row] for row in rows) for rows in items]
     if max(num_tokens) > max_tokens:
         raise too_long(max(num_tokens), max_tokens)
-    unit = num_ranks * count_multiple
-    most = len(num_tokens) // unit
-    if most == 0:
-        raise UserError(
-            "policy.train_global_batch_size",
-            len(num_tokens),
-            f"is too small: {num_ranks} data-parallel ranks need {count_multiple} micro-batches each, and none is empty",
-            f"use at least {unit}",
-        )
-    longest_first = sorted(range(len(num_tokens)), key=lambda row: (-num_tokens[row], row))
-    count = min(most, max(1, -(-sum(num_tokens) // (unit * max_tokens))))
-    while True:
-        bins = _fill_evenly(longest_first, num_tokens, count * unit)
-        fits = all(load <= max_tokens for load, _ in bins)
-        if fits:
-            break
-        if count == most:
-            raise UserError(
-                "policy.train_micro_batch_tokens",
-                max_tokens,
-                f"is too small: {len(num_tokens)} rows have to make at most {most * unit} micro-batches "
-                f"({num_ranks} data-parallel ranks, {count_multiple} at a time), and some must share one",
-                f"raise it, or use a multiple of {unit} for policy.train_global_batch_size",
-            )
-        count = min(most, count + max(1, count // 100))
-    costs = [sum(num_tokens[row] * (1 + num_tokens[row] / quadratic_length) for row in rows) for _, rows in bins]
+    if max(sizes) > max_tokens:
+        longest = items[sizes.index(max(sizes))]
+        raise too_long(max(sizes), max_tokens, num_rows=len(longest))
+    bins = _bins(items, sizes, max_tokens, num_ranks=num_ranks, count_multiple=count_multiple)
+    costs = [sum(num_tokens[row] * (1 + num_tokens[row] / quadratic_length) for row in rows) for rows in bins]
     dearest_first = sorted(range(len(bins)), key=lambda index: (-costs[index], index))
     plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     spent = [0.0] * num_ranks
     for start in range(0, len(bins), num_ranks):
         ranks = sorted(range(num_ranks), key=lambda rank: (spent[rank], rank))
         for rank, index in zip(ranks, dearest_first[start : start + num_ranks]):
-            plan[rank].append(sorted(bins[index][1]))
+            plan[rank].append(sorted(bins[index]))
             spent[rank] += costs[index]
     return plan
+
+
+def _units(units: Sequence[int | None]) -> list[list[int]]:
+    """Return the rows that stay together, in order of their first rows; a row without a unit is alone."""
+    found: dict[tuple[bool, int], list[int]] = {}
+    for row, unit in enumerate(units):
+        found.setdefault((unit is None, row if unit is None else unit), []).append(row)
+    return list(found.values())
+
+
+def _bins(
+    items: Sequence[Sequence[int]], sizes: Sequence[int], max_tokens: int, *, num_ranks: int, count_multiple: int
+) -> list[list[int]]:
+    """Return the rows of each micro-batch of all ranks: as few as hold the items within the budget, none of them empty."""
+    multiple = num_ranks * count_multiple
+    most = len(items) // multiple
+    num_rows = sum(map(len, items))
+    name = "rows" if num_rows == len(items) else "units of rows"
+    if most == 0:
+        raise UserError(
+            "policy.train_global_batch_size",
+            num_rows,
+            f"is too small: {num_ranks} data-parallel ranks need {count_multiple} micro-batches each, and none is empty",
+            f"use at least {multiple}" + ("" if name == "rows" else f" {name}: those of a unit stay together"),
+        )
+    longest_first = sorted(range(len(items)), key=lambda item: (-sizes[item], item))
+    count = min(most, max(1, -(-sum(sizes) // (multiple * max_tokens))))
+    while True:
+        bins = _fill_evenly(longest_first, sizes, count * multiple)
+        if all(load <= max_tokens for load, _ in bins):
+            return [[row for item in chosen for row in items[item]] for _, chosen in bins]
+        if count == most:
+            raise UserError(
+                "policy.train_micro_batch_tokens",
+                max_tokens,
+                f"is too small: {len(items)} {name} have to make at most {most * multiple} micro-batches "
+                f"({num_ranks} data-parallel ranks, {count_multiple} at a time), and some must share one",
+                f"raise it, or use a multiple of {multiple} for policy.train_global_batch_size",
+            )
+        count = min(most, count + max(1, count // 100))
 
 
 def full_batches(rows: Sequence[int], *, size: int, multiple: int) -> list[list[int]]:
@@ -109,27 +133,28 @@ def full_batches(rows: Sequence[int], *, size: int, multiple: int) -> list[list[
     return [filled[start : start + size] for start in range(0, len(filled), size)]
 
 
-def too_long(longest: int, max_tokens: int) -> UserError:
-    """What to say of a row that no micro-batch has room for."""
+def too_long(longest: int, max_tokens: int, *, num_rows: int = 1) -> UserError:
+    """Return the error for a row, or a unit of ``num_rows`` rows, that no micro-batch has room for."""
+    what = "row has" if num_rows == 1 else f"unit of rows that stay together has {num_rows} rows and"
     return UserError(
         "policy.train_micro_batch_tokens",
         max_tokens,
-        f"the longest row has {longest} tokens, which must fit into one micro-batch",
+        f"the longest {what} {longest} tokens, which must fit into one micro-batch",
         f"use {longest} or more, or shorter prompts and responses",
     )
 
 
-def _fill_evenly(longest_first: Sequence[int], num_tokens: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
-    """(load, rows) of each bin."""
+def _fill_evenly(longest_first: Sequence[int], sizes: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
+    """Return (load, items) of each bin."""
     heap = [(0, index) for index in range(count)]
-    rows: list[list[int]] = [[] for _ in range(count)]
+    items: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
-    for row in longest_first:
+    for item in longest_first:
         load, index = heap[0]
-        rows[index].append(row)
-        loads[index] = load + num_tokens[row]
+        items[index].append(item)
+        loads[index] = load + sizes[item]
         heapq.heapreplace(heap, (loads[index], index))
-    return list(zip(loads, rows))
+    return list(zip(loads, items))
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ class Trainable:
                 count_multiple=groups.pp_size if len(self.chunks) > 1 else 1,
                 # Attention costs as much as the dense layers at about 12 x hidden_size tokens.
                 quadratic_length=12 * self.shape.hidden_size,
+                units=[sample.unit for sample in samples],
             )
             packs = [pack(samples, rows, layout) for rows in plan[groups.dp_rank]]
             return [batch.to(self.groups.device) for batch in packs]
