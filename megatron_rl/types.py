@@ -193,6 +193,8 @@ class TrainingSample:
     """[R] bool: the tokens that enter the loss; None: all."""
     unit: int | None = None
     """Rows of a mini-batch with the same number go into one micro-batch, such as both responses of a preference pair."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """A method's own vectors, [R] float32; in a micro-batch they are in ``vectors`` under the same names."""
 
     @property
     def num_tokens(self) -> int:
@@ -243,7 +245,7 @@ class MicroBatch:
     kind: Tensor
     """[T] int64: ``Kind`` of the token's row; -1 on padding."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    """``weights``, ``advantages``, ``old_log_probs``, ... each [T] float32."""
+    """``weights``, ``advantages``, ``old_log_probs``, ... and those of the samples' ``extra``, each [T] float32."""
     experts: Tensor | None = None
     """[T, layers, k] int16: experts to choose; -1 where the router shall choose. None: everywhere."""
     sum_over_cp: Callable[[Tensor], Tensor] | None = None

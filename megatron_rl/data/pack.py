@@ -222,9 +222,7 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
     position_ids = torch.zeros(size, dtype=torch.int64)
     response_mask = torch.zeros(size, dtype=torch.bool)
     loss_mask = torch.zeros(size, dtype=torch.bool)
-    # Of the whole mini-batch: which fields there are may not depend on who shares a pack. Rows of one kind have the same.
-    names = [name for name in VECTOR_FIELDS if any(getattr(sample, name) is not None for sample in samples)]
-    vectors = {name: torch.zeros(size) for name in names}
+    vectors = {name: torch.zeros(size) for name in vector_names(samples)}
     sequence, kind = torch.full((size,), -1), torch.full((size,), -1)
     told = next((sample.experts for sample in chosen if sample.experts is not None), None)
     experts = None if told is None else torch.full((size, *told.shape[1:]), -1, dtype=torch.int16)
@@ -242,8 +240,9 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
         where = response_slice(start, sample)
         response_mask[where] = True
         loss_mask[where] = True if sample.loss_mask is None else sample.loss_mask
-        for name in names:
-            if (vector := getattr(sample, name)) is not None:
+        for name in vectors:
+            vector = getattr(sample, name) if name in VECTOR_FIELDS else sample.extra.get(name)
+            if vector is not None:
                 vectors[name][where] = vector
         start += length
     position_ids[total:] = torch.arange(padding)
@@ -270,6 +269,13 @@ def pack(samples: Sequence[TrainingSample], rows: Sequence[int], layout: PackLay
         vectors={name: vector[held] for name, vector in vectors.items()},
         sum_over_cp=None if layout.cp_size == 1 else partial(sum_over_ranks, group=layout.cp_group),
     )
+
+
+def vector_names(samples: Sequence[TrainingSample]) -> list[str]:
+    """Return the names of the vectors in every pack of a mini-batch: those of any row. A row without one has zeros."""
+    own = dict.fromkeys(name for sample in samples for name in sample.extra)
+    assert not own.keys() & set(VECTOR_FIELDS), f"extra vectors {list(own)} have names of built-in ones"
+    return [name for name in VECTOR_FIELDS if any(getattr(sample, name) is not None for sample in samples)] + list(own)
 
 
 def response_slice(start: int, sample: TrainingSample) -> slice:

@@ -133,3 +133,20 @@ def test_units_that_do_not_fit_are_refused() -> None:
         plan_micro_batches([60, 60, 10], num_ranks=1, max_tokens=100, units=[7, 7, None])
     with pytest.raises(UserError, match=r"use at least 2 units of rows"):
         plan_micro_batches([10, 10], num_ranks=2, max_tokens=100, units=[7, 7])
+
+
+def test_a_methods_own_vectors_travel_with_the_tokens() -> None:
+    samples = [sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9])]
+    samples[0].extra["margins"] = torch.tensor([0.5, -0.5])
+    assert pack(samples, [0, 1]).vectors["margins"].tolist() == [0, 0, 0.5, -0.5, 0, 0, 0, 0, 0]
+    alone = pack(samples, [1]).vectors  # the names do not depend on who shares a pack
+    assert set(alone) == {"weights", "margins"} and alone["margins"].tolist() == [0, 0, 0, 0]
+    moved = pack(samples, [0]).to(torch.device("cpu")).vectors["margins"]
+    assert moved.dtype == torch.float32 and moved.tolist() == [0, 0, 0.5, -0.5, 0]
+
+
+def test_an_own_vector_with_the_name_of_a_field_is_refused() -> None:
+    row = sample([1], [2])
+    row.extra["advantages"] = torch.zeros(1)
+    with pytest.raises(AssertionError, match="advantages"):
+        pack([row], [0])
