@@ -40,7 +40,7 @@ from megatron_rl.rollout.build import build_engine
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine, ServedModel
 from megatron_rl.scoring.scorer import Scorer
-from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import Prompt, RolloutGroup, RowKind, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync, served_overrides
 
 NEEDS = frozenset({"old_log_probs", "ref_log_probs", "entropy", "values"})
@@ -309,7 +309,7 @@ class Run:
 
     def _log_probs_of(self, prompts: Sequence[Prompt], responses: Sequence[Tensor]) -> list[Tensor]:
         """See ``Collector.policy_log_probs``."""
-        rows = [TrainingSample(prompt.prompt_ids, ids, Kind.RL) for prompt, ids in zip(prompts, responses)]
+        rows = [TrainingSample(prompt.prompt_ids, ids, RowKind.RL) for prompt, ids in zip(prompts, responses)]
         size = self.config.policy.train_global_batch_size
         batches = full_batches(range(len(rows)), size=size, multiple=self.config.row_unit)
         self.policy.fill_log_probs(rows, batches, "old_log_probs")

@@ -23,7 +23,7 @@ FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 """In the order of the numbers that stand for them in flat tensors."""
 
 
-class Kind(enum.IntEnum):
+class RowKind(enum.IntEnum):
     """Where a training row comes from. An integer, so that a row's kind travels in a flat tensor."""
 
     RL = 0
@@ -33,9 +33,10 @@ class Kind(enum.IntEnum):
     EDGE = 4
 
 
-ON_POLICY = frozenset({Kind.RL, Kind.REPLAY, Kind.EDGE})
-"""Rows with an advantage and a ratio: to the policy of their step's start (replayed ones as if it had sampled them), or, of the
-edges of a tree, to that of the step that grew it."""
+POLICY_GRADIENT_KINDS = frozenset({RowKind.RL, RowKind.REPLAY, RowKind.EDGE})
+"""Kinds trained with a policy-gradient loss: rows with an advantage and a ratio. Not all were sampled by the current policy:
+replays come from an earlier run, edges from an earlier step's tree. The ratio's denominator is the policy at the start of the
+step, or, for tree edges, of the step that sampled them."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,11 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class State:
-    """A place within a response, and what the policy makes of it from there."""
+class SegmentStart:
+    """The start of a segment within a response, and its value under the policy."""
 
     num_tokens: int
-    """Of the response, before it; 0 is the bare prompt."""
+    """Response tokens before it; 0 is the bare prompt."""
     value: float | None
     """Mean reward of rollouts that continue from it (Monte Carlo); None where none of them could be judged."""
 
@@ -130,7 +131,7 @@ class Rollout:
 
     completion: Completion
     score: Score
-    states: tuple[State, ...] = ()
+    states: tuple[SegmentStart, ...] = ()
     """Where its segments begin, in order; for methods that have segments."""
     policy_log_probs: Tensor | None = None
     """[R] float32: the trainer's own log p of each token at sampling time, where a method asked for them while it collected."""
@@ -171,7 +172,7 @@ class TrainingSample:
     """[*] int64."""
     response_ids: Tensor
     """[R] int64."""
-    kind: Kind
+    kind: RowKind
     reward: float = 0.0
     has_reward: bool = True
     """False where the scorer failed: such a row gets no advantage and is left out of its group's baseline."""
@@ -243,7 +244,7 @@ class MicroBatch:
     lengths: Tensor
     """[N] int64: tokens of each of ``rows``, over all context-parallel ranks."""
     kind: Tensor
-    """[T] int64: ``Kind`` of the token's row; -1 on padding."""
+    """[T] int64: ``RowKind`` of the token's row; -1 on padding."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
     """``weights``, ``advantages``, ``old_log_probs``, ... and those of the samples' ``extra``, each [T] float32."""
     experts: Tensor | None = None

@@ -29,9 +29,9 @@ from megatron_rl.data.rehearsal import Rehearsal
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.f_divergence import f_divergence, js_definition
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
-REHEARSAL = frozenset({Kind.REHEARSAL})
+REHEARSAL = frozenset({RowKind.REHEARSAL})
 
 
 class DPHRL(GRPO):
@@ -76,8 +76,8 @@ class DPHRL(GRPO):
 
     def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
         """Two means, each over its own rows; eta is a factor of the second's weights."""
-        super().assign_weights([sample for sample in mini_batch if sample.kind is not Kind.REHEARSAL])
-        stored = [sample for sample in mini_batch if sample.kind is Kind.REHEARSAL]
+        super().assign_weights([sample for sample in mini_batch if sample.kind is not RowKind.REHEARSAL])
+        stored = [sample for sample in mini_batch if sample.kind is RowKind.REHEARSAL]
         weights = token_weights([sample.num_response_tokens for sample in stored], "token-mean", max_tokens=1)
         for sample, weight in zip(stored, weights):
             sample.weights = torch.full((sample.num_response_tokens,), self.rehearsal_settings.coef * weight)
@@ -102,7 +102,8 @@ class DPHRL(GRPO):
         }
         return replace(
             terms,
-            loss=torch.where(batch.kind == Kind.REHEARSAL, divergence, of_rollouts),
+            loss=torch.where(batch.kind == RowKind.REHEARSAL, divergence, of_rollouts),
             means=terms.means | stored,
-            kinds=dict.fromkeys([*terms.means, *terms.maxima], frozenset({Kind.RL})) | dict.fromkeys(stored, REHEARSAL),
+            kinds=dict.fromkeys([*terms.means, *terms.maxima], frozenset({RowKind.RL}))
+            | dict.fromkeys(stored, REHEARSAL),
         )

@@ -24,7 +24,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.losses.kl import kl_estimate
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.types import ON_POLICY, Kind, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, Prompt, RolloutGroup, RowKind, TrainingSample
 
 
 class GRPO(ClippedAlgorithm):
@@ -82,7 +82,7 @@ class GRPO(ClippedAlgorithm):
             TrainingSample(
                 prompt_ids=group.prompt.prompt_ids,
                 response_ids=rollout.completion.response_ids,
-                kind=Kind.RL,
+                kind=RowKind.RL,
                 reward=self.shaped(rollout.score.reward, len(rollout.completion.response_ids)),
                 has_reward=not rollout.score.is_failure,
                 group_index=index,
@@ -104,7 +104,7 @@ class GRPO(ClippedAlgorithm):
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
         """One advantage per rollout, the same for all its tokens; 0 where the scorer failed. Other rows are in no group."""
         self.mask_by_policy(samples)
-        grouped = [sample for sample in samples if sample.kind in ON_POLICY]
+        grouped = [sample for sample in samples if sample.kind in POLICY_GRADIENT_KINDS]
         for _, rows in groupby(grouped, key=lambda sample: sample.group_index):
             group = list(rows)
             judged = [sample for sample in group if sample.has_reward]

@@ -25,7 +25,7 @@ from megatron_rl.config import Config, RLEPConfig
 from megatron_rl.data.pool import Pool, PoolNeed
 from megatron_rl.data.replay import FoundSuccesses, PooledSuccesses, Success
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
 
 class RLEP(GRPO):
@@ -75,7 +75,7 @@ class RLEP(GRPO):
         size, found = self.config.policy.train_global_batch_size, -1
         batches: list[list[int]] = []
         for row, sample in enumerate(samples):
-            found += sample.kind is Kind.RL
+            found += sample.kind is RowKind.RL
             if found // size == len(batches):
                 batches.append([])
             batches[-1].append(row)
@@ -85,7 +85,7 @@ class RLEP(GRPO):
         return TrainingSample(
             prompt.prompt_ids,
             success.response_ids,
-            Kind.REPLAY,
+            RowKind.REPLAY,
             reward=self.shaped(success.reward, len(success.response_ids)),
             group_index=group_index,
         )
@@ -96,7 +96,7 @@ class RLEP(GRPO):
         """GRPO's, of all rows; what estimates something of the policy by its own samples is logged over those alone."""
         terms = super().loss(log_probs, entropy, batch)
         own = [name for name in terms.means if name.startswith(("entropy/", "kl/"))]
-        return replace(terms, kinds=dict.fromkeys(own, frozenset({Kind.RL})))
+        return replace(terms, kinds=dict.fromkeys(own, frozenset({RowKind.RL})))
 
     # ---- state
 

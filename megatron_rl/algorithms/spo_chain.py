@@ -41,7 +41,7 @@ from megatron_rl.data.stream import Stream
 from megatron_rl.data.tokenizer import ids_with_newlines
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.growth import Branch, Key
-from megatron_rl.types import Completion, Kind, Prompt, Rollout, RolloutGroup, Score, State, TrainingSample
+from megatron_rl.types import Completion, Prompt, Rollout, RolloutGroup, RowKind, Score, SegmentStart, TrainingSample
 
 
 class SPOChain(SegmentAlgorithm):
@@ -140,7 +140,7 @@ class SPOChain(SegmentAlgorithm):
         values = self._values(prompts, grown, prefixes, collector)
         groups = [RolloutGroup(prompt, []) for prompt in prompts]
         for (key, rollout), score in zip(rollouts.items(), scores):
-            valued = tuple(State(n, values[state]) for n, state in zip(borders[key], states[key]))
+            valued = tuple(SegmentStart(n, values[state]) for n, state in zip(borders[key], states[key]))
             groups[key[0]].rollouts.append(Rollout(rollout, score, valued, of_policy.get(key)))
         num_borders, num_tokens = sum(map(len, borders.values())), _num_tokens(grown.values())
         self._metrics = {
@@ -191,7 +191,7 @@ class SPOChain(SegmentAlgorithm):
                     TrainingSample(
                         prompt_ids=group.prompt.prompt_ids,
                         response_ids=completion.response_ids,
-                        kind=Kind.RL,
+                        kind=RowKind.RL,
                         reward=rollout.score.reward,
                         has_reward=not rollout.score.is_failure,
                         group_index=index,

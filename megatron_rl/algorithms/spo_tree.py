@@ -29,7 +29,7 @@ from megatron_rl.data.pack import full_batches
 from megatron_rl.data.stream import Stream
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.growth import Branch, Key
-from megatron_rl.types import Completion, Kind, Prompt, Rollout, RolloutGroup, TrainingSample, TreeNode
+from megatron_rl.types import Completion, Prompt, Rollout, RolloutGroup, RowKind, TrainingSample, TreeNode
 
 
 class SPOTree(SegmentAlgorithm):
@@ -155,7 +155,7 @@ class SPOTree(SegmentAlgorithm):
                 TrainingSample(
                     prompt_ids=contexts[parent],
                     response_ids=completion.response_ids,
-                    kind=Kind.EDGE,
+                    kind=RowKind.EDGE,
                     reward=edge.node.value or 0.0,
                     finish_reason=completion.finish_reason,
                     weight_version=completion.weight_version,

@@ -21,11 +21,11 @@ from megatron_rl.config import MaskConfig
 from megatron_rl.convert.hf.in_memory import checkpoint_views
 from megatron_rl.model.policy import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
-from megatron_rl.types import Kind, MicroBatch, TrainingSample
+from megatron_rl.types import MicroBatch, RowKind, TrainingSample
 
 BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
 """Of ``errors``: what float32 gives when nothing is wrong is some three times less."""
-STORED_KINDS = {"dph_rl": Kind.REHEARSAL, "rlep": Kind.REPLAY}
+STORED_KINDS = {"dph_rl": RowKind.REHEARSAL, "rlep": RowKind.REPLAY}
 """Which rows an algorithm trains on beside rollouts."""
 LENGTHS = ((1, 1), (7, 120), (3, 2), (30, 9), (1, 64), (12, 17), (2, 33), (5, 5))
 """(prompt, response) tokens of each row: very unequal."""
@@ -68,11 +68,11 @@ def recorded_batch(
     settings = algorithm.config.algorithm
     threshold = settings.mask_threshold if isinstance(settings, MaskConfig) else None
     generator = torch.Generator().manual_seed(1)
-    stored = STORED_KINDS.get(algorithm.config.algorithm.name, Kind.RL)
+    stored = STORED_KINDS.get(algorithm.config.algorithm.name, RowKind.RL)
     samples = []
     for number, (prompt, response) in enumerate(lengths):
         ids = torch.randint(0, vocab_size, (prompt + response,), generator=generator)
-        row = TrainingSample(ids[:prompt], ids[prompt:], stored if is_stored(number) else Kind.RL)
+        row = TrainingSample(ids[:prompt], ids[prompt:], stored if is_stored(number) else RowKind.RL)
         row.advantages = torch.randn(1, generator=generator).expand(response).clone()
         samples.append(row)
     for row in samples:
@@ -81,7 +81,7 @@ def recorded_batch(
         noise = torch.randn(2, len(log_probs), generator=generator) * 0.2
         row.old_log_probs, row.ref_log_probs = (log_probs.float() + noise).unbind()
         row.loss_mask = probability_mask(row.old_log_probs, threshold)
-        if row.kind is Kind.REHEARSAL:
+        if row.kind is RowKind.REHEARSAL:
             row.advantages = row.old_log_probs = None
     algorithm.assign_weights(samples)
     return samples
@@ -128,7 +128,7 @@ def reference(
         terms = algorithm.loss(log_probs, entropy, _row_as_batch(row))
         total_loss = total_loss + (terms.loss * row.weights.double()).sum()
         for name, value in terms.means.items():
-            kinds = terms.kinds.get(name, frozenset(Kind))
+            kinds = terms.kinds.get(name, frozenset(RowKind))
             if row.kind in kinds:
                 count = sum(other.num_loss_tokens for other in samples if other.kind in kinds)
                 shown = value.detach().double() if row.loss_mask is None else value.detach().double()[row.loss_mask]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.rewards.correct import is_correct
-from megatron_rl.types import Kind, RolloutGroup, TrainingSample
+from megatron_rl.types import RolloutGroup, RowKind, TrainingSample
 
 MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
 """Of what an update reports, the maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
@@ -55,7 +55,7 @@ def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
         "num_tokens": float(sum(sample.num_tokens for sample in samples)),
         "num_response_tokens": float(sum(sample.num_response_tokens for sample in samples)),
     }
-    rollouts = [sample for sample in samples if sample.kind in (Kind.RL, Kind.EDGE)]
+    rollouts = [sample for sample in samples if sample.kind in (RowKind.RL, RowKind.EDGE)]
     if not any(sample.num_response_tokens for sample in rollouts):  # a mean over no token is no number
         return sizes
     difference = (_joined(rollouts, "old_log_probs") - _joined(rollouts, "rollout_log_probs")).abs()

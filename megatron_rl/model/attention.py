@@ -82,7 +82,7 @@ class PackedCausalAttention(MegatronModule):
             [t, n * v].
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "packed sequences only"
-        pack = _Pack.of(packed_seq_params.cu_seqlens_q, self.cp_group)
+        pack = _PackIndex.of(packed_seq_params.cu_seqlens_q, self.cp_group)
         if pack.is_shared:
             # One gather for both; its backward sums what all ranks' queries say of this rank's keys.
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
@@ -91,7 +91,7 @@ class PackedCausalAttention(MegatronModule):
         return pack.queries.unpad([self._attend(q, k, v, bias) for q, k, v, bias in batches])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """[N, s, n, d], [N, S, g, d], [N, S, g, v] and a bias of ``_Pack.biases`` -> [N, s, n * v]."""
+        """[N, s, n, d], [N, S, g, d], [N, S, g, v] and a bias of ``_PackIndex.biases`` -> [N, s, n * v]."""
         num_groups = key.shape[2]
         q = query.unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [N, g, r, s, d]
         k, v = key.transpose(1, 2), value.transpose(1, 2)  # [N, g, S, d or v]
@@ -180,10 +180,10 @@ class Fp8WholeLinear(Fp8Layer, WholeLinear):
         return state
 
 
-class _Pack:
+class _PackIndex:
     """What the layers of one forward need to know of their pack."""
 
-    _last: tuple[Tensor, _Pack] | None = None
+    _last: tuple[Tensor, _PackIndex] | None = None
 
     def __init__(self, cu_seqlens: Tensor, cp_group: Any) -> None:
         size, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
@@ -200,7 +200,7 @@ class _Pack:
         self._biases: dict[torch.dtype, list[Tensor | None]] = {}
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, cp_group: Any) -> _Pack:
+    def of(cls, cu_seqlens: Tensor, cp_group: Any) -> _PackIndex:
         """All layers of one forward pass the same tensor object, so one entry is cache enough."""
         if cls._last is None or cls._last[0] is not cu_seqlens:
             cls._last = (cu_seqlens, cls(cu_seqlens, cp_group))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 
 @dataclass
-class Pack(PackedSeqParams):
+class PackParams(PackedSeqParams):
     """What layers know of the pack under way. Megatron hands it to every layer, and again when it recomputes one."""
 
     sequence: Tensor | None = None
@@ -43,19 +43,19 @@ class Pack(PackedSeqParams):
     """[t, layers, k] int16: the rollout's choices; -1 where it has none."""
 
 
-class Layer(TransformerLayer):
+class ExpertLayer(TransformerLayer):
     """A Megatron layer that shows its router the pack."""
 
-    def forward(self, *args: Any, packed_seq_params: Pack, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, packed_seq_params: PackParams, **kwargs: Any) -> Any:
         """See ``TransformerLayer``."""
         self.mlp.router.pack = packed_seq_params
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
 
-class Router(TopKRouter):
+class ExpertRouter(TopKRouter):
     """Megatron's choice of experts, with losses and replay of ours."""
 
-    pack: Pack
+    pack: PackParams
     expert_bias: Tensor | None
 
     def __init__(self, config: Any, pg_collection: Any = None, **options: Any) -> None:
@@ -100,7 +100,7 @@ class Router(TopKRouter):
         indices = torch.where(told >= 0, told, indices)
         return scores.gather(1, indices), indices
 
-    def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+    def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertRouter:
         """A model's conversion to bfloat16 leaves the bias of the choice as it is: rounded, it would choose others."""
         bias = self.expert_bias
         super()._apply(convert, recurse)

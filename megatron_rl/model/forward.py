@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_rl.model.experts import Pack
+from megatron_rl.model.experts import PackParams
 from megatron_rl.parallel.vocab import vocab_parallel_statistics
 from megatron_rl.types import MicroBatch
 
@@ -96,7 +96,7 @@ def run_model(model: torch.nn.Module, batch: MicroBatch, *, row_weight: float = 
     Returns:
         On the last stage ``(log_probs, entropy)``, each [T] float32; elsewhere the hidden states for the next stage.
     """
-    packed = Pack(
+    packed = PackParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rl.data.pack import VECTOR_FIELDS
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import gather_json
-from megatron_rl.types import ON_POLICY, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
 
 SLICE_ELEMENTS = 1 << 28
 """Of a gradient buffer that are looked at in one kernel: torch's reductions count in 32 bits."""
@@ -42,7 +42,10 @@ def check_trainable(samples: Sequence[TrainingSample], *, update: int) -> None:
     Raises:
         UserError: no row has a token that enters the loss.
     """
-    for kind in {ON_POLICY if sample.kind in ON_POLICY else frozenset({sample.kind}) for sample in samples}:
+    for kind in {
+        POLICY_GRADIENT_KINDS if sample.kind in POLICY_GRADIENT_KINDS else frozenset({sample.kind})
+        for sample in samples
+    }:
         for name in VECTOR_FIELDS:
             rows = [sample for sample in samples if sample.kind in kind]
             assert len({getattr(row, name) is None for row in rows}) == 1, f"{name} of some {set(kind)} rows alone"

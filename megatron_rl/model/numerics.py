@@ -31,7 +31,7 @@ from megatron_rl.convert.tables.table import global_name
 from megatron_rl.model.attention import WholeLinear
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.fp8.emulation import Fp8Layer, Quantizers, fp8_product
-from megatron_rl.model.fp8.recipe import Recipe, recipe_of
+from megatron_rl.model.fp8.recipe import Fp8Recipe, recipe_of
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
 
@@ -52,7 +52,7 @@ class NumericsMonitor:
         self._config, self._groups = config, groups
         recipe = recipe_of(megatron_cfg) or recipe_of({"fp8": "hybrid", "fp8_recipe": config.forecast})
         assert recipe is not None
-        self._recipe: Recipe = recipe
+        self._recipe: Fp8Recipe = recipe
         is_fp8 = recipe_of(megatron_cfg) is not None
         self._layers = {
             name: module for chunk in chunks for name, module in _linear_layers(chunk, groups.ep_rank, is_fp8=is_fp8)

@@ -97,8 +97,8 @@ def _use_own_parts(spec: ModuleSpec, *, is_local: bool, has_experts: bool) -> No
     if is_local:
         attention.submodules.core_attention = PackedCausalAttention
     if has_experts:
-        spec.module = experts.Layer
-        _parts(spec.submodules.mlp).router = experts.Router
+        spec.module = experts.ExpertLayer
+        _parts(spec.submodules.mlp).router = experts.ExpertRouter
 
 
 def _parts(spec: ModuleSpec | partial[Any]) -> Any:

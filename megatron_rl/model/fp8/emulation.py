@@ -38,10 +38,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_rl.model.fp8.recipe import Recipe
+from megatron_rl.model.fp8.recipe import Fp8Recipe
 
 EMULATED = "emulated_fp8"
-"""Attribute of Megatron's config with the ``Recipe``. Its own field ``fp8`` stays empty: it stands for Transformer Engine."""
+"""Attribute of Megatron's config with the ``Fp8Recipe``. The field ``fp8`` stays empty: it would ask for Transformer Engine."""
 Tile = tuple[int, int]
 """Rows and columns that share a scale."""
 Operand = tuple[Tensor, Tensor | None]
@@ -114,7 +114,7 @@ class Quantizers:
 
     ROLES = ("input", "weight", "gradient")
 
-    def __init__(self, recipe: Recipe, amax_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, recipe: Fp8Recipe, amax_group: dist.ProcessGroup | None = None) -> None:
         """Args: the recipe; ranks that share the scales of delayed scaling, as Megatron has it: TP x CP x DP."""
         self.recipe, self._amax_group = recipe, amax_group
         self.history = torch.zeros(len(self.ROLES), recipe.history_len)

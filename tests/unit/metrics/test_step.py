@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score, TrainingSample
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score, TrainingSample
 
 
 def rollout(correct: float, tokens: int, *, version: int = 5, reason: str = "", cut: bool = False) -> Rollout:
@@ -36,7 +36,7 @@ def test_rollout_metrics() -> None:
 
 
 def test_sample_metrics() -> None:
-    sample = TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), Kind.RL)
+    sample = TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), RowKind.RL)
     sample.old_log_probs, sample.rollout_log_probs = torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, -3.0])
     sample.advantages = torch.tensor([1.0, -1.0])
     metrics = sample_metrics([sample])
@@ -46,7 +46,7 @@ def test_sample_metrics() -> None:
 
 
 def test_rows_without_any_response_token_have_sizes_only() -> None:
-    sample = TrainingSample(torch.tensor([1]), torch.tensor([], dtype=torch.int64), Kind.RL)
+    sample = TrainingSample(torch.tensor([1]), torch.tensor([], dtype=torch.int64), RowKind.RL)
     sample.old_log_probs = sample.rollout_log_probs = sample.advantages = torch.zeros(0)
     assert sample_metrics([sample]) == {"num_tokens": 1.0, "num_response_tokens": 0.0}
 
