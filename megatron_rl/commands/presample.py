@@ -93,7 +93,7 @@ def _trajectories(run: Run, chosen: list[tuple[Prompt, tuple[Completion, float]]
         for prompt, (completion, reward) in chosen
     ]
     if rows and run.config.presample.purpose == "rehearsal":
-        run.rest_engine()
+        run.release_engine_memory()
         unit = run.config.policy.train_global_batch_size
         filled = rows + [replace(rows[-1]) for _ in range(-len(rows) % unit)]  # each rank gets equally many
         run.policy.fill_log_probs(filled, [range(len(filled))], "ref_log_probs")

@@ -173,7 +173,7 @@ class Fp8WholeLinear(Fp8Layer, WholeLinear):
     """The same in emulated eight bits."""
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Like ``WholeLinear``'s, unless there is something to remember: checkpoints of either can then be loaded as both."""
+        """Return the state of a ``WholeLinear``, and the memory of delayed scaling: without it a checkpoint loads as either."""
         state = super().sharded_state_dict(prefix, *args, **kwargs)
         if self.quantizers.recipe.kind != "delayed":
             state.pop(f"{prefix}_extra_state", None)
@@ -181,7 +181,7 @@ class Fp8WholeLinear(Fp8Layer, WholeLinear):
 
 
 class _PackIndex:
-    """What the layers of one forward need to know of their pack."""
+    """Places and masks of one pack, computed once for all layers of a forward."""
 
     _last: tuple[Tensor, _PackIndex] | None = None
 
@@ -201,13 +201,13 @@ class _PackIndex:
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, cp_group: Any) -> _PackIndex:
-        """All layers of one forward pass the same tensor object, so one entry is cache enough."""
+        """Return the index of a pack. All layers of a forward pass the same tensor object, so a cache of one is enough."""
         if cls._last is None or cls._last[0] is not cu_seqlens:
             cls._last = (cu_seqlens, cls(cu_seqlens, cp_group))
         return cls._last[1]
 
     def biases(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """Of each batch: 0 where the key is not after the query, -inf elsewhere.
+        """Return the bias of each batch: 0 where the key is not after the query, -inf elsewhere.
 
         Returns:
             [S, S] each, or, of this rank's queries, [N, 1, 1, s, S]; None where a long batch is plainly causal.
@@ -229,7 +229,7 @@ class _PackIndex:
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:
-    """Sequences that are padded together, longest first."""
+    """Group the sequences that are padded together, longest first."""
     batches: list[list[int]] = []
     limit = 0.0
     for sequence in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -241,7 +241,7 @@ def _batches(lengths: list[int]) -> list[list[int]]:
 
 
 class _Batches:
-    """Where each packed token goes in padded [N, S] batches that lie one after another."""
+    """The place of each packed token in padded [N, S] batches that lie one after another."""
 
     def __init__(self, cu_seqlens: Tensor, batches: list[list[int]]) -> None:
         device, total = cu_seqlens.device, int(cu_seqlens[-1])

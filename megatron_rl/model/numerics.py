@@ -1,6 +1,6 @@
-"""What eight bits do to a model's numbers, or would do: each linear layer looked at on sampled steps.
+"""Numerics of FP8 in a model, or of FP8 as it would be: each linear layer, on sampled steps.
 
-Of the first micro-batch of a watched step, for each linear layer of the decoder:
+Measured on the first micro-batch of a watched step, for each linear layer of the decoder:
 
     input_amax, weight_amax, gradient_amax   largest magnitudes; the gradient is that of the output
     *_underflow                              share of the numbers that are not zero and become zero
@@ -182,7 +182,7 @@ def _input_of_product(module: Any, x: Tensor) -> Tensor:
 
 
 def _range(quantizers: Quantizers, role: str, x: Tensor) -> LayerReport:
-    """Of one operand [rows, columns]; nothing of an expert that got no token."""
+    """Report the range of one operand [rows, columns]; empty for an expert that got no token."""
     if not x.numel():
         return {}
     amax = x.abs().amax().float()

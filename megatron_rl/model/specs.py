@@ -25,7 +25,7 @@ from megatron_rl.model.fp8.emulation import EMULATED, emulated
 
 
 def has_transformer_engine() -> bool:
-    """Whether the torch bindings of Transformer Engine are installed (the meta package alone is not enough)."""
+    """Return whether Transformer Engine's torch bindings are installed (the meta package alone is not enough)."""
     return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
@@ -35,7 +35,7 @@ def adam_in_use() -> str:
 
 
 def uses_transformer_engine(chosen: str | None, device: torch.device) -> bool:
-    """Which layers a model gets.
+    """Decide whether a model gets Transformer Engine's layers or local ones.
 
     Args:
         chosen: ``policy.megatron_cfg.transformer_impl``; None takes Transformer Engine's on a GPU, local ones on a CPU.

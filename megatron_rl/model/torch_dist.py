@@ -44,7 +44,7 @@ def load_torch_dist(
 
 
 def log_probs_of_one_rank(config: Config, directory: str | Path, tokens: Tensor) -> Tensor:
-    """What a checkpoint's model thinks of one sequence. Needs a process group of one rank.
+    """Return the log-probs of one sequence under a checkpoint's model. Needs a process group of one rank.
 
     Args:
         config: of one rank; its ``policy.model_path`` gives the shape of the model.

@@ -18,13 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_TOKENS = 4096
-"""C: beyond it, the weight is read once more."""
+"""C. Every further chunk reads the weight once more."""
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""C * B. A CPU works on a block in its cache; a GPU wants its kernels large."""
+"""C * B. A block fits a CPU's cache; a GPU needs large kernels."""
 
 
 def multiplies_bfloat16_fast(device: torch.device) -> bool:
-    """CPUs without units for it do so many times slower than in float32, so there blocks of the operands are converted."""
+    """Return whether the device multiplies bfloat16 fast. A CPU without units for it is many times slower than in float32, so
+    there blocks of the operands are converted."""
     if device.type != "cpu":
         return True
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
@@ -32,7 +33,7 @@ def multiplies_bfloat16_fast(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the distribution at each token says, [T] each."""
+    """Statistics of the distribution at each token, [T] each."""
 
     log_probs: Tensor
     """float32, with gradient: of the label."""
@@ -79,7 +80,7 @@ def vocab_parallel_statistics(
 
 @dataclass(frozen=True)
 class _Block:
-    """How the product is cut, and what its entries mean."""
+    """One cut of the product hidden x weight, and the meaning of its entries."""
 
     start: int
     """First word of this rank."""
@@ -106,21 +107,21 @@ class _Block:
         return [slice(i, min(i + self.width, self.valid)) for i in range(0, self.valid, self.width)]
 
     def operand(self, x: Tensor) -> Tensor:
-        """As products take it."""
+        """Return an operand in the type of the products."""
         return x.float() if self.in_float32 else x
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[C, B] float32, of operands."""
+        """Return the logits of two operands, [C, B] float32."""
         logits = (hidden @ weight.t()).float()
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def columns(self, labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-        """[C] column of each label in the block, and whether it is there."""
+        """Return [C] the column of each label in the block, and [C] bool, whether it is there."""
         columns = labels - self.start - words.start
         return columns, (columns >= 0) & (columns < words.stop - words.start)
 
     def sum(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Of all ranks."""
+        """Return the sums over all ranks."""
         if dist.get_world_size(self.group) == 1:
             return values
         stacked = torch.stack(values)
@@ -128,7 +129,7 @@ class _Block:
         return stacked.unbind()
 
     def max(self, values: Tensor) -> Tensor:
-        """Of all ranks."""
+        """Return the maxima over all ranks."""
         values = values.clone()
         if dist.get_world_size(self.group) > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
@@ -144,7 +145,7 @@ class _GradSink:
     is_used_elsewhere: bool
 
     def stand_in(self) -> Tensor | None:
-        """What autograd gets instead of the gradient."""
+        """Return what autograd gets instead of the gradient."""
         if self.is_used_elsewhere:
             return None
         # The hook of Megatron's DistributedDataParallel wants to see a gradient, and ignores its values then.
@@ -160,7 +161,7 @@ class _RunningSoftmax:
         self.total, self.dot = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
 
     def add(self, logits: Tensor) -> None:
-        """Take a block in; overwrites it."""
+        """Add a block of logits, which is overwritten."""
         self.move_to(torch.maximum(self.largest, logits.amax(-1)))
         logits.sub_(self.largest[:, None])
         exp = logits.exp()
@@ -168,7 +169,7 @@ class _RunningSoftmax:
         self.dot += exp.mul_(logits).sum(-1)
 
     def move_to(self, largest: Tensor) -> None:
-        """Measure from another maximum."""
+        """Express the sums relative to another maximum."""
         shift = (self.largest - largest).clamp(min=-1e30)  # at first from -inf, where there is nothing to move
         scale = shift.exp()
         self.dot = scale * (self.dot + self.total * shift)

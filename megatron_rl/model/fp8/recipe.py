@@ -35,13 +35,13 @@ _FIELD = "policy.megatron_cfg.fp8_recipe"
 
 @dataclass(frozen=True)
 class Fp8Recipe:
-    """What becomes of the three products of a linear layer."""
+    """The types and scales of the three products of a linear layer."""
 
     kind: RecipeName
     forward: torch.dtype
-    """Of inputs and weights."""
+    """Type of inputs and weights."""
     backward: torch.dtype
-    """Of the gradient of the output."""
+    """Type of the gradient of the output."""
     margin: int = 0
     """Delayed scaling: powers of two left free above the largest value."""
     history_len: int = 1
@@ -52,7 +52,7 @@ class Fp8Recipe:
 
 
 def recipe_of(passed: Mapping[str, Any]) -> Fp8Recipe | None:
-    """What fields of Megatron's config ask for, with Megatron's defaults; None without ``fp8``."""
+    """Read the recipe from fields of Megatron's config, with Megatron's defaults; None without ``fp8``."""
     if not passed.get("fp8"):
         return None
     kind: RecipeName = passed.get("fp8_recipe") or "delayed"
