@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config.algorithms import EdgeAdvantage
+from megatron_rl.config.methods.spo import EdgeAdvantage
 from megatron_rl.types import TreeNode
 
 STD_EPSILON = 1e-8

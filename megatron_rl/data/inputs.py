@@ -114,7 +114,7 @@ class Inputs:
         if longest > policy.train_micro_batch_tokens:
             raise too_long(longest, policy.train_micro_batch_tokens)
         # Groups get as many replays as there are, so a rank can have one row more than another: it shares a micro-batch.
-        is_uneven = self._config.algorithm.name == "rlep" and self._config.row_unit > 1
+        is_uneven = self._config.algorithm.has_uneven_groups and self._config.row_unit > 1
         if is_uneven and 2 * longest > policy.train_micro_batch_tokens:
             raise UserError(
                 "policy.train_micro_batch_tokens",

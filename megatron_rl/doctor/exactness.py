@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.algorithms.base import Algorithm
-from megatron_rl.algorithms.clipped import probability_mask
-from megatron_rl.config import MaskConfig
+from megatron_rl.algorithms.base import Algorithm, OnlineAlgorithm
 from megatron_rl.convert.hf.in_memory import checkpoint_views
 from megatron_rl.model.step import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
@@ -25,8 +23,6 @@ from megatron_rl.types import Kind, MicroBatch, TrainingSample
 
 BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
 """Of ``errors``: what float32 gives when nothing is wrong is some three times less."""
-STORED_KINDS = {"dph_rl": Kind.REHEARSAL, "rlep": Kind.REPLAY}
-"""Which rows an algorithm trains on beside rollouts."""
 LENGTHS = ((1, 1), (7, 120), (3, 2), (30, 9), (1, 64), (12, 17), (2, 33), (5, 5))
 """(prompt, response) tokens of each row: very unequal."""
 
@@ -65,10 +61,9 @@ def recorded_batch(
     For an algorithm that trains on stored rows, too, those that ``is_stored`` names are such. Where it masks tokens by their
     probability, they are masked.
     """
-    settings = algorithm.config.algorithm
-    threshold = settings.mask_threshold if isinstance(settings, MaskConfig) else None
+    online = algorithm if isinstance(algorithm, OnlineAlgorithm) else None
     generator = torch.Generator().manual_seed(1)
-    stored = STORED_KINDS.get(algorithm.config.algorithm.name, Kind.RL)
+    stored = Kind.RL if online is None or online.stored is None else online.stored.kind
     samples = []
     for number, (prompt, response) in enumerate(lengths):
         ids = torch.randint(0, vocab_size, (prompt + response,), generator=generator)
@@ -80,7 +75,7 @@ def recorded_batch(
             log_probs, _ = naive_log_probs(network, row, temperature=temperature)
         noise = torch.randn(2, len(log_probs), generator=generator) * 0.2
         row.old_log_probs, row.ref_log_probs = (log_probs.float() + noise).unbind()
-        row.loss_mask = probability_mask(row.old_log_probs, threshold)
+        row.loss_mask = None if online is None else online.selection.mask(row.old_log_probs)
         if row.kind is Kind.REHEARSAL:
             row.advantages = row.old_log_probs = None
     algorithm.assign_weights(samples)

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "convert.tables": {"convert.architecture"},
     "tasks": {"plugins", "rewards"},
-    "config": {"convert.architecture", "tasks"},
+    "config": {"convert.architecture", "plugins", "tasks"},
     "convert.hf": {"convert.architecture", "convert.tables"},
     "scoring": {"parallel", "tasks"},
     "advantages": {"config"},
@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {
         "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "process", "scoring",
     },
-    "algorithms": {"advantages", "config", "data", "losses", "report", "rewards", "rollout"},
+    "algorithms": {"advantages", "config", "data", "losses", "plugins", "report", "rewards", "rollout"},
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
     },
