@@ -45,7 +45,7 @@ def find(name: str, known: Mapping[str, T], *, field: str, what: str) -> T | Any
     return known[name]
 
 
-def unknown(name: object, known: Mapping[str, Any], *, field: str, what: str) -> UserError:
+def unknown(name: object, known: Iterable[str], *, field: str, what: str) -> UserError:
     """Say that ``name`` is neither known nor a path."""
     noun = what.split(" ", 1)[1]
     near = difflib.get_close_matches(str(name), known, n=1)

@@ -6,9 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megatron_rl import plugins
 from megatron_rl.config import upstream
 from megatron_rl.config.section import section
 from megatron_rl.errors import UserError
+
+ENGINES = ("transformers", "sglang", "recorded")
+"""Our engines; ``rollout.build`` builds them."""
 
 
 @section
@@ -52,9 +56,9 @@ class ServersConfig:
 class RolloutConfig:
     """How responses are sampled in training."""
 
-    engine: Literal["transformers", "sglang", "recorded"] = "transformers"
+    engine: str = "transformers"
     """``transformers`` generates in process, each rank its share; ``sglang`` asks SGLang servers; ``recorded`` replays
-    the files of ``record``."""
+    the files of ``record``. ``package.module:BUILD`` is an engine from outside: see ``rollout.build.EngineBuilder``."""
     servers: ServersConfig = Field(default_factory=ServersConfig)
     sglang_cfg: dict[str, Any] = Field(default_factory=dict)
     """Arguments of SGLang's server under its own names: tp_size, mem_fraction_static, max_total_tokens, ..."""
@@ -74,6 +78,10 @@ class RolloutConfig:
     """Where ``engine: recorded`` reads."""
 
     def __post_init__(self) -> None:
+        if plugins.is_path(self.engine):
+            plugins.check(self.engine, field="rollout.engine", what="an engine")
+        elif self.engine not in ENGINES:
+            raise plugins.unknown(self.engine, ENGINES, field="rollout.engine", what="an engine")
         if self.temperature <= 0:
             raise UserError(
                 "rollout.temperature",

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config", "metrics", "parallel", "patches", "process"},
     "report": {"advantages", "config", "metrics"},
     "rollout": {
-        "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "process", "scoring",
+        "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "plugins", "process", "scoring",
     },
     "algorithms": {"advantages", "config", "data", "losses", "plugins", "report", "rewards", "rollout"},
     "model": {
