@@ -34,7 +34,7 @@ class Edge:
     """A node as seen from its parent."""
 
     path: tuple[TreeNode, ...]
-    """From the root's child down to the parent; empty for edges of the root."""
+    """Nodes from the root's child down to the parent; empty for edges of the root."""
     node: TreeNode
     advantage: float
     """0.0 where value or parent's value is not known."""

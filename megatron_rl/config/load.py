@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a checked ``Config``."""
+"""Reads a YAML file and dotted overrides into a checked ``Config``."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Config:
 
     @property
     def row_unit(self) -> int:
-        """So many rows give every data-parallel rank as many micro-batches as its schedule takes at a time."""
+        """Number of rows that gives every data-parallel rank as many micro-batches as its schedule takes at a time."""
         in_flight = self.policy.pipeline_parallel_size if self.policy.virtual_pipeline_size > 1 else 1
         return self.data_parallel_size * in_flight
 
@@ -107,7 +107,7 @@ class Config:
 
     @property
     def offloads_during_rollouts(self) -> bool:
-        """Whether the trainer makes room for the rollout engine."""
+        """The trainer frees GPU memory for the rollout engine."""
         chosen = self.trainer.offload_during_rollouts
         return self.rollout.is_colocated if chosen is None else chosen
 

@@ -58,7 +58,7 @@ class ChainRollouts(Rollouts):
         firsts = _first_equals(chosen)
 
         def continued(index: int, response_ids: Tensor, log_probs: Tensor) -> Iterator[Branch]:
-            """From each border of a rollout."""
+            """Continue a rollout from each of its borders."""
             borders = self.borders(response_ids, log_probs)
             for border, state in zip(borders, _state_keys(firsts[index], response_ids, borders)):
                 prefix = torch.cat([chosen[index].prompt_ids, response_ids[:border]])
@@ -89,7 +89,7 @@ class ChainRollouts(Rollouts):
         return self._groups(chosen, grown, of_policy, collector)
 
     def borders(self, response_ids: Tensor, log_probs: Tensor) -> list[int]:
-        """Where the segments of a response begin, in tokens; each below its length.
+        """Return the borders at which segments begin, in tokens; each is below the response's length.
 
         Args:
             response_ids: [R] int64.
@@ -149,8 +149,8 @@ class ChainRollouts(Rollouts):
         prefixes: Mapping[Key, Tensor],
         collector: Collector,
     ) -> dict[Key, float | None]:
-        """Of each state: the mean reward of what continues from it; None where none of that could be judged."""
-        # Of these only the ids are looked at.
+        """Return the value of each state: the mean reward of its continuations, or None if none could be judged."""
+        # The scorer looks at the ids alone.
         whole = {
             key: replace(completion, response_ids=torch.cat([prefixes[key[:-1]], completion.response_ids]))
             for key, completion in grown.items()
@@ -198,7 +198,7 @@ class ChainRollouts(Rollouts):
 
 
 def _first_equals(prompts: Sequence[Prompt]) -> list[int]:
-    """Of each prompt the place of the first that is the same: a small data set may have one twice in a step."""
+    """Return for each prompt the place of the first equal one: a small data set may have one twice in a step."""
     places: dict[tuple[str, bytes], int] = {}
     return [
         places.setdefault((prompt.problem.problem_id, prompt.prompt_ids.numpy().tobytes()), place)
@@ -207,7 +207,7 @@ def _first_equals(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def _state_keys(prompt: int, response_ids: Tensor, borders: Sequence[int]) -> list[Key]:
-    """Of places in a response, in rising order: equal for equal prompts and prefixes."""
+    """Return the keys of places in a response, in rising order: equal for equal prompts and prefixes."""
     running, ids, start = hashlib.blake2b(digest_size=8), response_ids.numpy(), 0
     keys: list[Key] = []
     for border in borders:

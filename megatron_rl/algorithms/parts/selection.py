@@ -1,4 +1,4 @@
-"""Which tokens enter the loss, by the probability with which they were sampled."""
+"""TokenSelection: the tokens that enter the loss, by the probability with which they were sampled."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class TreeRollouts(Rollouts):
         limit = self.config.rollout.max_new_tokens
 
         def children(key: Key, context: Tensor) -> list[Branch]:
-            """Of the node with this key: (prompt, number of its child, of that one's child, ...)."""
+            """Return the children of a node; its key is (prompt, number of the child, of that one's child, ...)."""
             level = len(key) - 1
             remaining = limit - (len(context) - len(chosen[key[0]].prompt_ids))
             if level == len(factors) or remaining == 0:
@@ -173,7 +173,7 @@ class TreeRollouts(Rollouts):
 
 
 def _path(nodes: Sequence[TreeNode]) -> Completion:
-    """From the prompt to a leaf, as one response."""
+    """Join the pieces from the prompt to a leaf into one response."""
     pieces = [node.completion for node in nodes if node.completion is not None]
     return Completion(
         torch.cat([piece.response_ids for piece in pieces]),

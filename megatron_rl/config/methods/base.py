@@ -38,7 +38,7 @@ class MethodConfig:
         raise NotImplementedError(f"{type(self).__name__} must say how many rows a step samples")
 
     num_rows_formula: ClassVar[str] = "num_prompts_per_step * num_generations_per_prompt"
-    """Where ``num_rows`` comes from, for error messages."""
+    """The formula of ``num_rows``, for error messages."""
 
     def num_updates(self, batch_size: int) -> int:
         """Return the optimizer updates of one step.

@@ -23,7 +23,7 @@ class RehearsalConfig:
     """f of the term. ``forward_kl`` always pulls a forgotten behaviour back; ``js``, ``alpha`` and ``reverse_kl`` let go of one
     that is nearly forgotten. ``js_definition`` also acts on rollouts, and keeps the initial weights for it."""
     alpha: float = Field(default=0.2, gt=0, lt=1)
-    """Of ``alpha``: near 0 reverse, near 1 forward KL."""
+    """Parameter of ``alpha``: near 0 it is the reverse KL, near 1 the forward KL."""
     coef: NonNegativeFloat = 0.2
     """The eta of loss = L_rollouts + eta L_rehearsal. For the same local strength js needs twice that of the KLs."""
     num_rows_per_update: PositiveInt = 128

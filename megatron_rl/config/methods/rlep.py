@@ -22,7 +22,7 @@ class ReplayConfig:
     num_per_prompt: PositiveInt = 2
     """M; a question with fewer successes gets fewer."""
     max_stored_per_prompt: PositiveInt = 8
-    """Of ``online``: the newest so many are kept."""
+    """Successes that ``online`` keeps of each problem, the newest."""
 
     def __post_init__(self) -> None:
         if (self.source == "pool") != (self.pool is not None):

@@ -28,7 +28,8 @@ class KLConfig:
     """``reward`` subtracts coef * (k1 summed over the response) from the rollout's reward, before the group baseline; its
     policy gradient is that of KL(policy || reference)."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """As a loss, k1 has zero expected gradient, k2 the reverse KL's, k3 the *forward* KL's. In the reward only k1 is right."""
+    """Estimator. Added to the loss, k1 has zero expected gradient, k2 that of the reverse KL, k3 that of the
+    *forward* KL. In the reward only k1 is right."""
 
     def __post_init__(self) -> None:
         if self.coef > 0 and self.placement == "reward" and self.estimator != "k1":
@@ -58,12 +59,12 @@ class OverlongConfig:
 
 @section
 class SelectionConfig:
-    """Which tokens enter the loss; null everywhere: all of them."""
+    """Choice of the tokens that enter the loss; with null everywhere, all do."""
 
     max_probability: float | None = Field(default=None, gt=0, le=1)
     """Keep tokens that were sampled with a probability below this (SPO's mask, 0.9 there)."""
     probabilities: Literal["auto", "rollout", "policy"] = "auto"
-    """Whose probabilities decide, for SPO's cut points as well. ``rollout``: the engine's, at the sampling temperature.
+    """Source of the probabilities, for SPO's cut points as well. ``rollout``: the engine's, at the sampling temperature.
     ``policy``: a forward pass of the trainer. ``auto``: ``policy`` where top_p or top_k cut the distribution."""
 
     def probabilities_from(self, rollout: RolloutConfig) -> Literal["rollout", "policy"]:

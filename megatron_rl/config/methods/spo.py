@@ -36,15 +36,16 @@ class SPOKLConfig(KLConfig):
 
 @section
 class PartitionConfig:
-    """Where the segments of a response begin."""
+    """Rule that cuts a response into segments."""
 
     kind: Partition = "cut_points"
     """``cut_points``: at tokens that the policy was not sure of. ``tokens``: every so many. ``equal``: so many segments.
     ``newlines``: after each line (VinePPO)."""
     size: PositiveInt | None = None
-    """Of ``cut_points``: how many a segment has (null: 5). Of ``tokens``: its length (100). Of ``equal``: segments (4)."""
+    """Size: for ``cut_points`` their number in a segment (null: 5), for ``tokens`` its length (100), for ``equal`` the number
+    of segments (4)."""
     threshold: float | None = Field(default=None, gt=0, le=1)
-    """Of ``cut_points``: a token sampled with a probability below this is one; null: 0.9."""
+    """Threshold of ``cut_points``: a token sampled with a probability below this is one; null: 0.9."""
 
     @property
     def cut_threshold(self) -> float:
@@ -177,12 +178,12 @@ class SPOTreeConfig(SegmentConfig):
     num_edges_per_step: PositiveInt = 512
     """Rows of a step at most: edges of this step's trees and of those before."""
     max_edges_per_tree: PositiveInt = 32
-    """Of these, of one prompt's tree."""
+    """The limit for edges of one prompt's tree among them."""
     edge_lifetime_steps: PositiveInt = 8
     """An edge that was not trained on within so many steps, that of its tree included, is forgotten."""
     max_waiting_edges_per_step: PositiveInt | None = None
-    """Of one step's trees so many wait for later steps at most, chosen at random; null: all that are worth something. Each
-    costs a forward pass in its own step."""
+    """Limit on the edges of one step's trees that wait for later steps, chosen at random; null keeps all that have an
+    advantage. Each costs a forward pass in its own step."""
 
     num_rows_formula: ClassVar[str] = "algorithm.num_edges_per_step"
 
