@@ -49,7 +49,7 @@ class TrainerConfig:
     """A collective that takes longer ends the run."""
     hang_timeout_s: PositiveFloat | None = 900.0
     """Limit after which a run ends, with a message that says who waits for whom (docs/watchdog.md): no rank has made progress
-    for this time, or one gives no sign of life. null: never. Progress is a phase entered or left, or an item of a progress bar."""
+    for this time, or one gives no sign of life. null: never. A phase begun or ended is progress, and so is a progress bar."""
 
     offload_during_rollouts: bool | None = None
     """Gradients and optimizer state leave the GPU while rollouts are sampled; null does so where servers share the trainer's
