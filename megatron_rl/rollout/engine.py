@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.growth import Branch, Expand, Key
 from megatron_rl.types import Completion, Request
-
-WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Gives all current weights, Hugging Face names and full tensors, each time it is called. A collective; every rank
-consumes it to the end. Valid until the next optimizer update."""
-
-
-CheckpointSource = Callable[[], str]
-"""Writes the current weights as a Hugging Face checkpoint, once for each version, and says where. A collective."""
 
 
 @dataclass(frozen=True)
@@ -51,45 +44,79 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """What became of an update of one server's weights, shard to shard."""
+class ServerInfo:
+    """One server, as weight delivery sees it."""
 
-    state: Literal["proven", "mismatch", "failed", "unfit"]
-    """``proven``: both ends have the same digests. ``unfit``: the server's parameters are not cut as the plan says, and
-    nothing was sent."""
-    detail: str
-    """For people; empty if proven."""
+    number: int
+    is_up: bool
+    """False while the server does not answer: nothing is sent to it."""
+    tp_size: int
+    ep_size: int
+    """Groups among the ``tp_size`` ranks that divide the experts between them."""
+    takes_payloads: bool
+    """Its ranks run our weight loader, which ``ServerPort.post`` needs."""
 
 
-class ShardSource(Protocol):
-    """Sends this trainer's shards straight to the ranks of servers."""
+class ServerPort(Protocol):
+    """One update of an engine's servers, open to whatever transport brings the weights.
+
+    Methods are collectives that raise the same ``UserError`` on all ranks, except those that only rank 0 calls. Servers that
+    go down during the update are skipped; the engine asks for another update when they are back.
+    """
 
     @property
-    def metrics(self) -> Mapping[str, float]:
-        """Of the last ``send``, by full name."""
+    def targets(self) -> Sequence[int]:
+        """Numbers of the servers that need the current weights, the same on every rank."""
         ...
 
-    def send(
-        self,
-        servers: Sequence[int],
-        *,
-        num_servers: int,
-        tp_size: int,
-        ep_size: int,
-        post: Callable[[int, bytes], Future[str | None]] | None,
-    ) -> dict[int, Delivery]:
-        """Send the current weights to some servers and compare digests. A collective.
+    def servers(self) -> list[ServerInfo]:
+        """Return all servers of the engine, by number."""
+        ...
 
-        Args:
-            servers: numbers, the same on every rank.
-            num_servers: all there are.
-            tp_size: ranks of each.
-            ep_size: of these, groups that share the experts out.
-            post: on rank 0, hands a payload to all ranks of a server; resolves to None once they are done with it, or to
-                what the server said instead. None on other ranks.
+    def begin_update(self) -> None:
+        """Pause the targets and stamp their weights as neither old nor new."""
+        ...
+
+    def post(self, server: int, payload: bytes) -> Future[str | None]:
+        """Hand a payload to our weight loader in all ranks of a server; only rank 0 calls this.
 
         Returns:
-            How it went, by server, the same on every rank.
+            None once all ranks are done with it, or what the server said instead.
+        """
+        ...
+
+    def send_bucket(self, servers: Sequence[int], bucket: Sequence[tuple[str, Tensor]]) -> UserError | None:
+        """Load whole tensors on servers; only rank 0 calls this. A refusal is returned, because other ranks cannot raise it."""
+        ...
+
+    def load_checkpoint(self, servers: Sequence[int], path: str) -> None:
+        """Let servers load a Hugging Face checkpoint that they find under this path."""
+        ...
+
+    def count(self, name: str) -> None:
+        """Count a failure as ``rollout/<name>`` of the engine's metrics; only rank 0 calls this."""
+        ...
+
+    def end_update(self) -> None:
+        """Stamp the targets with the current version and put them into service."""
+        ...
+
+
+class WeightSource(Protocol):
+    """The current weights. An engine in the trainer's process reads ``tensors``; one with servers calls ``deliver``.
+
+    Both are collectives, valid until the next optimizer update, and may be called again for the same version.
+    """
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Yield all weights as full tensors under their Hugging Face names; every rank consumes them to the end."""
+        ...
+
+    def deliver(self, port: ServerPort, version: int) -> None:
+        """Bring the weights to ``port.targets`` and put those into service.
+
+        Raises:
+            UserError: on all ranks; a server refused the weights, or has others than were sent.
         """
         ...
 
@@ -129,21 +156,12 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
+    def update_weights(self, source: WeightSource, version: int) -> None:
         """Replace all weights.
 
         Args:
-            weights: the engine may call it again, before the next update, for a server that had to be restarted.
+            source: kept until the next update, because a server that had to be restarted needs the weights again.
             version: the publish counter that completions will carry from now on.
-            shards: sends them without ever making them whole, to engines that can take them so.
-            checkpoint: writes them where servers can load them; servers then get them that way.
         """
         ...
 
@@ -153,10 +171,6 @@ class RolloutEngine(Protocol):
 
     def resume_memory(self) -> None:
         """Undo ``release_memory``."""
-        ...
-
-    def health(self) -> str | None:
-        """None when the engine can serve, else what is wrong."""
         ...
 
     def metrics(self) -> dict[str, float]:

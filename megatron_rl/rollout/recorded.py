@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engine import CheckpointSource, RolloutEngine, ShardSource, WeightSource
+from megatron_rl.rollout.engine import RolloutEngine, WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
 from megatron_rl.rollout.share import flatten, unflatten
 from megatron_rl.types import Completion, Request
@@ -94,16 +94,9 @@ class RecordingEngine:
                 "free some disk space and give the same command again, or set rollout.record=false",
             ) from error
 
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
+    def update_weights(self, source: WeightSource, version: int) -> None:
         """See ``RolloutEngine``."""
-        self._engine.update_weights(weights, version, shards=shards, checkpoint=checkpoint)
+        self._engine.update_weights(source, version)
 
     def release_memory(self) -> None:
         """See ``RolloutEngine``."""
@@ -112,10 +105,6 @@ class RecordingEngine:
     def resume_memory(self) -> None:
         """See ``RolloutEngine``."""
         self._engine.resume_memory()
-
-    def health(self) -> str | None:
-        """See ``RolloutEngine``."""
-        return self._engine.health()
 
     def metrics(self) -> dict[str, float]:
         """See ``RolloutEngine``."""
@@ -180,16 +169,9 @@ class RecordedEngine:
             )
         return flat
 
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
+    def update_weights(self, source: WeightSource, version: int) -> None:
         """See ``RolloutEngine``."""
-        for _ in weights():
+        for _ in source.tensors():
             pass
         self.weight_version = version
 
@@ -198,10 +180,6 @@ class RecordedEngine:
 
     def resume_memory(self) -> None:
         """Nothing is held."""
-
-    def health(self) -> str | None:
-        """See ``RolloutEngine``."""
-        return None
 
     def metrics(self) -> dict[str, float]:
         """See ``RolloutEngine``: nothing goes wrong here."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_rl.convert.hf.in_memory import ROUTER_BIAS, checkpoint_views
 from megatron_rl.metrics import progress
-from megatron_rl.rollout.engine import CheckpointSource, ShardSource, WeightSource
+from megatron_rl.rollout.engine import WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
 from megatron_rl.rollout.share import gather_completions
 from megatron_rl.types import Completion, FinishReason, Request
@@ -73,14 +73,7 @@ class TransformersEngine:
         """See ``RolloutEngine``; level by level, each dealt out to the ranks anew."""
         return grow_by_level(seeds, expand, self._complete)
 
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
+    def update_weights(self, source: WeightSource, version: int) -> None:
         """See ``RolloutEngine``.
 
         Raises:
@@ -90,7 +83,7 @@ class TransformersEngine:
         held |= {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(ROUTER_BIAS)}
         targets = checkpoint_views(held, self.model.config.model_type)
         with torch.no_grad():
-            for name, tensor in weights():
+            for name, tensor in source.tensors():
                 target = targets.pop(name, None)
                 if target is None or target.shape != tensor.shape:
                     raise RuntimeError(f"weight sync: {name} {tuple(tensor.shape)} does not fit the rollout model")
@@ -104,10 +97,6 @@ class TransformersEngine:
 
     def resume_memory(self) -> None:
         """See ``release_memory``."""
-
-    def health(self) -> str | None:
-        """See ``RolloutEngine``."""
-        return None if self.weight_version >= 0 else "no weights yet"
 
     def metrics(self) -> dict[str, float]:
         """See ``RolloutEngine``: nothing is ever mended here."""

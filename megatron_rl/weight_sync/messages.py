@@ -1,7 +1,7 @@
 """A plan's copies as messages between one sender and one receiver, and both ends of carrying them out.
 
 Both ends walk through the same list in the same order, some messages ahead of the wire: while one is under way, the next is
-gathered into a buffer, or scattered from one. A large piece that lies in one run of memory goes without any buffer.
+gathered into a buffer, or scattered from one. A large overlap that lies in one run of memory goes without any buffer.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from megatron_rl.convert.tables.digest import digest
 from megatron_rl.convert.tables.kinds import Extent
-from megatron_rl.weight_sync.plan import Piece, Plan, rounds
+from megatron_rl.weight_sync.plan import Overlap, Plan, rounds
 
 T = TypeVar("T")
 
 ALONE_ELEMENTS = 2**18
-"""A piece of this size or more is a message of its own: worth no copy where none is needed."""
+"""A overlap of this size or more is a message of its own: worth no copy where none is needed."""
 NUM_BUFFERS = 2
 """Gathered or scattered while one is under way."""
 AHEAD = 16
@@ -38,15 +38,15 @@ class Message:
     """As in ``plan.Copy``."""
     tag: int
     """Counts the messages of the pair."""
-    pieces: tuple[Piece, ...]
+    overlaps: tuple[Overlap, ...]
 
     @property
     def num_elements(self) -> int:
-        """Of all pieces."""
-        return sum(prod(piece.size) for piece in self.pieces)
+        """Of all overlaps."""
+        return sum(prod(overlap.size) for overlap in self.overlaps)
 
 
-class Work(Protocol):
+class PendingMessage(Protocol):
     """A send or a receive under way."""
 
     def wait(self) -> object:
@@ -59,32 +59,32 @@ def make_messages(plan: Plan, *, bucket_elements: int) -> list[Message]:
 
     Args:
         plan: of all servers.
-        bucket_elements: most elements of pieces that share a message.
+        bucket_elements: most elements of overlaps that share a message.
     """
     found: list[Message] = []
     for copies in rounds(plan):
-        pairs: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+        pairs: dict[tuple[int, int], list[Overlap]] = defaultdict(list)
         for copy in copies:
-            pairs[copy.sender, copy.receiver].append(copy.piece)
-        for pair, pieces in pairs.items():
-            buckets = enumerate(_buckets(pieces, bucket_elements))
+            pairs[copy.sender, copy.receiver].append(copy.overlap)
+        for pair, overlaps in pairs.items():
+            buckets = enumerate(_buckets(overlaps, bucket_elements))
             found += [Message(*pair, tag, tuple(bucket)) for tag, bucket in buckets]
     return found
 
 
-def _buckets(pieces: Iterable[Piece], bucket_elements: int) -> Iterator[list[Piece]]:
-    """Large pieces one by one, and small ones together as they come."""
-    bucket: list[Piece] = []
+def _buckets(overlaps: Iterable[Overlap], bucket_elements: int) -> Iterator[list[Overlap]]:
+    """Large overlaps one by one, and small ones together as they come."""
+    bucket: list[Overlap] = []
     total = 0
-    for piece in pieces:
-        size = prod(piece.size)
+    for overlap in overlaps:
+        size = prod(overlap.size)
         if size >= ALONE_ELEMENTS:
-            yield [piece]
+            yield [overlap]
             continue
         if bucket and total + size > bucket_elements:
             yield bucket
             bucket, total = [], 0
-        bucket.append(piece)
+        bucket.append(overlap)
         total += size
     if bucket:
         yield bucket
@@ -101,7 +101,7 @@ def send_messages(
     parameters: Mapping[str, Tensor],
     *,
     dtype: torch.dtype,
-    send: Callable[[Tensor, Message], Work | None],
+    send: Callable[[Tensor, Message], PendingMessage | None],
 ) -> Iterator[Message]:
     """Send messages in order; yields each once it has arrived.
 
@@ -113,7 +113,7 @@ def send_messages(
     """
     window = _Window[Message](dtype)
     for message in messages:
-        views = [parameters[piece.source][box(piece.source_start, piece.size)] for piece in message.pieces]
+        views = [parameters[overlap.source][box(overlap.source_start, overlap.size)] for overlap in message.overlaps]
         flat, buffer = _run_of_memory(views, dtype), None
         yield from window.make_room(needs_buffer=flat is None)
         if flat is None:
@@ -128,9 +128,9 @@ def receive_messages(
     parameters: Mapping[str, Tensor],
     *,
     dtype: torch.dtype,
-    receive: Callable[[Tensor, Message], Work],
+    receive: Callable[[Tensor, Message], PendingMessage],
 ) -> None:
-    """Receive messages in order, each piece into its place.
+    """Receive messages in order, each overlap into its place.
 
     Args:
         messages: this rank's.
@@ -140,7 +140,7 @@ def receive_messages(
     """
     window = _Window[list[Tensor]](dtype, arrived=_scatter)
     for message in messages:
-        views = [parameters[piece.target][box(piece.target_start, piece.size)] for piece in message.pieces]
+        views = [parameters[overlap.target][box(overlap.target_start, overlap.size)] for overlap in message.overlaps]
         flat, buffer = _run_of_memory(views, dtype), None
         deque(window.make_room(needs_buffer=flat is None), maxlen=0)
         if flat is None:
@@ -150,28 +150,28 @@ def receive_messages(
     deque(window.drain(), maxlen=0)
 
 
-def digest_pieces(
-    pieces: Iterable[Piece],
+def digest_overlaps(
+    overlaps: Iterable[Overlap],
     parameters: Mapping[str, Tensor],
     extents: Mapping[str, Extent],
     *,
     dtype: torch.dtype,
     is_sender: bool,
 ) -> list[int]:
-    """The digest of each piece, from the parameters of one end.
+    """The digest of each overlap, from the parameters of one end.
 
     Args:
-        pieces: that this end has.
+        overlaps: that this end has.
         parameters: by the name of that end.
         extents: shapes of the Hugging Face tensors.
         dtype: on the wire.
         is_sender: which end.
     """
     found = []
-    for piece in pieces:
-        name, start = (piece.source, piece.source_start) if is_sender else (piece.target, piece.target_start)
-        block = parameters[name][box(start, piece.size)].to(dtype)
-        found.append(digest(piece.hf_name, block, piece.hf_start, extents[piece.hf_name]))
+    for overlap in overlaps:
+        name, start = (overlap.source, overlap.source_start) if is_sender else (overlap.target, overlap.target_start)
+        block = parameters[name][box(start, overlap.size)].to(dtype)
+        found.append(digest(overlap.hf_name, block, overlap.hf_start, extents[overlap.hf_name]))
     return found
 
 
@@ -181,7 +181,7 @@ class _Window(Generic[T]):
     def __init__(self, dtype: torch.dtype, arrived: Callable[[Tensor, T], None] | None = None) -> None:
         self._dtype, self._arrived = dtype, arrived
         self._free = [torch.empty(0, dtype=dtype)] * NUM_BUFFERS
-        self._pending: deque[tuple[T, Work | None, Tensor | None]] = deque()
+        self._pending: deque[tuple[T, PendingMessage | None, Tensor | None]] = deque()
 
     def make_room(self, *, needs_buffer: bool) -> Iterator[T]:
         """Wait for the oldest until there is a place, and a buffer if one is needed."""
@@ -195,7 +195,7 @@ class _Window(Generic[T]):
             return buffer
         return torch.empty(size, dtype=self._dtype, device=device)
 
-    def add(self, item: T, work: Work | None, buffer: Tensor | None) -> None:
+    def add(self, item: T, work: PendingMessage | None, buffer: Tensor | None) -> None:
         """A message was started."""
         self._pending.append((item, work, buffer))
 

@@ -65,7 +65,7 @@ class TrainingLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Overlap:
     """A rectangle that a trainer's parameter and a server rank's have in common; the same for every server."""
 
     index: int
@@ -88,20 +88,20 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One piece, from a trainer's rank to a server's."""
+    """One overlap, from a trainer's rank to a server's."""
 
     sender: int
     """World rank of the trainer."""
     receiver: int
     """Server number times its tensor-parallel size, plus the rank in it."""
-    piece: Piece
+    overlap: Overlap
 
 
 @dataclass
 class Plan:
-    """All copies, server by server, piece by piece."""
+    """All copies, server by server, overlap by overlap."""
 
-    pieces: list[Piece]
+    overlaps: list[Overlap]
     copies: list[Copy]
     sent: dict[int, int] = field(default_factory=dict)
     """Elements that each trainer rank sends."""
@@ -133,49 +133,49 @@ def make_plan(shape: ModelShape, training: TrainingLayout, rollout: RolloutLayou
         UserError: a layout does not fit the model.
     """
     served = [served_parameters(shape, rollout, tp_rank) for tp_rank in range(rollout.tp_size)]
-    pieces = list(_pieces(_sources(shape, training), served))
-    count = len(pieces)
+    overlaps = list(_overlaps(_sources(shape, training), served))
+    count = len(overlaps)
     loads: dict[int, int] = dict.fromkeys(range(training.num_ranks), 0)
     received: dict[int, int] = defaultdict(int)
     senders = [0] * (count * rollout.num_servers)
     # Largest first, each to the holder that has sent least: what is left in the end is small enough to level it.
-    for index in sorted(range(len(senders)), key=lambda i: -prod(pieces[i % count].size)):
-        piece = pieces[index % count]
-        senders[index] = min(piece.holders, key=loads.__getitem__)
-        loads[senders[index]] += prod(piece.size)
+    for index in sorted(range(len(senders)), key=lambda i: -prod(overlaps[i % count].size)):
+        overlap = overlaps[index % count]
+        senders[index] = min(overlap.holders, key=loads.__getitem__)
+        loads[senders[index]] += prod(overlap.size)
     copies = []
     for index, sender in enumerate(senders):
         server, number = divmod(index, count)
-        piece = pieces[number]
-        receiver = server * rollout.tp_size + piece.tp_rank
-        received[receiver] += prod(piece.size)
-        copies.append(Copy(sender, receiver, piece))
-    parts = (part for of_rank in served for parameter in of_rank for part in parameter.parts)
-    held = sum(prod(part.size) for part in parts) * rollout.num_servers
-    return Plan(pieces, copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
+        overlap = overlaps[number]
+        receiver = server * rollout.tp_size + overlap.tp_rank
+        received[receiver] += prod(overlap.size)
+        copies.append(Copy(sender, receiver, overlap))
+    served_boxes = (box for of_rank in served for parameter in of_rank for box in parameter.boxes)
+    held = sum(prod(box.size) for box in served_boxes) * rollout.num_servers
+    return Plan(overlaps, copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
 
 
-def _pieces(sources: dict[str, list[_Source]], served: list[list[ServedParameter]]) -> Iterator[Piece]:
+def _overlaps(sources: dict[str, list[_TrainerBox]], served: list[list[ServedParameter]]) -> Iterator[Overlap]:
     count = 0
     for tp_rank, parameters in enumerate(served):
         for parameter in parameters:
-            for part in parameter.parts:
-                for source in sources[part.hf_name]:
-                    shared = _meet(part.hf_start, part.size, source.hf_start, source.size)
+            for box in parameter.boxes:
+                for source in sources[box.hf_name]:
+                    shared = _meet(box.hf_start, box.size, source.hf_start, source.size)
                     if shared is None:
                         continue
                     start, size = shared
                     source_start = _shift(start, source.hf_start, source.start)
-                    target_start = _shift(start, part.hf_start, part.start)
-                    yield Piece(
-                        count, part.hf_name, start, size, source.name, source_start, parameter.name, target_start, tp_rank,
+                    target_start = _shift(start, box.hf_start, box.start)
+                    yield Overlap(
+                        count, box.hf_name, start, size, source.name, source_start, parameter.name, target_start, tp_rank,
                         tuple(source.ranks),
                     )  # fmt: skip
                     count += 1
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _TrainerBox:
     """A box of a Hugging Face tensor, and the ranks that hold it."""
 
     name: str
@@ -185,14 +185,14 @@ class _Source:
     ranks: list[int]
 
 
-def _sources(shape: ModelShape, training: TrainingLayout) -> dict[str, list[_Source]]:
-    found: dict[str, list[_Source]] = defaultdict(list)
+def _sources(shape: ModelShape, training: TrainingLayout) -> dict[str, list[_TrainerBox]]:
+    found: dict[str, list[_TrainerBox]] = defaultdict(list)
     for entry in entries(shape).values():
         if entry.is_copy:
             continue
         for rank, size, ranks in training.holders(entry, shape):
             for box in boxes(entry.kind, shape, rank, size):
-                source = _Source(entry.name, box.shard_start, box.hf_start, box.size, ranks)
+                source = _TrainerBox(entry.name, box.shard_start, box.hf_start, box.size, ranks)
                 found[entry.hf_names[box.tensor]].append(source)
             if entry.kind.name == "replicated":  # every rank of the cut has all of it
                 found[entry.hf_names[0]][-1].ranks.extend(
@@ -220,7 +220,7 @@ def rounds(plan: Plan) -> Iterator[list[Copy]]:
     pairs: dict[tuple[int, int], list[Copy]] = defaultdict(list)
     for copy in plan.copies:
         pairs[copy.sender, copy.receiver].append(copy)
-    heap = [(-sum(prod(c.piece.size) for c in of_pair), pair) for pair, of_pair in pairs.items()]
+    heap = [(-sum(prod(c.overlap.size) for c in of_pair), pair) for pair, of_pair in pairs.items()]
     heapq.heapify(heap)
     while heap:
         busy_senders: set[int] = set()

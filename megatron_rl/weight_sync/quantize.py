@@ -303,7 +303,7 @@ def check_served(shape: ModelShape, fmt: Fp8Format, layout: RolloutLayout) -> No
         return
     extents = hf_tensors(shape)
     for parameter in served_parameters(shape, layout, tp_rank=0):
-        for part in parameter.parts:
+        for part in parameter.boxes:
             extent = extents[part.hf_name]
             if not is_quantized(part.hf_name, extent):
                 continue

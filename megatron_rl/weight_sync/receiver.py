@@ -1,9 +1,9 @@
 """The server's end: runs inside each tensor-parallel rank of an SGLang server, as its custom weight loader.
 
     server --custom-weight-loader megatron_rl.weight_sync.receiver.load
-    POST /update_weights_from_tensor {"load_format": the same name, one tensor: a recipe}
+    POST /update_weights_from_tensor {"load_format": the same name, one tensor: a spec}
 
-The recipe holds no weights but what the rank needs to work the plan out by itself and to meet the trainer. The rank takes
+The spec holds no weights but what the rank needs to work the plan out by itself and to meet the trainer. The rank takes
 part in three exchanges through the trainer's store, and may be told to give up at any of them:
 
     ready       ->  which process group it still has, and whether its parameters are those of the table
@@ -35,8 +35,8 @@ from torch import Tensor
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.weight_sync.mailbox import Mailbox
-from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages
-from megatron_rl.weight_sync.plan import Piece, TrainingLayout, make_plan
+from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, receive_messages
+from megatron_rl.weight_sync.plan import Overlap, TrainingLayout, make_plan
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 
 
@@ -65,7 +65,7 @@ JOIN_S = 20.0
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TransferSpec:
     """What a server rank is told. Travels as a pickle, as everything to this endpoint does."""
 
     host: str
@@ -101,7 +101,7 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
 
 
 def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """What SGLang calls in every rank, with one tensor: a recipe. Never raises."""
+    """What SGLang calls in every rank, with one tensor: a spec. Never raises."""
     try:
         from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
@@ -116,19 +116,19 @@ def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:
 
     Args:
         model: its parameters have SGLang's names and this rank's shapes.
-        payload: a pickled ``Recipe``.
+        payload: a pickled ``TransferSpec``.
         tp_rank: of the rank in its server.
     """
     try:
-        recipe: Recipe = pickle.loads(payload)
-        store = dist.TCPStore(recipe.host, recipe.port, is_master=False, timeout=timedelta(seconds=recipe.timeout_s))
-        report = _receive(model, recipe, store, tp_rank)
+        spec: TransferSpec = pickle.loads(payload)
+        store = dist.TCPStore(spec.host, spec.port, is_master=False, timeout=timedelta(seconds=spec.timeout_s))
+        report = _receive(model, spec, store, tp_rank)
     except Exception as error:
         traceback.print_exc()
         _groups.clear()
         report = {"error": f"{type(error).__name__}: {error}"[:2000]}
     try:
-        store.set(recipe.key("report", tp_rank), json.dumps(report))
+        store.set(spec.key("report", tp_rank), json.dumps(report))
     except Exception:  # nobody to report to: the trainer sees that no report came
         traceback.print_exc()
 
@@ -137,34 +137,34 @@ _groups: dict[str, Channel] = {}
 """At most one: the group of the last transfer."""
 
 
-def _receive(model: torch.nn.Module, recipe: Recipe, store: dist.Store, tp_rank: int) -> dict[str, Any]:
+def _receive(model: torch.nn.Module, spec: TransferSpec, store: dist.Store, tp_rank: int) -> dict[str, Any]:
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    ready = {"groups": list(_groups), "unfit": unfitness(parameters, recipe.shape, recipe.rollout, tp_rank)}
-    store.set(recipe.key("ready", tp_rank), json.dumps(ready))
-    name = store.get(recipe.key("group")).decode()
+    ready = {"groups": list(_groups), "unfit": unfitness(parameters, spec.shape, spec.rollout, tp_rank)}
+    store.set(spec.key("ready", tp_rank), json.dumps(ready))
+    name = store.get(spec.key("group")).decode()
     if not name:
         return {"error": "told to give up"}
-    rank = recipe.training.num_ranks + tp_rank
+    rank = spec.training.num_ranks + tp_rank
     if name not in _groups:
         _groups.clear()
-        size = recipe.training.num_ranks + recipe.rollout.tp_size
-        _groups[name] = make_group(recipe.backend, store, name, rank, size, min(JOIN_S, recipe.timeout_s))
+        size = spec.training.num_ranks + spec.rollout.tp_size
+        _groups[name] = make_group(spec.backend, store, name, rank, size, min(JOIN_S, spec.timeout_s))
     group = _groups[name]
-    messages, pieces = _mine(recipe, tp_rank)
+    messages, overlaps = _mine(spec, tp_rank)
     started = time.monotonic()
-    limit = timedelta(seconds=recipe.timeout_s)
+    limit = timedelta(seconds=spec.timeout_s)
 
     def receive(flat: Tensor, message: Message) -> _Receipt:
         return _Receipt(group.recv([flat], message.sender, message.tag), limit)
 
-    receive_messages(messages, parameters, dtype=recipe.dtype, receive=receive)
+    receive_messages(messages, parameters, dtype=spec.dtype, receive=receive)
     received = time.monotonic()
-    digests = digest_pieces(pieces, parameters, hf_tensors(recipe.shape), dtype=recipe.dtype, is_sender=False)
+    digests = digest_overlaps(overlaps, parameters, hf_tensors(spec.shape), dtype=spec.dtype, is_sender=False)
     return {
         "digests": encode(digests),
         "receive_s": received - started,
         "digest_s": time.monotonic() - received,
-        "bytes": sum(message.num_elements for message in messages) * recipe.dtype.itemsize,
+        "bytes": sum(message.num_elements for message in messages) * spec.dtype.itemsize,
     }
 
 
@@ -202,15 +202,15 @@ def decode(text: str) -> list[int]:
     return numpy.frombuffer(base64.b64decode(text), dtype="<u8").tolist()
 
 
-def _mine(recipe: Recipe, tp_rank: int) -> tuple[list[Message], list[Piece]]:
-    me = recipe.server * recipe.rollout.tp_size + tp_rank
-    return _of_receiver(recipe.shape, recipe.training, recipe.rollout, recipe.bucket_elements, me)
+def _mine(spec: TransferSpec, tp_rank: int) -> tuple[list[Message], list[Overlap]]:
+    me = spec.server * spec.rollout.tp_size + tp_rank
+    return _of_receiver(spec.shape, spec.training, spec.rollout, spec.bucket_elements, me)
 
 
 @lru_cache(maxsize=1)
 def _of_receiver(
     shape: ModelShape, training: TrainingLayout, rollout: RolloutLayout, bucket_elements: int, me: int
-) -> tuple[list[Message], list[Piece]]:
+) -> tuple[list[Message], list[Overlap]]:
     plan = make_plan(shape, training, rollout)
     messages = [m for m in make_messages(plan, bucket_elements=bucket_elements) if m.receiver == me]
-    return messages, [piece for piece in plan.pieces if piece.tp_rank == me % rollout.tp_size]
+    return messages, [overlap for overlap in plan.overlaps if overlap.tp_rank == me % rollout.tp_size]

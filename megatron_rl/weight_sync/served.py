@@ -63,7 +63,7 @@ def _check_family(shape: ModelShape) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class ServedBox:
     """A rectangle of a Hugging Face tensor, and where it lies in a server rank's parameter."""
 
     hf_name: str
@@ -80,7 +80,7 @@ class ServedParameter:
 
     name: str
     shape: Extent
-    parts: tuple[Part, ...]
+    boxes: tuple[ServedBox, ...]
     """They cover it without overlap; what none covers is padding of the vocabulary."""
 
 
@@ -118,15 +118,15 @@ def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) ->
             rows = -(-shape.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE // layout.tp_size
             start = tp_rank * rows
             count = max(0, min(rows, shape.vocab_size - start))
-            parts = (Part(name, (start, 0), (0, 0), (count, extent[1])),) if count else ()
-            found.append(ServedParameter(target, (rows, extent[1]), parts))
+            boxes = (ServedBox(name, (start, 0), (0, 0), (count, extent[1])),) if count else ()
+            found.append(ServedParameter(target, (rows, extent[1]), boxes))
         elif layer in _BY_COLUMNS and len(extent) == 2:
             columns = extent[1] // layout.tp_size
             size = (extent[0], columns)
-            found.append(ServedParameter(target, size, (Part(name, (0, tp_rank * columns), (0, 0), size),)))
+            found.append(ServedParameter(target, size, (ServedBox(name, (0, tp_rank * columns), (0, 0), size),)))
         else:
             corner = tuple(0 for _ in extent)
-            found.append(ServedParameter(target, extent, (Part(name, corner, corner, extent),)))
+            found.append(ServedParameter(target, extent, (ServedBox(name, corner, corner, extent),)))
     return found
 
 
@@ -156,14 +156,14 @@ def _rows(layer: str, rows: int, shape: ModelShape, tp_size: int, tp_rank: int) 
 def _stacked(
     target: str, name: str, tensors: dict[str, Extent], shape: ModelShape, tp_size: int, tp_rank: int
 ) -> ServedParameter:
-    layer, position, parts = _layer(name), 0, []
+    layer, position, boxes = _layer(name), 0, []
     for other in sorted((key for key, (fused, _) in _STACKED.items() if fused == _STACKED[layer][0]), key=_place):
         extent = tensors[name.replace(layer, other)]
         start, count = _rows(other, extent[0], shape, tp_size, tp_rank)
         rest, corner = extent[1:], tuple(0 for _ in extent[1:])
-        parts.append(Part(name.replace(layer, other), (start, *corner), (position, *corner), (count, *rest)))
+        boxes.append(ServedBox(name.replace(layer, other), (start, *corner), (position, *corner), (count, *rest)))
         position += count
-    return ServedParameter(target, (position, *tensors[name][1:]), tuple(parts))
+    return ServedParameter(target, (position, *tensors[name][1:]), tuple(boxes))
 
 
 def _place(layer: str) -> int:
@@ -178,17 +178,17 @@ def _experts(target: str, name: str, shape: ModelShape, layout: RolloutLayout, t
     first = rank_in_expert * width
     prefix = name.split(".experts.")[0]
     gate, up, down = _EXPERT_LAYERS.get(shape.family, _USUAL_EXPERT_LAYERS)
-    parts: list[Part] = []
+    boxes: list[ServedBox] = []
     for place in range(held):
         expert = f"{prefix}.experts.{group * held + place}."
         if target.endswith("w2_weight"):
             size = (shape.hidden_size, width)
-            parts.append(Part(f"{expert}{down}.weight", (0, first), (place, 0, 0), size))
+            boxes.append(ServedBox(f"{expert}{down}.weight", (0, first), (place, 0, 0), size))
         else:
             size = (width, shape.hidden_size)
-            parts += [
-                Part(f"{expert}{half}.weight", (first, 0), (place, number * width, 0), size)
+            boxes += [
+                ServedBox(f"{expert}{half}.weight", (first, 0), (place, number * width, 0), size)
                 for number, half in enumerate((gate, up))
             ]
     whole = (held, shape.hidden_size, width) if target.endswith("w2_weight") else (held, 2 * width, shape.hidden_size)
-    return ServedParameter(target, whole, tuple(parts))
+    return ServedParameter(target, whole, tuple(boxes))

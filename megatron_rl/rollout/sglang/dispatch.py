@@ -20,7 +20,7 @@ from megatron_rl.types import Completion, Request
 What = TypeVar("What")
 
 
-class _Running(Generic[What]):
+class _InFlight(Generic[What]):
     """Requests under way, told one at a time as they end. (``asyncio.wait`` would go through all of them each time.)"""
 
     def __init__(self) -> None:
@@ -88,17 +88,17 @@ class Dispatch:
         results: list[Completion | None] = [None] * len(requests)
         missing = [group_size] * (len(requests) // group_size)
         num_whole = 0
-        running: _Running[int] = _Running()
+        in_flight: _InFlight[int] = _InFlight()
         try:
             for index, request in enumerate(requests):
-                running.start(self._complete(request), index)
-            while len(running) and num_whole < num_groups:
-                index, results[index] = await running.next_done()
+                in_flight.start(self._complete(request), index)
+            while len(in_flight) and num_whole < num_groups:
+                index, results[index] = await in_flight.next_done()
                 self.num_done += 1
                 missing[index // group_size] -= 1
                 num_whole += missing[index // group_size] == 0
         finally:  # closing its connection is how SGLang learns that nobody waits any more
-            await running.cancel()
+            await in_flight.cancel()
         whole = [count == 0 for count in missing]
         return [result if whole[i // group_size] else None for i, result in enumerate(results)]
 
@@ -119,7 +119,7 @@ class Dispatch:
         grown: dict[Key, Completion] = {}
         known: set[Key] = set()
         waiting: list[tuple[int, int, Branch]] = []
-        running: _Running[Branch] = _Running()
+        in_flight: _InFlight[Branch] = _InFlight()
 
         def add(branches: Sequence[Branch]) -> None:
             for branch in branches:
@@ -129,16 +129,16 @@ class Dispatch:
 
         try:
             add(seeds)
-            while waiting or len(running):
-                while waiting and len(running) < self.fleet.capacity:
+            while waiting or len(in_flight):
+                while waiting and len(in_flight) < self.fleet.capacity:
                     branch = heapq.heappop(waiting)[2]
-                    running.start(self._complete(branch.request, home=branch.key[0]), branch)
-                branch, completion = await running.next_done()
+                    in_flight.start(self._complete(branch.request, home=branch.key[0]), branch)
+                branch, completion = await in_flight.next_done()
                 grown[branch.key] = completion
                 self.num_done += 1
                 add(expand(branch, completion))
         finally:
-            await running.cancel()
+            await in_flight.cancel()
         return grown
 
     async def _complete(self, request: Request, home: int | None = None) -> Completion:

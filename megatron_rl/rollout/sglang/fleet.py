@@ -45,8 +45,8 @@ class Server:
     adapter: Adapter | None = None
     tensor_parallel_size: int = 1
     expert_parallel_size: int = 1
-    takes_shards: bool = False
-    """It was started with our weight loader."""
+    takes_payloads: bool = False
+    """It was started with our weight loader, and its ranks are one tensor-parallel group."""
     in_flight: int = 0
     last_sign_s: float = field(default_factory=time.monotonic)
     reason: str = "has not answered yet"
@@ -236,7 +236,7 @@ class Fleet:
         server.adapter = adapter_for(str(info.get("version")), server.client.url)
         server.tensor_parallel_size, server.expert_parallel_size = int(info["tp_size"]), int(info.get("ep_size", 1))
         is_plain = all(int(info.get(name) or 1) == 1 for name in ("pp_size", "dp_size"))
-        server.takes_shards = is_plain and WEIGHT_LOADER in (info.get("custom_weight_loader") or [])
+        server.takes_payloads = is_plain and WEIGHT_LOADER in (info.get("custom_weight_loader") or [])
         self._check(server, info)
         server.is_known = True
 
@@ -295,7 +295,7 @@ class Fleet:
         """Let every target that is still there load a checkpoint from its file system."""
         await self._each(targets, lambda s, _: s.client.load_checkpoint(path, timeout_s=self.sync.timeout_s))
 
-    async def hand_over(self, server: Server, payload: str) -> str | None:
+    async def post(self, server: Server, payload: str) -> str | None:
         """Give a payload to our weight loader in the server's ranks, and wait until they are done with it.
 
         Returns:

@@ -16,7 +16,7 @@ from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk.frames import Frame
 
-Kind = Literal["full", "delta"]
+LinkKind = Literal["full", "delta"]
 MANIFEST, DATA = "manifest.json", "data"
 FORMAT = 1
 
@@ -42,11 +42,11 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Link:
+class ChainLink:
     """What a manifest says."""
 
     path: Path
-    kind: Kind
+    kind: LinkKind
     version: int
     previous: int | None
     """Version that a delta starts from."""
@@ -58,7 +58,7 @@ class Link:
     tensors: dict[str, StoredTensor]
 
 
-def link_name(version: int, kind: Kind) -> str:
+def link_name(version: int, kind: LinkKind) -> str:
     """Name of a link's directory."""
     return f"{version:08d}.{kind}"
 
@@ -69,7 +69,7 @@ def state_of(digests: Mapping[str, str]) -> str:
     return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
-def find_links(directory: Path) -> dict[tuple[int, Kind], Path]:
+def find_links(directory: Path) -> dict[tuple[int, LinkKind], Path]:
     """Paths of all links, none of which has been opened.
 
     Raises:
@@ -89,7 +89,7 @@ def newest_version(directory: Path) -> int | None:
     return max((version for version, _ in find_links(directory)), default=None)
 
 
-def write_manifest(directory: Path, link: Link) -> None:
+def write_manifest(directory: Path, link: ChainLink) -> None:
     """Into the link's directory, wherever that is for now. Not synced to disk."""
     content = {key: value for key, value in asdict(link).items() if key != "path"} | {"format": FORMAT}
     # One line a tensor would be nicer to look at, and ten times as slow to read.
@@ -97,7 +97,7 @@ def write_manifest(directory: Path, link: Link) -> None:
     (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def read_link(path: Path) -> Link:
+def read_link(path: Path) -> ChainLink:
     """Read and check a manifest, and that the data has its size.
 
     Raises:
@@ -120,7 +120,7 @@ def read_link(path: Path) -> Link:
             str(path), None, "was written in another format", "use one release for the trainer and the servers"
         )
     tensors = {name: _stored(fields) for name, fields in content.pop("tensors").items()}
-    link = Link(path=path, tensors=tensors, **content)
+    link = ChainLink(path=path, tensors=tensors, **content)
     if path.name != link_name(link.version, link.kind):
         raise broken(path, f"holds {link_name(link.version, link.kind)}: links were renamed or are out of order")
     if data_bytes != link.data_bytes:

@@ -33,7 +33,7 @@ from megatron_rl.weight_sync.disk.frames import (
 )
 from megatron_rl.weight_sync.disk.links import (
     DATA,
-    Link,
+    ChainLink,
     StoredTensor,
     broken,
     find_links,
@@ -112,14 +112,14 @@ class _Route:
     """How to get to a version: from ``reader``'s tensors through ``links``, or from the first of those alone."""
 
     reader: HFReader | None
-    links: tuple[Link, ...]
+    links: tuple[ChainLink, ...]
 
 
 def _find_route(directory: Path, base: Path, version: int, pool: Executor) -> _Route:
     """The deltas that lead there from the base, else the newest full link and the deltas after it. Reads no data of links."""
     paths = find_links(directory)
     reader, base_state = HFReader(base), _stamped_state(base)
-    deltas: list[Link] = []  # newest first
+    deltas: list[ChainLink] = []  # newest first
     from_full: _Route | None = None
     state: str | None = None  # of the version that the walk has come back to
     at = version
@@ -155,7 +155,7 @@ def _find_route(directory: Path, base: Path, version: int, pool: Executor) -> _R
     return from_full
 
 
-def _expect(link: Link, state: str | None) -> Link:
+def _expect(link: ChainLink, state: str | None) -> ChainLink:
     """The link leads to what the one after it starts from."""
     if state is not None and link.after != state:
         raise broken(link.path, "does not lead to what the next link starts from: they are of different runs")
@@ -171,7 +171,7 @@ def _stamped_state(base: Path) -> str | None:
         return None
 
 
-def _state(reader: HFReader, link: Link, pool: Executor) -> str | None:
+def _state(reader: HFReader, link: ChainLink, pool: Executor) -> str | None:
     """State of a checkpoint, from its tensors; None where they are not those of the link at all."""
     digests = {}
     for name, stored in link.tensors.items():
@@ -189,7 +189,7 @@ def _beside(base: Path, version: int) -> Path:
 class _OpenLink:
     """A link whose data stays readable even if the trainer removes it meanwhile."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ChainLink) -> None:
         self.link = link
 
     def __enter__(self) -> Self:

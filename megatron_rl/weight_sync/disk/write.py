@@ -17,8 +17,8 @@ from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk.frames import FRAME_ELEMENTS, Bits, Frame, bits_of, encode, tensor_digest
 from megatron_rl.weight_sync.disk.links import (
     DATA,
-    Kind,
-    Link,
+    ChainLink,
+    LinkKind,
     StoredTensor,
     find_links,
     link_name,
@@ -169,7 +169,7 @@ class LinkWriter:
         self, directory: str | Path, version: int, *, previous: ReadTensor | None = None, num_threads: int = NUM_THREADS
     ) -> None:
         self._directory, self._version, self._previous = Path(directory), version, previous
-        self._kind: Kind = "full" if previous is None else "delta"
+        self._kind: LinkKind = "full" if previous is None else "delta"
         self._path = self._directory / link_name(version, self._kind)
         self._partial = self._path.with_name(f".{self._path.name}.partial")
         self._stored: dict[str, StoredTensor] = {}
@@ -220,7 +220,7 @@ class LinkWriter:
         before = None if self._since is None else self._since.after
         after = state_of({name: stored.after for name, stored in self._stored.items()})
         previous = None if self._since is None else self._since.version
-        link = Link(self._path, self._kind, self._version, previous, before, after, self._offset, self._stored)
+        link = ChainLink(self._path, self._kind, self._version, previous, before, after, self._offset, self._stored)
         with _disk_errors(self._directory):
             self._file.close()
             write_manifest(self._partial, link)
@@ -236,7 +236,7 @@ class LinkWriter:
         self._file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _check_version(self) -> Link | None:
+    def _check_version(self) -> ChainLink | None:
         """The link that a delta goes on from."""
         newest = newest_version(self._directory)
         if self._version < 0 or (newest is not None and self._version <= newest):
