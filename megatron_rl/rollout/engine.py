@@ -1,4 +1,4 @@
-"""What every rollout engine does: token ids in, token ids and log-probs out, under a stated version of the weights."""
+"""The rollout engine protocol: token ids in, token ids and log-probs out, under a stated version of the weights."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from megatron_rl.types import Completion, Request
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What an engine generates from: a model's config, and how its tokens are read."""
+    """The model that an engine generates from: its config and its special tokens."""
 
     path: Path
     """Directory with config.json."""
     shape: ModelShape
     dtype: torch.dtype
-    """Of weights and activations."""
+    """Type of weights and activations."""
     stop_ids: tuple[int, ...]
     """Token ids that end a response (they are part of it)."""
     pad_id: int = 0
-    """Fills batches; never part of a response."""
+    """Id that fills batches; never part of a response."""
     longest_request: int = 0
-    """Tokens of the longest prompt and response that will be asked for; 0 where nobody knows."""
+    """Most tokens of a prompt with its response; 0 if unknown."""
     records_experts: bool = False
-    """Completions say which experts were chosen."""
+    """True if completions carry the chosen experts."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of config.json that servers read otherwise than they stand there, such as ``quantization_config``."""
+    """Fields of config.json that servers must read differently, such as ``quantization_config``."""
 
     @property
     def experts(self) -> tuple[int, int] | None:
-        """Layers, and experts of each that a token is sent to, where completions tell them."""
+        """(layers, experts per token) if completions carry the chosen experts, else None."""
         return (self.shape.num_layers, self.shape.num_experts_per_tok) if self.records_experts else None
 
 
@@ -54,7 +54,7 @@ class ServerInfo:
     ep_size: int
     """Groups among the ``tp_size`` ranks that divide the experts between them."""
     takes_payloads: bool
-    """Its ranks run our weight loader, which ``ServerPort.post`` needs."""
+    """True if its ranks run our weight loader, which ``ServerPort.post`` needs."""
 
 
 class ServerPort(Protocol):
@@ -122,7 +122,7 @@ class WeightSource(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Every method is a collective: all ranks call it, in the same order, with equal arguments."""
+    """The source of completions. Every method is a collective: all ranks call it in the same order with equal arguments."""
 
     @property
     def weight_version(self) -> int:
@@ -145,14 +145,14 @@ class RolloutEngine(Protocol):
         ...
 
     def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """Complete branches, and all that follows from them.
+        """Complete branches and all their descendants.
 
         Args:
-            seeds: where to start.
-            expand: what follows from a completion; asked on any rank, in any order.
+            seeds: the first branches.
+            expand: gives the children of a completed branch; any rank may call it, in any order.
 
         Returns:
-            Every branch's completion, the same on every rank.
+            The completion of every branch, the same on every rank.
         """
         ...
 
@@ -166,15 +166,15 @@ class RolloutEngine(Protocol):
         ...
 
     def release_memory(self) -> None:
-        """Give up what generation alone needs (caches), until ``resume_memory``."""
+        """Release memory that only generation needs (KV caches), until ``resume_memory``."""
         ...
 
     def resume_memory(self) -> None:
-        """Undo ``release_memory``."""
+        """Take back the memory of ``release_memory``."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What went wrong and was mended since the last call, as ``rollout/<what>``: retries, restarts."""
+        """Return counts of mended failures since the last call, as ``rollout/<name>``: retries, restarts."""
         ...
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
 """Engine ``transformers``: an in-process Hugging Face model on every rank, each generating its share of the requests.
 
-The sampler sees every step's logits, so it can return log-probs without keeping ``[tokens, vocabulary]`` scores, and it
-draws from numbers that belong to the request, so that a completion does not depend on which rank or batch it was generated
-in (up to rounding).
+The sampler sees every step's logits, so it can return log-probs without keeping ``[tokens, vocabulary]`` scores. It draws
+from random numbers that belong to the request, so that a completion does not depend on its rank or batch (up to rounding).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from megatron_rl.types import Completion, FinishReason, Request
 
 
 class TransformersEngine:
-    """Embedded generation; needs the whole model in the memory of every rank."""
+    """Generation in the trainer's process; needs the whole model in the memory of every rank."""
 
     def __init__(
         self,
@@ -63,18 +62,18 @@ class TransformersEngine:
     def generate(
         self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
     ) -> list[Completion | None]:
-        """See ``RolloutEngine``; completes all.
+        """Complete all requests.
 
         Rank r takes requests r, r + world size, ...: long and short prompts spread evenly.
         """
         return list(self._complete(requests))
 
     def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """See ``RolloutEngine``; level by level, each dealt out to the ranks anew."""
+        """Complete branches level by level; the requests of each level are divided among the ranks."""
         return grow_by_level(seeds, expand, self._complete)
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """See ``RolloutEngine``.
+        """Copy all weights into the model.
 
         Raises:
             RuntimeError: a tensor is missing, unknown, or of another shape.
@@ -93,17 +92,17 @@ class TransformersEngine:
         self.weight_version = version
 
     def release_memory(self) -> None:
-        """Key-value caches live only inside ``generate``; there is nothing to give up."""
+        """Do nothing: KV caches live only inside ``generate``."""
 
     def resume_memory(self) -> None:
-        """See ``release_memory``."""
+        """Do nothing, as ``release_memory``."""
 
     def metrics(self) -> dict[str, float]:
-        """See ``RolloutEngine``: nothing is ever mended here."""
+        """Return no metrics: this engine mends no failures."""
         return {}
 
     def close(self) -> None:
-        """See ``RolloutEngine``."""
+        """Do nothing: the engine has started no processes."""
 
     def _complete(self, requests: Sequence[Request]) -> list[Completion]:
         assert self.weight_version >= 0, "generate before the first update_weights"
@@ -156,7 +155,7 @@ def _settings(request: Request) -> tuple[float, float, int, bool]:
 
 
 class _Sampler:
-    """Chooses every row's next token; see ``decode.Choose``."""
+    """Sampler of every row's next token. A ``decode.Choose``."""
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
         first = requests[0]
@@ -175,7 +174,7 @@ class _Sampler:
         return chosen, log_probs.gather(1, chosen[:, None])[:, 0]
 
     def _draw(self, probabilities: Tensor, uniform: Tensor) -> Tensor:
-        """[B] tokens by inverse transform: the first whose cumulative probability exceeds the row's number."""
+        """Return tokens [B] by inverse transform: the first whose cumulative probability exceeds the row's number."""
         if self.top_k == 0 and self.top_p == 1.0:
             cumulative = probabilities.double().cumsum(-1)
             return _first_above(cumulative, uniform)
@@ -194,5 +193,5 @@ def _first_above(cumulative: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
-    """[count] float64 in [0, 1) that belong to one request."""
+    """Return the random numbers of one request, [count] float64 in [0, 1)."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

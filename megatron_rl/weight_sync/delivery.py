@@ -1,4 +1,4 @@
-"""How new weights reach servers: every transport there is, and the choice among them.
+"""Delivery of new weights to servers: all transports, and the choice among them.
 
     Shards            each trainer rank -> each server rank, digests of both ends compared     servers with our weight loader
     WholeTensors      rank 0 -> each server                                                    any server
@@ -37,7 +37,7 @@ from megatron_rl.weight_sync.served import RolloutLayout
 from megatron_rl.weight_sync.shards import Delivery, Rendezvous, ShardSender
 
 NUM_RESENDS = 1
-"""How often shards are sent again if they did not arrive as they were sent."""
+"""Repeats of a transfer that did not arrive as it was sent."""
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 """(Hugging Face name, full tensor); collectives stand behind it, so every rank reads it to the end."""
@@ -72,7 +72,7 @@ class WeightDelivery:
     tensors: Callable[[], NamedTensors]
     """Yields the current weights, each time it is called."""
     transports: Sequence[Transport] = ()
-    """In order of preference; an engine without servers needs none."""
+    """Transports in order of preference; an engine without servers needs none."""
 
     @property
     def metrics(self) -> dict[str, float]:

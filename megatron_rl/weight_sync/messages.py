@@ -1,7 +1,7 @@
-"""A plan's copies as messages between one sender and one receiver, and both ends of carrying them out.
+"""Messages of a transfer plan between one sender and one receiver, and both ends of their transfer.
 
-Both ends walk through the same list in the same order, some messages ahead of the wire: while one is under way, the next is
-gathered into a buffer, or scattered from one. A large overlap that lies in one run of memory goes without any buffer.
+Both ends go through the same list in the same order, some messages ahead of the wire: while one is in transit, the next is
+gathered into a buffer, or scattered from one. A large overlap that is contiguous in memory needs no buffer.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from megatron_rl.weight_sync.plan import Overlap, Plan, rounds
 T = TypeVar("T")
 
 ALONE_ELEMENTS = 2**18
-"""A overlap of this size or more is a message of its own: worth no copy where none is needed."""
+"""An overlap of this size or more is a message of its own, so that it needs no copy if it is contiguous."""
 NUM_BUFFERS = 2
-"""Gathered or scattered while one is under way."""
+"""Buffers at each end: one is gathered or scattered while another is in transit."""
 AHEAD = 16
-"""Messages under way at each end, with and without a buffer."""
+"""Most messages in transit at each end, with and without a buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Pieces that travel together, one after the other, each row by row."""
+    """Overlaps that travel together, one after the other, each row by row."""
 
     sender: int
     receiver: int
-    """As in ``plan.Copy``."""
+    """Numbers of both ends, as in ``plan.Copy``."""
     tag: int
-    """Counts the messages of the pair."""
+    """Number of the message among those of the pair."""
     overlaps: tuple[Overlap, ...]
 
     @property
     def num_elements(self) -> int:
-        """Of all overlaps."""
+        """Elements of all overlaps."""
         return sum(prod(overlap.size) for overlap in self.overlaps)
 
 
 class PendingMessage(Protocol):
-    """A send or a receive under way."""
+    """A send or a receive in transit."""
 
     def wait(self) -> object:
-        """Until it is done; raises RuntimeError when the other end is gone or too slow."""
+        """Wait for the end of the transfer; raises RuntimeError if the other end is gone or too slow."""
         ...
 
 
 def make_messages(plan: Plan, *, bucket_elements: int) -> list[Message]:
-    """All messages in the order of the plan's rounds.
+    """Return all messages in the order of the plan's rounds.
 
     Args:
         plan: of all servers.
@@ -73,7 +73,7 @@ def make_messages(plan: Plan, *, bucket_elements: int) -> list[Message]:
 
 
 def _buckets(overlaps: Iterable[Overlap], bucket_elements: int) -> Iterator[list[Overlap]]:
-    """Large overlaps one by one, and small ones together as they come."""
+    """Yield large overlaps alone, and small ones together as they come."""
     bucket: list[Overlap] = []
     total = 0
     for overlap in overlaps:
@@ -91,7 +91,7 @@ def _buckets(overlaps: Iterable[Overlap], bucket_elements: int) -> Iterator[list
 
 
 def box(start: Extent, size: Extent) -> tuple[int | slice, ...]:
-    """Indexes a rectangle. ``start`` may have dimensions in front of those of ``size``: they are indices."""
+    """Return the index of a rectangle. ``start`` may have more dimensions in front than ``size``: they are indices."""
     front = len(start) - len(size)
     return (*start[:front], *(slice(a, a + n) for a, n in zip(start[front:], size)))
 
@@ -158,10 +158,10 @@ def digest_overlaps(
     dtype: torch.dtype,
     is_sender: bool,
 ) -> list[int]:
-    """The digest of each overlap, from the parameters of one end.
+    """Return the digest of each overlap, from the parameters of one end.
 
     Args:
-        overlaps: that this end has.
+        overlaps: those that this end holds.
         parameters: by the name of that end.
         extents: shapes of the Hugging Face tensors.
         dtype: on the wire.
@@ -176,7 +176,7 @@ def digest_overlaps(
 
 
 class _Window(Generic[T]):
-    """Messages under way, oldest first, and the buffers that they use."""
+    """Messages in transit, oldest first, and the buffers that they use."""
 
     def __init__(self, dtype: torch.dtype, arrived: Callable[[Tensor, T], None] | None = None) -> None:
         self._dtype, self._arrived = dtype, arrived
@@ -184,23 +184,23 @@ class _Window(Generic[T]):
         self._pending: deque[tuple[T, PendingMessage | None, Tensor | None]] = deque()
 
     def make_room(self, *, needs_buffer: bool) -> Iterator[T]:
-        """Wait for the oldest until there is a place, and a buffer if one is needed."""
+        """Wait for the oldest messages until there is room, and a buffer if one is needed."""
         while len(self._pending) >= AHEAD or (needs_buffer and not self._free):
             yield self._finish()
 
     def take_buffer(self, size: int, device: torch.device) -> Tensor:
-        """At least [size]."""
+        """Return a free buffer of at least [size]."""
         buffer = self._free.pop()
         if buffer.numel() >= size and buffer.device == device:
             return buffer
         return torch.empty(size, dtype=self._dtype, device=device)
 
     def add(self, item: T, work: PendingMessage | None, buffer: Tensor | None) -> None:
-        """A message was started."""
+        """Add a message whose transfer has started."""
         self._pending.append((item, work, buffer))
 
     def drain(self) -> Iterator[T]:
-        """Wait for all."""
+        """Wait for all messages."""
         while self._pending:
             yield self._finish()
 
@@ -216,7 +216,7 @@ class _Window(Generic[T]):
 
 
 def _run_of_memory(views: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """The only view as [n], where that needs no copy."""
+    """Return the only view as [n] if that needs no copy, else None."""
     if len(views) == 1 and views[0].is_contiguous() and views[0].dtype == dtype:
         return views[0].view(-1)
     return None

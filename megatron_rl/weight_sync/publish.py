@@ -19,7 +19,7 @@ from megatron_rl.weight_sync.quantize import Fp8Format, check_served, quantizati
 
 
 class WeightSync:
-    """Gives an engine the policy's weights, version after version. Every method is a collective."""
+    """Publisher of the policy's weights to an engine, version after version. Every method is a collective."""
 
     def __init__(self, config: Config, policy: Policy) -> None:
         """Choose the transports; nothing is sent yet.

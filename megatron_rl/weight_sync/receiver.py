@@ -1,17 +1,17 @@
-"""The server's end: runs inside each tensor-parallel rank of an SGLang server, as its custom weight loader.
+"""The server's end of a transfer: the custom weight loader inside each tensor-parallel rank of an SGLang server.
 
     server --custom-weight-loader megatron_rl.weight_sync.receiver.load
     POST /update_weights_from_tensor {"load_format": the same name, one tensor: a spec}
 
-The spec holds no weights but what the rank needs to work the plan out by itself and to meet the trainer. The rank takes
-part in three exchanges through the trainer's store, and may be told to give up at any of them:
+The spec holds no weights, only what the rank needs to compute the plan and to meet the trainer. The rank takes part in three
+exchanges through the trainer's store, and any of them may tell it to give up:
 
-    ready       ->  which process group it still has, and whether its parameters are those of the table
+    ready       ->  the process group it still has, and whether its parameters are those of the table
     group       <-  the group to receive over; empty: without this server
-    report      ->  the digests of what it now holds, read back from the parameters, or what went wrong
+    report      ->  the digests of its parameters after the transfer, or the error
 
-An exception that left the loader would end the server, so none does; what stays behind is told in the report, and the
-trainer does not let the server serve.
+An exception that left the loader would end the server, so none does: errors go into the report, and the trainer does not let
+the server serve.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 
 
 class TimedWork(Protocol):
-    """A message under way."""
+    """A message in transit."""
 
     def wait(self, timeout: timedelta = ..., /) -> object:
-        """Until it is done; raises RuntimeError when the other end is gone or too slow."""
+        """Wait for the end of the transfer; raises RuntimeError if the other end is gone or too slow."""
         ...
 
 
 class Channel(Protocol):
-    """A process group as both ends use it."""
+    """The part of a process group that both ends use."""
 
     def send(self, tensors: list[Tensor], destination: int, tag: int, /) -> TimedWork:
         """Start to send one tensor."""
@@ -61,16 +61,16 @@ class Channel(Protocol):
 
 
 JOIN_S = 20.0
-"""All members of a group have said that they are ready: then it takes moments, or one of them has died."""
+"""Limit of joining a group. All members have said that they are ready, so it takes moments unless one has died."""
 
 
 @dataclass(frozen=True)
 class TransferSpec:
-    """What a server rank is told. Travels as a pickle, as everything to this endpoint does."""
+    """Description of a transfer for a server rank. It travels as a pickle, as everything to this endpoint does."""
 
     host: str
     port: int
-    """Of the trainer's store."""
+    """Port of the trainer's store."""
     attempt: str
     """Prefix of this transfer's keys."""
     server: int
@@ -84,12 +84,12 @@ class TransferSpec:
     timeout_s: float
 
     def key(self, what: str, tp_rank: int | None = None) -> str:
-        """In the store."""
+        """Return a key of this transfer in the store."""
         return f"{self.attempt}/{self.server}/{what}" + ("" if tp_rank is None else f"/{tp_rank}")
 
 
 def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout_s: float) -> Channel:
-    """A process group of its own, apart from the default one, or what stands for one; every member calls this."""
+    """Make a process group apart from the default one, or a ``Mailbox`` in its place; every member calls this."""
     own = dist.PrefixStore(name, store)
     if backend == "ipc":
         return Mailbox(own, rank, timeout_s)
@@ -101,7 +101,7 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
 
 
 def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """What SGLang calls in every rank, with one tensor: a spec. Never raises."""
+    """Load weights: SGLang calls this in every rank with one tensor, a pickled ``TransferSpec``. Never raises."""
     try:
         from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
@@ -129,12 +129,12 @@ def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:
         report = {"error": f"{type(error).__name__}: {error}"[:2000]}
     try:
         store.set(spec.key("report", tp_rank), json.dumps(report))
-    except Exception:  # nobody to report to: the trainer sees that no report came
+    except Exception:  # the trainer notices that no report came
         traceback.print_exc()
 
 
 _groups: dict[str, Channel] = {}
-"""At most one: the group of the last transfer."""
+"""Group of the last transfer; at most one."""
 
 
 def _receive(model: torch.nn.Module, spec: TransferSpec, store: dist.Store, tp_rank: int) -> dict[str, Any]:
@@ -170,18 +170,18 @@ def _receive(model: torch.nn.Module, spec: TransferSpec, store: dist.Store, tp_r
 
 @dataclass(frozen=True)
 class _Receipt:
-    """A message on its way here. The group's own limit is that for joining; a transfer may take longer."""
+    """A message to this rank. The group's own limit is that for joining; a transfer may take longer."""
 
     work: TimedWork
     limit: timedelta
 
     def wait(self) -> None:
-        """Until it is here; raises RuntimeError when the sender is gone or too slow."""
+        """Wait for the message; raises RuntimeError if the sender is gone or too slow."""
         self.work.wait(self.limit)
 
 
 def unfitness(parameters: dict[str, Tensor], shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> str | None:
-    """Why the parameters of a server rank are not those that the plan fills, or None."""
+    """Return why a server rank's parameters are not those that the plan fills, or None."""
     expected = {parameter.name: parameter.shape for parameter in served_parameters(shape, layout, tp_rank)}
     if shape.tied:  # the output layer's parameter is the embedding's, under its first name
         expected.pop("lm_head.weight", None)
@@ -193,12 +193,12 @@ def unfitness(parameters: dict[str, Tensor], shape: ModelShape, layout: RolloutL
 
 
 def encode(digests: list[int]) -> str:
-    """As text: little-endian 64-bit numbers in base64."""
+    """Encode digests as text: little-endian 64-bit numbers in base64."""
     return base64.b64encode(numpy.array(digests, dtype="<u8").tobytes()).decode()
 
 
 def decode(text: str) -> list[int]:
-    """The inverse of ``encode``."""
+    """Decode the text of ``encode``."""
     return numpy.frombuffer(base64.b64decode(text), dtype="<u8").tolist()
 
 

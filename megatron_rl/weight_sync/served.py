@@ -1,6 +1,6 @@
-"""What each rank of an SGLang server holds: its parameters, and the boxes of Hugging Face tensors that they are made of.
+"""Parameters of each rank of an SGLang server, and the boxes of Hugging Face tensors that they are made of.
 
-Read from SGLang 0.5.23's layers (QKVParallelLinear, MergedColumnParallelLinear, VocabParallelEmbedding, FusedMoE):
+From SGLang 0.5.23's layers (QKVParallelLinear, MergedColumnParallelLinear, VocabParallelEmbedding, FusedMoE):
 
     qkv_proj, gate_up_proj     the rank's rows of q, k, v (of gate, up), stacked; fewer key-value heads than ranks: repeated
     o_proj, down_proj          the rank's columns
@@ -28,15 +28,15 @@ class RolloutLayout:
     num_servers: int = 1
     tp_size: int = 1
     ep_size: int = 1
-    """Of the ``tp_size`` ranks, groups that share the experts out; within a group each expert is cut."""
+    """Groups among the ``tp_size`` ranks that divide the experts between them; within a group each expert is cut."""
 
     @property
     def num_ranks(self) -> int:
-        """Over all servers."""
+        """Ranks of all servers."""
         return self.num_servers * self.tp_size
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ``UserError`` where SGLang could not serve the model this way, or we do not know how it would."""
+        """Raise ``UserError`` if SGLang could not serve the model this way, or its way is unknown here."""
         _check_family(shape)
         tp_size, heads, kv_heads = self.tp_size, shape.num_attention_heads, shape.num_key_value_heads
         if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
@@ -69,9 +69,9 @@ class ServedBox:
     hf_name: str
     hf_start: Extent
     start: Extent
-    """In the parameter. An expert's part has one dimension more than its tensor: the expert's place comes first."""
+    """Corner in the parameter. An expert's box has one more dimension than its tensor: the expert's place comes first."""
     size: Extent
-    """In the tensor."""
+    """Size in the tensor."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ServedParameter:
     name: str
     shape: Extent
     boxes: tuple[ServedBox, ...]
-    """They cover it without overlap; what none covers is padding of the vocabulary."""
+    """Boxes that cover the parameter without overlap, except for padding of the vocabulary."""
 
 
 _STACKED = {
@@ -91,13 +91,13 @@ _STACKED = {
 """Hugging Face layer -> SGLang's fused one, and the place in it."""
 _BY_COLUMNS = ("o_proj", "down_proj")
 _EXPERT_LAYERS = {"mixtral": ("w1", "w3", "w2")}
-"""Gate, up and down projection of an expert, where a family has other names than most."""
+"""Gate, up and down projection of an expert, for families with other names than most."""
 _USUAL_EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj")
 _VOCABULARY = ("embed_tokens", "lm_head")
 
 
 def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> list[ServedParameter]:
-    """All parameters of one rank of a server, in the order of the model.
+    """Return all parameters of one rank of a server, in the order of the model.
 
     Raises:
         UserError: the layout does not fit the model.
@@ -131,12 +131,12 @@ def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) ->
 
 
 def _layer(name: str) -> str:
-    """``model.layers.0.mlp.up_proj.weight`` -> ``up_proj``."""
+    """Return the layer of a name: ``model.layers.0.mlp.up_proj.weight`` -> ``up_proj``."""
     return name.rsplit(".", 2)[-2]
 
 
 def _target(name: str, shape: ModelShape) -> str:
-    """The parameter that a tensor is part of."""
+    """Return the parameter that a tensor is part of."""
     if ".experts." in name:
         prefix, rest = name.split(".experts.")
         down = _EXPERT_LAYERS.get(shape.family, _USUAL_EXPERT_LAYERS)[2]
@@ -146,7 +146,7 @@ def _target(name: str, shape: ModelShape) -> str:
 
 
 def _rows(layer: str, rows: int, shape: ModelShape, tp_size: int, tp_rank: int) -> tuple[int, int]:
-    """First row and number of rows of a rank."""
+    """Return the first row and the number of rows of a rank."""
     if layer in ("k_proj", "v_proj") and tp_size > shape.num_key_value_heads:
         repeats = tp_size // shape.num_key_value_heads
         return tp_rank // repeats * shape.head_dim, shape.head_dim

@@ -1,10 +1,10 @@
-"""The trainer's end of shard-to-shard updates: every rank sends what servers lack, and rank 0 has the proof before they serve.
+"""The trainer's end of shard-to-shard updates: every rank sends what servers lack, and rank 0 compares digests.
 
     rank 0      spec -> server ranks -> "ready" ... group ... send ... digests of both ends are compared
     all ranks                                  join    send    own digests, summed over ranks
 
-One process group a server, of all trainer ranks and the server's: what happens to one server concerns no other. A group
-lives until its server dies. Rank 0 holds the store in which both ends meet.
+Each server has a process group of all trainer ranks and its own, so that a fault of one server concerns no other. A group lives
+until its server dies. Rank 0 holds the store in which both ends meet.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from megatron_rl.weight_sync.receiver import JOIN_S, Channel, TimedWork, Transfe
 from megatron_rl.weight_sync.served import RolloutLayout
 
 LOOK_S = 0.01
-"""How often rank 0 looks whether somebody has answered."""
+"""Seconds between two looks of rank 0 for answers."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where and how both ends meet."""
+    """Address and means by which both ends meet."""
 
     host: str
     """Address of rank 0 that servers reach."""
@@ -61,11 +61,11 @@ class Delivery:
     """``proven``: both ends have the same digests. ``unfit``: the server's parameters are not cut as the plan says, and
     nothing was sent."""
     detail: str
-    """For people; empty if proven."""
+    """Reason in words; empty if proven."""
 
 
 class ShardSender:
-    """Sends shards of the current weights to servers. Every method is a collective."""
+    """Sender of shards of the current weights to servers. Every method is a collective."""
 
     def __init__(
         self,
@@ -77,13 +77,13 @@ class ShardSender:
         dtype: torch.dtype,
         cpu_group: dist.ProcessGroup,
     ) -> None:
-        """Opens the store on rank 0; servers are met in ``send`` only.
+        """Open the store on rank 0; servers are met only in ``send``.
 
         Args:
             parameters: gives this rank's, by global Megatron name, as they are now.
             shape: of the model.
             training: of the trainer.
-            rendezvous: where and how.
+            rendezvous: of both ends.
             dtype: of the servers' parameters.
             cpu_group: all trainer ranks, over gloo.
         """
@@ -101,7 +101,7 @@ class ShardSender:
         self._num_attempts = 0
         self._rollout = RolloutLayout(num_servers=0)
         self.metrics: dict[str, float] = {}
-        """Of the last ``send``: bytes, seconds, servers proven."""
+        """Figures of the last ``send``: bytes, seconds, servers proven."""
 
     def send(
         self,
@@ -110,7 +110,7 @@ class ShardSender:
         *,
         post: Callable[[int, bytes], Future[str | None]] | None,
     ) -> dict[int, Delivery]:
-        """Send the current weights to servers, and compare what they then hold with what was sent.
+        """Send the current weights to servers, and compare digests of both ends.
 
         Args:
             servers: numbers within the layout, the same on every rank.
@@ -118,7 +118,7 @@ class ShardSender:
             post: on rank 0, hands a payload to a server (``ServerPort.post``); None on other ranks.
 
         Returns:
-            How it went, by server, the same on every rank. The caller lets those serve that have it ``proven``.
+            The outcome by server, the same on every rank. The caller puts only proven servers into service.
         """
         try:
             self._prepare(layout)
@@ -146,7 +146,7 @@ class ShardSender:
         return deliveries
 
     def _prepare(self, rollout: RolloutLayout) -> None:
-        """Work out what goes where, once for each layout of the servers."""
+        """Compute the plan and this rank's messages, once for each layout of the servers."""
         if rollout == self._rollout:
             return
         plan = make_plan(self._shape, self._training, rollout)
@@ -162,7 +162,7 @@ class ShardSender:
     def _join(
         self, specs: Mapping[int, TransferSpec], futures: Mapping[int, Future[str | None]]
     ) -> dict[int, Delivery]:
-        """Meet the servers' ranks; afterwards there is a group for each server that is not in the result."""
+        """Meet the servers' ranks, and make a group for each server that is not in the returned failures."""
         verdicts: dict[int, list[str]] = {}
 
         def look() -> bool:
@@ -187,16 +187,16 @@ class ShardSender:
         return lost | self._agree(failures)
 
     def _readiness(self, spec: TransferSpec, future: Future[str | None]) -> list[str] | None:
-        """On rank 0: ["group", name] or [what is wrong, details]; None while it is not known."""
+        """Return ["group", name] or [state, detail of the failure] on rank 0; None while it is not known."""
         keys = [spec.key("ready", tp_rank) for tp_rank in range(self._rollout.tp_size)]
         if not self._store.check(keys):
             return ["failed", _problem(future) or "its ranks never became ready"] if future.done() else None
-        told = [json.loads(self._store.get(key)) for key in keys]
-        for tp_rank, ready in enumerate(told):
+        answers = [json.loads(self._store.get(key)) for key in keys]
+        for tp_rank, ready in enumerate(answers):
             if ready["unfit"]:
                 return ["unfit", f"rank {tp_rank}: {ready['unfit']}"]
         name = self._groups.get(spec.server, ("",))[0]
-        is_kept = name and all(name in ready["groups"] for ready in told)
+        is_kept = name and all(name in ready["groups"] for ready in answers)
         return ["group", name if is_kept else spec.key("group/joined")]
 
     def _make_group(self, name: str) -> Channel:
@@ -205,7 +205,7 @@ class ShardSender:
         return make_group(self._backend, self._store, name, self._rank, size, timeout_s)
 
     def _transfer(self, connections: Sequence[_Connection], parameters: Mapping[str, Tensor]) -> None:
-        """Send; what fails is noted on its connection."""
+        """Send all messages; a failure is noted on its connection."""
         by_server = {connection.server: connection for connection in connections}
         tp_size, limit = self._rollout.tp_size, timedelta(seconds=self._rendezvous.timeout_s)
         messages = [message for message in self._messages if message.receiver // tp_size in by_server]
@@ -220,12 +220,12 @@ class ShardSender:
         self.metrics["weight_sync/sent_bytes"] = float(sum(gather_json(num_bytes, self._cpu_group)))
 
     def _tell_if_gone(self, group: str, future: Future[str | None]) -> None:
-        """A process group notices by itself that a member is gone; a mailbox has to be told."""
+        """Tell a mailbox that its server is gone; a process group notices by itself."""
         if (problem := _problem(future)) is not None:
             dist.PrefixStore(group, self._store).set(BROKEN, problem)
 
     def _digests(self, parameters: Mapping[str, Tensor]) -> list[int]:
-        """Of every overlap, each worked out by one of its holders."""
+        """Return the digest of every overlap; one of its holders computes each."""
         digests = digest_overlaps(self._digested, parameters, self._extents, dtype=self._dtype, is_sender=True)
         table = torch.zeros(len(self._overlaps), dtype=torch.int64)
         table[[overlap.index for overlap in self._digested]] = torch.from_numpy(
@@ -241,7 +241,7 @@ class ShardSender:
         futures: Mapping[int, Future[str | None]],
         expected: Sequence[int],
     ) -> dict[int, Delivery]:
-        """What became of the servers that were sent to."""
+        """Return the outcome of the servers that were sent to."""
         failures = {
             connection.server: f"rank {self._rank} could not send: {connection.error}"
             for connection in connections
@@ -257,11 +257,11 @@ class ShardSender:
                     )
             for spec in specs.values():
                 self._forget(spec)
-        told = broadcast_json({s: [d.state, d.detail] for s, d in deliveries.items()}, self._cpu_group)
-        return {int(server): Delivery(*parts) for server, parts in told.items()}
+        outcomes = broadcast_json({s: [d.state, d.detail] for s, d in deliveries.items()}, self._cpu_group)
+        return {int(server): Delivery(*parts) for server, parts in outcomes.items()}
 
     def _verify(self, spec: TransferSpec, future: Future[str | None], expected: Sequence[int]) -> Delivery:
-        """On rank 0: compare what a server's ranks hold with what was to be sent."""
+        """Compare on rank 0 the digests of a server's ranks with the trainer's."""
         if (problem := _problem(future)) is not None:
             return Delivery("failed", problem)
         for tp_rank in range(self._rollout.tp_size):
@@ -281,7 +281,7 @@ class ShardSender:
         return Delivery("proven", "")
 
     def _forget(self, spec: TransferSpec) -> None:
-        """Remove what was exchanged: a run makes thousands of updates."""
+        """Remove the keys of a transfer, because a run makes thousands of them."""
         self._store.delete_key(spec.key("group"))
         for what in ("ready", "report"):
             for tp_rank in range(self._rollout.tp_size):
@@ -298,15 +298,15 @@ class ShardSender:
     # ------------------------------------------------------------------------------------------------ helpers
 
     def _agree(self, failures: Mapping[int, str]) -> dict[int, Delivery]:
-        """Failures of any rank, on every rank."""
+        """Return the failures of any rank, on every rank."""
         found: dict[int, Delivery] = {}
-        for told in gather_json(failures, self._cpu_group):
-            for server, detail in told.items():
+        for of_rank in gather_json(failures, self._cpu_group):
+            for server, detail in of_rank.items():
                 found.setdefault(int(server), Delivery("failed", detail))
         return found
 
     def _together(self, is_done: Callable[[], bool]) -> None:
-        """Wait until rank 0 says so; nobody waits long without a sign of life."""
+        """Wait on all ranks until a condition holds on rank 0, with a watchdog beat every second."""
         while True:
             deadline, done = time.monotonic() + 1.0, False
             while self._rank == 0 and not (done := is_done()) and time.monotonic() < deadline:
@@ -343,19 +343,19 @@ class ShardSender:
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         port = broadcast_json(store.port if store else None, self._cpu_group)
         store = store or dist.TCPStore(host, port, is_master=False, timeout=timeout)
-        dist.barrier(self._cpu_group)  # nobody may leave before all have come
+        dist.barrier(self._cpu_group)  # no rank leaves before all are connected
         return store
 
 
 class _Connection:
-    """To one server. After the first failure nothing more is sent over it."""
+    """The connection to one server. After the first failure nothing more is sent over it."""
 
     def __init__(self, server: int, name: str, group: Channel) -> None:
         self.server, self.name, self._group = server, name, group
         self.error = ""
 
     def send(self, flat: Tensor, rank: int, tag: int, limit: timedelta) -> _Sent | None:
-        """Start to send; None once the connection has failed."""
+        """Start to send a message; returns None once the connection has failed."""
         if self.error:
             return None
         try:
@@ -367,14 +367,14 @@ class _Connection:
 
 @dataclass
 class _Sent:
-    """A message under way over a connection."""
+    """A message in transit over a connection."""
 
     work: TimedWork
     connection: _Connection
     limit: timedelta
 
     def wait(self) -> None:
-        """Until it has arrived, or its connection has failed."""
+        """Wait until the message has arrived, or its connection has failed."""
         if self.connection.error:
             return
         try:
@@ -384,12 +384,12 @@ class _Sent:
 
 
 def _first_senders(copies: Sequence[Copy], tp_size: int) -> dict[int, int]:
-    """Who sends each overlap to the first server."""
+    """Return the rank that sends each overlap to the first server."""
     return {copy.overlap.index: copy.sender for copy in copies if copy.receiver < tp_size}
 
 
 def _problem(future: Future[str | None]) -> str | None:
-    """What a finished request says went wrong."""
+    """Return what went wrong in a finished request, or None."""
     try:
         return future.result()
     except Exception as error:  # on rank 0 alone: raising here would leave the others waiting

@@ -1,7 +1,7 @@
-"""Requests -> completions, on rank 0's event loop: bounded in flight, a deadline and a bounded retry for each.
+"""Dispatch of requests on rank 0's event loop: bounded in flight, with a deadline and bounded retries for each.
 
-Every request has one slot in the result, and a slot is filled once: whatever dies in between, no prompt is lost and none
-is counted twice.
+Every request has one slot in the result, and a slot is filled once. So when a server dies, no prompt is lost and none is
+counted twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ What = TypeVar("What")
 
 
 class _InFlight(Generic[What]):
-    """Requests under way, told one at a time as they end. (``asyncio.wait`` would go through all of them each time.)"""
+    """Requests in flight, returned one at a time as they end. (``asyncio.wait`` would scan all of them each time.)"""
 
     def __init__(self) -> None:
         self._of: dict[asyncio.Task[Completion], What] = {}
@@ -31,18 +31,18 @@ class _InFlight(Generic[What]):
         return len(self._of)
 
     def start(self, work: Coroutine[Any, Any, Completion], what: What) -> None:
-        """Begin; ``next_done`` will tell ``what`` it was."""
+        """Start a request; ``next_done`` returns ``what`` with its completion."""
         task = asyncio.create_task(work)
         self._of[task] = what
         task.add_done_callback(self._ended.put_nowait)
 
     async def next_done(self) -> tuple[What, Completion]:
-        """The next that ends; raises what it raised."""
+        """Wait for the next request that ends; an error of it is raised here."""
         task = await self._ended.get()
         return self._of.pop(task), task.result()
 
     async def cancel(self) -> None:
-        """End the rest, and wait until it has ended."""
+        """Cancel the remaining requests, and wait until they have ended."""
         for task in self._of:
             task.cancel()
         await asyncio.gather(*self._of, return_exceptions=True)
@@ -63,7 +63,7 @@ class Dispatch:
         fleet: the servers.
         stop_ids: token ids that end a response.
         router: the way in, where there is one; else requests go to the servers themselves.
-        experts: layers, and experts chosen in each, where completions shall tell them.
+        experts: (layers, experts per token) if completions carry the chosen experts.
         """
         self.fleet, self.stop_ids, self._router = fleet, list(stop_ids), router
         self.experts = experts
@@ -71,7 +71,7 @@ class Dispatch:
         """Requests done in the current ``run``."""
 
     async def run(self, requests: Sequence[Request], *, group_size: int, num_groups: int) -> list[Completion | None]:
-        """Complete requests until enough groups are whole; the rest is stopped.
+        """Complete requests until enough groups are whole; cancel the rest.
 
         Args:
             requests: consecutive ``group_size`` ones are a group.
@@ -97,20 +97,20 @@ class Dispatch:
                 self.num_done += 1
                 missing[index // group_size] -= 1
                 num_whole += missing[index // group_size] == 0
-        finally:  # closing its connection is how SGLang learns that nobody waits any more
+        finally:  # SGLang stops a request once its connection is closed
             await in_flight.cancel()
         whole = [count == 0 for count in missing]
         return [result if whole[i // group_size] else None for i, result in enumerate(results)]
 
     async def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """Complete branches and all that follows from them, each the moment its parent is complete.
+        """Complete branches and all their descendants, each the moment its parent is complete.
 
-        Where there are more than the servers take at once, those with most still to come go first: they decide when all is
-        done. Branches of one prompt prefer one server, past the router: it has their common beginnings in its cache.
+        If there are more than the servers take at once, those with the most tokens still to come go first: they decide when
+        all is done. Branches of one prompt prefer one server, past the router: it has their common beginnings in its cache.
 
         Args:
-            seeds: where to start.
-            expand: what follows from a completion.
+            seeds: the first branches.
+            expand: gives the children of a completed branch.
 
         Raises:
             UserError: as ``run``.
@@ -192,7 +192,7 @@ class Dispatch:
                 wait.cancel()
 
     async def _look_after(self, server: Server, error: Unavailable) -> None:
-        """After a failure: find out who is gone, so that the next try goes elsewhere."""
+        """Find out after a failure which servers are gone, so that the retry goes elsewhere."""
         if error.reason in ("connection", "stale", "timeout", "server_error"):
             await self.fleet.probe()
         await asyncio.sleep(0.05)  # not a storm while a server that looks alive fails at once

@@ -23,20 +23,20 @@ from megatron_rl.rollout.sglang.loop import LoopThread
 from megatron_rl.rollout.sglang.router import Router
 
 MEET_S = 1.0
-"""How often the ranks meet while the servers work."""
+"""Seconds between two meetings of the ranks while the servers work."""
 IDLE_CONNECTION_S = 2.0
-"""A server hangs up after 5 s without a request. A connection that we take for open and it has just closed costs a retry, and
-in a weight update the server's place; so ours are given up well before."""
+"""Idle connections are closed after this. A server hangs up after 5 s without a request; a connection that it has just closed
+costs a retry, and in a weight update the server's place, so ours are closed well before."""
 
 
 def open_session() -> aiohttp.ClientSession:
-    """What all servers are asked through. The limits are ours: in flight per server in the fleet, deadlines per request."""
+    """Open the HTTP session for all servers. It sets no limits: the fleet bounds requests in flight, each has a deadline."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
 class Driver:
-    """Rank 0's side: the event loop and what lives in it. Its methods are called from the rank's main thread."""
+    """Rank 0's side of the engine: the event loop and what lives in it. The rank's main thread calls its methods."""
 
     def __init__(
         self, config: Config, model: ServedModel, urls: Sequence[str], logs: Sequence[str], *, admin_key: str | None
@@ -118,7 +118,7 @@ class Driver:
             )
 
     def verdict(self, future: Future[Any] | None) -> dict[str, Any]:
-        """What rank 0 brings to a meeting, after waiting a little for something to tell."""
+        """Return rank 0's news for a meeting, after waiting up to ``MEET_S`` for some."""
         deadline = time.monotonic() + MEET_S
         while True:
             error = self.fleet.failure
@@ -139,7 +139,7 @@ class Driver:
                 time.sleep(0.1)
 
     def _is_one_still_starting(self) -> bool:
-        """At the very start, all servers are waited for: a run that begins with a part of them hides a mistake."""
+        """Check whether a server has never answered: a run that began with only some servers would hide a mistake."""
         return not all(server.is_known for server in self.fleet.servers)
 
     def attempt(self, work: Coroutine[Any, Any, None], what: str = "a weight update") -> UserError | None:
@@ -156,7 +156,7 @@ class Driver:
         return None
 
     def take_counts(self) -> dict[str, int]:
-        """Mended failures since the last call."""
+        """Return the counts of mended failures since the last call."""
 
         def take() -> dict[str, int]:
             counts = dict(self.fleet.counts)
@@ -166,7 +166,7 @@ class Driver:
         return self.loop.call(take)
 
     def take_cached_share(self) -> float | None:
-        """Of the prompt tokens since the last call, those that a prefix cache had; None without any."""
+        """Return the share of prompt tokens since the last call that a prefix cache had; None without any."""
 
         def take() -> float | None:
             clients = [server.client for server in self.fleet.servers]

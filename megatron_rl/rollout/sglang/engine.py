@@ -1,8 +1,8 @@
 """Engine ``sglang``: every rank calls, rank 0 drives the servers, every rank gets the result.
 
 rank 0        requests -> Dispatch (event loop) -> completions --broadcast--> all ranks
-other ranks   meet rank 0 once a second; so nobody waits longer than that without a word, and when a server has come
-              back without weights, all ranks can gather the current ones for it and go on
+other ranks   meet rank 0 once a second, so that an error reaches them soon, and so that all ranks can deliver the
+              current weights to a server that came back without them
 first rank of each node   Supervisor (thread): starts, watches and restarts the servers of the node
 """
 
@@ -81,7 +81,7 @@ class SGLangEngine:
     def generate(
         self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
     ) -> list[Completion | None]:
-        """See ``RolloutEngine``. Sampling is SGLang's own: request seeds have no effect.
+        """Complete requests on the servers. Sampling is SGLang's own: request seeds have no effect.
 
         Raises:
             UserError: on all ranks; no server can be had, or a request failed too often.
@@ -103,7 +103,7 @@ class SGLangEngine:
         return completions
 
     def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """See ``RolloutEngine``. Rank 0 alone expands while servers work; the others do so again with what it got.
+        """Complete branches and their descendants. Only rank 0 expands while servers work; other ranks repeat it afterwards.
 
         Raises:
             UserError: as ``generate``.
@@ -120,7 +120,7 @@ class SGLangEngine:
         return from_list(seeds, expand, broadcast_completions(mine, self._group))
 
     def _wait(self, future: Future[Any] | None, total: int | None) -> None:
-        """Meet until the servers are done."""
+        """Meet the other ranks until the servers are done."""
         with progress(total, "generation") as bar:
             while self._meet(future) != "done":
                 if self._driver is not None:
@@ -142,7 +142,7 @@ class SGLangEngine:
                 activity.beat()  # servers have deadlines of their own
 
     def release_memory(self) -> None:
-        """See ``RolloutEngine``. Separate servers keep theirs: nobody else wants it."""
+        """Release the memory of colocated servers; separate ones keep theirs."""
         if self._config.rollout.servers.placement != "colocated":
             return
         if self._supervisor is not None:
@@ -151,13 +151,13 @@ class SGLangEngine:
         together(self._driver, lambda driver: driver.fleet.release_memory(), self._group, what="release of memory")
 
     def resume_memory(self) -> None:
-        """See ``RolloutEngine``."""
+        """Give colocated servers their memory back."""
         if self._config.rollout.servers.placement != "colocated":
             return
         together(self._driver, lambda driver: driver.fleet.resume_memory(), self._group, what="resumption of memory")
 
     def metrics(self) -> dict[str, float]:
-        """See ``RolloutEngine``: ``rollout/<what went wrong and was mended>`` since the last call."""
+        """Return counts of mended failures since the last call, and the share of prompt tokens from prefix caches."""
         restarts = sum(gather_json(self._supervisor.take_restarts() if self._supervisor else 0, self._group))
         counts = broadcast_json(self._driver.take_counts() if self._driver else None, self._group)
         mended = {f"rollout/{name}": float(count) for name, count in {**counts, "server_restarts": restarts}.items()}
@@ -178,10 +178,10 @@ class SGLangEngine:
     # ------------------------------------------------------------------------------------------------ the meeting
 
     def _meet(self, future: Future[Any] | None) -> str:
-        """One meeting of all ranks: bad news stops everybody alike, stale servers get weights.
+        """Hold one meeting of all ranks: an error is raised on all of them, stale servers get weights.
 
         Returns:
-            ``done`` (the future is), ``serving`` (no future, and servers serve) or ``wait``.
+            ``done`` (the future is done), ``serving`` (no future, and servers serve) or ``wait``.
         """
         verdict: dict[str, Any] = {}
         if self._driver is not None:
@@ -205,7 +205,7 @@ class SGLangEngine:
     # ------------------------------------------------------------------------------------------------ starting
 
     def _start_servers(self) -> tuple[list[tuple[str, str]], list[str] | None]:
-        """On the first rank of a node: (url and log of each server, error). Nothing on other ranks."""
+        """Start a node's servers on its first rank: (url and log of each server, error). Other ranks start none."""
         config, servers = self._config, self._config.rollout.servers
         node, local_rank = divmod(self._rank, config.trainer.devices)
         if local_rank != 0:

@@ -51,7 +51,7 @@ class SGLangPort:
         return [ServerInfo(*row) for row in broadcast_json(rows, self._group)]
 
     def begin_update(self) -> None:
-        """Pause the targets and stamp them ``updating:<version>``; nobody asks for their health meanwhile."""
+        """Pause the targets and stamp them ``updating:<version>``; health checks are off meanwhile."""
         if self._supervisor is not None:
             self._supervisor.set_busy(True)
         together(self._driver, lambda driver: driver.fleet.begin_update(self._of(driver, self.targets)), self._group)
