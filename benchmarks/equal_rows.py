@@ -14,6 +14,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,14 +46,14 @@ def main() -> None:
 
     completions = [completion(arguments.tokens, seed) for seed in range(arguments.rows)]
     engine_bytes = measure.held()
-    shared = measure("broadcast", lambda: broadcast_completions(completions, group))
+    shared = measure("broadcast", partial(broadcast_completions, completions, group))
     del completions
     groups = [
         RolloutGroup(prompt(number), [Rollout(one, Score(1.0)) for one in shared[start : start + GROUP_SIZE]])
         for number, start in enumerate(range(0, len(shared), GROUP_SIZE))
     ]
     del shared
-    measure("rollout_metrics", lambda: rollout_metrics(groups, version=0))
+    measure("rollout_metrics", partial(rollout_metrics, groups, version=0))
     samples = [sample(rollout, group) for group in groups for rollout in group.rollouts]
     del groups
     rows_bytes = measure.held()
