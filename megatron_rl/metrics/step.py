@@ -16,8 +16,8 @@ from megatron_rl.types import Kind, RolloutGroup, TrainingSample
 MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
 """Names in an update's report that are maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
 
-BLOCK_TOKENS = 1 << 15
-"""Response tokens that are summed at once: a float64 vector of them is 256 KiB and stays in the cache."""
+BLOCK_TOKENS = 1 << 14
+"""Response tokens that are summed at once: a float64 vector of them is 128 KiB, stays in the cache and needs no new pages."""
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str, float]:
