@@ -104,7 +104,7 @@ class Completion:
     """What the engine returns for one request."""
 
     response_ids: Tensor
-    """[R] int64, the end-of-sequence token included where it was sampled."""
+    """[R] int32, the end-of-sequence token included where it was sampled."""
     log_probs: Tensor
     """[R] float32: log p of each sampled token, at the sampling temperature."""
     finish_reason: FinishReason
@@ -170,7 +170,7 @@ class TrainingSample:
     prompt_ids: Tensor
     """[*] int64."""
     response_ids: Tensor
-    """[R] int64."""
+    """[R] int32; int64 where they come from a file. A micro-batch has int64."""
     kind: Kind
     reward: float = 0.0
     has_reward: bool = True

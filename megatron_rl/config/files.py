@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_rl import plugins
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
@@ -19,6 +20,8 @@ def check_files(config: Config) -> None:
     """
     policy = config.policy
     get_task(config.data.task)
+    for sink in config.exp_manager.sinks:
+        plugins.check(sink, field="exp_manager.sinks", what="a metric sink")
     _check_writable(config.exp_manager.run_dir)
     read_model_shape(config)
     directory = Path(policy.model_path)

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "advantages": {"config"},
     "convert.offline": {"convert.architecture", "convert.hf", "convert.tables"},
     "losses": {"config"},
-    "metrics": {"config", "rewards"},
+    "metrics": {"config", "plugins", "rewards"},
     "data": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "metrics", "parallel", "rewards", "tasks",
     },
