@@ -22,7 +22,7 @@ from megatron_rl.config.algorithms import (
     SPOTreeConfig,
 )
 from megatron_rl.config.data import PresampleConfig
-from megatron_rl.config.files import check_files, read_model_shape
+from megatron_rl.config.files import check_files, check_names, read_model_shape
 from megatron_rl.config.load import load_config, save_resolved
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.schema import Config
@@ -48,6 +48,7 @@ __all__ = [
     "SPOTreeConfig",
     "SegmentConfig",
     "check_files",
+    "check_names",
     "load_config",
     "read_model_shape",
     "save_resolved",
