@@ -389,11 +389,12 @@ class Run:
     def _build_scorer(self) -> Scorer:
         data = self.config.data
         return Scorer(
-            data.task,
+            [data.task],
             self.inputs.tokenizer,
             num_workers=data.num_scoring_workers,
             timeout_s=data.scoring_timeout_s,
             cpu_group=self.groups.cpu_group,
+            reward=data.reward,
         )
 
     @activity.phase("evaluation")
