@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics
 from megatron_rl.model.guards import check_same_rows
 from megatron_rl.rollout.share import broadcast_completions
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score, TrainingSample
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score, TrainingSample
 
 PROMPT_TOKENS = 128
 GROUP_SIZE = 16
@@ -129,7 +129,7 @@ def sample(rollout: Rollout, group: RolloutGroup) -> TrainingSample:
     return TrainingSample(
         group.prompt.prompt_ids,
         completion.response_ids,
-        Kind.RL,
+        RowKind.RL,
         reward=rollout.score.reward,
         rollout_log_probs=completion.log_probs,
         old_log_probs=completion.log_probs + 1e-3,

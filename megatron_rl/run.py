@@ -40,7 +40,7 @@ from megatron_rl.rollout.build import build_engine
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine, ServedModel
 from megatron_rl.scoring.scorer import Scorer
-from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import Prompt, RolloutGroup, RowKind, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync, served_overrides
 
 NEEDS = frozenset({"old_log_probs", "ref_log_probs", "entropy", "values"})
@@ -48,7 +48,7 @@ NEEDS = frozenset({"old_log_probs", "ref_log_probs", "entropy", "values"})
 
 
 class Run:
-    """Everything of one run on this rank. Every rank builds the same; what is shared out is inside the parts."""
+    """All parts of one run on this rank. Every rank builds the same parts; sharding happens inside them."""
 
     def __init__(self, config: Config, runtime: Runtime, *, is_trained: bool = True) -> None:
         """Build all parts.
@@ -69,7 +69,7 @@ class Run:
         self._checkpoint_seconds: dict[str, float] = {}
         self._rollout_metrics: dict[str, float] = {}
         self.num_generated_tokens = 0
-        """Of all training rollouts of the run, whatever became of them; evaluation does not count."""
+        """Tokens sampled for training so far, including dropped rollouts; evaluation excluded."""
         torch.manual_seed(config.trainer.seed)
         self.groups = build_groups_of(config, runtime.device)
         self.inputs = Inputs(config, self.groups, self.say)
@@ -84,13 +84,13 @@ class Run:
             # Read now, so that a wrong file is found before training; by rank 0, whose own disk it may be on.
             is_read = config.eval.is_used and self.is_first
             self._baseline = self.evaluator.read_baseline() if is_read else None
-        with ExitStack() as parts:  # what is started is stopped again, also when a later part cannot be built
+        with ExitStack() as parts:  # stops the parts that were started, also if a later one cannot be built
             self._build(parts)
             self._parts = parts.pop_all()
 
     def _build(self, parts: ExitStack) -> None:
         config = self.config
-        # First of all, because servers take long to start; they do while the policy is built.
+        # Servers come first: they take long to start, and do so while the policy is built.
         is_sampled = config.trainer.stage == "rl" or config.eval.is_used
         engine = self._build_engine() if is_sampled else None
         if engine is not None:
@@ -123,7 +123,7 @@ class Run:
     # ------------------------------------------------------------------------------------------------ around a step
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do, counted from 0: up to ``max_steps``, or until ``max_generated_tokens`` are sampled."""
+        """Yield the steps still to do, counted from 0: up to ``max_steps``, or until ``max_generated_tokens`` are sampled."""
         for step in range(self.start_step, self.config.trainer.max_steps):
             if self._is_budget_spent:
                 return
@@ -176,7 +176,7 @@ class Run:
         self._save_if_due(done)
 
     def _look_at_numerics(self, monitor: NumericsMonitor, done: int) -> dict[str, float]:
-        """Metrics of a watched step; its layers go to a file of ``numerics/``, and what is alarming to the console."""
+        """Return metrics of a watched step; its layers go to a file of ``numerics/``, alarms to the console."""
         report = monitor.report()
         if not report:
             return {}
@@ -243,36 +243,36 @@ class Run:
 
     @property
     def rollouts(self) -> Collector:
-        """What samples and scores; there is none in a supervised run without evaluation."""
+        """The part that samples and scores; a supervised run without evaluation has none."""
         assert self.collector is not None
         return self.collector
 
     def evaluate_before(self) -> None:
-        """Evaluate the model as it comes, as step 0."""
+        """Evaluate the initial model, as step 0."""
         if self.config.eval.before and self.start_step == 0:
             self._evaluate(0, self.config.eval.num_samples)
 
-    def rest_engine(self) -> None:
-        """The next rollouts are a training phase away: a colocated engine gives its memory to the trainer."""
+    def release_engine_memory(self) -> None:
+        """Release a colocated engine's GPU memory for the training phase."""
         with self.timer("weight_sync"):
             self.rollouts.engine.release_memory()
 
     def publish(self, *, version: int) -> None:
-        """Give the engine the current weights, and what memory the trainer can spare."""
+        """Give the engine the current weights, and the memory that the trainer can spare."""
         self._make_room()
         with self.timer("weight_sync"):
             self.rollouts.engine.resume_memory()
         self._weight_sync.publish(self.rollouts.engine, version=version)
 
     def _make_room(self) -> None:
-        """For rollouts: what only updates need leaves the GPU, until an update or a checkpoint brings it back."""
+        """Release the memory that only updates need, until an update or a checkpoint brings it back."""
         if self.config.offloads_during_rollouts:
             with self.timer("offload"):
                 self.policy.trainable.update_memory.release()
 
     @activity.phase("finish")
     def finish(self) -> None:
-        """Export, plot, sum up."""
+        """Export the model, plot the curves, write the summary."""
         if self.config.exp_manager.export_hf:
             source = Path(self.config.policy.model_path)
             target = self.directory / "hf"
@@ -284,7 +284,7 @@ class Run:
             self._sum_up(self.logger.rows())
 
     def say(self, message: str) -> None:
-        """One line for the user, from rank 0."""
+        """Print one line for the user, from rank 0."""
         if self.is_first:
             print(message, flush=True)
 
@@ -313,8 +313,8 @@ class Run:
         )
 
     def _log_probs_of(self, prompts: Sequence[Prompt], responses: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Collector.policy_log_probs``."""
-        rows = [TrainingSample(prompt.prompt_ids, ids, Kind.RL) for prompt, ids in zip(prompts, responses)]
+        """Return the trainer's log-probs of each response, [R] float32; a ``Collector`` asks for them."""
+        rows = [TrainingSample(prompt.prompt_ids, ids, RowKind.RL) for prompt, ids in zip(prompts, responses)]
         size = self.config.policy.train_global_batch_size
         batches = full_batches(range(len(rows)), size=size, multiple=self.config.row_unit)
         self.policy.fill_log_probs(rows, batches, "old_log_probs")
@@ -349,7 +349,7 @@ class Run:
         if self._writes_checkpoints and is_due:
             is_away = self.policy.trainable.update_memory.is_released
             if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
-                self.rest_engine()
+                self.release_engine_memory()
             started = time.monotonic()
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
             state |= self.inputs.stream.state()
@@ -403,7 +403,7 @@ class Run:
         distance: dict[str, float] = {}
         probes = self.inputs.probes
         if probes:
-            self.rest_engine()  # a pass of the trainer, which needs the memory of a colocated engine
+            self.release_engine_memory()  # a pass of the trainer, which needs the memory of a colocated engine
             distance = distance_metrics(self.policy, probes, batch_size=self.config.row_unit)
         if probes or self.rollouts.engine.weight_version != done:
             self.publish(version=done)
@@ -416,7 +416,10 @@ class Run:
             self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
 
     def _keep_and_explore(self, results: EvalResults) -> dict[str, float]:
-        """Against ``eval.baseline``, else this run's step 0. Rank 0 has the files, every rank gets the rates."""
+        """Return keep and explore rates against ``eval.baseline``, else this run's step 0.
+
+        Rank 0 reads the files, every rank gets the rates.
+        """
         rates: dict[str, float] = {}
         if self.is_first:
             baseline = self._baseline

@@ -1,7 +1,7 @@
 """The training program, one process per rank: ``torchrun ... -m megatron_rl.train --config x.yaml section.field=value``.
 
-The whole of training is the two loops below; ``run.py`` builds what they use. Nothing here imports torch at the top, so
-that a wrong config is refused in the first second.
+Training is the two loops below; ``run.py`` builds the parts they use. Nothing here imports torch at the top, so that a wrong
+config is refused in the first second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def run_online(run: Run) -> None:
     policy, algorithm = run.policy, run.online_algorithm
     for step in run.steps():
         groups = algorithm.collect(run.inputs.prompts, run.rollouts, step)
-        run.rest_engine()
+        run.release_engine_memory()
         samples = run.samples(groups, step)
         del groups  # the rows have all that training needs
         run.fill(samples, algorithm.needs)
@@ -48,12 +48,12 @@ def run_offline(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """One rank, from its command line to its exit status: 0 done, 2 something the user can fix."""
+    """Run one rank from its command line; return its exit status: 0 done, 2 something the user can fix."""
     return run_program("megatron_rl.train", train, argv)
 
 
 def train(config: Config, runtime: Runtime) -> None:
-    """The whole run of one rank whose process group stands."""
+    """Do the whole run of one rank; its process group is initialised."""
     from megatron_rl.run import Run
 
     with Run(config, runtime) as run:

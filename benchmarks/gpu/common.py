@@ -114,14 +114,14 @@ def random_rows(lengths: Sequence[int], vocab_size: int, *, prompt_share: float 
     """Rows with advantages of both signs and token-mean weights."""
     import torch
 
-    from megatron_rl.types import Kind, TrainingSample
+    from megatron_rl.types import RowKind, TrainingSample
 
     generator = torch.Generator().manual_seed(1)
     rows = []
     for length in lengths:
         ids = torch.randint(3, vocab_size, (length,), generator=generator)
         cut = max(1, int(length * prompt_share))
-        row = TrainingSample(ids[:cut], ids[cut:], Kind.RL)
+        row = TrainingSample(ids[:cut], ids[cut:], RowKind.RL)
         row.advantages = torch.randn(1, generator=generator).expand(length - cut).clone()
         rows.append(row)
     total = sum(row.num_response_tokens for row in rows)

@@ -86,14 +86,14 @@ def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verd
 def _trajectories(run: Run, chosen: list[tuple[Prompt, tuple[Completion, float]]]) -> list[Trajectory]:
     """With the model's own log-probs where they are for rehearsal; those come from the training engine."""
     from megatron_rl.data.pool import Trajectory
-    from megatron_rl.types import Kind, TrainingSample
+    from megatron_rl.types import RowKind, TrainingSample
 
     rows = [
-        TrainingSample(prompt.prompt_ids, completion.response_ids, Kind.REHEARSAL, reward=reward)
+        TrainingSample(prompt.prompt_ids, completion.response_ids, RowKind.REHEARSAL, reward=reward)
         for prompt, (completion, reward) in chosen
     ]
     if rows and run.config.presample.purpose == "rehearsal":
-        run.rest_engine()
+        run.release_engine_memory()
         unit = run.config.policy.train_global_batch_size
         filled = rows + [replace(rows[-1]) for _ in range(-len(rows) % unit)]  # each rank gets equally many
         run.policy.fill_log_probs(filled, [range(len(filled))], "ref_log_probs")

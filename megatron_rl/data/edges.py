@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import UserError
-from megatron_rl.types import FINISH_REASONS, Kind, TrainingSample
+from megatron_rl.types import FINISH_REASONS, RowKind, TrainingSample
 
 
 @dataclass
@@ -143,7 +143,7 @@ class EdgeStore:
                 TrainingSample(
                     prompt_ids=prompts[row].clone(),
                     response_ids=responses[row].clone(),
-                    kind=Kind.EDGE,
+                    kind=RowKind.EDGE,
                     reward=float(state["rewards"][row]),
                     finish_reason=FINISH_REASONS[int(state["finish_reasons"][row])],
                     weight_version=int(state["weight_versions"][row]),

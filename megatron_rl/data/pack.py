@@ -31,7 +31,7 @@ VECTOR_FIELDS = ("weights", "advantages", "old_log_probs", "ref_log_probs")
 """Per-token fields of a sample that travel with a micro-batch where they are set."""
 
 FP8_TOKEN_MULTIPLE = 16
-"""Rows of an operand that units for products in eight bits take at once."""
+"""FP8 products need a token dimension that is a multiple of this."""
 
 
 def plan_micro_batches(
@@ -127,8 +127,10 @@ def _bins(
 
 
 def full_batches(rows: Sequence[int], *, size: int, multiple: int) -> list[list[int]]:
-    """Rows of a forward pass in batches that every rank has a share of: where some are short of a multiple, the first ones go
-    twice. ``size`` is a multiple of ``multiple``."""
+    """Cut the rows of a forward pass into batches of which every rank gets a share.
+
+    Where rows are missing to a multiple of ``multiple``, the first ones go twice. ``size`` is a multiple of ``multiple``.
+    """
     filled = [*rows, *islice(cycle(rows), -len(rows) % multiple)] if rows else []
     return [filled[start : start + size] for start in range(0, len(filled), size)]
 
@@ -159,35 +161,34 @@ def _fill_evenly(longest_first: Sequence[int], sizes: Sequence[int], count: int)
 
 @dataclass(frozen=True)
 class PackLayout:
-    """What a training layout asks of a pack."""
+    """Requirements of a training layout on a pack."""
 
     tp_size: int = 1
-    """Ranks that share the tokens out between layers: the tensor-parallel size under sequence parallelism, else 1."""
+    """Ranks that split the tokens between layers: the tensor-parallel size under sequence parallelism, else 1."""
     cp_size: int = 1
     cp_rank: int = 0
     token_multiple: int = 1
-    """The tokens of each of those ranks are a multiple of this: what products in eight bits want."""
+    """The tokens of each of those ranks are a multiple of this, as FP8 products need it."""
     cp_group: dist.ProcessGroup | None = None
     """The context-parallel ranks, for sums over a sequence in a loss; not needed to pack."""
 
     @property
     def sequence_multiple(self) -> int:
-        """Every sequence is padded to a multiple of this."""
+        """Multiple to which every sequence is padded."""
         return 1 if self.cp_size == 1 else 2 * self.cp_size * self.tp_size
 
     @property
     def pack_multiple(self) -> int:
-        """The whole pack is padded to a multiple of this, which is one of ``sequence_multiple`` where that is not 1 or where
-        there is something to pad."""
+        """The pack's length is padded to a multiple of this, itself a multiple of ``sequence_multiple`` under CP."""
         return self.tp_size * math.lcm(self.token_multiple, 2 if self.cp_size > 1 else 1) * self.cp_size
 
     def padded(self, num_tokens: int) -> int:
-        """Tokens that a row takes in a pack."""
+        """Return the tokens that a row takes in a pack."""
         return num_tokens + -num_tokens % self.sequence_multiple
 
 
 def pack_layout(policy: PolicyConfig, *, cp_rank: int = 0, cp_group: dist.ProcessGroup | None = None) -> PackLayout:
-    """What a config's layout asks of a pack."""
+    """Return the requirements of a config's layout on a pack."""
     is_sequence_parallel = bool(policy.megatron_cfg.get("sequence_parallel"))
     tp_size = policy.tensor_parallel_size if is_sequence_parallel else 1
     token_multiple = 1
@@ -279,7 +280,7 @@ def vector_names(samples: Sequence[TrainingSample]) -> list[str]:
 
 
 def response_slice(start: int, sample: TrainingSample) -> slice:
-    """Positions whose labels are the response of a sample that starts at ``start`` in the pack."""
+    """Return the positions whose labels are the response of a sample that starts at ``start`` in the pack."""
     first = start + len(sample.prompt_ids) - 1
     return slice(first, first + sample.num_response_tokens)
 

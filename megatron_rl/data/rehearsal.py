@@ -9,7 +9,7 @@ from megatron_rl.data.limits import row_limit
 from megatron_rl.data.pool import Pool, Trajectory
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 
 FIELD = "algorithm.rehearsal.pool"
 PROBE_FIELD = "eval.pool"
@@ -89,7 +89,7 @@ def rehearsal_row(trajectory: Trajectory) -> TrainingSample:
     return TrainingSample(
         trajectory.prompt_ids,
         trajectory.response_ids,
-        Kind.REHEARSAL,
+        RowKind.REHEARSAL,
         reward=trajectory.reward,
         has_reward=False,
         ref_log_probs=trajectory.ref_log_probs,

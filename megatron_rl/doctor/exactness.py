@@ -19,7 +19,7 @@ from megatron_rl.algorithms.base import Algorithm, OnlineAlgorithm
 from megatron_rl.convert.hf.in_memory import checkpoint_views
 from megatron_rl.model.policy import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
-from megatron_rl.types import Kind, MicroBatch, TrainingSample
+from megatron_rl.types import MicroBatch, RowKind, TrainingSample
 
 BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
 """Bounds of ``errors``, some three times what float32 gives when nothing is wrong."""
@@ -63,11 +63,11 @@ def recorded_batch(
     """
     online = algorithm if isinstance(algorithm, OnlineAlgorithm) else None
     generator = torch.Generator().manual_seed(1)
-    stored = Kind.RL if online is None or online.stored is None else online.stored.kind
+    stored = RowKind.RL if online is None or online.stored is None else online.stored.kind
     samples = []
     for number, (prompt, response) in enumerate(lengths):
         ids = torch.randint(0, vocab_size, (prompt + response,), generator=generator)
-        row = TrainingSample(ids[:prompt], ids[prompt:], stored if is_stored(number) else Kind.RL)
+        row = TrainingSample(ids[:prompt], ids[prompt:], stored if is_stored(number) else RowKind.RL)
         row.advantages = torch.randn(1, generator=generator).expand(response).clone()
         samples.append(row)
     for row in samples:
@@ -76,7 +76,7 @@ def recorded_batch(
         noise = torch.randn(2, len(log_probs), generator=generator) * 0.2
         row.old_log_probs, row.ref_log_probs = (log_probs.float() + noise).unbind()
         row.loss_mask = None if online is None else online.selection.mask(row.old_log_probs)
-        if row.kind is Kind.REHEARSAL:
+        if row.kind is RowKind.REHEARSAL:
             row.advantages = row.old_log_probs = None
     algorithm.assign_weights(samples)
     return samples
@@ -123,7 +123,7 @@ def reference(
         terms = algorithm.loss(log_probs, entropy, _row_as_batch(row))
         total_loss = total_loss + (terms.loss * row.weights.double()).sum()
         for name, value in terms.means.items():
-            kinds = terms.kinds.get(name, frozenset(Kind))
+            kinds = terms.kinds.get(name, frozenset(RowKind))
             if row.kind in kinds:
                 count = sum(other.num_loss_tokens for other in samples if other.kind in kinds)
                 shown = value.detach().double() if row.loss_mask is None else value.detach().double()[row.loss_mask]

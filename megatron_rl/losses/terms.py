@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megatron_rl.types import Kind
+from megatron_rl.types import RowKind
 
 
 @dataclass
@@ -19,5 +19,5 @@ class TokenTerms:
     """Logged as the mean over the mini-batch's loss tokens."""
     maxima: dict[str, Tensor] = field(default_factory=dict)
     """Logged as the maximum over them."""
-    kinds: dict[str, frozenset[Kind]] = field(default_factory=dict)
+    kinds: dict[str, frozenset[RowKind]] = field(default_factory=dict)
     """Metrics that are over the tokens of such rows alone."""

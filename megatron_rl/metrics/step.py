@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.rewards.correct import is_correct
-from megatron_rl.types import Kind, RolloutGroup, TrainingSample
+from megatron_rl.types import RolloutGroup, RowKind, TrainingSample
 
 MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
 """Names in an update's report that are maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
@@ -124,7 +124,7 @@ def _sums(samples: Sequence[TrainingSample]) -> _Sums:
         tokens=float(sum(sample.num_tokens for sample in samples)),
         response_tokens=float(sum(sample.num_response_tokens for sample in samples)),
     )
-    rows = [sample for sample in samples if sample.kind in (Kind.RL, Kind.EDGE)]
+    rows = [sample for sample in samples if sample.kind in (RowKind.RL, RowKind.EDGE)]
     old, advantages = _joined(rows, "old_log_probs").double(), _joined(rows, "advantages")
     if not len(old):
         return sizes

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a step needs, complete or not there at all.
+"""Checkpoints: everything that a step needs, complete or absent.
 
     checkpoints/step_00000050/
         model/                torch_dist: weights, optimizer, schedule; loads under any layout
@@ -117,7 +117,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def _digests(self, directory: Path, final: Path) -> dict[str, dict[str, Any]]:
-        """Size and digest of every file; the files are shared out over the ranks."""
+        """Return size and digest of every file; each rank reads a share of the files."""
         dist.barrier(self.groups.cpu_group)
         mine: dict[str, dict[str, Any]] = {}
         with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
@@ -138,7 +138,7 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------ read
 
     def find(self, explicit: str | None, *, is_resuming: bool = True) -> Path | None:
-        """The checkpoint to start from, or None.
+        """Find the checkpoint to start from, or None.
 
         The run's own last complete one, if it is resuming and, where an explicit one is given, that own one descends from
         it: so the same command starts from the explicit checkpoint and, killed, resumes. Else the explicit one.
@@ -198,7 +198,7 @@ class Checkpoints:
         return state
 
     def load_tensors(self, path: Path) -> dict[str, torch.Tensor]:
-        """What ``save`` got as ``tensors``."""
+        """Return the tensors that ``save`` got."""
         return load_file(path / TENSORS) if (path / TENSORS).is_file() else {}
 
     def set_aside_others(self, start: Path | None) -> None:
@@ -218,7 +218,7 @@ class Checkpoints:
                     self.say(f"this run does not continue {others}: renamed to {prefix}*, delete them when you like")
 
     def _own(self, origin: str | None) -> list[Path]:
-        """Steps of the run, newest first; with an origin, those before the first that does not descend from it."""
+        """Return the run's checkpoints, newest first; with an origin, up to the first that does not descend from it."""
         own: list[str] = []
         if self.groups.rank == 0:  # one rank looks: the others could see the directory before or after a change
             unfinished = sorted(path.name for path in self.directory.glob("step_*.tmp"))
@@ -234,7 +234,7 @@ class Checkpoints:
         return sorted(p for p in self.directory.glob("step_*") if _NAME.fullmatch(p.name))
 
     def _problem(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, or None; the same answer on every rank."""
+        """Return what is wrong with a checkpoint, or None; the same answer on every rank."""
         problems = gather_json(self._problem_here(path), self.groups.cpu_group)
         return next((problem for problem in problems if problem is not None), None)
 
@@ -250,7 +250,7 @@ class Checkpoints:
 def fixed_settings(
     config: Config, shape: ModelShape, contents: Mapping[str, tuple[str, str]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """What may not change while a run goes on: weights, optimizer state and prompt cursor mean nothing without it.
+    """Return the settings that may not change during a run: weights, optimizer state and prompt cursor depend on them.
 
     Args:
         config: of the run.
@@ -293,7 +293,7 @@ def _check_fixed(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
 
 
 def _incompleteness(path: Path) -> str | None:
-    """What a checkpoint lacks, going by names and sizes; None: nothing."""
+    """Return what a checkpoint lacks, going by names and sizes; None: nothing."""
     if not path.is_dir():
         return "is not a directory"
     try:
@@ -356,7 +356,7 @@ def _restore_random_state(state: dict[str, Any]) -> None:
 
 
 def _bytes_to_write(trainable: Trainable) -> int:
-    """Weights of the whole model, and 12 bytes a parameter of optimizer state; a little less than what is written."""
+    """Return the bytes of all weights and of 12 bytes a parameter of optimizer state; a little more is written."""
     parameters = sum(math.prod(extent) for extent in hf_tensors(trainable.shape).values())
     return parameters * (trainable.megatron_config.params_dtype.itemsize + 12)
 
@@ -369,7 +369,7 @@ def _check_space(directory: Path, needed: int) -> None:
 
 @contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """Failures to write a checkpoint, as one sentence."""
+    """Turn a failure to write a checkpoint into a ``UserError`` of one sentence."""
     try:
         yield
     except UserError:
@@ -390,7 +390,7 @@ def _as_user_error(path: Path) -> Iterator[None]:
 
 
 def _is_full(path: Path) -> bool:
-    """Less than a MB is free where a checkpoint was to be."""
+    """Return whether less than a MB is free in the place of a checkpoint."""
     there = next((folder for folder in path.parents if folder.is_dir()), None)
     return there is not None and shutil.disk_usage(there).free < 2**20
 

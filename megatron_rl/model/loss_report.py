@@ -12,10 +12,10 @@ from torch import Tensor
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.types import Kind, MicroBatch
+from megatron_rl.types import MicroBatch, RowKind
 
 
-def report(terms: TokenTerms, batch: MicroBatch, num_tokens: Mapping[Kind, int], loss: Tensor) -> dict[str, Any]:
+def report(terms: TokenTerms, batch: MicroBatch, num_tokens: Mapping[RowKind, int], loss: Tensor) -> dict[str, Any]:
     """Return this micro-batch's share of each mean over the mini-batch, and its maxima.
 
     Args:
@@ -25,7 +25,7 @@ def report(terms: TokenTerms, batch: MicroBatch, num_tokens: Mapping[Kind, int],
         loss: scalar, this micro-batch's share of the loss.
     """
     present = frozenset(num_tokens)
-    masks: dict[frozenset[Kind], Tensor] = {present: batch.loss_mask}
+    masks: dict[frozenset[RowKind], Tensor] = {present: batch.loss_mask}
 
     def tokens_of(name: str) -> tuple[Tensor, int]:
         kinds = present & terms.kinds.get(name, present)

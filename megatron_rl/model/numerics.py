@@ -1,6 +1,6 @@
-"""What eight bits do to a model's numbers, or would do: each linear layer looked at on sampled steps.
+"""Numerics of FP8 in a model, or of FP8 as it would be: each linear layer, on sampled steps.
 
-Of the first micro-batch of a watched step, for each linear layer of the decoder:
+Measured on the first micro-batch of a watched step, for each linear layer of the decoder:
 
     input_amax, weight_amax, gradient_amax   largest magnitudes; the gradient is that of the output
     *_underflow                              share of the numbers that are not zero and become zero
@@ -31,7 +31,7 @@ from megatron_rl.convert.tables.table import global_name
 from megatron_rl.model.attention import WholeLinear
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.fp8.emulation import Fp8Layer, Quantizers, fp8_product
-from megatron_rl.model.fp8.recipe import Recipe, recipe_of
+from megatron_rl.model.fp8.recipe import Fp8Recipe, recipe_of
 from megatron_rl.parallel.agree import gather_json
 from megatron_rl.parallel.groups import Groups
 
@@ -52,7 +52,7 @@ class NumericsMonitor:
         self._config, self._groups = config, groups
         recipe = recipe_of(megatron_cfg) or recipe_of({"fp8": "hybrid", "fp8_recipe": config.forecast})
         assert recipe is not None
-        self._recipe: Recipe = recipe
+        self._recipe: Fp8Recipe = recipe
         is_fp8 = recipe_of(megatron_cfg) is not None
         self._layers = {
             name: module for chunk in chunks for name, module in _linear_layers(chunk, groups.ep_rank, is_fp8=is_fp8)
@@ -182,7 +182,7 @@ def _input_of_product(module: Any, x: Tensor) -> Tensor:
 
 
 def _range(quantizers: Quantizers, role: str, x: Tensor) -> LayerReport:
-    """Of one operand [rows, columns]; nothing of an expert that got no token."""
+    """Report the range of one operand [rows, columns]; empty for an expert that got no token."""
     if not x.numel():
         return {}
     amax = x.abs().amax().float()

@@ -20,7 +20,7 @@ from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.guards import check_log_probs, check_same_rows, check_trainable
 from megatron_rl.model.loss_report import reduce_reports, report
 from megatron_rl.model.trainable import Trainable
-from megatron_rl.types import ON_POLICY, MicroBatch, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, TrainingSample
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], TokenTerms]
 """(log_probs [T], entropy [T], micro_batch) -> terms."""
@@ -90,7 +90,7 @@ class Policy:
         }
         num_global_tokens = sum(num_tokens.values())
         micro_batches = trainable.micro_batches(samples)
-        is_own_past = any(sample.kind in ON_POLICY and sample.old_log_probs is None for sample in samples)
+        is_own_past = any(sample.kind in POLICY_GRADIENT_KINDS and sample.old_log_probs is None for sample in samples)
 
         def weighted_loss(
             log_probs: Tensor, entropy: Tensor, batch: MicroBatch

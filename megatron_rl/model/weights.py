@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def named_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
-    """This rank's weights under their global Megatron names (layers and experts counted over the whole model).
+    """Yield this rank's weights under their global Megatron names (layers and experts counted over the whole model).
 
     These are the parameters, and those buffers that a checkpoint holds, such as a router's bias.
     """
@@ -86,7 +86,7 @@ def load_hf_weights(
 def iterate_hf_tensors(
     chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor, whole, one after the other, on every rank. A collective: consume it to the end.
+    """Yield every Hugging Face tensor, whole, on every rank. A collective: consume it to the end.
 
     Yields:
         (Hugging Face name, tensor in the model's dtype, or float32 where the table says so, on the model's device).
@@ -180,7 +180,7 @@ def _dtype_name(dtype: torch.dtype) -> Dtype:
 
 
 def _broadcast(shard: Tensor, owner: int, group: dist.ProcessGroup) -> None:
-    """From the group's rank ``owner`` to its others."""
+    """Send a shard from the group's rank ``owner`` to its other ranks."""
     if dist.get_world_size(group) > 1:
         dist.broadcast(shard, dist.get_global_rank(group, owner), group=group)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def zigzag_indices(cu_seqlens: Tensor, *, size: int, rank: int) -> Tensor:
-    """[t] int64: the pack's tokens that a rank holds, in its own order.
+    """Return [t] int64, the pack's tokens that a rank holds, in its own order.
 
     Args:
         cu_seqlens: [N + 1] borders of the sequences in the pack; each length is a multiple of ``2 * size``.
@@ -48,7 +48,7 @@ def zigzag_indices(cu_seqlens: Tensor, *, size: int, rank: int) -> Tensor:
 
 
 def gather_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
-    """[T] int64: where in the concatenation of all ranks' tokens each token of the pack is."""
+    """Return [T] int64, the place of each token of the pack in the concatenation of all ranks' tokens."""
     held = torch.cat([zigzag_indices(cu_seqlens, size=size, rank=rank) for rank in range(size)])
     order = torch.empty_like(held)
     order[held] = torch.arange(len(held), device=held.device)
@@ -56,7 +56,7 @@ def gather_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
 
 
 def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All tokens of the pack, in its order, on every rank; differentiable.
+    """Return all tokens of the pack, in its order, on every rank; differentiable.
 
     Its adjoint hands each rank the sum over all ranks of the gradients of its tokens: right for any loss that is summed
     over the ranks, whichever of them uses which tokens.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import build_algorithm
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 from tests.parallel.invariance import (
     assert_exact,
     config_of,
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def edges_of(model: Path, settings: tuple[str, ...]) -> list[TrainingSample]:
     batch = recorded_batch(model, *settings, lengths=EDGES)
-    batch = [replace(row, kind=Kind.EDGE) for row in batch]
+    batch = [replace(row, kind=RowKind.EDGE) for row in batch]
     # One row without any token to learn from, as an edge has of which the policy was sure throughout.
     batch[2] = replace(batch[2], loss_mask=torch.zeros(1, dtype=torch.bool), weights=None)
     build_algorithm(config_of(model, *settings)).assign_weights(batch)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, Request, TrainingSample
+from megatron_rl.types import Request, RowKind, TrainingSample
 from tests.e2e.conftest import Case
 from tests.forked import run_ranks
 from tests.servers.conftest import start_server, wait_until_ready
@@ -149,12 +149,14 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
         assert not {"rollout/sync_failed", "rollout/sync_unfit"} & metrics.keys()
         found["proven"].append(metrics["weight_sync/servers_proven"])
         rows = [c for c in engine.generate(requests) if c is not None]
-        samples = [TrainingSample(r.prompt_ids, c.response_ids, Kind.RL) for r, c in zip(requests, rows, strict=True)]
+        samples = [
+            TrainingSample(r.prompt_ids, c.response_ids, RowKind.RL) for r, c in zip(requests, rows, strict=True)
+        ]
         policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs")
         found["log_prob_errors"].append(
             max(float((s.old_log_probs - c.log_probs).abs().max()) for s, c in zip(samples, rows))
         )
-        probe = [TrainingSample(requests[3].prompt_ids, requests[2].prompt_ids, Kind.RL)]
+        probe = [TrainingSample(requests[3].prompt_ids, requests[2].prompt_ids, RowKind.RL)]
         policy.fill_log_probs(probe, [range(1)], "old_log_probs")
         found["moved"].append(float((probe[0].old_log_probs - last[-1]).abs().max()) if last else 1.0)
         last.append(probe[0].old_log_probs)

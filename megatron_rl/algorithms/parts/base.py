@@ -13,7 +13,7 @@ from megatron_rl.data.pool import PoolNeed
 from megatron_rl.data.stream import Stream
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
 
 class Rollouts(ABC):
@@ -76,7 +76,7 @@ class Objective(ABC):
 class StoredRows(ABC):
     """Rows that were not sampled in this step, and join its updates."""
 
-    kind: Kind
+    kind: RowKind
     """The kind of these rows."""
     shares_loss: bool
     """They are trained by the rollouts' objective, under the same aggregation."""

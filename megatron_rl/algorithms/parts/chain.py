@@ -32,7 +32,7 @@ from megatron_rl.data.tokenizer import ids_with_newlines
 from megatron_rl.report.tree_record import record_step
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.growth import Branch, Key
-from megatron_rl.types import Completion, Prompt, Rollout, RolloutGroup, State, TrainingSample
+from megatron_rl.types import Completion, Prompt, Rollout, RolloutGroup, SegmentStart, TrainingSample
 
 
 class ChainRollouts(Rollouts):
@@ -130,7 +130,7 @@ class ChainRollouts(Rollouts):
         values = self._values(prompts, grown, prefixes, collector)
         groups = [RolloutGroup(prompt, []) for prompt in prompts]
         for (key, rollout), score in zip(rollouts.items(), scores):
-            valued = tuple(State(n, values[state]) for n, state in zip(borders[key], states[key]))
+            valued = tuple(SegmentStart(n, values[state]) for n, state in zip(borders[key], states[key]))
             groups[key[0]].rollouts.append(Rollout(rollout, score, valued, of_policy.get(key)))
         num_borders, num_tokens = sum(map(len, borders.values())), _num_tokens(grown.values())
         self.metrics = {

@@ -13,7 +13,7 @@ from megatron_rl.algorithms.parts.base import Credit
 from megatron_rl.config import GroupConfig
 from megatron_rl.config.methods.spo import SegmentConfig
 from megatron_rl.losses.kl import kl_estimate
-from megatron_rl.types import ON_POLICY, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
 
 STD_EPSILON = 1e-6
 
@@ -27,7 +27,7 @@ class GroupCredit(Credit):
 
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
         """Set ``advantages``: 0 where the scorer failed, or where a rollout has nobody to be compared with."""
-        grouped = [sample for sample in samples if sample.kind in ON_POLICY]
+        grouped = [sample for sample in samples if sample.kind in POLICY_GRADIENT_KINDS]
         for _, rows in groupby(grouped, key=lambda sample: sample.group_index):
             group = list(rows)
             judged = [sample for sample in group if sample.has_reward]
@@ -63,7 +63,7 @@ class SegmentCredit(Credit):
         if self.whitening == "none":
             return
         for rows in updates:
-            chosen = [samples[row] for row in rows if samples[row].kind in ON_POLICY]
+            chosen = [samples[row] for row in rows if samples[row].kind in POLICY_GRADIENT_KINDS]
             whiten(chosen, subtract_mean=self.whitening == "mean_std")
 
 

@@ -16,13 +16,13 @@ from megatron_rl.data.rehearsal import Rehearsal
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.f_divergence import f_divergence, js_definition
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
 
 class RehearsedRows(StoredRows):
     """``eta * token-mean over stored rows of f(policy / reference)``, beside the rollouts' own mean."""
 
-    kind = Kind.REHEARSAL
+    kind = RowKind.REHEARSAL
     shares_loss = False
     takes_selection = False
 
@@ -74,10 +74,10 @@ class RehearsedRows(StoredRows):
             "rehearsal/forward_kl": f_divergence(log_probs.detach(), reference, "forward_kl"),
             "rehearsal/log_ratio": log_probs.detach() - reference,
         }
-        rollouts = dict.fromkeys([*terms.means, *terms.maxima], frozenset({Kind.RL}))
+        rollouts = dict.fromkeys([*terms.means, *terms.maxima], frozenset({RowKind.RL}))
         return replace(
             terms,
-            loss=torch.where(batch.kind == Kind.REHEARSAL, divergence, of_rollouts),
+            loss=torch.where(batch.kind == RowKind.REHEARSAL, divergence, of_rollouts),
             means=terms.means | stored,
-            kinds=rollouts | dict.fromkeys(stored, frozenset({Kind.REHEARSAL})),
+            kinds=rollouts | dict.fromkeys(stored, frozenset({RowKind.REHEARSAL})),
         )

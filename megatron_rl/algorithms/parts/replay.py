@@ -15,13 +15,13 @@ from megatron_rl.config.methods.rlep import ReplayConfig
 from megatron_rl.data.pool import Pool, PoolNeed
 from megatron_rl.data.replay import FoundSuccesses, PooledSuccesses, Success
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.types import Kind, MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
 
 class ReplayedRows(StoredRows):
     """Up to M successes of each question, judged with its fresh rollouts."""
 
-    kind = Kind.REPLAY
+    kind = RowKind.REPLAY
     shares_loss = True
     takes_selection = True
 
@@ -70,7 +70,7 @@ class ReplayedRows(StoredRows):
     def loss(self, terms: TokenTerms, log_probs: Tensor, batch: MicroBatch) -> TokenTerms:
         """Log estimates that need the policy's own samples over those alone; the loss stays as it is."""
         own = [name for name in terms.means if name.startswith(("entropy/", "kl/"))]
-        return replace(terms, kinds=dict.fromkeys(own, frozenset({Kind.RL})))
+        return replace(terms, kinds=dict.fromkeys(own, frozenset({RowKind.RL})))
 
     def state(self) -> dict[str, Tensor]:
         """Return the successes found so far; a pool is on disk anyway."""

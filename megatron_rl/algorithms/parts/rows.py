@@ -10,7 +10,7 @@ from megatron_rl.advantages.shaping import overlong_penalty
 from megatron_rl.config import ClippedConfig, Config
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.collect import Sampling
-from megatron_rl.types import Completion, Kind, Rollout, TrainingSample
+from megatron_rl.types import Completion, Rollout, RowKind, TrainingSample
 
 
 class RowMaker:
@@ -53,13 +53,13 @@ class RowMaker:
         return self.of_completion(
             rollout.completion,
             prompt_ids,
-            Kind.RL,
+            RowKind.RL,
             has_reward=not rollout.score.is_failure,
             group_index=group_index,
             **fields,
         )
 
-    def of_completion(self, completion: Completion, prompt_ids: Tensor, kind: Kind, **fields: Any) -> TrainingSample:
+    def of_completion(self, completion: Completion, prompt_ids: Tensor, kind: RowKind, **fields: Any) -> TrainingSample:
         """Return the row of a completion, with what the engine said of it.
 
         Raises:

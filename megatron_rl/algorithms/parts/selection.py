@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_rl.advantages.segment import is_uncertain
 from megatron_rl.config.methods.shared import SelectionConfig
 from megatron_rl.config.rollout import RolloutConfig
-from megatron_rl.types import ON_POLICY, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
 
 
 class TokenSelection:
@@ -49,6 +49,6 @@ class TokenSelection:
         """Set the masks that wait for ``old_log_probs``: all, or those of rows that no engine of this run sampled."""
         for sample in samples if self.is_on else ():
             waits = self.asks_policy or sample.rollout_log_probs is None
-            if waits and sample.loss_mask is None and sample.kind in ON_POLICY:
+            if waits and sample.loss_mask is None and sample.kind in POLICY_GRADIENT_KINDS:
                 assert sample.old_log_probs is not None
                 sample.loss_mask = self.mask(sample.old_log_probs)

@@ -20,7 +20,7 @@ from megatron_rl.data.stream import Stream
 from megatron_rl.report.tree_record import record_step
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.growth import Branch, Key
-from megatron_rl.types import Completion, Kind, Prompt, Rollout, RolloutGroup, TrainingSample, TreeNode
+from megatron_rl.types import Completion, Prompt, Rollout, RolloutGroup, RowKind, TrainingSample, TreeNode
 
 
 class TreeRollouts(Rollouts):
@@ -146,7 +146,7 @@ class TreeRollouts(Rollouts):
                 self.make.of_completion(
                     completion,
                     contexts[parent],
-                    Kind.EDGE,
+                    RowKind.EDGE,
                     reward=edge.node.value or 0.0,
                     advantages=torch.full((len(completion.response_ids),), edge.advantage),
                     loss_mask=self.selection.mask_of(completion.log_probs),

@@ -9,7 +9,7 @@ import torch
 
 from megatron_rl.algorithms.rlep import RLEP
 from megatron_rl.config import load_config
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score
 from tests.unit.algorithms.test_dph_rl import model, with_rows
 
 __all__ = ["model"]
@@ -41,7 +41,7 @@ def test_a_mask_on_replays_asks_the_policy_of_today(model: Path) -> None:
     assert algorithm.needs_old_log_probs and not rlep(model).needs_old_log_probs
     algorithm.samples([group()], 0)
     rows = algorithm.samples([group()], 1)
-    assert [row.kind for row in rows] == [Kind.RL, Kind.RL, Kind.REPLAY]
+    assert [row.kind for row in rows] == [RowKind.RL, RowKind.RL, RowKind.REPLAY]
     assert [row.loss_mask.tolist() for row in rows[:2]] == [[False, True]] * 2 and rows[2].loss_mask is None
     assert algorithm.passes_ahead(rows) == [[0, 1, 2]]
     for row in rows:  # by now the policy is sure of the second token, and not of the first
@@ -55,13 +55,13 @@ def test_a_mask_on_replays_asks_the_policy_of_today(model: Path) -> None:
 def test_a_mask_on_rehearsal_leaves_stored_rows_whole(model: Path, tmp_path: Path) -> None:
     algorithm, rows = with_rows(model, tmp_path, MASK)
     for row in rows:
-        if row.kind is Kind.RL:  # their engine was sure of every token
+        if row.kind is RowKind.RL:  # their engine was sure of every token
             assert row.loss_mask is not None and not row.loss_mask.any()
             row.loss_mask[-1] = True
     algorithm.assign_advantages(rows)
     first = [rows[row] for row in algorithm.mini_batches(rows)[0]]
     algorithm.assign_weights(first)
-    stored = [row for row in first if row.kind is Kind.REHEARSAL]
+    stored = [row for row in first if row.kind is RowKind.REHEARSAL]
     assert all(row.loss_mask is None for row in stored)
-    assert float(sum(row.weights.sum() for row in first if row.kind is Kind.RL)) == pytest.approx(1.0)
+    assert float(sum(row.weights.sum() for row in first if row.kind is RowKind.RL)) == pytest.approx(1.0)
     assert float(sum(row.weights.sum() for row in stored)) == pytest.approx(0.5)  # eta

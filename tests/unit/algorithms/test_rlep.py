@@ -12,7 +12,7 @@ from megatron_rl.config import load_config
 from megatron_rl.data.pool import Pool, PoolWriter, Provenance, Trajectory
 from megatron_rl.data.replay import FoundSuccesses
 from megatron_rl.errors import UserError
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score
 from tests.tiny_models import make_tiny_model
 
 TINY = Path(__file__).parents[2] / "tiny.yaml"
@@ -78,7 +78,7 @@ def test_advantages_of_a_mixed_group(
         algorithm = rlep(model, "algorithm.replay.source=pool", f"algorithm.replay.pool={tmp_path}")
         algorithm.stored.use_pool(make_pool(tmp_path / "pool", {3: num_replays}), PROMPTS)
     samples = algorithm.samples([group(3, [1.0] * num_correct + [0.0] * (16 - num_correct))], 0)
-    assert [sample.kind for sample in samples] == [Kind.RL] * 16 + [Kind.REPLAY] * num_replays
+    assert [sample.kind for sample in samples] == [RowKind.RL] * 16 + [RowKind.REPLAY] * num_replays
     algorithm.assign_advantages(samples)
     for sample in samples:
         expected = right if sample.reward else wrong
@@ -91,9 +91,21 @@ def test_a_question_with_fewer_successes_gets_fewer_replays(model: Path, tmp_pat
     algorithm.stored.use_pool(make_pool(tmp_path / "pool", {1: 5, 2: 1}), PROMPTS)
     groups = [group(number, [1.0, 0.0]) for number in (1, 2, 3)]
     samples = algorithm.samples(groups, 0)
-    kinds = [Kind.RL, Kind.RL, Kind.REPLAY, Kind.REPLAY, Kind.RL, Kind.RL, Kind.REPLAY, Kind.RL, Kind.RL]
+    kinds = [
+        RowKind.RL,
+        RowKind.RL,
+        RowKind.REPLAY,
+        RowKind.REPLAY,
+        RowKind.RL,
+        RowKind.RL,
+        RowKind.REPLAY,
+        RowKind.RL,
+        RowKind.RL,
+    ]
     assert [sample.kind for sample in samples] == kinds
-    assert len({tuple(s.response_ids.tolist()) for s in samples if s.kind is Kind.REPLAY and s.group_index == 0}) == 2
+    assert (
+        len({tuple(s.response_ids.tolist()) for s in samples if s.kind is RowKind.REPLAY and s.group_index == 0}) == 2
+    )
     assert algorithm.mini_batches(samples) == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
     metrics = algorithm.step_metrics()
     assert metrics["replay/rows_frac"] == pytest.approx(3 / 9)
@@ -153,10 +165,10 @@ def test_what_replay_would_spoil_is_refused(model: Path, override: str) -> None:
 
 def test_online_replays_are_of_earlier_steps_whole_and_bounded(model: Path) -> None:
     algorithm = rlep(model, "algorithm.replay.max_stored_per_prompt=3")
-    assert all(sample.kind is Kind.RL for sample in algorithm.samples([group(1, [1.0] * 4 + [0.0] * 12)], 0))
+    assert all(sample.kind is RowKind.RL for sample in algorithm.samples([group(1, [1.0] * 4 + [0.0] * 12)], 0))
     assert len(algorithm.stored.found.by_problem["p1"]) == 3
     later = algorithm.samples([group(1, [0.0] * 16)], 1)
-    assert [sample.kind for sample in later[16:]] == [Kind.REPLAY] * 2
+    assert [sample.kind for sample in later[16:]] == [RowKind.REPLAY] * 2
     algorithm.stored.found.add([group(2, [1.0] * 16, finish="length")])
     assert "p2" not in algorithm.stored.found.by_problem
 

@@ -19,7 +19,7 @@ from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Request, RolloutGroup, Score, TrainingSample
+from megatron_rl.types import Completion, Problem, Prompt, Request, RolloutGroup, RowKind, Score, TrainingSample
 from tests.policy_case import tiny_yaml
 from tests.tiny_models import make_tiny_model
 
@@ -173,7 +173,7 @@ def test_rows_carry_segments_and_mask(model: Path) -> None:
         expected = [0, *[v4 - v1] * 3, *[v7 - v4] * 3, *[reward - v7] * 2]
         assert row.advantages.tolist() == pytest.approx(expected)
         assert row.loss_mask.tolist() == [False, *[True] * 7, False]
-        assert row.kind is Kind.RL
+        assert row.kind is RowKind.RL
     algorithm.assign_weights(rows)
     weights = torch.cat([row.weights for row in rows])
     assert float(weights.sum()) == pytest.approx(1) and set(weights.tolist()) == {0.0, weights.max().item()}
@@ -322,7 +322,7 @@ def test_rows_are_edges_with_an_advantage(model: Path) -> None:
             of_first_level.setdefault(place, []).append(round(child.value - group.tree.value, 5))
     assert 0 < len(rows) < 24
     for row in rows:
-        assert row.kind is Kind.EDGE and bool(row.advantages.any())
+        assert row.kind is RowKind.EDGE and bool(row.advantages.any())
         context = row.prompt_ids.tolist()
         assert len(context) in (1, 5) and len(row.response_ids) == (4 if len(context) == 1 else 5)
         if len(context) == 1:
@@ -386,7 +386,7 @@ def test_whitening_is_over_loss_tokens(model: Path) -> None:
     def row(values: list[float], mask: list[bool] | None) -> TrainingSample:
         given = None if mask is None else torch.tensor(mask)
         ids = torch.zeros(len(values), dtype=torch.int64)
-        return TrainingSample(ids, ids, Kind.RL, advantages=torch.tensor(values), loss_mask=given)
+        return TrainingSample(ids, ids, RowKind.RL, advantages=torch.tensor(values), loss_mask=given)
 
     rows = [row([5.0, 1.0], [False, True]), row([3.0], None)]
     whiten(rows, subtract_mean=True)

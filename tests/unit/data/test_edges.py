@@ -7,7 +7,7 @@ import torch
 
 from megatron_rl.data.edges import EdgeStore
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 
 
 def rows(tree: int, count: int, *, masked: bool = True) -> list[TrainingSample]:
@@ -18,7 +18,7 @@ def rows(tree: int, count: int, *, masked: bool = True) -> list[TrainingSample]:
             TrainingSample(
                 torch.arange(2 + number % 3),
                 torch.full((size,), 100 * tree + number),
-                Kind.EDGE,
+                RowKind.EDGE,
                 reward=0.1 * number,
                 finish_reason="length" if number % 2 else "stop",
                 weight_version=tree,

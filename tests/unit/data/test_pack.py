@@ -5,11 +5,11 @@ import torch
 
 from megatron_rl.data.pack import PackLayout, pack, plan_micro_batches, unpack
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 
 
 def sample(prompt: list[int], response: list[int]) -> TrainingSample:
-    row = TrainingSample(torch.tensor(prompt), torch.tensor(response), Kind.RL)
+    row = TrainingSample(torch.tensor(prompt), torch.tensor(response), RowKind.RL)
     row.weights = torch.arange(1.0, len(response) + 1) + 10 * prompt[0]
     return row
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_rl.metrics import step
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score, TrainingSample
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score, TrainingSample
 from tests.forked import run_ranks
 
 
@@ -39,7 +39,7 @@ def test_rollout_metrics() -> None:
 
 
 def test_sample_metrics() -> None:
-    sample = TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), Kind.RL)
+    sample = TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), RowKind.RL)
     sample.old_log_probs, sample.rollout_log_probs = torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, -3.0])
     sample.advantages = torch.tensor([1.0, -1.0])
     metrics = sample_metrics([sample])
@@ -52,9 +52,9 @@ def rows_of_all_kinds(masked: bool) -> list[TrainingSample]:
     torch.manual_seed(3)
     rows = []
     for number in range(40):
-        kind, size = Kind(number % 5), number % 7
+        kind, size = RowKind(number % 5), number % 7
         row = TrainingSample(torch.zeros(3, dtype=torch.int64), torch.zeros(size, dtype=torch.int32), kind)
-        if kind in (Kind.RL, Kind.EDGE):
+        if kind in (RowKind.RL, RowKind.EDGE):
             row.old_log_probs, row.rollout_log_probs = -5 - torch.rand(size), -5 - torch.rand(size)
             row.advantages = 100 + torch.randn(size)  # far from 0: raw sums would lose digits
             row.loss_mask = torch.rand(size) < 0.5 if masked and number % 2 else None
@@ -65,7 +65,7 @@ def rows_of_all_kinds(masked: bool) -> list[TrainingSample]:
 @pytest.mark.parametrize("masked", [False, True])
 def test_shares_of_the_rows_give_what_all_rows_give(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of_all_kinds(masked)
-    sampled = [row for row in rows if row.kind in (Kind.RL, Kind.EDGE)]
+    sampled = [row for row in rows if row.kind in (RowKind.RL, RowKind.EDGE)]
     old, rollout, advantages = (
         torch.cat([getattr(row, name) for row in sampled]).double()
         for name in ("old_log_probs", "rollout_log_probs", "advantages")
@@ -93,7 +93,7 @@ def test_shares_of_the_rows_give_what_all_rows_give(masked: bool, monkeypatch: p
 
 
 def test_rows_without_any_response_token_have_sizes_only() -> None:
-    sample = TrainingSample(torch.tensor([1]), torch.tensor([], dtype=torch.int64), Kind.RL)
+    sample = TrainingSample(torch.tensor([1]), torch.tensor([], dtype=torch.int64), RowKind.RL)
     sample.old_log_probs = sample.rollout_log_probs = sample.advantages = torch.zeros(0)
     assert sample_metrics([sample]) == {"num_tokens": 1.0, "num_response_tokens": 0.0}
 
