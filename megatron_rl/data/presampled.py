@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_rl.data.pool import PoolWriter, Provenance, Trajectory, drop_shards_after, num_shards
 from megatron_rl.errors import UserError
-from megatron_rl.metrics.rows import write_atomic
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.tasks.base import copy_rows
 from megatron_rl.types import Problem
 
@@ -136,8 +136,5 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, value: Any) -> None:
-    try:
-        write_atomic(path, json.dumps(value, indent=1).encode() + b"\n")
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        raise UserError(str(path), None, rule, "free some disk space and give the same command again") from error
+    with disk_errors(path, fix=SAME_COMMAND):
+        write_atomic(path, json.dumps(value, indent=1) + "\n")

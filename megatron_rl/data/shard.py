@@ -9,8 +9,8 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors, publish_folder
 
 FORMAT = 2
 
@@ -83,35 +84,28 @@ class ShardWriter:
         self._directory, self._provenance = directory, provenance
         self._final = directory / f"shard_{num_shards(directory):06d}"
         self._partial = directory / f".{self._final.name}.partial"
-        try:
+        with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self._partial, ignore_errors=True)  # left by a writer that was killed
             self._partial.mkdir()
             self._files: dict[str, BinaryIO] = {
                 name: (self._partial / f"{name}.bin").open("wb", _BUFFER_BYTES) for name in ("rows", "data")
             }
-        except OSError as error:
-            raise _disk_error(directory, error) from error
         self._start = 0
 
     def add(self, trajectory: Trajectory) -> None:
         """Append one."""
         record, data = _encode(trajectory, self._start)
-        try:
+        with self._writing():
             self._files["rows"].write(record)
             self._files["data"].write(data)
-        except OSError as error:
-            self.abort()
-            raise _disk_error(self._directory, error) from error
         self._start += len(data)
         self.num_rows += 1
 
     def finish(self) -> None:
         """Make it part of the pool."""
-        try:
+        with self._writing():
             for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
                 file.close()
             manifest = {
                 "format": FORMAT,
@@ -119,15 +113,17 @@ class ShardWriter:
                 "bytes": {"rows.bin": self.num_rows * _RECORD.itemsize, "data.bin": self._start},
                 "provenance": asdict(self._provenance),
             }
-            with (self._partial / "manifest.json").open("w", encoding="utf-8") as text:
-                json.dump(manifest, text, indent=1)
-                text.flush()
-                os.fsync(text.fileno())
-            os.replace(self._partial, self._final)
-            _sync(self._directory)
-        except OSError as error:
+            (self._partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            publish_folder(self._partial, self._final)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with disk_errors(self._directory):
+                yield
+        except UserError:
             self.abort()
-            raise _disk_error(self._directory, error) from error
+            raise
 
     def abort(self) -> None:
         """Leave nothing of it."""
@@ -268,15 +264,6 @@ def remove_shard(shard: Path) -> None:
         raise UserError(str(shard), None, f"cannot be removed ({error.strerror})", "remove it by hand") from error
 
 
-def _sync(directory: Path) -> None:
-    """Else a power cut can undo a rename."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_manifest(shard: Path) -> dict[str, Any]:
     """Checked as far as its form goes."""
     try:
@@ -310,8 +297,3 @@ def _short(digest: str) -> str:
 
 def _damaged(path: Path, rule: str) -> UserError:
     return UserError(str(path), None, rule, "remove the shard and build it again; the others are not concerned")
-
-
-def _disk_error(directory: Path, error: OSError) -> UserError:
-    rule = f"could not be written ({error.strerror})"
-    return UserError(str(directory), None, rule, "free disk space or choose another directory")

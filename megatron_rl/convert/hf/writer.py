@@ -7,7 +7,6 @@ place as it arrives, in any order: memory is one tensor, and nothing is buffered
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from megatron_rl.convert.hf.reader import INDEX_FILE, SINGLE_FILE
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_error, publish_folder
 
 Layout = Mapping[str, tuple[Extent, torch.dtype]]
 """Shape and dtype of each tensor of a checkpoint, in the order of its files."""
@@ -87,8 +87,7 @@ class LayoutWriter:
             self._create(headers)
         except OSError as error:
             self.abort()
-            rule, fix = f"could not be written ({error.strerror})", "free disk space or choose another output directory"
-            raise UserError(str(self.directory), None, rule, fix) from error
+            raise disk_error(self.directory, error) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, converted to its dtype here; it may change again as soon as this returns."""
@@ -113,11 +112,7 @@ class LayoutWriter:
         """Check that every tensor arrived, and give the checkpoint its final name."""
         if self._missing:
             raise ValueError(f"{len(self._missing)} tensors were not written, for example {min(self._missing)}")
-        for path in self._partial.iterdir():
-            sync(path)
-        sync(self._partial)
-        os.replace(self._partial, self.directory)
-        sync(self.directory.parent)
+        publish_folder(self._partial, self.directory)
 
     def abort(self) -> None:
         """Remove what was written."""
@@ -277,12 +272,3 @@ def plan_files(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, Place], 
         for name in names:
             places[name] = replace(places[name], offset=places[name].offset + len(headers[file]))
     return places, headers
-
-
-def sync(path: Path) -> None:
-    """To disk, so that a rename never outlives the data it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

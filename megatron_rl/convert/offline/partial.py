@@ -24,16 +24,18 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from megatron_rl.convert.hf.writer import CALL_BYTES, check_target, sync
+from megatron_rl.convert.hf.writer import CALL_BYTES, check_target
 from megatron_rl.convert.offline.memory import keep_freed_memory
 from megatron_rl.convert.offline.reporter import Reporter
 from megatron_rl.convert.tables.digest import MASK, as_text
 from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, disk_error, disk_errors, publish_folder
 
 _PART_BYTES = 2**27
 _MAX_PARTS = 512
 
 _CALL_BUFFERS = 512
+_GOES_ON = f"{SAME_COMMAND}: it goes on where it stopped"
 
 Work = TypeVar("Work")
 
@@ -122,14 +124,11 @@ class PartialDirectory:
         self._reporter, self._lock = reporter, threading.Lock()
         there = sum(path.stat().st_blocks * 512 for path in self.path.glob("*")) if self.path.is_dir() else 0
         check_target(self.target, max(0, sum(file_bytes.values()) - there))
-        try:
+        with disk_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = self._journal_path.open("a+", encoding="utf-8")
             self._take_lock()
             self._resume(json.loads(json.dumps(identity)), file_bytes)
-        except OSError as error:
-            rule, fix = f"could not be written ({error.strerror})", "choose another output directory"
-            raise UserError(str(self.target), None, rule, fix) from error
 
     def write(
         self,
@@ -187,14 +186,8 @@ class PartialDirectory:
         Raises:
             UserError: that fails.
         """
-        try:
-            for path in sorted(self.path.rglob("*"), reverse=True):
-                sync(path)
-            sync(self.path)
-            os.replace(self.path, self.target)
-            sync(self.target.parent)
-        except OSError as error:
-            raise self.failed(error) from error
+        with disk_errors(self.target, fix=_GOES_ON):
+            publish_folder(self.path, self.target)
         self._journal_path.unlink()
         self.close()
 
@@ -204,12 +197,7 @@ class PartialDirectory:
 
     def failed(self, error: OSError) -> UserError:
         """An error of the system while writing, as one sentence."""
-        return UserError(
-            str(self.target),
-            None,
-            f"could not be written ({error.strerror})",
-            "free disk space and give the same command again: it goes on where it stopped",
-        )
+        return disk_error(self.target, error, fix=_GOES_ON)
 
     def _take_lock(self) -> None:
         try:
