@@ -145,6 +145,7 @@ class Run:
             metrics["rollout/generated_tokens_total"] = float(self.num_generated_tokens)
             metrics |= rollout_metrics(groups, version=done - 1)
             metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
+            metrics |= self._weight_sync.metrics
         if self._numerics is not None:
             metrics |= self._look_at_numerics(self._numerics, done)
         seconds = time.monotonic() - self._step_started
