@@ -25,13 +25,12 @@ from megatron_rl.convert.architecture.shape import Dtype, ModelShape
 from megatron_rl.convert.hf.checkpoint_view import exported_config
 from megatron_rl.convert.hf.mapped import dtype_name, dtype_of, row_blocks
 from megatron_rl.convert.hf.writer import carry_companions, check_source, dtype_fields, plan_files, write_index
+from megatron_rl.convert.offline.archive import ALIGNMENT, archive_of
 from megatron_rl.convert.offline.distcp import (
-    ALIGNMENT,
     MAX_CHUNK_BYTES,
     METADATA_FILE,
-    Chunk,
+    ArchivedChunk,
     Stored,
-    archive,
     pickled_metadata,
 )
 from megatron_rl.convert.offline.manifest import MANIFEST_FILE, Fingerprint, write_manifest
@@ -181,7 +180,7 @@ def _plan_import(
     """The files, one a part, and the tensors they hold."""
     parts: list[Part[list[_Piece]]] = []
     pieces: list[_Piece] = []
-    chunks: dict[str, list[Chunk]] = {key: [] for key in layout.extents}
+    chunks: dict[str, list[ArchivedChunk]] = {key: [] for key in layout.extents}
     position = 0
     limit = part_bytes(sum(prod(parameter_extent(e, layout.shape)) * dtypes[e.name].itemsize for e in layout.entries))
 
@@ -198,11 +197,11 @@ def _plan_import(
             kinds[slot.key] = dtype
             for first, last in row_blocks(extent, dtype.itemsize, MAX_CHUNK_BYTES):
                 size = (*(1 for _ in slot.index), last - first, *extent[1:])
-                length = archive(dtype, size).num_bytes
+                length = archive_of(dtype, size).num_bytes
                 if position and position + length > limit:
                     close()
                 start = (*slot.index, first, *(0 for _ in extent[1:]))
-                chunks[slot.key].append(Chunk(start, size, f"__{len(parts)}_0.distcp", position, length))
+                chunks[slot.key].append(ArchivedChunk(start, size, f"__{len(parts)}_0.distcp", position, length))
                 pieces.append(_Piece(entry, slot, first, last, position, number == 0))
                 position += length + -length % ALIGNMENT
     close()
@@ -210,11 +209,11 @@ def _plan_import(
     return parts, tensors
 
 
-def _plan_objects(layout: Layout) -> tuple[dict[str, Chunk], bytes]:
+def _plan_objects(layout: Layout) -> tuple[dict[str, ArchivedChunk], bytes]:
     """Every ``_extra_state`` is None, so all may lie in the same bytes: a list of the one object a rank asks for."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
-    place = Chunk((), (), _OBJECT_FILE, 0, len(buffer.getvalue()))
+    place = ArchivedChunk((), (), _OBJECT_FILE, 0, len(buffer.getvalue()))
     return dict.fromkeys(layout.objects, place), buffer.getvalue()
 
 
@@ -230,7 +229,7 @@ class _ImportFill:
         for piece in part.work:
             dtype = self._dtypes[piece.entry.name]
             extent = parameter_extent(piece.entry, shape)
-            frame = archive(dtype, (*(1 for _ in piece.slot.index), piece.last - piece.first, *extent[1:]))
+            frame = archive_of(dtype, (*(1 for _ in piece.slot.index), piece.last - piece.first, *extent[1:]))
             stream = Stream(descriptor, piece.offset)
             stream.write(frame.head)
             for run in runs(piece.entry, shape):
