@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors, plain_name
-from megatron_rl.model.step import Policy
+from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import iterate_hf_tensors, named_parameters
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.weight_sync.delivery import WeightDelivery, choose_transports
@@ -21,7 +21,7 @@ from megatron_rl.weight_sync.quantize import Fp8Format, check_served, quantizati
 class WeightSync:
     """Publisher of the policy's weights to an engine, version after version. Every method is a collective."""
 
-    def __init__(self, config: Config, policy: Policy) -> None:
+    def __init__(self, config: Config, policy: Trainable) -> None:
         """Choose the transports; nothing is sent yet.
 
         Args:
@@ -81,7 +81,7 @@ def served_overrides(config: Config, shape: ModelShape) -> dict[str, Any]:
     return {"quantization_config": quantization_config(hf_tensors(shape), fmt)}
 
 
-def shards_of(policy: Policy) -> dict[str, Tensor]:
+def shards_of(policy: Trainable) -> dict[str, Tensor]:
     """Return this rank's current weights by the table's names; Transformer Engine names fused norms and experts differently."""
     named = named_parameters(policy.chunks, policy.shape, policy.groups)
     return {plain_name(name): tensor.detach() for name, tensor in named}

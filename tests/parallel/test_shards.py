@@ -150,7 +150,7 @@ def as_trainer(model: Path, training: dict, servers: Servers, script: Script, ba
     )
     policy = build_policy(config)
     sender = ShardSender(
-        lambda: shards_of(policy),
+        lambda: shards_of(policy.trainable),
         policy.shape,
         training_layout(config, policy.shape),
         Rendezvous("127.0.0.1", backend, timeout_s=20.0, bucket_bytes=BUCKET_BYTES),

@@ -91,7 +91,7 @@ def publish_once(case: Case, url: str, is_fatal: bool) -> float:
     overrides = ["policy.megatron_cfg.tensor_model_parallel_size=2", "trainer.devices=2", *SMALL_MESSAGES]
     engine = build_engine(case, url, overrides=overrides)
     policy = build_policy(engine._config)
-    sync = WeightSync(engine._config, policy)
+    sync = WeightSync(engine._config, policy.trainable)
     honest, count = shards._Connection.send, [0]
 
     def die(link: Any, *rest: Any) -> Any:
@@ -124,7 +124,7 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
     engine = build_engine(case, url, overrides=overrides)
     config = engine._config
     policy = build_policy(config)
-    sync = WeightSync(config, policy)
+    sync = WeightSync(config, policy.trainable)
     generator = torch.Generator().manual_seed(5)
     requests = [
         Request(torch.randint(5, 100, (length,), generator=generator), max_new_tokens=24, temperature=1.0)
