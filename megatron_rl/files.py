@@ -88,9 +88,10 @@ def disk_errors(
     Raises:
         UserError: the disk is full, or the path cannot be written.
     """
+    errors: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
-    except (OSError, *also) as error:
+    except errors as error:
         raise disk_error(path, error, field=field, fix=fix) from error
 
 

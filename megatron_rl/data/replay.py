@@ -20,7 +20,7 @@ from megatron_rl.rewards.correct import is_correct
 from megatron_rl.types import Prompt, RolloutGroup
 
 FIELD = "algorithm.replay.pool"
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class FoundSuccesses:
             self.by_problem[name] = [Success(next(ids).clone(), next(rewards)) for _ in range(count)]
 
 
-def _choose(items: Sequence[Item], count: int, key: str) -> list[Item]:
+def _choose(items: Sequence[T], count: int, key: str) -> list[T]:
     """Without replacement, in the order of a generator that the key seeds."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     return random.Random(seed).sample(items, min(count, len(items)))

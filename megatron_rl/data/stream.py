@@ -8,14 +8,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 @dataclass
-class Stream(Generic[Item]):
+class Stream(Generic[T]):
     """Endless items: each epoch is a permutation that follows from (seed, epoch), so positions are the whole state."""
 
-    items: Sequence[Item]
+    items: Sequence[T]
     seed: int
     shuffle: bool
     cursor: int = 0
@@ -25,7 +25,7 @@ class Stream(Generic[Item]):
     _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)
     _taken: list[int] = field(default_factory=list, repr=False)
 
-    def take(self, count: int) -> list[Item]:
+    def take(self, count: int) -> list[T]:
         """The next ``count`` items."""
         again, self.returned = self.returned[:count], self.returned[count:]
         fresh = count - len(again)
@@ -46,7 +46,7 @@ class Stream(Generic[Item]):
         """Go on where ``state`` was taken."""
         self.cursor, self.returned = int(state["cursor"]), list(state.get("returned", []))
 
-    def _at(self, position: int) -> Item:
+    def _at(self, position: int) -> T:
         epoch, index = divmod(position, len(self.items))
         if not self.shuffle:
             return self.items[index]

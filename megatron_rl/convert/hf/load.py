@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.hf.reader import HFReader, TensorReader
-from megatron_rl.convert.tables.kinds import DEFAULT_VOCAB_MULTIPLE, Extent, Kind, boxes, hf_shapes, shard_shape
+from megatron_rl.convert.tables.kinds import DEFAULT_VOCAB_MULTIPLE, Extent, ShardKind, boxes, hf_shapes, shard_shape
 from megatron_rl.convert.tables.table import entries, find_entry, hf_tensors
 from megatron_rl.errors import UserError
 
@@ -96,7 +96,9 @@ def check_coverage(
         check_tiling(kind, shape, tp_size, vocab_multiple=vocab_multiple)
 
 
-def check_tiling(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE) -> None:
+def check_tiling(
+    kind: ShardKind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
+) -> None:
     """The boxes of all ranks cover each HF tensor once, and those of each rank its shard once, padding apart.
 
     Raises:

@@ -26,7 +26,7 @@ from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.files import disk_error, publish_folder
 
-Layout = Mapping[str, tuple[Extent, torch.dtype]]
+HFLayout = Mapping[str, tuple[Extent, torch.dtype]]
 """Shape and dtype of each tensor of a checkpoint, in the order of its files."""
 
 FORMAT_NAMES = {
@@ -73,7 +73,7 @@ class LayoutWriter:
     """
 
     def __init__(
-        self, directory: str | Path, layout: Layout, *, source: str | Path,
+        self, directory: str | Path, layout: HFLayout, *, source: str | Path,
         config: Mapping[str, object] | None = None, max_shard_bytes: int = 4 * 2**30,
     ) -> None:  # fmt: skip
         self.directory, self.source = Path(directory).absolute(), Path(source)
@@ -244,7 +244,7 @@ def write_index(directory: Path, places: Mapping[str, Place]) -> None:
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def plan_files(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, Place], dict[str, bytes]]:
+def plan_files(layout: HFLayout, max_shard_bytes: int) -> tuple[dict[str, Place], dict[str, bytes]]:
     """Where each tensor goes, and the header of each file (8 bytes of length, then json)."""
     groups: list[list[str]] = [[]]
     used = 0

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -159,17 +159,20 @@ def read_archive(file: MappedFile, offset: int, num_bytes: int, extent: Extent) 
     view.seek(0)
     # On the device "meta" nothing but the pickle is read, and each storage carries its place in the archive.
     try:
-        tensor = torch.load(view, map_location="meta", weights_only=True)
+        tensor = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:  # its text is a page of advice
         raise ValueError("it holds more than a tensor") from error
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != extent:
         raise ValueError(f"it holds {getattr(tensor, 'shape', 'no tensor')}, not {extent}")
     storage = tensor.untyped_storage()
-    start: int = storage._checkpoint_offset  # type: ignore[attr-defined]
-    record = max((record for record in records if record.header_offset < start), key=lambda record: record.header_offset)
+    start = storage._checkpoint_offset
+    assert start is not None
+    record = max(
+        (record for record in records if record.header_offset < start), key=lambda record: record.header_offset
+    )
     if storage.nbytes() > record.file_size:
         raise ValueError("its storage is cut short")
-    return tensor.dtype, offset + start + tensor.storage_offset() * tensor.dtype.itemsize, tensor.stride()
+    return tensor.dtype, offset + start + int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor.stride()
 
 
 class _View(io.RawIOBase):

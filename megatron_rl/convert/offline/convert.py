@@ -34,10 +34,10 @@ from megatron_rl.convert.offline.distcp import (
     pickled_metadata,
 )
 from megatron_rl.convert.offline.manifest import MANIFEST_FILE, Fingerprint, write_manifest
-from megatron_rl.convert.offline.partial import Part, PartialDirectory, Stream, part_bytes
+from megatron_rl.convert.offline.partial import BufferedStream, FilePart, PartialDirectory, part_bytes
 from megatron_rl.convert.offline.reporter import Reporter
-from megatron_rl.convert.offline.sources import HF_FOLDER, HFSource, MegatronSource, Source
-from megatron_rl.convert.offline.torch_dist import LayerSpec, Layout, Slot, parameter_extent, runs
+from megatron_rl.convert.offline.sources import HF_FOLDER, CheckpointSource, HFSource, MegatronSource
+from megatron_rl.convert.offline.torch_dist import LayerSpec, Slot, StoredLayout, parameter_extent, runs
 from megatron_rl.convert.tables.digest import MASK, digest
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import Entry, float32_tensors
@@ -71,7 +71,7 @@ def default_threads() -> int:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _ChunkRows:
     """Rows [first, last) of a parameter, which become one chunk."""
 
     entry: Entry
@@ -108,7 +108,7 @@ def import_hf(
     """
     reporter = reporter or Reporter()
     hf = HFSource(source)
-    layout = Layout(hf.shape, layer_spec)
+    layout = StoredLayout(hf.shape, layer_spec)
     layout.check()
     if hf.view.dropped:
         reporter.say(hf.view.summary())
@@ -148,7 +148,7 @@ def import_hf(
     return Converted(partial.target, hf.shape, found, total_bytes)
 
 
-def _stored_dtypes(layout: Layout, source: Source, dtype: Dtype | None) -> dict[str, torch.dtype]:
+def _stored_dtypes(layout: StoredLayout, source: CheckpointSource, dtype: Dtype | None) -> dict[str, torch.dtype]:
     """Type of every parameter; those that share a stored tensor must share it.
 
     Raises:
@@ -175,11 +175,11 @@ def _stored_dtypes(layout: Layout, source: Source, dtype: Dtype | None) -> dict[
 
 
 def _plan_import(
-    layout: Layout, dtypes: Mapping[str, torch.dtype]
-) -> tuple[list[Part[list[_Piece]]], dict[str, Stored]]:
+    layout: StoredLayout, dtypes: Mapping[str, torch.dtype]
+) -> tuple[list[FilePart[list[_ChunkRows]]], dict[str, Stored]]:
     """The files, one a part, and the tensors they hold."""
-    parts: list[Part[list[_Piece]]] = []
-    pieces: list[_Piece] = []
+    parts: list[FilePart[list[_ChunkRows]]] = []
+    pieces: list[_ChunkRows] = []
     chunks: dict[str, list[ArchivedChunk]] = {key: [] for key in layout.extents}
     position = 0
     limit = part_bytes(sum(prod(parameter_extent(e, layout.shape)) * dtypes[e.name].itemsize for e in layout.entries))
@@ -187,7 +187,7 @@ def _plan_import(
     def close() -> None:
         nonlocal pieces, position
         if pieces:
-            parts.append(Part(len(parts), f"__{len(parts)}_0.distcp", pieces, position))
+            parts.append(FilePart(len(parts), f"__{len(parts)}_0.distcp", pieces, position))
             pieces, position = [], 0
 
     kinds: dict[str, torch.dtype] = {}
@@ -202,14 +202,14 @@ def _plan_import(
                     close()
                 start = (*slot.index, first, *(0 for _ in extent[1:]))
                 chunks[slot.key].append(ArchivedChunk(start, size, f"__{len(parts)}_0.distcp", position, length))
-                pieces.append(_Piece(entry, slot, first, last, position, number == 0))
+                pieces.append(_ChunkRows(entry, slot, first, last, position, number == 0))
                 position += length + -length % ALIGNMENT
     close()
     tensors = {key: Stored(kinds[key], extent, tuple(chunks[key])) for key, extent in layout.extents.items()}
     return parts, tensors
 
 
-def _plan_objects(layout: Layout) -> tuple[dict[str, ArchivedChunk], bytes]:
+def _plan_objects(layout: StoredLayout) -> tuple[dict[str, ArchivedChunk], bytes]:
     """Every ``_extra_state`` is None, so all may lie in the same bytes: a list of the one object a rank asks for."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
@@ -223,14 +223,16 @@ class _ImportFill:
     def __init__(self, source: HFSource, dtypes: Mapping[str, torch.dtype]) -> None:
         self._source, self._dtypes = source, dtypes
 
-    def __call__(self, part: Part[list[_Piece]], descriptor: int, advance: Callable[[int], None]) -> dict[str, int]:
+    def __call__(
+        self, part: FilePart[list[_ChunkRows]], descriptor: int, advance: Callable[[int], None]
+    ) -> dict[str, int]:
         found: dict[str, int] = {}
         shape = self._source.shape
-        for piece in part.work:
+        for piece in part.content:
             dtype = self._dtypes[piece.entry.name]
             extent = parameter_extent(piece.entry, shape)
             frame = archive_of(dtype, (*(1 for _ in piece.slot.index), piece.last - piece.first, *extent[1:]))
-            stream = Stream(descriptor, piece.offset)
+            stream = BufferedStream(descriptor, piece.offset)
             stream.write(frame.head)
             for run in runs(piece.entry, shape):
                 low, high = max(piece.first, run.row), min(piece.last, run.row + run.num_rows)
@@ -329,8 +331,8 @@ def export_hf(
 
 def _plan_export(
     layout: Mapping[str, tuple[Extent, torch.dtype]], places: Mapping[str, tuple[str, int]]
-) -> list[Part[list[_Rows]]]:
-    parts: list[Part[list[_Rows]]] = []
+) -> list[FilePart[list[_Rows]]]:
+    parts: list[FilePart[list[_Rows]]] = []
     rows: list[_Rows] = []
     held, file = 0, ""
     limit = part_bytes(sum(prod(extent) * dtype.itemsize for extent, dtype in layout.values()))
@@ -338,7 +340,7 @@ def _plan_export(
     def close() -> None:
         nonlocal rows, held
         if rows:
-            parts.append(Part(len(parts), file, rows, held))
+            parts.append(FilePart(len(parts), file, rows, held))
             rows, held = [], 0
 
     for name, (extent, dtype) in sorted(layout.items(), key=lambda item: places[item[0]]):
@@ -360,11 +362,11 @@ class _ExportFill:
     def __init__(self, source: MegatronSource, dtypes: Mapping[str, torch.dtype]) -> None:
         self._source, self._dtypes = source, dtypes
 
-    def __call__(self, part: Part[list[_Rows]], descriptor: int, advance: Callable[[int], None]) -> dict[str, int]:
+    def __call__(self, part: FilePart[list[_Rows]], descriptor: int, advance: Callable[[int], None]) -> dict[str, int]:
         found: dict[str, int] = {}
-        for rows in part.work:
+        for rows in part.content:
             extent, dtype = self._source.extents[rows.name], self._dtypes[rows.name]
-            stream, num_bytes = Stream(descriptor, rows.offset), 0
+            stream, num_bytes = BufferedStream(descriptor, rows.offset), 0
             for start, block in self._source.blocks(rows.name, rows.first, rows.last):
                 block = cast(rows.name, block, dtype)
                 _add(found, rows.name, block, start, extent)
@@ -400,7 +402,7 @@ def as_bytes(block: Tensor) -> memoryview:
     return block.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def block_digests(source: Source, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, int]]:
+def block_digests(source: CheckpointSource, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, int]]:
     """(digest, bytes) of each block of an HF tensor, cast to a type if one is given."""
     extent = source.extents[name]
     for start, block in source.blocks(name, 0, extent[0]):
@@ -414,7 +416,7 @@ def _add(found: dict[str, int], name: str, block: Tensor, first: int, extent: Ex
 
 
 def _fingerprints(
-    source: Source, digests: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
+    source: CheckpointSource, digests: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Fingerprint]:
     assert digests.keys() == source.extents.keys(), "a tensor was not written"
     return {
@@ -422,7 +424,7 @@ def _fingerprints(
     }
 
 
-def _carry(source: Source, target: Path, dtype: Dtype | None) -> None:
+def _carry(source: CheckpointSource, target: Path, dtype: Dtype | None) -> None:
     """config.json, as it describes what was written, and the tokenizer."""
     carry_companions(source.hf_directory, target)
     text = (source.hf_directory / "config.json").read_text(encoding="utf-8")

@@ -37,7 +37,7 @@ _MAX_PARTS = 512
 _CALL_BUFFERS = 512
 _GOES_ON = f"{SAME_COMMAND}: it goes on where it stopped"
 
-Work = TypeVar("Work")
+Content = TypeVar("Content")
 
 
 def part_bytes(total_bytes: int) -> int:
@@ -58,16 +58,16 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @dataclass(frozen=True)
-class Part(Generic[Work]):
+class FilePart(Generic[Content]):
     """What one thread writes before it syncs."""
 
     number: int
     file: str
-    work: Work
+    content: Content
     num_bytes: int
 
 
-class Stream:
+class BufferedStream:
     """Writes buffers one behind the other from a position on; many small ones go in one call of the system."""
 
     def __init__(self, descriptor: int, position: int) -> None:
@@ -132,8 +132,8 @@ class PartialDirectory:
 
     def write(
         self,
-        parts: Sequence[Part[Work]],
-        fill: Callable[[Part[Work], int, Callable[[int], None]], dict[str, int]],
+        parts: Sequence[FilePart[Content]],
+        fill: Callable[[FilePart[Content], int, Callable[[int], None]], dict[str, int]],
         *,
         num_threads: int,
     ) -> None:
@@ -155,7 +155,7 @@ class PartialDirectory:
                 raise _Stopped
             self._reporter.advance(num_bytes)
 
-        def work(part: Part[Work]) -> None:
+        def work(part: FilePart[Content]) -> None:
             if stop.is_set():
                 return
             descriptor = os.open(self.path / part.file, os.O_WRONLY)
@@ -239,7 +239,7 @@ class PartialDirectory:
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
-    def _record(self, part: Part[Work], digests: dict[str, int]) -> None:
+    def _record(self, part: FilePart[Content], digests: dict[str, int]) -> None:
         line = json.dumps({"part": part.number, "digests": {name: as_text(value) for name, value in digests.items()}})
         with self._lock:
             self._journal.write(line + "\n")

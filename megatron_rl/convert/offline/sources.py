@@ -22,7 +22,15 @@ from megatron_rl.convert.hf.load import check_coverage
 from megatron_rl.convert.hf.mapped import MappedHF, row_blocks
 from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.convert.offline.distcp import METADATA_FILE, Distcp
-from megatron_rl.convert.offline.torch_dist import Layout, Run, Slot, hf_extents, parameter_extent, runs, stored_names
+from megatron_rl.convert.offline.torch_dist import (
+    RowRun,
+    Slot,
+    StoredLayout,
+    hf_extents,
+    parameter_extent,
+    runs,
+    stored_names,
+)
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import Entry, float32_tensors
 from megatron_rl.errors import UserError
@@ -38,7 +46,7 @@ _NOT_WEIGHTS = re.compile(
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
-class Source(Protocol):
+class CheckpointSource(Protocol):
     """Where the tensors of a model come from."""
 
     directory: Path
@@ -73,7 +81,7 @@ class HFSource:
         check_coverage(self.shape, self.view)
         self._mapped = MappedHF(reader)
         self._float32 = float32_tensors(self.shape)
-        self.extents = hf_extents(Layout(self.shape))
+        self.extents = hf_extents(StoredLayout(self.shape))
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored; an 8-bit weight is made whole in the type that config.json gives."""
@@ -82,7 +90,7 @@ class HFSource:
         return getattr(torch, self.shape.dtype)
 
     def blocks(self, name: str, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """See ``Source``."""
+        """See ``CheckpointSource``."""
         extent, dtype = self.extents[name], self.dtype(name)
         if name in self._mapped:
             self._mapped.announce(name, first, last)
@@ -113,12 +121,12 @@ class MegatronSource:
         self.shape = read_shape(self.hf_directory)
         self._stored = Distcp(self.directory)
         self.files = [self.directory / METADATA_FILE, *self._stored.files]
-        layout = Layout(self.shape)
+        layout = StoredLayout(self.shape)
         layout.check()
         self.extents = hf_extents(layout)
         self._prefix = self._find_prefix()
         self._places: dict[str, tuple[Entry, Slot, bool]] = {}
-        self._runs: dict[str, list[Run]] = {name: [] for name in self.extents}
+        self._runs: dict[str, list[RowRun]] = {name: [] for name in self.extents}
         used: set[str] = set()
         for entry in layout.entries:
             slot, is_split, keys = self._locate(entry)
@@ -139,7 +147,7 @@ class MegatronSource:
         return self._stored.tensors[self._key(entry, slot, is_split, name)].dtype
 
     def blocks(self, name: str, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """See ``Source``."""
+        """See ``CheckpointSource``."""
         entry, slot, is_split = self._places[name]
         key, extent, itemsize = self._key(entry, slot, is_split, name), self.extents[name], self.dtype(name).itemsize
         self._stored.announce(key, slot.index)
@@ -271,7 +279,7 @@ def open_source(directory: str | Path, *, config_from: str | Path | None = None)
     return MegatronSource(directory, config_from=config_from)
 
 
-def num_bytes(source: Source) -> int:
+def num_bytes(source: CheckpointSource) -> int:
     """Of all tensors, as stored."""
     return sum(prod(extent) * source.dtype(name).itemsize for name, extent in source.extents.items())
 

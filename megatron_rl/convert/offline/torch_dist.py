@@ -57,7 +57,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """Whole rows of one HF tensor that are whole rows of a parameter (rows: indices of dimension 0)."""
 
     hf_name: str
@@ -71,18 +71,18 @@ def parameter_extent(entry: Entry, shape: ModelShape) -> Extent:
     return shard_shape(entry.kind, shape, 1, vocab_multiple=1)
 
 
-def runs(entry: Entry, shape: ModelShape) -> list[Run]:
+def runs(entry: Entry, shape: ModelShape) -> list[RowRun]:
     """What a whole parameter is made of, in the order of its rows."""
 
-    def run(box: Box) -> Run:
+    def run(box: Box) -> RowRun:
         assert box.size[1:] == extent[1:] and not any(box.hf_start[1:]), f"{entry.name}: a part of a row"
-        return Run(entry.hf_names[box.tensor], box.hf_start[0], box.shard_start[0], box.size[0])
+        return RowRun(entry.hf_names[box.tensor], box.hf_start[0], box.shard_start[0], box.size[0])
 
     extent = parameter_extent(entry, shape)
     return [run(box) for box in boxes(entry.kind, shape, 0, 1, vocab_multiple=1)]
 
 
-class Layout:
+class StoredLayout:
     """The stored tensors and objects of a checkpoint of one model.
 
     Args:
@@ -227,7 +227,7 @@ def _unique_key(slot: Slot) -> str:
     return f"{slot.key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, counts))}"
 
 
-def hf_extents(layout: Layout) -> dict[str, Extent]:
+def hf_extents(layout: StoredLayout) -> dict[str, Extent]:
     """Every HF tensor and its extent, in the order of the model."""
     return {
         name: extent

@@ -32,41 +32,41 @@ Extent = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ShardKind:
     """How a parameter is cut. ``dims`` names the sizes (keys of ``ModelShape.dims``) of each of its HF tensors."""
 
     name: Literal["replicated", "column", "row", "vocab", "qkv", "gated"]
     dims: tuple[str, ...]
 
 
-def replicated(*dims: str) -> Kind:
+def replicated(*dims: str) -> ShardKind:
     """Every rank holds all of it."""
-    return Kind("replicated", dims)
+    return ShardKind("replicated", dims)
 
 
-def column(*dims: str) -> Kind:
+def column(*dims: str) -> ShardKind:
     """Cut along dimension 0, the output of the layer."""
-    return Kind("column", dims)
+    return ShardKind("column", dims)
 
 
-def row(*dims: str) -> Kind:
+def row(*dims: str) -> ShardKind:
     """Cut along dimension 1, the input of the layer."""
-    return Kind("row", dims)
+    return ShardKind("row", dims)
 
 
-def vocab(*dims: str) -> Kind:
+def vocab(*dims: str) -> ShardKind:
     """Cut along the rows of the padded vocabulary."""
-    return Kind("vocab", ("vocab", *dims))
+    return ShardKind("vocab", ("vocab", *dims))
 
 
-def qkv(*dims: str) -> Kind:
+def qkv(*dims: str) -> ShardKind:
     """Queries, keys and values in one parameter, group by group; ``dims`` are those after the first."""
-    return Kind("qkv", dims)
+    return ShardKind("qkv", dims)
 
 
-def gated(*dims: str) -> Kind:
+def gated(*dims: str) -> ShardKind:
     """Gate and up projection stacked within each rank."""
-    return Kind("gated", dims)
+    return ShardKind("gated", dims)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
             )  # fmt: skip
 
 
-def hf_shapes(kind: Kind, shape: ModelShape) -> list[Extent]:
+def hf_shapes(kind: ShardKind, shape: ModelShape) -> list[Extent]:
     """Shapes of the HF tensors, in the order of the entry's ``hf_names``."""
     rest = tuple(shape.dims[dim] for dim in kind.dims)
     match kind.name:
@@ -130,7 +130,9 @@ def hf_shapes(kind: Kind, shape: ModelShape) -> list[Extent]:
             return [rest]
 
 
-def shard_shape(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE) -> Extent:
+def shard_shape(
+    kind: ShardKind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
+) -> Extent:
     """Shape of each rank's parameter."""
     check_tensor_parallel(shape, tp_size)
     tensors = hf_shapes(kind, shape)
@@ -147,7 +149,7 @@ def shard_shape(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: 
 
 
 def boxes(
-    kind: Kind, shape: ModelShape, tp_rank: int, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
+    kind: ShardKind, shape: ModelShape, tp_rank: int, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
 ) -> list[Box]:
     """The boxes that fill the shard of ``tp_rank``, in the order of its rows.
 
@@ -211,7 +213,7 @@ class Rule:
     megatron: str
     """``{layer}`` stands for the global layer number, ``{expert}`` for that of an expert among the layer's."""
     hf: tuple[str, ...]
-    kind: Kind
+    kind: ShardKind
     needs: str = ""
     """A boolean of ``ModelShape`` that must hold for the line to apply."""
     is_copy: bool = False

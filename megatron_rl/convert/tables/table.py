@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from megatron_rl.convert.architecture.shape import Family, ModelShape
 from megatron_rl.convert.tables import deepseek_v3, llama, mixtral, qwen2, qwen3, qwen3_moe
-from megatron_rl.convert.tables.kinds import Extent, Kind, Rule, hf_shapes
+from megatron_rl.convert.tables.kinds import Extent, Rule, ShardKind, hf_shapes
 from megatron_rl.errors import UserError
 
 TABLES: dict[Family, tuple[Rule, ...]] = {
@@ -48,7 +48,7 @@ class Entry:
     name: str
     """Global, with the plain name of a fused norm."""
     hf_names: tuple[str, ...]
-    kind: Kind
+    kind: ShardKind
     is_copy: bool
     """Another entry owns the HF tensors: this one is loaded, never exported (tied output layer)."""
     expert: int | None = None
