@@ -31,7 +31,7 @@ ALIGNMENT = 64
 _STORAGES = {torch.float32: "FloatStorage", torch.bfloat16: "BFloat16Storage", torch.float16: "HalfStorage"}
 _LOCAL, _DESCRIPTOR, _CENTRAL, _END = b"PK\x03\x04", b"PK\x07\x08", b"PK\x01\x02", b"PK\x05\x06"
 _FLAGS = 0x0808
-"""Checksum after the data, where it is known; names in UTF-8. What ``torch.save`` sets."""
+"""The flags that ``torch.save`` sets: the checksum stands after the data, names are in UTF-8."""
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -39,21 +39,21 @@ _FLAGS = 0x0808
 
 @dataclass(frozen=True)
 class Archive:
-    """What surrounds the raw bytes of one chunk."""
+    """The bytes around the raw bytes of one chunk."""
 
     head: bytes
     num_data_bytes: int
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole archive."""
+        """Size of the whole archive."""
         return len(self.head) + self.num_data_bytes + len(self.tail)
 
     @cached_property
     def tail(self) -> bytes:
-        """What follows the raw bytes.
+        """The bytes after the raw bytes.
 
-        Their CRC-32 is left 0: torch does not look at it, working it out takes longer than all else but the disk, and the
+        The CRC-32 of the raw bytes is left 0: torch does not look at it, computing it costs most after the disk, and the
         manifest has a digest of every tensor.
         """
         records = [*_small_records(self.head), ("archive/data/0", self.head.rindex(_LOCAL), 0, self.num_data_bytes)]
@@ -69,7 +69,7 @@ class Archive:
 
 
 def archive_of(dtype: torch.dtype, extent: Extent) -> Archive:
-    """The archive of a contiguous tensor; ``head`` has a length that is a multiple of ``ALIGNMENT``."""
+    """Return the archive of a contiguous tensor; the length of ``head`` is a multiple of ``ALIGNMENT``."""
     return Archive(_head(dtype, extent), prod(extent) * dtype.itemsize)
 
 
@@ -91,7 +91,7 @@ def _local_header(name: str, extra: bytes) -> bytes:
 
 
 def _small_records(head: bytes) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset, checksum, size) of all records but the last, found again in the bytes of ``_head``."""
+    """Yield (name, offset, checksum, size) of all records but the last, found again in the bytes of ``_head``."""
     offset = 0
     while (end := head.find(_DESCRIPTOR, offset)) >= 0:
         (name_length,) = struct.unpack_from("<H", head, offset + 26)

@@ -52,18 +52,18 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote."""
+    """The result of a conversion."""
 
     directory: Path
     shape: ModelShape
     tensors: dict[str, Fingerprint]
-    """By HF name: what the manifest holds."""
+    """Content of the manifest, by HF name."""
     num_bytes: int
-    """Written in all files of tensors."""
+    """Size of all files of tensors."""
 
 
 def default_threads() -> int:
-    """Enough to keep a disk busy while other threads wait for it; each needs a few MB."""
+    """Return a number that keeps the disk busy while other threads wait for it; each needs a few MB."""
     return min(8, 2 * (os.cpu_count() or 1))
 
 
@@ -149,7 +149,7 @@ def import_hf(
 
 
 def _stored_dtypes(layout: StoredLayout, source: CheckpointSource, dtype: Dtype | None) -> dict[str, torch.dtype]:
-    """Type of every parameter; those that share a stored tensor must share it.
+    """Return the type of every parameter; those that share a stored tensor must share it.
 
     Raises:
         UserError: tensors that become one have several types, and none was given.
@@ -177,7 +177,7 @@ def _stored_dtypes(layout: StoredLayout, source: CheckpointSource, dtype: Dtype 
 def _plan_import(
     layout: StoredLayout, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[list[FilePart[list[_ChunkRows]]], dict[str, Stored]]:
-    """The files, one a part, and the tensors they hold."""
+    """Plan the files, one a part, and the tensors in them."""
     parts: list[FilePart[list[_ChunkRows]]] = []
     pieces: list[_ChunkRows] = []
     chunks: dict[str, list[ArchivedChunk]] = {key: [] for key in layout.extents}
@@ -210,7 +210,7 @@ def _plan_import(
 
 
 def _plan_objects(layout: StoredLayout) -> tuple[dict[str, ArchivedChunk], bytes]:
-    """Every ``_extra_state`` is None, so all may lie in the same bytes: a list of the one object a rank asks for."""
+    """Place the ``_extra_state`` objects. Each is None, so all share the bytes of a list of the one object a rank asks for."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
     place = ArchivedChunk((), (), _OBJECT_FILE, 0, len(buffer.getvalue()))
@@ -382,7 +382,7 @@ class _ExportFill:
 
 
 def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """A block in another type.
+    """Convert a block to another type.
 
     Raises:
         UserError: a finite value becomes infinite.
@@ -398,12 +398,12 @@ def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_bytes(block: Tensor) -> memoryview:
-    """The bytes of a tensor, copied only where they do not follow one another."""
+    """Return the bytes of a tensor, copied only if they do not follow one another."""
     return block.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def block_digests(source: CheckpointSource, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, int]]:
-    """(digest, bytes) of each block of an HF tensor, cast to a type if one is given."""
+    """Yield (digest, bytes) of each block of an HF tensor, cast to a type if one is given."""
     extent = source.extents[name]
     for start, block in source.blocks(name, 0, extent[0]):
         block = block if dtype is None else cast(name, block, dtype)
@@ -425,7 +425,7 @@ def _fingerprints(
 
 
 def _carry(source: CheckpointSource, target: Path, dtype: Dtype | None) -> None:
-    """config.json, as it describes what was written, and the tokenizer."""
+    """Write config.json, adapted to the weights written, and the tokenizer."""
     carry_companions(source.hf_directory, target)
     text = (source.hf_directory / "config.json").read_text(encoding="utf-8")
     before: dict[str, Any] = json.loads(text)
@@ -438,5 +438,5 @@ def _carry(source: CheckpointSource, target: Path, dtype: Dtype | None) -> None:
 
 
 def _identity(files: list[Path]) -> list[list[Any]]:
-    """What tells files from other ones, without reading them."""
+    """Return path, size and time of files, which tell them from others without reading."""
     return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -26,7 +26,7 @@ from megatron_rl.errors import UserError
 
 METADATA_FILE = ".metadata"
 MAX_CHUNK_BYTES = 2**27
-"""Whoever loads reads whole chunks into memory; and an archive of less than 4 GiB needs no 64-bit zip fields."""
+"""A loader reads whole chunks into memory, and an archive below 4 GiB needs no 64-bit zip fields."""
 
 _SAVE_AGAIN = "copy or save the checkpoint again"
 
@@ -40,7 +40,7 @@ class ArchivedChunk:
     file: str
     offset: int
     num_bytes: int
-    """Of the whole archive."""
+    """Size of the whole archive."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Stored:
 
 
 def pickled_metadata(tensors: dict[str, Stored], objects: dict[str, ArchivedChunk]) -> bytes:
-    """The content of ``.metadata``.
+    """Return the content of ``.metadata``.
 
     Args:
         tensors: by key.
@@ -119,7 +119,7 @@ class Distcp:
         return [self.directory / name for name in sorted(self._files)]
 
     def read(self, key: str, index: Extent, first: int, last: int, columns: tuple[int, int] | None = None) -> Tensor:
-        """Rows [first, last) of a parameter, as a view of the file where one chunk holds them all, else copied together.
+        """Read rows [first, last) of a parameter: a view of the file if one chunk holds them all, else a copy.
 
         Args:
             key: of the stored tensor.
@@ -154,7 +154,7 @@ class Distcp:
         return out
 
     def check_tiling(self, key: str) -> None:
-        """The chunks of a tensor cover it once.
+        """Check that the chunks of a tensor cover it once.
 
         Raises:
             UserError: they do not.
@@ -168,7 +168,7 @@ class Distcp:
             raise UserError(f"{self.directory}: {key}", None, "its chunks do not cover it exactly once", _SAVE_AGAIN)
 
     def announce(self, key: str, index: Extent) -> None:
-        """The chunks of this parameter will be read soon."""
+        """Ask the system to start reading the chunks of this parameter."""
         for chunk in self._chunks(key, index):
             self._files[chunk.file].announce(chunk.offset, chunk.num_bytes)
 
@@ -204,7 +204,7 @@ class Distcp:
                     raise UserError(str(path), self._files[chunk.file].num_bytes, rule, _SAVE_AGAIN)
 
     def _chunks(self, key: str, index: Extent) -> list[ArchivedChunk]:
-        """The chunks that hold something of this index."""
+        """Return the chunks that hold something of this index."""
         buckets = self._index.get((key, len(index)))
         if buckets is None:
             buckets = {}
@@ -220,7 +220,7 @@ class Distcp:
     def _part(
         self, key: str, dtype: torch.dtype, chunk: ArchivedChunk, index: Extent, low: list[int], high: list[int]
     ) -> Tensor:
-        """The rectangle [low, high) of a chunk, in coordinates behind ``index``."""
+        """Read the rectangle [low, high) of a chunk, in coordinates behind ``index``."""
         offset, strides = self._layout(key, dtype, chunk)
         starts = [*index, *low]
         sizes = [b - a for a, b in zip(low, high, strict=True)]
@@ -234,7 +234,7 @@ class Distcp:
         return as_dtype(raw, dtype, (span,)).as_strided(sizes, kept)
 
     def _layout(self, key: str, dtype: torch.dtype, chunk: ArchivedChunk) -> tuple[int, Extent]:
-        """(offset of the first element in the file, strides in elements) of a chunk's tensor."""
+        """Return (offset of the first element in the file, strides in elements) of a chunk's tensor."""
         found = self._raw.get(chunk)
         if found is None:
             path = self._files[chunk.file].path
@@ -249,7 +249,7 @@ class Distcp:
 
 
 def _has_overlap(stored: Stored) -> bool:
-    """Sorted by the start of each, chunks of one place in the leading dimensions are few: those are compared in pairs."""
+    """Say whether chunks overlap. Few share a place in the leading dimensions; those are sorted and compared in pairs."""
     groups: dict[tuple[int, int], list[ArchivedChunk]] = {}
     for chunk in stored.chunks:
         if prod(chunk.size):
@@ -287,10 +287,10 @@ class _Shell:
         pass
 
     def append(self, _value: Any) -> None:
-        """As a list."""
+        """Drop a value, as a list would take it."""
 
     def extend(self, _values: Any) -> None:
-        """As a list."""
+        """Drop values, as a list would take them."""
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
@@ -309,7 +309,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of the format."""
+    """Reads ``.metadata``, knowing only the classes of the format."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

@@ -41,13 +41,13 @@ Content = TypeVar("Content")
 
 
 def part_bytes(total_bytes: int) -> int:
-    """Of one part, roughly: what a kill can cost a thread. Small parts sync while others are written; not too many files."""
+    """Return the rough size of one part, which a kill can cost a thread. Small parts sync while others are written."""
     return max(_PART_BYTES, total_bytes // _MAX_PARTS)
 
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool for work that torch must not spread over the cores again: the threads do that already."""
+    """Open a pool whose threads use the cores, so that torch must not spread the work again."""
     keep_freed_memory()
     before = torch.get_num_threads()
     try:
@@ -59,7 +59,7 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 @dataclass(frozen=True)
 class FilePart(Generic[Content]):
-    """What one thread writes before it syncs."""
+    """The range of a file that one thread writes before it syncs."""
 
     number: int
     file: str
@@ -76,7 +76,7 @@ class BufferedStream:
         self._held = 0
 
     def write(self, data: memoryview | bytes) -> None:
-        """``data`` must stay as it is until ``flush``."""
+        """Write data, which must not change until ``flush``."""
         view = memoryview(data).cast("B")
         while len(view):
             room = CALL_BYTES - self._held
@@ -196,7 +196,7 @@ class PartialDirectory:
         self._journal.close()
 
     def failed(self, error: OSError) -> UserError:
-        """An error of the system while writing, as one sentence."""
+        """Return an error of the system while writing as a UserError."""
         return disk_error(self.target, error, fix=_GOES_ON)
 
     def _take_lock(self) -> None:
@@ -259,7 +259,7 @@ class _Stopped(Exception):
 
 
 def _whole_lines(text: str) -> list[Any]:
-    """All lines up to the first that is not whole."""
+    """Return all lines up to the first that is not whole."""
     lines = []
     for line in text.splitlines(keepends=True):
         try:
