@@ -1,9 +1,9 @@
-"""Files and folders that appear whole or not at all, and disk errors as sentences that a user can act on.
+"""Atomic writes of files and folders, and disk errors as sentences that a user can act on.
 
     with disk_errors(path, field="exp_manager.exp_dir", fix=SAME_COMMAND):
-        write_atomic(path, data)                 # one file whose bytes are at hand
+        write_atomic(path, data)                 # one file, given its bytes
 
-    with atomic_file(path) as temporary:         # one file that somebody else writes
+    with atomic_file(path) as temporary:         # one file that a library writes
         save_file(tensors, temporary)
 
     publish_folder(temporary, final)             # a folder that was filled under another name

@@ -26,7 +26,7 @@ class Stream(Generic[T]):
     _taken: list[int] = field(default_factory=list, repr=False)
 
     def take(self, count: int) -> list[T]:
-        """The next ``count`` items."""
+        """Return the next ``count`` items."""
         again, self.returned = self.returned[:count], self.returned[count:]
         fresh = count - len(again)
         positions = [*again, *range(self.cursor, self.cursor + fresh)]
@@ -35,15 +35,15 @@ class Stream(Generic[T]):
         return [self._at(position) for position in positions]
 
     def put_back(self, indices: Sequence[int]) -> None:
-        """Give back items of the last ``take``, by their places in it: the next one begins with them."""
+        """Return items of the last ``take``, by their places in it: the next one begins with them."""
         self.returned = [self._taken[index] for index in indices] + self.returned
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep."""
+        """Return the state that a checkpoint must keep."""
         return {"cursor": self.cursor, "returned": list(self.returned)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Go on from a ``state``."""
         self.cursor, self.returned = int(state["cursor"]), list(state.get("returned", []))
 
     def _at(self, position: int) -> T:

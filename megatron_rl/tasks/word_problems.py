@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_rl.errors import UserError
-from megatron_rl.files import atomic_file
+from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors
 from megatron_rl.tasks.base import check_template, fill_template, problem_id, read_rows, unique_problems
 from megatron_rl.types import Problem, Score
 
@@ -268,6 +268,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     """Write a ``.jsonl`` or ``.jsonl.gz`` file, complete or not at all; returns the number of rows."""
     num_rows = 0
     with (
+        disk_errors(path, fix=SAME_COMMAND),
         atomic_file(path) as temporary,
         gzip.open(temporary, "wt") if path.name.endswith(".gz") else temporary.open("w") as file,
     ):
