@@ -26,7 +26,7 @@ class EdgeStore:
     def __init__(
         self, lifetime_steps: int, max_per_tree: int, *, max_waiting: int | None = None, origin: str = ""
     ) -> None:
-        """Empty.
+        """Make an empty store.
 
         Args:
             lifetime_steps: a tree of step s is drawn from in steps s to s + lifetime_steps - 1.

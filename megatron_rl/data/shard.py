@@ -247,7 +247,7 @@ def shard_number(shard: Path) -> int:
 
 
 def _map(path: Path) -> np.ndarray:
-    """Map a file as [bytes] uint8. Torch's mapping keeps no file open: a pool may have more shards than a process may have files."""
+    """Map a file as [bytes] uint8. Torch's mapping keeps no file open: a pool may have more shards than a process may open."""
     size = path.stat().st_size
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy() if size else np.zeros(0, "u1")
 
