@@ -68,6 +68,7 @@ class Run:
             synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=activity.enter
         )
         self._checkpoint_seconds: dict[str, float] = {}
+        self._rollout_metrics: dict[str, float] = {}
         self.num_generated_tokens = 0
         """Of all training rollouts of the run, whatever became of them; evaluation does not count."""
         torch.manual_seed(config.trainer.seed)
@@ -140,7 +141,6 @@ class Run:
         done: int,
         updates: Sequence[Mapping[str, float]],
         samples: Sequence[TrainingSample],
-        groups: Sequence[RolloutGroup] = (),
     ) -> None:
         """Log a step; evaluate and save where it is time to.
 
@@ -148,15 +148,15 @@ class Run:
             done: steps done, this one included.
             updates: what each ``train_step`` returned.
             samples: the rows trained on.
-            groups: the rollouts of an online step.
         """
-        metrics = update_metrics(updates) | sample_metrics([sample for sample in samples if sample.weights is not None])
-        if groups:
+        trained = [sample for sample in samples if sample.weights is not None]
+        metrics = update_metrics(updates) | sample_metrics(trained, self.groups.cpu_group)
+        if self._rollout_metrics:
             generated = self.rollouts.num_generated_tokens - self._generated_at_start
             self.num_generated_tokens += generated
             metrics["rollout/generated_tokens"] = float(generated)
             metrics["rollout/generated_tokens_total"] = float(self.num_generated_tokens)
-            metrics |= rollout_metrics(groups, version=done - 1)
+            metrics |= self._rollout_metrics
             metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
             metrics |= self._weight_sync.metrics
         if self._numerics is not None:
@@ -165,10 +165,6 @@ class Run:
         metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
         if self.reference:
             metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
-        if groups:
-            with all_ranks_agree(self.groups.cpu_group):
-                if self.is_first:
-                    self.online_algorithm.keep(self.directory, groups, self.inputs.tokenizer, step=done)
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full
@@ -204,9 +200,17 @@ class Run:
         return done == self.config.trainer.max_steps or self._is_budget_spent
 
     def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
-        """The rows of a step; where stored ones cannot be read, all ranks end alike."""
+        """Return the rows of a step, after which its groups are needed no more; what is logged or kept of them is taken here.
+
+        Where stored rows cannot be read, all ranks end alike.
+        """
+        algorithm = self.online_algorithm
         with all_ranks_agree(self.groups.cpu_group):
-            return self.online_algorithm.samples(groups, step)
+            samples = algorithm.samples(groups, step)
+            if self.is_first:
+                algorithm.keep(self.directory, groups, self.inputs.tokenizer, step=step + 1)
+        self._rollout_metrics = rollout_metrics(groups, version=step)
+        return samples
 
     def fill(self, samples: Sequence[TrainingSample], needs: frozenset[str]) -> None:
         """Set the per-token vectors that a method needs before it gives credit, by forward passes.
@@ -386,11 +390,12 @@ class Run:
     def _build_scorer(self) -> Scorer:
         data = self.config.data
         return Scorer(
-            data.task,
+            [data.task],
             self.inputs.tokenizer,
             num_workers=data.num_scoring_workers,
             timeout_s=data.scoring_timeout_s,
             cpu_group=self.groups.cpu_group,
+            reward=data.reward,
         )
 
     @activity.phase("evaluation")

@@ -24,6 +24,7 @@ def run_online(run: Run) -> None:
         groups = algorithm.collect(run.inputs.prompts, run.rollouts, step)
         run.rest_engine()
         samples = run.samples(groups, step)
+        del groups  # the rows have all that training needs
         run.fill(samples, algorithm.needs)
         algorithm.assign_advantages(samples)
         updates = []
@@ -32,7 +33,7 @@ def run_online(run: Run) -> None:
             algorithm.assign_weights(mini_batch)
             updates.append(policy.train_step(mini_batch, algorithm.loss))
         run.publish(version=step + 1)
-        run.finish_step(step + 1, updates, samples, groups)
+        run.finish_step(step + 1, updates, samples)
 
 
 def run_offline(run: Run) -> None:

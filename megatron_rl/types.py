@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # annotations only: scoring workers and the command line read these types without paying for torch
     import torch
@@ -47,11 +47,17 @@ class Problem:
     prompt: str
     """What the model reads, template applied."""
     answer: str
-    """Reference answer, in the form that the task's ``score`` expects."""
+    """Reference answer, in the form that ``Task.score`` expects."""
     solution: str | None = None
     """Worked demonstration (for the supervised stage); None where the data has none."""
     source: str = ""
     """``file:line``, for error messages."""
+    task: str = ""
+    """The name in the config under which its task was found: the scoring workers find the task by it."""
+    question: str = ""
+    """The problem without the template; "" where a task does not set it."""
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    """JSON values: what else the data row holds and the task keeps, for its ``score`` or for ``data.reward``."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Completion:
     """What the engine returns for one request."""
 
     response_ids: Tensor
-    """[R] int64, the end-of-sequence token included where it was sampled."""
+    """[R] int32, the end-of-sequence token included where it was sampled."""
     log_probs: Tensor
     """[R] float32: log p of each sampled token, at the sampling temperature."""
     finish_reason: FinishReason
@@ -170,7 +176,7 @@ class TrainingSample:
     prompt_ids: Tensor
     """[*] int64."""
     response_ids: Tensor
-    """[R] int64."""
+    """[R] int32; int64 where they come from a file. A micro-batch has int64."""
     kind: Kind
     reward: float = 0.0
     has_reward: bool = True

@@ -86,7 +86,7 @@ def naive_log_probs(network: Any, row: TrainingSample, *, temperature: float = 1
     """[2, R] float64: log-prob of each response token, and the entropy there, from full logits."""
     ids = torch.cat([row.prompt_ids, row.response_ids])[None]
     log_p = (network(ids).logits[0, len(row.prompt_ids) - 1 : -1] / temperature).log_softmax(-1)
-    log_probs = log_p.gather(1, row.response_ids[:, None])[:, 0]
+    log_probs = log_p.gather(1, row.response_ids.long()[:, None])[:, 0]
     return torch.stack([log_probs, -(log_p.exp() * log_p).sum(-1)])
 
 

@@ -49,7 +49,7 @@ def _choices(device) -> dict[str, str]:  # type: ignore[no-untyped-def]
         "adam": adam_in_use(),
         "apex": "installed" if find_spec("amp_C") is not None else "not installed",
     }
-    for kind in get_args(recipe.Kind):
+    for kind in get_args(recipe.RecipeName):
         choices[f"fp8 {kind}"] = "emulated" if device.type == "cpu" else _verdict(recipe, kind, device)
     return choices
 

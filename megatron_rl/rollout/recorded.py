@@ -23,7 +23,7 @@ from megatron_rl.rollout.share import flatten, unflatten
 from megatron_rl.types import Completion, Request
 
 GROWN = "grown"
-_NOTHING = Completion(torch.empty(0, dtype=torch.int64), torch.empty(0), "abort", -1)
+_NOTHING = Completion(torch.empty(0, dtype=torch.int32), torch.empty(0), "abort", -1)
 
 
 class RecordingEngine:

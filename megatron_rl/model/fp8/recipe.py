@@ -27,7 +27,7 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 
-Kind = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+RecipeName = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Version = tuple[int, ...]
 
 _FIELD = "policy.megatron_cfg.fp8_recipe"
@@ -37,7 +37,7 @@ _FIELD = "policy.megatron_cfg.fp8_recipe"
 class Recipe:
     """What becomes of the three products of a linear layer."""
 
-    kind: Kind
+    kind: RecipeName
     forward: torch.dtype
     """Of inputs and weights."""
     backward: torch.dtype
@@ -55,7 +55,7 @@ def recipe_of(passed: Mapping[str, Any]) -> Recipe | None:
     """What fields of Megatron's config ask for, with Megatron's defaults; None without ``fp8``."""
     if not passed.get("fp8"):
         return None
-    kind: Kind = passed.get("fp8_recipe") or "delayed"
+    kind: RecipeName = passed.get("fp8_recipe") or "delayed"
     return Recipe(
         kind=kind,
         forward=torch.float8_e4m3fn,
@@ -78,7 +78,7 @@ class _Needs:
     instead: str = "tensorwise"
 
 
-_NEEDS: dict[Kind, _Needs] = {
+_NEEDS: dict[RecipeName, _Needs] = {
     "delayed": _Needs((8, 9), (1, 0), (12, 1), instead="no fp8 at all"),
     "tensorwise": _Needs((8, 9), (2, 2), (12, 1), instead="delayed"),
     "blockwise": _Needs((9, 0), (2, 3), (12, 9), below=(10, 0)),
@@ -116,7 +116,7 @@ def check_fp8(config: Config, recipe: Recipe, device: torch.device, *, is_local:
         check_here(recipe.kind, device)
 
 
-def check_here(kind: Kind, device: torch.device) -> None:
+def check_here(kind: RecipeName, device: torch.device) -> None:
     """``check_gpu`` of a GPU of this machine, and what is installed."""
     capability, cuda = torch.cuda.get_device_capability(device), _version(torch.version.cuda or "0")
     check_gpu(kind, capability=capability, engine=_engine_version(), cuda=cuda)
@@ -154,7 +154,7 @@ def _version(text: str) -> Version:
     return tuple(int(number[0]) for number in numbers if number)
 
 
-def check_gpu(kind: Kind, *, capability: Version, engine: Version | None, cuda: Version) -> None:
+def check_gpu(kind: RecipeName, *, capability: Version, engine: Version | None, cuda: Version) -> None:
     """A GPU and its software can run a recipe.
 
     Args:

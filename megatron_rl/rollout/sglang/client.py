@@ -233,7 +233,7 @@ def _completion(reply: Any, request: Request, adapter: Adapter, version: int, st
         versions |= {span["version"] for span in meta["weight_versions"]}
     if versions != {str(version)}:
         raise Unavailable("stale", f"a completion comes from weights {sorted(versions)} instead of {version}")
-    response_ids = torch.tensor(reply["output_ids"], dtype=torch.int64)
+    response_ids = torch.tensor(reply["output_ids"], dtype=torch.int32)
     pairs = meta["output_token_logprobs"]
     # "stop" is a stop token, which is part of the ids. Before 0.5.23 a response that ends with one exactly at the limit is
     # reported as "length"; it is whole, and nothing may continue it.

@@ -66,7 +66,7 @@ def test_log_probs_are_those_of_the_full_softmax_at_the_temperature(model: Path,
         with torch.no_grad():
             log_p = (source(ids[None]).logits[0].double() / temperature).log_softmax(-1)
         start = len(request.prompt_ids) - 1
-        expected = log_p[start:-1].gather(1, completion.response_ids[:, None])[:, 0]
+        expected = log_p[start:-1].gather(1, completion.response_ids.long()[:, None])[:, 0]
         torch.testing.assert_close(completion.log_probs.double(), expected, atol=1e-4, rtol=0)
         if cut.get("top_k"):
             ranks = (log_p[start:-1] > expected[:, None]).sum(-1)
@@ -162,3 +162,11 @@ def test_flat_tensors_keep_everything() -> None:
         assert (a.finish_reason, a.weight_version) == (b.finish_reason, b.weight_version)
         assert (b.experts is None) if a.experts is None else torch.equal(a.experts, b.experts)
     assert unflatten(flatten([])) == []
+
+
+def test_a_completion_that_is_kept_keeps_no_other_in_memory() -> None:
+    flat = flatten([Completion(torch.arange(size), torch.zeros(size), "stop", 0) for size in (3, 1000)])
+    for ids in (flat["ids"], flat["ids"].long()):  # int64 is what older records hold
+        kept = unflatten(flat | {"ids": ids})[0]
+        assert kept.response_ids.dtype == torch.int32
+        assert kept.response_ids.untyped_storage().nbytes() == kept.log_probs.untyped_storage().nbytes() == 3 * 4
