@@ -23,6 +23,7 @@ from megatron_rl.data.pack import full_batches
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.distance import distance_metrics
 from megatron_rl.evaluation.evaluator import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
@@ -186,8 +187,8 @@ class Run:
         with all_ranks_agree(self.groups.cpu_group):
             if self.is_first:
                 path = self.directory / "numerics" / f"step_{done:08d}.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(report, indent=1) + "\n")
+                with disk_errors(path, field="exp_manager.exp_dir", fix=SAME_COMMAND):
+                    write_atomic(path, json.dumps(report, indent=1) + "\n")
         return summary(report) | {"numerics/alarms": float(len(alarms))}
 
     @property

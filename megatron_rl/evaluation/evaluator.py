@@ -18,7 +18,8 @@ from megatron_rl.config.data import EvalConfig
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.diversity import answer_metrics, keep_and_explore, style_metrics
 from megatron_rl.evaluation.pass_at_k import pass_at_k
-from megatron_rl.metrics.rows import EVAL_PREFIX, write_atomic
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
+from megatron_rl.metrics.rows import EVAL_PREFIX
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rollout.collect import Collector, Sampling
 from megatron_rl.types import Prompt, RolloutGroup
@@ -181,12 +182,8 @@ def save_results(run_dir: Path, results: EvalResults) -> None:
         UserError: they cannot be written.
     """
     path = results_path(run_dir, results.step)
-    try:
-        write_atomic(path, json.dumps(asdict(results), indent=1).encode() + b"\n")
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        fix = "free some disk space or the folder's rights, and give the same command again: the run resumes"
-        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
+    with disk_errors(path, field="exp_manager.exp_dir", fix=f"{SAME_COMMAND}: the run resumes"):
+        write_atomic(path, json.dumps(asdict(results), indent=1) + "\n")
 
 
 def _read(path: Path, field: str) -> EvalResults:

@@ -13,6 +13,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import megatron_rl.patches
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors
 from megatron_rl.metrics import terminal
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.process import activity, lifetime, watchdog
@@ -175,12 +177,9 @@ def _check_shared_folder(config: Config, rank: int) -> None:
     mark = folder / f".seen_by_all.{broadcast_json(uuid.uuid4().hex, dist.group.WORLD)}"
     with all_ranks_agree(dist.group.WORLD):
         if rank == 0:
-            try:
+            with disk_errors(folder, field="exp_manager.exp_dir"):
                 folder.mkdir(parents=True, exist_ok=True)
                 mark.touch()
-            except OSError as error:
-                rule = f"cannot be written to ({error.strerror})"
-                raise UserError("exp_manager.exp_dir", str(folder), rule, "choose another folder") from None
     try:
         with all_ranks_agree(dist.group.WORLD):
             if not mark.exists():
@@ -264,13 +263,8 @@ def _console(rank: int) -> TextIO | None:
     return sys.stderr if rank == 0 else os.fdopen(os.dup(2), "w")
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        rule = f"this rank cannot write there ({error.strerror})"
-        raise UserError("exp_manager.exp_dir", str(folder), rule, "give a folder that every rank can write") from error
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    return disk_errors(folder, field="exp_manager.exp_dir", fix="give a folder that every rank can write")
 
 
 def _log_to_file(path: Path) -> None:

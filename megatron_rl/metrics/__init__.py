@@ -15,7 +15,7 @@ torch is imported only inside what needs it, so that the command line starts qui
 """
 
 from megatron_rl.metrics.logger import MetricsLogger
-from megatron_rl.metrics.rows import MetricsFile, read_metrics, write_atomic
+from megatron_rl.metrics.rows import MetricsFile, read_metrics
 from megatron_rl.metrics.sinks import Sink, build_sinks
 from megatron_rl.metrics.terminal import Display, StepConsole, progress, use_console
 from megatron_rl.metrics.timing import PhaseTimer, ProcessMemory
@@ -32,5 +32,4 @@ __all__ = [
     "progress",
     "read_metrics",
     "use_console",
-    "write_atomic",
 ]

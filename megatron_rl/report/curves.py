@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD, Row, read_metrics, write_atomic
+from megatron_rl.files import write_atomic
+from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD, Row, read_metrics
 
 LINE, NOTE = "#2563a8", "#6b7280"
 EVAL_STYLES = (

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.metrics.rows import EVAL_PREFIX, json_safe, write_atomic
+from megatron_rl.files import write_atomic
+from megatron_rl.metrics.rows import EVAL_PREFIX, json_safe
 
 RATES = {
     "keep_rate_greedy": "solved before, still (greedy)",
@@ -24,7 +25,7 @@ COUNTS = {"distinct_answers": "distinct answers a problem", "distinct_styles": "
 
 def write_summary(path: Path, summary: Mapping[str, object]) -> None:
     """Write JSON atomically; NaN and infinities become strings, as in ``metrics.jsonl``."""
-    write_atomic(path, json.dumps(json_safe(summary), indent=2, allow_nan=False).encode() + b"\n")
+    write_atomic(path, json.dumps(json_safe(summary), indent=2, allow_nan=False) + "\n")
 
 
 def print_before_after(

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors
 
 PLACE = "/*RECORD*/null"
 
@@ -30,9 +31,5 @@ def write_page(record: Path, page: Path) -> None:
     # What a model writes may hold anything, also the end of a script.
     data = json.dumps(found).replace("<", "\\u003c")
     template = files("megatron_rl.report").joinpath("page.html").read_text()
-    try:
+    with disk_errors(page, field="HTML", fix="name a file in a folder that exists"):
         page.write_text(template.replace(PLACE, data))
-    except OSError as error:
-        raise UserError(
-            "HTML", str(page), f"cannot be written ({error})", "name a file in a folder that exists"
-        ) from error

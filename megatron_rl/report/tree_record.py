@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_rl.advantages.segment import segment_advantages
 from megatron_rl.advantages.tree import edges
 from megatron_rl.config.methods.spo import EdgeAdvantage, SegmentConfig
-from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.types import Completion, Rollout, RolloutGroup, Score, TreeNode
 
 Piece = dict[str, Any]
@@ -90,19 +90,9 @@ def write_record(
         )
         for group in groups
     ]
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"step": step, "threshold": threshold, "prompts": prompts}))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            "algorithm.save_every_n_steps",
-            str(path),
-            f"could not be written ({error})",
-            "free some disk space and give the same command again, or set algorithm.save_every_n_steps=0",
-        ) from error
+    fix = f"{SAME_COMMAND}, or set algorithm.save_every_n_steps=0"
+    with disk_errors(path, field="algorithm.save_every_n_steps", fix=fix):
+        write_atomic(path, json.dumps({"step": step, "threshold": threshold, "prompts": prompts}))
 
 
 def _of_tree(root: TreeNode, advantage: EdgeAdvantage, text_of: Callable[[int], str]) -> list[Piece]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_rl.convert.architecture.shape import Dtype, ModelShape
-from megatron_rl.convert.hf.writer import Layout, LayoutWriter
+from megatron_rl.convert.hf.writer import HFLayout, LayoutWriter
 from megatron_rl.convert.tables.digest import digest
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import hf_tensors
@@ -245,7 +245,7 @@ def _named(name: str, found: tuple[Tensor, Tensor], fmt: Fp8Format) -> Iterator[
     yield fmt.scale_name(name), found[1]
 
 
-def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch.dtype) -> Layout:
+def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch.dtype) -> HFLayout:
     """Return shape and dtype of each tensor that ``quantized`` yields.
 
     Args:
