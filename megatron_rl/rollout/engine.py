@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.growth import Branch, Expand, Key
+from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
 from megatron_rl.types import Completion, Request
 
 
@@ -121,6 +122,7 @@ class WeightSource(Protocol):
         ...
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """The source of completions. Every method is a collective: all ranks call it in the same order with equal arguments."""
 
@@ -180,3 +182,41 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Stop what the engine has started. Safe to call twice."""
         ...
+
+
+class InProcessEngine(ABC):
+    """An engine in the trainer's own processes: a ``RolloutEngine`` as soon as it completes requests and takes weights."""
+
+    weight_version: int = -1
+    """Publish counter of the weights; ``update_weights`` sets it."""
+
+    @abstractmethod
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete all requests, in order; a collective, with the same result on every rank."""
+
+    @abstractmethod
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Load ``source.tensors()`` and set ``weight_version``; a collective."""
+
+    def generate(
+        self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
+    ) -> list[Completion | None]:
+        """Complete all requests, more than ``num_groups`` asks for."""
+        return [*self.complete(requests)]
+
+    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """Complete branches and all their descendants, level by level."""
+        return grow_by_level(seeds, expand, self.complete)
+
+    def release_memory(self) -> None:
+        """Keep everything: memory that generation needs lives only inside ``complete``."""
+
+    def resume_memory(self) -> None:
+        """Take nothing back: nothing was released."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing: nothing is mended here."""
+        return {}
+
+    def close(self) -> None:
+        """Stop nothing: nothing was started."""

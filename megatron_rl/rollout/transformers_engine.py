@@ -15,13 +15,12 @@ from torch import Tensor
 
 from megatron_rl.convert.hf.in_memory import ROUTER_BIAS, checkpoint_views
 from megatron_rl.metrics import progress
-from megatron_rl.rollout.engine import WeightSource
-from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
+from megatron_rl.rollout.engine import InProcessEngine, WeightSource
 from megatron_rl.rollout.share import gather_completions
 from megatron_rl.types import Completion, FinishReason, Request
 
 
-class TransformersEngine:
+class TransformersEngine(InProcessEngine):
     """Generation in the trainer's process; needs the whole model in the memory of every rank."""
 
     def __init__(
@@ -59,19 +58,6 @@ class TransformersEngine:
         self.stop_ids, self.pad_id = list(stop_ids), pad_id
         self.weight_version = -1
 
-    def generate(
-        self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
-    ) -> list[Completion | None]:
-        """Complete all requests.
-
-        Rank r takes requests r, r + world size, ...: long and short prompts spread evenly.
-        """
-        return list(self._complete(requests))
-
-    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """Complete branches level by level; the requests of each level are divided among the ranks."""
-        return grow_by_level(seeds, expand, self._complete)
-
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Copy all weights into the model.
 
@@ -91,20 +77,11 @@ class TransformersEngine:
             raise RuntimeError(f"weight sync: nothing was sent for {sorted(targets)}")
         self.weight_version = version
 
-    def release_memory(self) -> None:
-        """Do nothing: KV caches live only inside ``generate``."""
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete all requests.
 
-    def resume_memory(self) -> None:
-        """Do nothing, as ``release_memory``."""
-
-    def metrics(self) -> dict[str, float]:
-        """Return no metrics: this engine mends no failures."""
-        return {}
-
-    def close(self) -> None:
-        """Do nothing: the engine has started no processes."""
-
-    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        Rank r takes requests r, r + world size, ...: long and short prompts spread evenly.
+        """
         assert self.weight_version >= 0, "generate before the first update_weights"
         rank, world_size = dist.get_rank(self.cpu_group), dist.get_world_size(self.cpu_group)
         mine = self._generate_share(requests[rank::world_size])
