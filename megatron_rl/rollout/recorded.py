@@ -81,10 +81,10 @@ class RecordingEngine:
         temporary = path.with_suffix(".tmp")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # What was not completed is recorded as a completion without tokens, which no engine ever returns.
+            # A request without completion is recorded as a completion without tokens, which no engine ever returns.
             save_file({**flatten([c or _NOTHING for c in completions]), **(more or {})}, temporary)
             temporary.replace(path)
-        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        except (OSError, SafetensorError) as error:  # safetensors wraps the system's error
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise UserError(
