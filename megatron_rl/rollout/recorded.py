@@ -79,10 +79,10 @@ class RecordingEngine:
         if not self._is_writer:
             return
         path = self._directory / file_name(requests, prefix)
-        # What was not completed is recorded as a completion without tokens, which no engine ever returns.
+        # A request without completion is recorded as a completion without tokens, which no engine ever returns.
         tensors = {**flatten([c or _NOTHING for c in completions]), **(more or {})}
         fix = f"{SAME_COMMAND}, or set rollout.record=false"
-        # safetensors wraps what the system says.
+        # safetensors wraps the system's error.
         with (
             disk_errors(path, field="rollout.record", fix=fix, also=(SafetensorError,)),
             atomic_file(path) as temporary,

@@ -119,7 +119,7 @@ def _find_route(directory: Path, base: Path, version: int, pool: Executor) -> _R
     reader, base_state = HFReader(base), _stamped_state(base)
     deltas: list[ChainLink] = []  # newest first
     from_full: _Route | None = None
-    state: str | None = None  # of the version that the walk has come back to
+    state: str | None = None  # of version ``at``
     at = version
     while True:
         if from_full is None and (at, "full") in paths:
