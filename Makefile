@@ -20,7 +20,7 @@ NVIDIA := $(wildcard /dev/nvidia0)
 .PHONY: quickstart sglang test test-trainer test-servers test-gpu lint format bench clean
 
 quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
-	$(BIN)/python examples/quickstart/run.py --engine $(ENGINE)
+	$(BIN)/python -m examples.quickstart.run --engine $(ENGINE)
 
 sglang: $(SGLANG_STAMP)
 

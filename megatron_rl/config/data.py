@@ -12,10 +12,17 @@ from megatron_rl.errors import UserError
 
 @section
 class DataConfig:
-    """Where problems come from and how they are scored."""
+    """Source of problems, and how responses are scored."""
 
     task: str
-    """A name from megatron_rl.tasks: gsm8k, word_problems, five_styles."""
+    """A name from megatron_rl.tasks (gsm8k, word_problems), or ``package.module:NAME`` of a task of your own."""
+    reward: str | None = None
+    """``package.module:FUNCTION`` of a reward of your own; null takes the task's ``score``.
+
+    A plain function f(problem, response) -> float or Score, run in the scoring workers: ``problem`` has question, answer and
+    metadata (types.py), ``response`` is the decoded text. A float r counts as correct, for pass@k and for the pools of samples,
+    where r >= 1; return a Score to say otherwise. A rollout whose reward raises, is no finite number or takes longer
+    than ``scoring_timeout_s`` gets no advantage and is counted as dropped/score_crash or dropped/score_timeout."""
     train: str
     """Problem file (.jsonl or .jsonl.gz) to train on."""
     validation: str | None = None
@@ -56,11 +63,11 @@ class EvalConfig:
     pool: str | None = None
     """A pool of samples with log-probs of their model: each evaluation adds how far the policy has gone from that."""
     num_pool_rows: PositiveInt = 256
-    """Of ``pool``; the first so many."""
+    """The first rows of ``pool`` that are read."""
 
     @property
     def is_used(self) -> bool:
-        """Whether the run evaluates at all."""
+        """The run evaluates at some time."""
         return self.before or self.after or self.every_n_steps > 0
 
     def __post_init__(self) -> None:

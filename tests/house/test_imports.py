@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"plugins", "rewards"},
     "config": {"convert.architecture", "plugins", "tasks"},
     "convert.hf": {"convert.architecture", "convert.tables"},
-    "scoring": {"parallel", "tasks"},
+    "scoring": {"parallel", "plugins", "tasks"},
     "advantages": {"config"},
     "convert.offline": {"convert.architecture", "convert.hf", "convert.tables"},
     "losses": {"config"},
@@ -37,9 +37,9 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config", "metrics", "parallel", "patches", "process"},
     "report": {"advantages", "config", "metrics"},
     "rollout": {
-        "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "process", "scoring",
+        "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "plugins", "process", "scoring",
     },
-    "algorithms": {"advantages", "config", "data", "losses", "report", "rewards", "rollout"},
+    "algorithms": {"advantages", "config", "data", "losses", "plugins", "report", "rewards", "rollout"},
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
     },

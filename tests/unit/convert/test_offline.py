@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import Family
-from megatron_rl.convert.offline.convert import distcp, export_hf, import_hf, partial
+from megatron_rl.convert.offline import distcp, partial
+from megatron_rl.convert.offline.convert import export_hf, import_hf
 from megatron_rl.convert.offline.manifest import read_manifest
 from megatron_rl.convert.offline.reporter import Reporter
 from megatron_rl.convert.offline.sources import MegatronSource

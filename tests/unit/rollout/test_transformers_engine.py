@@ -13,6 +13,7 @@ from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
 from megatron_rl.rollout.share import flatten, unflatten
 from megatron_rl.rollout.transformers_engine import TransformersEngine
 from megatron_rl.types import Completion, Request
+from megatron_rl.weight_sync.delivery import WeightDelivery
 from tests.forked import run_ranks
 from tests.tiny_models import EOS_ID, make_tiny_model
 
@@ -35,7 +36,7 @@ def engine(model: Path, max_batch_size: int = 8) -> TransformersEngine:
         cpu_group=dist.group.WORLD,
     )
     source = AutoModelForCausalLM.from_pretrained(model)
-    built.update_weights(source.named_parameters, version=3)
+    built.update_weights(WeightDelivery(source.named_parameters), version=3)
     return built
 
 
@@ -122,7 +123,7 @@ def refuse(model: Path, drop: bool) -> str:
     else:
         tensors[name] = torch.ones(3)
     try:
-        built.update_weights(tensors.items, version=4)
+        built.update_weights(WeightDelivery(tensors.items), version=4)
     except RuntimeError as error:
         return f"{error} version {built.weight_version}"
     return "accepted"
