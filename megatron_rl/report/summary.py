@@ -20,7 +20,7 @@ RATES = {
     "styles_ge_3": "problems with 3 styles or more",
 }
 COUNTS = {"distinct_answers": "distinct answers a problem", "distinct_styles": "distinct styles a problem"}
-"""Lines of the table that not every run has."""
+"""Lines of the table that only some runs have."""
 
 
 def write_summary(path: Path, summary: Mapping[str, object]) -> None:
