@@ -124,7 +124,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "my_task.py").write_text(TASK)
     (tmp_path / "my_reward.py").write_text(REWARD)
     (tmp_path / "half.py").write_text("def reward(problem, response): return 0.5")
-    shutil.copy(ROOT / "configs/grpo.yaml", tmp_path)
+    shutil.copy(ROOT / "examples/quickstart/grpo.yaml", tmp_path)  # its model and its problems are not there
     return tmp_path
 
 
