@@ -1,4 +1,4 @@
-"""The numbers of one step, from what the step produced. Names are those of DESIGN 4.12; shares are in [0, 1]."""
+"""The numbers of one step, from what the step produced. docs/metrics.md lists the names; shares are in [0, 1]."""
 
 from __future__ import annotations
 

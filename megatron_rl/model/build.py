@@ -60,7 +60,7 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
         "params_dtype": dtype,
         "pipeline_dtype": dtype if config.policy.pipeline_parallel_size > 1 else None,
         "bf16": dtype == torch.bfloat16,
-        # Gradients are divided once, by the token count of the whole mini-batch (DESIGN 4.2).
+        # Gradients are divided once, by the token count of the whole mini-batch.
         "calculate_per_token_loss": True,
         # Packs differ in length; Megatron ties shape exchange to this dispatcher even for dense models.
         "variable_seq_lengths": config.policy.pipeline_parallel_size > 1,
