@@ -33,6 +33,8 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 PATH = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|md|sh|sbatch|txt|json|html|png))\b")
 NAME = re.compile(r"\bmegatron_rl((?:\.[a-z_]+)+)(?:[.:]([A-Za-z_]+))?")
 MADE_BY_RUNS = ("runs/", "logs/")
+PENDING_PAGES = {"docs/extend.md"}
+"""Pages that others link to and that are still to come."""
 
 
 def docstrings(source: str) -> Iterator[tuple[str, str]]:
@@ -121,12 +123,18 @@ def test_texts_refer_to_pages_of_this_repository(path: Path) -> None:
 def test_links_and_paths_of_a_page_exist(page: Path) -> None:
     text = page.read_text()
     links = [link for link in LINK.findall(text) if not link.startswith("http")]
-    lost = [link for link in links if not (page.parent / link).exists()]
+    targets = [(page.parent / link).resolve() for link in links]
+    lost = [str(path) for path in targets if not path.exists() and str(path.relative_to(ROOT)) not in PENDING_PAGES]
     bases = (ROOT, page.parent, ROOT / "megatron_rl", ROOT / "tests")
     for path in PATH.findall(re.sub(r"https?://\S+", "", text)):
-        if not path.startswith(MADE_BY_RUNS) and not any((base / path).exists() for base in bases):
+        is_expected = not path.startswith(MADE_BY_RUNS) and path not in PENDING_PAGES
+        if is_expected and not any((base / path).exists() for base in bases):
             lost.append(path)
     assert not lost, lost
+
+
+def test_pending_pages_are_still_to_come() -> None:
+    assert not [page for page in PENDING_PAGES if (ROOT / page).exists()], "it is there, take it off PENDING_PAGES"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
