@@ -26,7 +26,7 @@ ALLOWED: frozenset[str] = frozenset()
 MAX_DOCSTRINGS = 0.212
 MAX_FIELDS = 0.274
 """Shares of fragments; a field's docstring is the string under it."""
-MAX_SEE_ONLY = 54
+MAX_SEE_ONLY = 46
 
 STRANGE_PAGES = re.compile(r"\b(DESIGN|ALGORITHMS|HOUSE|STYLE|PLAN|BRIEF)(\.md)?\s+(section )?\d")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
