@@ -1,4 +1,4 @@
-"""The numbers of one step, from what the step produced. docs/metrics.md lists the names; shares are in [0, 1]."""
+"""Metrics of one step, computed from its rollouts, rows and updates. Fractions are in [0, 1]."""
 
 from __future__ import annotations
 
