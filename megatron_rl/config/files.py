@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_rl.config.algorithms import DPHRLConfig, RLEPConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
@@ -54,13 +53,8 @@ def check_files(config: Config) -> None:
 
 def stored_pools(config: Config) -> dict[str, str]:
     """The pools of stored samples that a run reads, by config key."""
-    algorithm = config.algorithm
-    pools = {"eval.pool": config.eval.pool if config.eval.is_used else None}
-    if isinstance(algorithm, DPHRLConfig):
-        pools["algorithm.rehearsal.pool"] = algorithm.rehearsal.pool
-    if isinstance(algorithm, RLEPConfig):
-        pools["algorithm.replay.pool"] = algorithm.replay.pool
-    return {key: pool for key, pool in pools.items() if pool is not None}
+    probed = {"eval.pool": config.eval.pool} if config.eval.is_used and config.eval.pool is not None else {}
+    return probed | config.algorithm.stored_pools()
 
 
 def read_model_shape(config: Config) -> ModelShape:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config import AlgorithmConfig, Config, DPHRLConfig, SFTConfig, SPOTreeConfig
+from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 
 _GPU_ONLY = (
@@ -82,7 +82,7 @@ def scale_down(config: Config, model: Path) -> Scaled:
     small = replace(
         config,
         trainer=replace(config.trainer, devices=ranks, num_nodes=1, precision="fp32", accelerator="cpu"),
-        algorithm=_small_algorithm(config.algorithm, num_rows, num_stored=sizes.get("dp", 1)),
+        algorithm=config.algorithm.scaled_down(num_rows, num_stored=sizes.get("dp", 1)),
         policy=replace(
             policy,
             model_path=str(model),
@@ -96,18 +96,6 @@ def scale_down(config: Config, model: Path) -> Scaled:
         ),
     )
     return Scaled(small, sizes, left_out)
-
-
-def _small_algorithm(algorithm: AlgorithmConfig, num_rows: int, *, num_stored: int) -> AlgorithmConfig:
-    """The same, with so many rows a step."""
-    if isinstance(algorithm, SFTConfig):
-        return algorithm
-    if isinstance(algorithm, SPOTreeConfig):
-        return replace(algorithm, num_edges_per_step=num_rows)
-    small = replace(algorithm, num_prompts_per_step=num_rows // 2, num_generations_per_prompt=2)
-    if isinstance(small, DPHRLConfig):
-        return replace(small, rehearsal=replace(small.rehearsal, num_rows_per_update=num_stored))
-    return small
 
 
 def check_layout(config: Config) -> bool:

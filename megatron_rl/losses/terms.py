@@ -1,4 +1,4 @@
-"""What a loss returns: one term per token, and what to log."""
+"""TokenTerms: what a loss returns, one term per token, and what to log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TokenTerms:
     """All vectors are [T] float32."""
 
     loss: Tensor
-    """With gradient. The trainer multiplies it by the token's weight and sums."""
+    """The loss of each token, with gradient. The trainer multiplies it by the token's weight and sums."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """Logged as the mean over the mini-batch's loss tokens."""
     maxima: dict[str, Tensor] = field(default_factory=dict)

@@ -19,11 +19,31 @@ from torch import Tensor
 
 from megatron_rl.advantages.segment import segment_advantages
 from megatron_rl.advantages.tree import edges
-from megatron_rl.config.algorithms import EdgeAdvantage
+from megatron_rl.config.methods.spo import EdgeAdvantage, SegmentConfig
 from megatron_rl.errors import UserError
 from megatron_rl.types import Completion, Rollout, RolloutGroup, Score, TreeNode
 
 Piece = dict[str, Any]
+
+
+def record_step(
+    directory: Path,
+    groups: Sequence[RolloutGroup],
+    tokenizer: Any,
+    settings: SegmentConfig,
+    *,
+    step: int,
+    shaped: Callable[[float, int], float],
+    advantage: EdgeAdvantage = "raw",
+) -> None:
+    """Write the record of a step into a run's folder, where ``algorithm.save_every_n_steps`` asks for it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if settings.save_every_n_steps and step % settings.save_every_n_steps == 0:
+        path, threshold = directory / "trees" / f"step_{step:08d}.json", settings.sure_from
+        write_record(path, groups, tokenizer, step=step, threshold=threshold, shaped=shaped, advantage=advantage)
 
 
 def write_record(

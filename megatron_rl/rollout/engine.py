@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -94,6 +94,7 @@ class ShardSource(Protocol):
         ...
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Every method is a collective: all ranks call it, in the same order, with equal arguments."""
 

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "convert.tables": {"convert.architecture"},
     "tasks": {"plugins", "rewards"},
-    "config": {"convert.architecture", "tasks"},
+    "config": {"convert.architecture", "plugins", "tasks"},
     "convert.hf": {"convert.architecture", "convert.tables"},
     "scoring": {"parallel", "tasks"},
     "advantages": {"config"},
@@ -37,9 +37,9 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config", "metrics", "parallel", "patches", "process"},
     "report": {"advantages", "config", "metrics"},
     "rollout": {
-        "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "process", "scoring",
+        "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "plugins", "process", "scoring",
     },
-    "algorithms": {"advantages", "config", "data", "losses", "report", "rewards", "rollout"},
+    "algorithms": {"advantages", "config", "data", "losses", "plugins", "report", "rewards", "rollout"},
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
     },

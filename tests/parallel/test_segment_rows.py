@@ -21,13 +21,16 @@ from tests.parallel.invariance import (
 )
 from tests.tiny_models import make_tiny_model
 
-CHAIN = ("algorithm.name=spo_chain", "algorithm.mask_threshold=0.01")
-TREE = ("algorithm={name: spo_tree, num_prompts_per_step: 4, mask_threshold: 0.01, kl: {coef: 0.01, estimator: k2}}",)
+CHAIN = ("algorithm.name=spo_chain", "algorithm.selection.max_probability=0.01")
+TREE = (
+    "algorithm={name: spo_tree, num_prompts_per_step: 4, selection: {max_probability: 0.01}}",
+    "algorithm.kl={coef: 0.01, estimator: k2}",
+)
 OTHERS = {
     "tree": TREE,
     "tree, constant divisor": (*TREE, "algorithm.loss_aggregation=seq-mean-token-sum-norm", "algorithm.kl.coef=0"),
     "chain, mean of rows": (*CHAIN, "algorithm.loss_aggregation=seq-mean-token-mean", "algorithm.kl.coef=0"),
-    "grpo": ("algorithm.mask_threshold=0.01",),
+    "grpo": ("algorithm.selection.max_probability=0.01",),
 }
 LAYOUTS = [
     {"tp": 2, "sp": True}, {"pp": 2, "vpp": 2}, {"cp": 2}, {"dp": 2}, {"cp": 2, "dp": 2},

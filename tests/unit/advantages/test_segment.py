@@ -17,7 +17,9 @@ from megatron_rl.advantages.segment import (
     is_uncertain,
     segment_advantages,
 )
-from megatron_rl.algorithms.clipped import probability_mask
+from megatron_rl.algorithms.parts.selection import TokenSelection
+from megatron_rl.config.methods.shared import SelectionConfig
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.types import State
 
 EXAMPLE = torch.tensor([0.99, 0.5, 0.95, 0.4, 0.3, 0.99, 0.2]).log()
@@ -30,7 +32,7 @@ def test_the_worked_example() -> None:
     states = [State(border, value) for border, value in zip(borders, (0.25, 0.75))]
     advantages = segment_advantages(states, 1.0, 7)
     assert advantages.tolist() == [0, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
-    mask = probability_mask(EXAMPLE, 0.9)
+    mask = TokenSelection(SelectionConfig(max_probability=0.9), RolloutConfig()).mask_of(EXAMPLE)
     assert mask is not None and mask.nonzero()[:, 0].tolist() == [1, 3, 4, 6]
 
 
@@ -41,7 +43,7 @@ def test_the_threshold_itself_is_certain_for_both_uses() -> None:
 
 
 def test_no_mask_without_a_threshold() -> None:
-    assert probability_mask(EXAMPLE, None) is None
+    assert TokenSelection(SelectionConfig(), RolloutConfig()).mask_of(EXAMPLE) is None
 
 
 def test_partitions() -> None:

@@ -55,7 +55,7 @@ def groups() -> list[RolloutGroup]:
 
 def with_rows(model: Path, tmp_path: Path, *overrides: str) -> tuple[DPHRL, list[TrainingSample]]:
     algorithm = dph_rl(model, *overrides)
-    algorithm.use_pool(make_pool(tmp_path / "pool", [2, 3, 4, 5, 6]), [])
+    algorithm.stored.use_pool(make_pool(tmp_path / "pool", [2, 3, 4, 5, 6]), [])
     return algorithm, algorithm.samples(groups(), 0)
 
 
@@ -72,17 +72,17 @@ def test_every_row_comes_once_before_any_comes_again_and_the_order_follows_from_
     model: Path, tmp_path: Path
 ) -> None:
     algorithm, _ = with_rows(model, tmp_path)
-    assert algorithm.rehearsal is not None
+    assert algorithm.stored.rehearsal is not None
 
     def rows(update: int) -> list[int]:
-        return [int(sample.response_ids[0]) for sample in algorithm.rehearsal.rows(update=update)]  # type: ignore[union-attr]
+        return [int(sample.response_ids[0]) for sample in algorithm.stored.rehearsal.rows(update=update)]  # type: ignore[union-attr]
 
     seen = [row for update in range(5) for row in rows(update)]
     assert sorted(seen[:5]) == sorted(seen[5:10]) == sorted(seen[10:]) == [0, 1, 2, 3, 4]
     assert rows(3) == seen[9:12] and seen[:5] != seen[5:10]
     other = dph_rl(model, "trainer.seed=8")
-    other.use_pool(Pool(tmp_path / "pool"), [])
-    assert [int(s.response_ids[0]) for u in range(5) for s in other.rehearsal.rows(update=u)] != seen  # type: ignore[union-attr]
+    other.stored.use_pool(Pool(tmp_path / "pool"), [])
+    assert [int(s.response_ids[0]) for u in range(5) for s in other.stored.rehearsal.rows(update=u)] != seen  # type: ignore[union-attr]
 
 
 def test_stored_rows_enter_no_group_mean_and_get_no_advantage(model: Path, tmp_path: Path) -> None:
@@ -146,18 +146,18 @@ def test_definition_form_keeps_the_reference_and_acts_on_rollouts(model: Path) -
 
 def test_rows_that_are_too_long_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
     algorithm = dph_rl(model, "policy.train_micro_batch_tokens=40")
-    line = algorithm.use_pool(make_pool(tmp_path / "pool", [2, 60, 3]), [])
+    line = algorithm.stored.use_pool(make_pool(tmp_path / "pool", [2, 60, 3]), [])
     assert "2 rows" in line and "1 left out as too long" in line
     with pytest.raises(UserError, match="has no row of at most 40 tokens"):
-        algorithm.use_pool(make_pool(tmp_path / "long", [60]), [])
+        algorithm.stored.use_pool(make_pool(tmp_path / "long", [60]), [])
 
 
 def test_other_pools_are_refused(model: Path, tmp_path: Path) -> None:
     algorithm = dph_rl(model)
     with pytest.raises(UserError, match=r"log-probs at temperature 0\.5"):
-        algorithm.use_pool(make_pool(tmp_path / "cold", [2], temperature=0.5), [])
+        algorithm.stored.use_pool(make_pool(tmp_path / "cold", [2], temperature=0.5), [])
     with pytest.raises(UserError, match="3 of 3 rows have no log-probs of the reference"):
-        algorithm.use_pool(make_pool(tmp_path / "bare", [2, 3, 4], ref=False), [])
+        algorithm.stored.use_pool(make_pool(tmp_path / "bare", [2, 3, 4], ref=False), [])
 
 
 def test_every_shard_of_a_merged_pool_must_fit(model: Path, tmp_path: Path) -> None:
@@ -165,4 +165,4 @@ def test_every_shard_of_a_merged_pool_must_fit(model: Path, tmp_path: Path) -> N
     make_pool(tmp_path / "cold", [4, 5], temperature=0.5)
     merge([tmp_path / "warm", tmp_path / "cold"], tmp_path / "both")
     with pytest.raises(UserError, match=r"log-probs at temperature 0\.5"):
-        dph_rl(model).use_pool(Pool(tmp_path / "both"), [])
+        dph_rl(model).stored.use_pool(Pool(tmp_path / "both"), [])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.algorithms.spo import whiten
+from megatron_rl.algorithms.parts.credit import whiten
 from megatron_rl.algorithms.spo_chain import SPOChain
 from megatron_rl.algorithms.spo_tree import SPOTree
 from megatron_rl.config import Config, load_config
@@ -105,6 +105,10 @@ def collect(algorithm, engine: Coins | None = None, judge: Judge | None = None, 
 
 def chain(model: Path, *overrides: str) -> SPOChain:
     return SPOChain(load(model, "spo_chain", *overrides))
+
+
+def asks_policy(algorithm: SPOChain) -> bool:
+    return algorithm.config.algorithm.asks_policy(algorithm.config)
 
 
 def tree(model: Path, *overrides: str) -> SPOTree:
@@ -208,12 +212,12 @@ def test_a_limit_leaves_continuations_what_is_left(model: Path) -> None:
 
 
 def test_the_policy_is_asked_where_sampling_is_cut_off(model: Path) -> None:
-    assert not chain(model).asks_policy
-    assert chain(model, "rollout.top_p=0.9").asks_policy
-    assert not chain(model, "rollout.top_p=0.9", "algorithm.probabilities=rollout").asks_policy
+    assert not asks_policy(chain(model))
+    assert asks_policy(chain(model, "rollout.top_p=0.9"))
+    assert not asks_policy(chain(model, "rollout.top_p=0.9", "algorithm.selection.probabilities=rollout"))
     for kind in ("equal", "newlines", "tokens"):  # without a mask these look at no probability
-        unmasked = (f"algorithm.partition.kind={kind}", "algorithm.mask_threshold=null")
-        assert not chain(model, "rollout.top_p=0.9", *unmasked).asks_policy
+        unmasked = (f"algorithm.partition.kind={kind}", "algorithm.selection.max_probability=null")
+        assert not asks_policy(chain(model, "rollout.top_p=0.9", *unmasked))
         load(model, "spo_chain", *COLOCATED, *unmasked)
     algorithm = chain(model, "rollout.top_k=3", "algorithm.partition.size=1", "algorithm.num_continuations=2")
     prompts = Stream([Prompt(Problem(f"p{n}", "?", "1"), torch.tensor([10 + n])) for n in range(2)], 1, False)
@@ -237,7 +241,10 @@ def test_continuations_do_not_record_experts(model: Path) -> None:
 
 def test_no_cut_point_no_update(model: Path) -> None:
     """With the threshold below every probability nothing is continued, and there is no mini-batch to train on."""
-    algorithm, engine = chain(model, "algorithm.partition.threshold=0.1", "algorithm.mask_threshold=0.1"), Coins()
+    algorithm, engine = (
+        chain(model, "algorithm.partition.threshold=0.1", "algorithm.selection.max_probability=0.1"),
+        Coins(),
+    )
     groups, _ = collect(algorithm, engine)
     assert engine.num_requests == 16
     assert algorithm.step_metrics()["spo/without_border_frac"] == 1
@@ -247,12 +254,12 @@ def test_no_cut_point_no_update(model: Path) -> None:
 
 
 def test_naive_segments_and_vineppo_are_settings(model: Path) -> None:
-    naive = chain(model, "algorithm.partition.kind=equal", "algorithm.mask_threshold=null")
+    naive = chain(model, "algorithm.partition.kind=equal", "algorithm.selection.max_probability=null")
     groups, _ = collect(naive)
     assert all([s.num_tokens for s in r.states] == [0, 2, 4, 6] for g in groups for r in g.rollouts)
     assert all(row.loss_mask is None for row in naive.samples(groups, 0))
     lines = chain(model, "algorithm.partition.kind=newlines")
-    lines.newline_ids = torch.tensor([2])
+    lines.rollouts.newline_ids = torch.tensor([2])
     groups, _ = collect(lines)
     for group in groups:
         for rollout in group.rollouts:
@@ -402,10 +409,10 @@ COLOCATED = ("rollout.engine=sglang", "rollout.top_p=0.9", "rollout.servers.plac
     [
         ("spo_chain", ("algorithm.kl={coef: 0.1, placement: reward, estimator: k1}",), "algorithm.kl.placement"),
         ("spo_chain", ("rollout.engine=sglang", "rollout.over_sampling=1.5"), "rollout.over_sampling"),
-        ("spo_chain", COLOCATED, "algorithm.probabilities"),
+        ("spo_chain", COLOCATED, "algorithm.selection.probabilities"),
         ("spo_chain", ("algorithm.partition={kind: tokens, threshold: 0.5}",), "algorithm.partition.threshold"),
         ("spo_chain", ("algorithm.partition={kind: newlines, size: 5}",), "algorithm.partition.size"),
-        ("spo_chain", ("rollout.top_k=5", "policy.router_replay=true"), "algorithm.probabilities"),
+        ("spo_chain", ("rollout.top_k=5", "policy.router_replay=true"), "algorithm.selection.probabilities"),
         ("spo_tree", ("algorithm.branch_factors=[1,1]",), "algorithm.branch_factors"),
         ("spo_tree", ("policy.router_replay=true",), "policy.router_replay"),
         ("spo_tree", ("algorithm.num_edges_per_step=10",), "policy.train_global_batch_size"),

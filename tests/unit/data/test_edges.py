@@ -81,7 +81,7 @@ def test_as_many_wait_as_may() -> None:
 
 
 def test_a_store_with_and_without_masks_is_kept_whole() -> None:
-    """As after a resume with another mask_threshold: no mask is a mask of ones."""
+    """As after a resume with another selection.max_probability: no mask is a mask of ones."""
     store, other = EdgeStore(8, 100), EdgeStore(8, 100)
     store.add([rows(1, 3, masked=False), rows(2, 3)], step=0)
     other.load_state(store.state())
