@@ -36,7 +36,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
-	$(BIN)/python examples/quickstart/run.py --engine $(ENGINE)
+	$(BIN)/python -m examples.quickstart.run --engine $(ENGINE)
 
 sglang: $(SGLANG_STAMP)
 

@@ -29,7 +29,8 @@ from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_met
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
 from megatron_rl.model.numerics import NumericsMonitor, summary
-from megatron_rl.model.step import Policy
+from megatron_rl.model.policy import Policy
+from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process import activity
@@ -42,12 +43,23 @@ from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync, served_overrides
 
+NEEDS = frozenset({"old_log_probs", "ref_log_probs", "entropy", "values"})
+"""Per-token vectors that ``Run.fill`` can be asked for."""
+
 
 class Run:
     """Everything of one run on this rank. Every rank builds the same; what is shared out is inside the parts."""
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: Config, runtime: Runtime, *, is_trained: bool = True) -> None:
+        """Build all parts.
+
+        Args:
+            config: of the run.
+            runtime: of this rank.
+            is_trained: False for a run that samples and evaluates only: its model has no optimizer and no gradients, it
+                needs no reference, and it writes no checkpoint; the weights of one it does load.
+        """
+        self.config, self.runtime, self.is_trained = config, runtime, is_trained
         self.started = time.monotonic()
         self.directory = config.exp_manager.run_dir
         self.is_first = runtime.rank == 0
@@ -55,6 +67,7 @@ class Run:
             synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=activity.enter
         )
         self._checkpoint_seconds: dict[str, float] = {}
+        self._rollout_metrics: dict[str, float] = {}
         self.num_generated_tokens = 0
         """Of all training rollouts of the run, whatever became of them; evaluation does not count."""
         torch.manual_seed(config.trainer.seed)
@@ -82,8 +95,9 @@ class Run:
         engine = self._build_engine() if is_sampled else None
         if engine is not None:
             parts.callback(engine.close)
-        self.policy = Policy(config, self.shape, self.groups, fill_weights=self._fill_weights, timer=self.timer)
-        self.reference = self.policy.snapshot() if self.algorithm.needs_reference else []
+        self.policy = Policy(self._build_model())
+        needs_reference = self.is_trained and "ref_log_probs" in self.algorithm.needs
+        self.reference = self.policy.trainable.snapshot() if needs_reference else []
         numerics = config.trainer.numerics
         self._numerics: NumericsMonitor | None = None
         if numerics.every_n_steps:
@@ -102,7 +116,7 @@ class Run:
             scorer = self._build_scorer()
             parts.callback(scorer.close)
             self.collector = Collector(engine, scorer, config.trainer.seed, self.timer, self._log_probs_of)
-        self._weight_sync = WeightSync(config, self.policy)
+        self._weight_sync = WeightSync(config, self.policy.trainable)
         if config.trainer.stage == "rl":
             self.publish(version=self.start_step)
 
@@ -115,7 +129,7 @@ class Run:
                 return
             self.timer.flush()
             self._generated_at_start = self.rollouts.num_generated_tokens if self.collector is not None else 0
-            self._step_started = time.monotonic()
+            self._step_started, self._is_first_step = time.monotonic(), step == self.start_step
             activity.set_step(step + 1)
             if self._numerics is not None and (step + 1) % self.config.trainer.numerics.every_n_steps == 0:
                 self._numerics.watch()
@@ -126,7 +140,6 @@ class Run:
         done: int,
         updates: Sequence[Mapping[str, float]],
         samples: Sequence[TrainingSample],
-        groups: Sequence[RolloutGroup] = (),
     ) -> None:
         """Log a step; evaluate and save where it is time to.
 
@@ -134,26 +147,23 @@ class Run:
             done: steps done, this one included.
             updates: what each ``train_step`` returned.
             samples: the rows trained on.
-            groups: the rollouts of an online step.
         """
-        metrics = update_metrics(updates) | sample_metrics([sample for sample in samples if sample.weights is not None])
-        if groups:
+        trained = [sample for sample in samples if sample.weights is not None]
+        metrics = update_metrics(updates) | sample_metrics(trained, self.groups.cpu_group)
+        if self._rollout_metrics:
             generated = self.rollouts.num_generated_tokens - self._generated_at_start
             self.num_generated_tokens += generated
             metrics["rollout/generated_tokens"] = float(generated)
             metrics["rollout/generated_tokens_total"] = float(self.num_generated_tokens)
-            metrics |= rollout_metrics(groups, version=done - 1)
+            metrics |= self._rollout_metrics
             metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
+            metrics |= self._weight_sync.metrics
         if self._numerics is not None:
             metrics |= self._look_at_numerics(self._numerics, done)
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
         if self.reference:
             metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
-        if groups:
-            with all_ranks_agree(self.groups.cpu_group):
-                if self.is_first:
-                    self.online_algorithm.keep(self.directory, groups, self.inputs.tokenizer, step=done)
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full
@@ -189,9 +199,41 @@ class Run:
         return done == self.config.trainer.max_steps or self._is_budget_spent
 
     def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
-        """The rows of a step; where stored ones cannot be read, all ranks end alike."""
+        """Return the rows of a step, after which its groups are needed no more; what is logged or kept of them is taken here.
+
+        Where stored rows cannot be read, all ranks end alike.
+        """
+        algorithm = self.online_algorithm
         with all_ranks_agree(self.groups.cpu_group):
-            return self.online_algorithm.samples(groups, step)
+            samples = algorithm.samples(groups, step)
+            if self.is_first:
+                algorithm.keep(self.directory, groups, self.inputs.tokenizer, step=step + 1)
+        self._rollout_metrics = rollout_metrics(groups, version=step)
+        return samples
+
+    def fill(self, samples: Sequence[TrainingSample], needs: frozenset[str]) -> None:
+        """Set the per-token vectors that a method needs before it gives credit, by forward passes.
+
+        A first update can bring ``old_log_probs`` from its own pass, so ``passes_ahead`` may leave its rows out. In the
+        first step of a run it does not: a pass ahead of it shows that both give the same bits (the ratio is exactly 1).
+
+        Args:
+            samples: all rows of the step, on every rank. A row keeps a vector that it has already.
+            needs: names among ``NEEDS``. ``entropy`` is filled beside ``old_log_probs`` and needs it.
+        """
+        assert needs <= NEEDS, f"nothing fills {', '.join(sorted(needs - NEEDS))}"
+        assert "values" not in needs, "values need a critic, and a run has none"
+        assert "entropy" not in needs or "old_log_probs" in needs, "entropy is filled beside old_log_probs"
+        policy, online = self.policy, self.algorithm if isinstance(self.algorithm, OnlineAlgorithm) else None
+        mini_batches = online.mini_batches(samples) if online is not None else [list(range(len(samples)))]
+        if "old_log_probs" in needs:
+            ahead = online.passes_ahead(samples) if online is not None else mini_batches
+            policy.fill_log_probs(samples, ahead, "old_log_probs", *needs & {"entropy"})
+        if "ref_log_probs" in needs:
+            with policy.trainable.weights_of(self.reference):
+                policy.fill_log_probs(samples, mini_batches, "ref_log_probs")
+        if "old_log_probs" in needs and online is not None and self._is_first_step:
+            policy.fill_log_probs(samples, online.updates(samples)[:1], "old_log_probs")
 
     @property
     def online_algorithm(self) -> OnlineAlgorithm:
@@ -226,7 +268,7 @@ class Run:
         """For rollouts: what only updates need leaves the GPU, until an update or a checkpoint brings it back."""
         if self.config.offloads_during_rollouts:
             with self.timer("offload"):
-                self.policy.update_memory.release()
+                self.policy.trainable.update_memory.release()
 
     @activity.phase("finish")
     def finish(self) -> None:
@@ -254,6 +296,12 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ parts
 
+    def _build_model(self) -> Trainable:
+        optim = self.config.policy.optim if self.is_trained else None
+        return Trainable(
+            self.config, self.shape, self.groups, optim=optim, fill_weights=self._fill_weights, timer=self.timer
+        )
+
     def _fill_weights(self, chunks: Any) -> None:
         policy, seed = self.config.policy, self.config.trainer.seed
         is_random = policy.initialization == "random"
@@ -280,22 +328,26 @@ class Run:
         self._fixed = fixed_settings(self.config, self.shape, self.inputs.pool_contents)
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
         if path is not None:
-            state = self.checkpoints.load(path, self.policy, self._fixed)
+            state = self.checkpoints.load(path, self.policy.trainable, self._fixed)
             self.inputs.stream.load_state(state)
             if isinstance(self.algorithm, OnlineAlgorithm):
                 self.algorithm.load_state(self.checkpoints.load_tensors(path))
             step, self.num_generated_tokens = int(state["step"]), int(state.get("generated_tokens", 0))
             self.say(f"resuming after step {step}: {path}")
-        if manager.create_checkpoint_callback:
+        if self._writes_checkpoints:
             self.checkpoints.set_aside_others(path)
         return step
+
+    @property
+    def _writes_checkpoints(self) -> bool:
+        return self.is_trained and self.config.exp_manager.create_checkpoint_callback
 
     @activity.phase("checkpoint")
     def _save_if_due(self, done: int) -> None:
         manager = self.config.exp_manager
         is_due = done % manager.checkpoint_callback_params.every_n_train_steps == 0 or self._is_last(done)
-        if manager.create_checkpoint_callback and is_due:
-            is_away = self.policy.update_memory.is_released
+        if self._writes_checkpoints and is_due:
+            is_away = self.policy.trainable.update_memory.is_released
             if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
                 self.rest_engine()
             started = time.monotonic()
@@ -303,7 +355,7 @@ class Run:
             state |= self.inputs.stream.state()
             is_online = isinstance(self.algorithm, OnlineAlgorithm)
             kept = self.online_algorithm.state() if is_online else {}
-            path = self.checkpoints.save(done, self.policy, state, kept)
+            path = self.checkpoints.save(done, self.policy.trainable, state, kept)
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
             self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
             self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")
@@ -337,11 +389,12 @@ class Run:
     def _build_scorer(self) -> Scorer:
         data = self.config.data
         return Scorer(
-            data.task,
+            [data.task],
             self.inputs.tokenizer,
             num_workers=data.num_scoring_workers,
             timeout_s=data.scoring_timeout_s,
             cpu_group=self.groups.cpu_group,
+            reward=data.reward,
         )
 
     @activity.phase("evaluation")

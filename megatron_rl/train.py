@@ -24,29 +24,26 @@ def run_online(run: Run) -> None:
         groups = algorithm.collect(run.inputs.prompts, run.rollouts, step)
         run.rest_engine()
         samples = run.samples(groups, step)
-        policy.fill_log_probs(samples, algorithm.passes_ahead(samples), "old_log_probs")
-        if algorithm.needs_reference:
-            with policy.weights_of(run.reference):
-                policy.fill_log_probs(samples, algorithm.mini_batches(samples), "ref_log_probs")
+        del groups  # the rows have all that training needs
+        run.fill(samples, algorithm.needs)
         algorithm.assign_advantages(samples)
-        mini_batches = algorithm.updates(samples)
-        if step == run.start_step:  # once a run, a pass of their own shows that both give the same bits
-            policy.fill_log_probs(samples, mini_batches[:1], "old_log_probs")
         updates = []
-        for rows in mini_batches * algorithm.num_epochs:
+        for rows in algorithm.updates(samples) * algorithm.num_epochs:
             mini_batch = [samples[row] for row in rows]
             algorithm.assign_weights(mini_batch)
             updates.append(policy.train_step(mini_batch, algorithm.loss))
         run.publish(version=step + 1)
-        run.finish_step(step + 1, updates, samples, groups)
+        run.finish_step(step + 1, updates, samples)
 
 
 def run_offline(run: Run) -> None:
     """Learn from rows that exist already."""
+    policy, algorithm = run.policy, run.algorithm
     for step in run.steps():
         mini_batch = run.inputs.demonstrations.take(run.config.policy.train_global_batch_size)
-        run.algorithm.assign_weights(mini_batch)
-        update = run.policy.train_step(mini_batch, run.algorithm.loss)
+        run.fill(mini_batch, algorithm.needs)
+        algorithm.assign_weights(mini_batch)
+        update = policy.train_step(mini_batch, algorithm.loss)
         run.finish_step(step + 1, [update], mini_batch)
 
 

@@ -10,8 +10,9 @@ in a pack, V vocabulary, H hidden.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # annotations only: scoring workers and the command line read these types without paying for torch
     import torch
@@ -46,11 +47,17 @@ class Problem:
     prompt: str
     """What the model reads, template applied."""
     answer: str
-    """Reference answer, in the form that the task's ``score`` expects."""
+    """Reference answer, in the form that ``Task.score`` expects."""
     solution: str | None = None
     """Worked demonstration (for the supervised stage); None where the data has none."""
     source: str = ""
     """``file:line``, for error messages."""
+    task: str = ""
+    """The name in the config under which its task was found: the scoring workers find the task by it."""
+    question: str = ""
+    """The problem without the template; "" where a task does not set it."""
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    """JSON values: what else the data row holds and the task keeps, for its ``score`` or for ``data.reward``."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Completion:
     """What the engine returns for one request."""
 
     response_ids: Tensor
-    """[R] int64, the end-of-sequence token included where it was sampled."""
+    """[R] int32, the end-of-sequence token included where it was sampled."""
     log_probs: Tensor
     """[R] float32: log p of each sampled token, at the sampling temperature."""
     finish_reason: FinishReason
@@ -169,7 +176,7 @@ class TrainingSample:
     prompt_ids: Tensor
     """[*] int64."""
     response_ids: Tensor
-    """[R] int64."""
+    """[R] int32; int64 where they come from a file. A micro-batch has int64."""
     kind: Kind
     reward: float = 0.0
     has_reward: bool = True
@@ -190,6 +197,10 @@ class TrainingSample:
     """[R] float32: the factor of each token's loss term. Every aggregation is such a factor (losses/aggregate.py)."""
     loss_mask: Tensor | None = None
     """[R] bool: the tokens that enter the loss; None: all."""
+    unit: int | None = None
+    """Rows of a mini-batch with the same number go into one micro-batch, such as both responses of a preference pair."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """A method's own vectors, [R] float32; in a micro-batch they are in ``vectors`` under the same names."""
 
     @property
     def num_tokens(self) -> int:
@@ -240,9 +251,28 @@ class MicroBatch:
     kind: Tensor
     """[T] int64: ``Kind`` of the token's row; -1 on padding."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    """``weights``, ``advantages``, ``old_log_probs``, ... each [T] float32."""
+    """``weights``, ``advantages``, ``old_log_probs``, ... and those of the samples' ``extra``, each [T] float32."""
     experts: Tensor | None = None
     """[T, layers, k] int16: experts to choose; -1 where the router shall choose. None: everywhere."""
+    sum_over_cp: Callable[[Tensor], Tensor] | None = None
+    """Adds up a tensor over the context-parallel ranks, with gradients. None: this rank holds all tokens of the pack."""
+
+    def sequence_sum(self, x: Tensor) -> Tensor:
+        """Return [N] sums over the tokens of each of ``rows``, the same on every context-parallel rank; differentiable.
+
+        For losses that are not sums of token terms, such as a ratio of whole sequences. The loss itself stays one term per
+        token (``to_tokens`` leads back): each rank adds up the terms of its own tokens.
+
+        Args:
+            x: [T] values of this rank's tokens; padding is left out. Summed in float64, returned in the dtype of ``x``.
+        """
+        wide = x.double().masked_fill(self.sequence < 0, 0.0)
+        sums = wide.new_zeros(len(self.rows)).index_add(0, self.sequence.clamp(min=0), wide)
+        return (sums if self.sum_over_cp is None else self.sum_over_cp(sums)).to(x.dtype)
+
+    def to_tokens(self, y: Tensor) -> Tensor:
+        """Return [T] the value of each token's sequence, from [N] values; 0 on padding."""
+        return y[self.sequence.clamp(min=0)].masked_fill(self.sequence < 0, 0.0)
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on another device."""
@@ -265,4 +295,5 @@ class MicroBatch:
             move(self.kind),
             {k: move(v) for k, v in self.vectors.items()},
             None if self.experts is None else move(self.experts),
+            self.sum_over_cp,
         )

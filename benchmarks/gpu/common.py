@@ -75,19 +75,22 @@ def build(config: Any, groups: Any) -> Any:
     """A policy with the random weights of the config's seed."""
     from megatron_rl.config import read_model_shape
     from megatron_rl.convert.hf.random_weights import RandomReader
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.policy import Policy
+    from megatron_rl.model.trainable import Trainable
     from megatron_rl.model.weights import load_hf_weights
 
     shape = read_model_shape(config)
-    return Policy(
+    trainable = Trainable(
         config,
         shape,
         groups,
+        optim=config.policy.optim,
         fill_weights=lambda chunks: load_hf_weights(
             chunks, shape, groups, lambda: RandomReader(shape, seed=1, device=groups.device)
         ),
         timer=lambda _phase: nullcontext(),
     )
+    return Policy(trainable)
 
 
 def emit(line: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from common import Clock, Work, digit_share
 
 from megatron_rl.tasks.word_problems import WordProblems
-from megatron_rl.types import Score
+from megatron_rl.types import Problem, Score
 
 QUICKSTART = Path(__file__).parent.parent.parent / "examples/quickstart/grpo.yaml"
 
@@ -21,8 +21,8 @@ class DigitProblems(WordProblems):
 
     name = "digit_problems"
 
-    def score(self, answer: str, response: str) -> Score:
-        """See ``digit_share``."""
+    def score(self, problem: Problem, response: str) -> Score:
+        """Return the share of digits in the response."""
         return Score(digit_share(response))
 
 
@@ -98,7 +98,7 @@ def overrides(work: Work, folder: str) -> list[str]:
 
 def attach(clock: Clock) -> None:
     """Put the clock around the calls that make up a step of ``run_online``."""
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.policy import Policy
     from megatron_rl.rollout.transformers_engine import TransformersEngine
     from megatron_rl.run import Run
 

@@ -1,4 +1,4 @@
-"""Write data and model directory of the five-style experiment: python examples/five_styles/make_data.py DIRECTORY."""
+"""Write data and model directory of the five-style experiment: ``python -m examples.five_styles.make_data DIRECTORY``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl.errors import UserError
-from megatron_rl.tasks.five_styles import (
+from examples.five_styles.task import (
     CLASSES,
     FAVOURED,
     FAVOURED_SLIP,
@@ -19,6 +18,7 @@ from megatron_rl.tasks.five_styles import (
     generate,
     shares_by_style,
 )
+from megatron_rl.errors import UserError
 from megatron_rl.tasks.word_problems import Split, write_rows
 from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
 
@@ -67,7 +67,7 @@ def main(
 
 
 def choose_class(name: str) -> ClassOf:
-    """What decides to which style a step belongs."""
+    """Return the function that decides which style is blind to a step."""
     if name not in CLASSES:
         raise UserError("blind_class", name, f"must be one of {', '.join(CLASSES)}", "choose one")
     return CLASSES[name]

@@ -1,7 +1,7 @@
 """Does RL forget styles? A model that answers in five, trained by ten methods: styles and pass@k before and after.
 
-    .venv/bin/python examples/five_styles/run.py [--seed 1]       all methods, about an hour on two CPU cores
-    .venv/bin/python examples/five_styles/run.py --quick          four methods and few steps, a quarter of an hour
+    .venv/bin/python -m examples.five_styles.run [--seed 1]       all methods, about an hour on two CPU cores
+    .venv/bin/python -m examples.five_styles.run --quick          four methods and few steps, a quarter of an hour
 
 Leaves runs/five_styles/seed_1/ (quick_1/): results.json, results.png, and a run for each method. Run again after an
 interruption, it goes on where it stopped.
@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, rows_of, seconds_of, verb, write_report
+from examples.parts import EXAMPLES, Part, rows_of, seconds_of, verb, write_report
 
-HERE = Path(__file__).parent
+HERE = EXAMPLES / "five_styles"
 KL = 0.02
 ERRORS = ("--blind-share", "1.0", "--slip-share", "0.15")
 """Of the demonstrations: each style never gets one class of steps right."""
@@ -57,7 +56,7 @@ SHOWN = {
 
 
 def main() -> int:
-    """All parts in turn; the status of the first that fails."""
+    """Run all parts in turn; return the status of the first that fails."""
     parser = argparse.ArgumentParser(description="The five-style experiment.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
@@ -88,7 +87,7 @@ def main() -> int:
         "total_seconds": round(sum(seconds.values())),
     }
     write_report(folder, report)
-    draw(results, ROOT / folder / "results.png")
+    draw(results, folder / "results.png")
     print_table(results)
     print(f"{report['total_seconds']} s in all. Look at {folder}/results.png; figures are in {folder}/results.json.")
     return 0
@@ -96,8 +95,7 @@ def main() -> int:
 
 def preparation(folder: Path, common: tuple[str, ...], seed: int) -> list[Part]:
     """Problems, the model of five styles, and its own samples."""
-    program = str(HERE.relative_to(ROOT) / "make_data.py")
-    make = [sys.executable, program, str(folder / "data"), "--seed", str(seed), *ERRORS]
+    make = [sys.executable, "-m", "examples.five_styles.make_data", str(folder / "data"), "--seed", str(seed), *ERRORS]
     warm_start = verb("train", HERE / "warm_start.yaml", *common)
     # The folder of presampling is shared by the methods, so it lies beside theirs.
     presample = verb("presample", HERE / "dph_rl.yaml", *common, "exp_manager.name=.")
@@ -117,7 +115,7 @@ def shown(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
-    """For people."""
+    """Print the results as a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,6 +1,6 @@
 """Does training in eight bits learn as well? GRPO in bfloat16, and with emulated FP8, from one start.
 
-    .venv/bin/python examples/fp8/run.py [--seeds 1 2 3] [--recipes tensorwise blockwise]
+    .venv/bin/python -m examples.fp8.run [--seeds 1 2 3] [--recipes tensorwise blockwise]
 
 About twelve minutes a seed on two CPU cores with units for bfloat16. Leaves in runs/fp8/ results.json (accuracy on 600 held-out
 problems, and its difference from bfloat16 with the interval of a paired bootstrap: of each seed, and of all), and in seed_N/
@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, rows_of, seconds_of, start, verb, write_report
+from examples.parts import EXAMPLES, Part, rows_of, seconds_of, start, verb, write_report
 
-HERE = Path(__file__).parent
+HERE = EXAMPLES / "fp8"
 FOLDER = Path("runs/fp8")
 RECIPES = ("tensorwise", "blockwise", "delayed", "mxfp8")
 RESAMPLES = 10_000
@@ -34,7 +33,7 @@ OTHER_ROLLOUTS = 1000
 
 
 def main() -> int:
-    """All parts in turn; the status of the first that fails."""
+    """Run all parts in turn; return the status of the first that fails."""
     parser = argparse.ArgumentParser(description="FP8 against bfloat16.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES[:2]))
@@ -57,7 +56,7 @@ def train(seed: int, runs: dict[str, tuple[str, ...]]) -> None:
     for name, settings in runs.items():
         command = verb("train", HERE / "grpo.yaml", *common, f"exp_manager.name={name}", *settings)
         seconds_of(Part(name, command, folder / name / "summary.json"))
-    draw({name: rows_of(folder / name) for name in runs}, ROOT / folder / "curves.png")
+    draw({name: rows_of(folder / name) for name in runs}, folder / "curves.png")
 
 
 def fp8(recipe: str) -> tuple[str, ...]:
@@ -93,7 +92,7 @@ def errors(name: str, seeds: list[int]) -> dict[str, float]:
 
 def accuracies(run: Path) -> dict[str, np.ndarray]:
     """By kind of decoding, one number a problem, in the order of their ids."""
-    last = sorted((ROOT / run / "eval").glob("step_*.json"))[-1]
+    last = sorted((run / "eval").glob("step_*.json"))[-1]
     results = json.loads(last.read_text())
     problems = sorted(results["problems"], key=lambda problem: problem["problem_id"])
     return {

@@ -35,7 +35,9 @@ class Words:
         """Give 1.0 for the right number after the mark."""
         found = response.rpartition("####")[2].replace(" ", "")
         is_right = found == problem.answer
-        return Score(float(is_right), {"correct": float(is_right)}, "correct" if is_right else "wrong", answer=found[:64])
+        return Score(
+            float(is_right), {"correct": float(is_right)}, "correct" if is_right else "wrong", answer=found[:64]
+        )
 
 
 WORDS = Words()

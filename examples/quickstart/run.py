@@ -1,6 +1,6 @@
 """Watch a language model learn by reinforcement on two CPU cores: data, supervised warm start, GRPO, evaluation.
 
-    make quickstart                    (or: .venv/bin/python examples/quickstart/run.py)
+    make quickstart                    (or: .venv/bin/python -m examples.quickstart.run)
     make quickstart ENGINE=sglang      the same from a real SGLang server; fewer steps, because it is slower on a CPU
 
 Leaves runs/quickstart/ (runs/quickstart_sglang/): summary.json, metrics.jsonl, curves.png, the resolved config, a resumable
@@ -14,10 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, seconds_of, verb
+from examples.parts import EXAMPLES, Part, seconds_of, verb
 
-HERE = Path(__file__).parent
+HERE = EXAMPLES / "quickstart"
 RUNS = Path("runs")
 START = RUNS / "quickstart"
 """Data and warm start, whatever the engine."""
@@ -31,7 +30,7 @@ SGLANG = ("rollout.engine=sglang", "exp_manager.name=quickstart_sglang", "traine
 
 
 def main() -> int:
-    """Run the three parts in turn; the status of the first that fails."""
+    """Run the three parts in turn; return the status of the first that fails."""
     parser = argparse.ArgumentParser(description="The quickstart.")
     parser.add_argument("--engine", choices=("transformers", "sglang"), default="transformers")
     uses_sglang = parser.parse_args().engine == "sglang"
@@ -42,9 +41,9 @@ def main() -> int:
         Part("reinforcement", verb("train", HERE / "grpo.yaml", *(SGLANG if uses_sglang else ())), run / "hf"),
     )
     seconds = {part.name: seconds_of(part) for part in parts}
-    summary = json.loads((ROOT / run / "summary.json").read_text()) | {"seconds_of_parts": seconds}
+    summary = json.loads((run / "summary.json").read_text()) | {"seconds_of_parts": seconds}
     summary["seconds"] = round(sum(seconds.values()), 1)
-    (ROOT / run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"{summary['seconds']:.0f} s in all. Look at {run}/curves.png; the model is in {run}/hf.", flush=True)
     return 0
 

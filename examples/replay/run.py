@@ -1,6 +1,6 @@
 """Does replaying successes make RL faster? GRPO, then RLEP from the same start with GRPO's own successes.
 
-    .venv/bin/python examples/replay/run.py [--seed 1]       about ten minutes on two CPU cores
+    .venv/bin/python -m examples.replay.run [--seed 1]       about ten minutes on two CPU cores
 
 Leaves runs/replay/seed_1/: results.json, results.png, and the runs phase1 (the baseline) and phase2 (RLEP). Run again after an
 interruption, it goes on where it stopped.
@@ -14,16 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, rows_of, seconds_of, start, verb, write_report
+from examples.parts import EXAMPLES, Part, rows_of, seconds_of, start, verb, write_report
 
-HERE = Path(__file__).parent
+HERE = EXAMPLES / "replay"
 METRIC = "eval/avg@4"
 """Accuracy at temperature 1, every five steps."""
 
 
 def main() -> int:
-    """All parts in turn; the status of the first that fails."""
+    """Run all parts in turn; return the status of the first that fails."""
     parser = argparse.ArgumentParser(description="RLEP against its own phase 1.")
     parser.add_argument("--seed", type=int, default=1)
     seed = parser.parse_args().seed
@@ -40,7 +39,7 @@ def main() -> int:
     curves = {name: curve(folder / name) for name in ("phase1", "phase2")}
     report = compare(curves) | {"seed": seed, "seconds": seconds, "curves": curves}
     write_report(folder, report)
-    draw(curves, ROOT / folder / "results.png")
+    draw(curves, folder / "results.png")
     print(json.dumps({key: value for key, value in report.items() if key != "curves"}, indent=1))
     return 0
 

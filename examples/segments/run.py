@@ -1,6 +1,6 @@
 """Is credit for segments worth its tokens? GRPO and SPO from one start, each until it has sampled as many tokens.
 
-    .venv/bin/python examples/segments/run.py [--seed 1]       eight methods, about 20 minutes on two CPU cores
+    .venv/bin/python -m examples.segments.run [--seed 1]       eight methods, about 20 minutes on two CPU cores
 
 Leaves runs/segments/seed_1/: results.json, results.png (accuracy over tokens and over time), and a run for each method. Run
 again after an interruption, it goes on where it stopped.
@@ -13,10 +13,9 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from parts import ROOT, Part, rows_of, seconds_of, start, verb, write_report
+from examples.parts import EXAMPLES, Part, rows_of, seconds_of, start, verb, write_report
 
-HERE = Path(__file__).parent
+HERE = EXAMPLES / "segments"
 NAIVE = ("algorithm.partition.kind=equal", "algorithm.selection.max_probability=null")
 METHODS: dict[str, tuple[str, ...]] = {
     "grpo": ("grpo.yaml",),
@@ -34,7 +33,7 @@ Point = dict[str, float]
 
 
 def main() -> int:
-    """All parts in turn; the status of the first that fails."""
+    """Run all parts in turn; return the status of the first that fails."""
     parser = argparse.ArgumentParser(description="Segment credit at equal sampled tokens.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
@@ -50,7 +49,7 @@ def main() -> int:
         curves[method] = curve(folder / method)
     report = {"seed": seed, "methods": {name: summary(points) for name, points in curves.items()}, "curves": curves}
     write_report(folder, report)
-    draw(curves, ROOT / folder / "results.png")
+    draw(curves, folder / "results.png")
     print_table(report["methods"])
     return 0
 
@@ -88,7 +87,7 @@ def summary(points: list[Point]) -> Point:
 
 
 def print_table(methods: dict[str, Point]) -> None:
-    """For people."""
+    """Print the results as a table."""
     from rich.console import Console
     from rich.table import Table
 

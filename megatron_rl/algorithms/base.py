@@ -43,6 +43,11 @@ class Algorithm(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the per-token vectors to fill by forward passes before credit is given: some of ``NEEDS`` (run.py)."""
+        return frozenset({"ref_log_probs"} if self.needs_reference else ())
+
     def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
         """Set ``weights`` of every row of one optimizer mini-batch. The aggregation is over the whole of it."""
         weights = token_weights(
@@ -105,6 +110,11 @@ class OnlineAlgorithm(Algorithm):
 
     # ---- rollouts and rows
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the per-token vectors to fill before credit is given; the ratio always needs ``old_log_probs``."""
+        return super().needs | {"old_log_probs"}
+
     def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
         """Collect the groups of one step."""
         return self.rollouts.collect(prompts, collector, step)
@@ -153,10 +163,10 @@ class OnlineAlgorithm(Algorithm):
     def passes_ahead(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Return the row indices of each forward pass that fills ``old_log_probs`` before credit is given.
 
-        The first update brings those of its rows from its own pass, unless credit needs them sooner.
+        The first update brings those of its rows from its own pass, unless credit needs them, or entropies, sooner.
         """
         mini_batches = self.mini_batches(samples)
-        return mini_batches if self.needs_old_log_probs else mini_batches[1:]
+        return mini_batches if self.needs_old_log_probs or "entropy" in self.needs else mini_batches[1:]
 
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
         """Set ``advantages`` of every row; the log-probs that the algorithm says it needs are filled by now."""

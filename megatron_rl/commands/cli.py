@@ -151,23 +151,36 @@ app.add_typer(pool_tools.app, name="pool")
 
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check a config without loading torch, and print it with every default filled in."""
+    """Check a config without loading torch, and print it with every default filled in.
+
+    The files of the run need not exist; the code that the config names has to.
+    """
     from dataclasses import asdict
 
     from omegaconf import OmegaConf
 
-    from megatron_rl.config import load_config
+    from megatron_rl.config import check_names, load_config
 
-    print(OmegaConf.to_yaml(OmegaConf.create(asdict(load_config(config, overrides or [])))), end="")
+    checked = load_config(config, overrides or [])
+    check_names(checked)
+    print(OmegaConf.to_yaml(OmegaConf.create(asdict(checked))), end="")
 
 
 def main() -> None:
-    """Entry point of the console command; a ``UserError`` is one line and status 2."""
+    """Run the console command; a ``UserError`` is one line and status 2."""
+    _see_current_folder()
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _see_current_folder() -> None:
+    """Put the current folder on the path, as ``python -m`` does for the ranks: a user's tasks and rewards lie there."""
+    here = os.getcwd()
+    if here not in sys.path and not sys.flags.safe_path:
+        sys.path.insert(0, here)
 
 
 if __name__ == "__main__":

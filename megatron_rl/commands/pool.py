@@ -197,9 +197,9 @@ def _histogram(rewards: np.ndarray) -> Iterator[tuple[str, int]]:
 
 def _ids_of(path: str, task: str) -> set[str]:
     """Problem ids of a task's file."""
-    from megatron_rl.tasks import get_task
+    from megatron_rl.tasks import load_problems
 
-    return {problem.problem_id for problem in get_task(task).load(Path(path), template=None)}
+    return {problem.problem_id for problem in load_problems(task, Path(path))}
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -247,8 +247,8 @@ def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], li
     assert dist.group.WORLD is not None
     try:
         scorer = Scorer(
-            data.task, tokenizer, num_workers=data.num_scoring_workers, timeout_s=data.scoring_timeout_s,
-            cpu_group=dist.group.WORLD,
+            [data.task], tokenizer, num_workers=data.num_scoring_workers, timeout_s=data.scoring_timeout_s,
+            cpu_group=dist.group.WORLD, reward=data.reward,
         )  # fmt: skip
         try:
             collector = Collector(RecordedEngine(rollouts), scorer, config.trainer.seed, PhaseTimer())
@@ -271,9 +271,9 @@ def _tokenizer(config: Config) -> Any:
 def _prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.data.prompts import tokenize_prompts
-    from megatron_rl.tasks import get_task
+    from megatron_rl.tasks import load_problems
 
-    problems = get_task(config.data.task).load(Path(config.data.train), template=config.data.template)
+    problems = load_problems(config.data.task, Path(config.data.train), template=config.data.template)
     context = read_shape(Path(config.policy.model_path)).max_position_embeddings
     prompts, _ = tokenize_prompts(
         problems, tokenizer, config.data, context_length=context, max_new_tokens=config.rollout.max_new_tokens

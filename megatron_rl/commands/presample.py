@@ -34,7 +34,7 @@ def presample(config: Config, runtime: Runtime) -> None:
     from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
     from megatron_rl.run import Run
 
-    with Run(config, runtime) as run:
+    with Run(config, runtime, is_trained=False) as run:
         group, prompts = run.groups.cpu_group, list(run.inputs.prompts.items)[: config.presample.num_problems]
         provenance = _provenance(run)
         with all_ranks_agree(group):

@@ -6,7 +6,7 @@ pass-through fields against the upstream sources (upstream.py). Nothing in this 
 """
 
 from megatron_rl.config.data import PresampleConfig
-from megatron_rl.config.files import check_files, read_model_shape
+from megatron_rl.config.files import check_files, check_names, read_model_shape
 from megatron_rl.config.load import load_config, save_resolved
 from megatron_rl.config.methods import MethodConfig
 from megatron_rl.config.methods.dph_rl import DPHRLConfig
@@ -35,6 +35,7 @@ __all__ = [
     "SPOChainConfig",
     "SPOTreeConfig",
     "check_files",
+    "check_names",
     "load_config",
     "read_model_shape",
     "save_resolved",

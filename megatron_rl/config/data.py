@@ -15,7 +15,14 @@ class DataConfig:
     """Source of problems, and how responses are scored."""
 
     task: str
-    """A name from megatron_rl.tasks: gsm8k, word_problems, five_styles."""
+    """A name from megatron_rl.tasks (gsm8k, word_problems), or ``package.module:NAME`` of a task of your own."""
+    reward: str | None = None
+    """``package.module:FUNCTION`` of a reward of your own; null takes the task's ``score``.
+
+    A plain function f(problem, response) -> float or Score, run in the scoring workers: ``problem`` has question, answer and
+    metadata (types.py), ``response`` is the decoded text. A float r counts as correct, for pass@k and for the pools of samples,
+    where r >= 1; return a Score to say otherwise. A rollout whose reward raises, is no finite number or takes longer
+    than ``scoring_timeout_s`` gets no advantage and is counted as dropped/score_crash or dropped/score_timeout."""
     train: str
     """Problem file (.jsonl or .jsonl.gz) to train on."""
     validation: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_rl import plugins
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
@@ -18,7 +19,7 @@ def check_files(config: Config) -> None:
         UserError: naming the config key whose path or size is wrong.
     """
     policy = config.policy
-    get_task(config.data.task)
+    check_names(config)
     _check_writable(config.exp_manager.run_dir)
     read_model_shape(config)
     directory = Path(policy.model_path)
@@ -49,6 +50,19 @@ def check_files(config: Config) -> None:
         raise UserError(
             "rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run"
         )
+
+
+def check_names(config: Config) -> None:
+    """Check that the code that a config names exists: task, reward and metric sinks. Only the task's module is run.
+
+    Raises:
+        UserError: naming the config key.
+    """
+    get_task(config.data.task)
+    if config.data.reward is not None:
+        plugins.check(config.data.reward, field="data.reward", what="a reward")
+    for sink in config.exp_manager.sinks:
+        plugins.check(sink, field="exp_manager.sinks", what="a metric sink")
 
 
 def stored_pools(config: Config) -> dict[str, str]:

@@ -97,6 +97,8 @@ class ExpManagerConfig:
     wandb_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
     create_mlflow_logger: bool = False
     mlflow_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
+    sinks: list[str] = Field(default_factory=list)
+    """Further metric sinks, ``package.module:CLASS`` each (docs/metrics.md)."""
 
     @property
     def run_dir(self) -> Path:

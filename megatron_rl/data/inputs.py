@@ -18,7 +18,7 @@ from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import all_ranks_agree, gather_json
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.tasks import get_task
+from megatron_rl.tasks import load_problems
 from megatron_rl.types import Prompt, TrainingSample
 
 Say = Callable[[str], None]
@@ -77,7 +77,7 @@ class Inputs:
 
     def _load(self, field: str, file: str, max_new_tokens: int) -> list[Prompt]:
         data = self._config.data
-        problems = get_task(data.task).load(Path(file), template=data.template)
+        problems = load_problems(data.task, Path(file), template=data.template)
         prompts, dropped = tokenize_prompts(
             problems,
             self.tokenizer,

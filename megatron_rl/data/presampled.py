@@ -22,7 +22,7 @@ from typing import Any
 from megatron_rl.data.pool import PoolWriter, Provenance, Trajectory, drop_shards_after, num_shards
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.rows import write_atomic
-from megatron_rl.tasks.base import copy_rows
+from megatron_rl.tasks.jsonl import copy_rows
 from megatron_rl.types import Problem
 
 EXPLORATION = "exploration"

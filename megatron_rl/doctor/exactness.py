@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.base import Algorithm, OnlineAlgorithm
 from megatron_rl.convert.hf.in_memory import checkpoint_views
-from megatron_rl.model.step import Policy
+from megatron_rl.model.policy import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
 from megatron_rl.types import Kind, MicroBatch, TrainingSample
 
@@ -86,7 +86,7 @@ def naive_log_probs(network: Any, row: TrainingSample, *, temperature: float = 1
     """[2, R] float64: log-prob of each response token, and the entropy there, from full logits."""
     ids = torch.cat([row.prompt_ids, row.response_ids])[None]
     log_p = (network(ids).logits[0, len(row.prompt_ids) - 1 : -1] / temperature).log_softmax(-1)
-    log_probs = log_p.gather(1, row.response_ids[:, None])[:, 0]
+    log_probs = log_p.gather(1, row.response_ids.long()[:, None])[:, 0]
     return torch.stack([log_probs, -(log_p.exp() * log_p).sum(-1)])
 
 
@@ -162,7 +162,7 @@ def watch_routers(network: Any) -> list[Tensor]:
 
 def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingSample]) -> Outcome:
     """Loss, metrics, and gradients (rank 0) of one update; the weights are gone after it."""
-    policy.optimizer.step = lambda: (True, 0.0, None)  # the gradients shall stay as they are
+    policy.trainable.optimizer.step = lambda: (True, 0.0, None)  # the gradients shall stay as they are
     metrics = policy.train_step(samples, algorithm.loss)
     _make_whole(policy)
     with torch.no_grad():
@@ -203,15 +203,16 @@ def _row_as_batch(row: TrainingSample) -> MicroBatch:
     vectors = {name: torch.zeros(row.num_response_tokens, dtype=torch.float64) for name in fields}
     vectors |= {name: value.double() for name in fields if (value := getattr(row, name)) is not None}
     mask = torch.ones(row.num_response_tokens, dtype=torch.bool)
-    none = torch.zeros(0)
+    none, length = torch.zeros(0), torch.tensor([row.num_tokens])
+    sequence = torch.zeros(row.num_response_tokens, dtype=torch.int64)
     kind = torch.full((row.num_response_tokens,), int(row.kind))
     loss_mask = mask if row.loss_mask is None else row.loss_mask
-    return MicroBatch(none, none, none, none, 0, mask, loss_mask, [0], none, none, none, kind, vectors)
+    return MicroBatch(none, none, none, none, 0, mask, loss_mask, [0], none, sequence, length, kind, vectors)
 
 
 def _make_whole(policy: Policy) -> None:
     """The distributed optimizer leaves each rank its shard of a gradient; collect the others'."""
-    for model in policy.models:
+    for model in policy.trainable.models:
         for group in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
             ranks = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:

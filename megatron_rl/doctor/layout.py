@@ -211,7 +211,7 @@ def _rank(rank: int, config: Config, folder: Path) -> None:
     # First as a rollout's first update sees it: log-probs of a pass of its own, then the same rows again.
     fresh = [replace(row, old_log_probs=None) for row in batch]
     policy.fill_log_probs(fresh, [range(len(fresh))], "old_log_probs")
-    policy.optimizer.step = lambda: (True, 0.0, None)
+    policy.trainable.optimizer.step = lambda: (True, 0.0, None)
     ratio = policy.train_step(fresh, algorithm.loss).get("ratio/max_abs_log_ratio")
     found = one_update(policy, algorithm, batch)
     if rank == 0:
@@ -229,15 +229,18 @@ def build_policy(config: Config) -> Any:
     from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.convert.hf.reader import HFReader
     from megatron_rl.model.build import build_groups_of
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.policy import Policy
+    from megatron_rl.model.trainable import Trainable
     from megatron_rl.model.weights import load_hf_weights
 
     directory = Path(config.policy.model_path)
     shape, groups = read_shape(directory), build_groups_of(config, torch.device("cpu"))
-    return Policy(
+    trainable = Trainable(
         config,
         shape,
         groups,
+        optim=config.policy.optim,
         fill_weights=lambda chunks: load_hf_weights(chunks, shape, groups, lambda: HFReader(directory)),
         timer=lambda _phase: nullcontext(),
     )
+    return Policy(trainable)

@@ -48,7 +48,7 @@ def report(config: Config) -> Report:
         num_rounds += 1
         pairs: dict[tuple[int, int], int] = defaultdict(int)
         for copy in copies:
-            pairs[copy.sender, copy.receiver] += math.prod(copy.piece.size)
+            pairs[copy.sender, copy.receiver] += math.prod(copy.overlap.size)
         critical += max(pairs.values())
     return Report(shape, training, rollout, plan, width, num_rounds, critical * width)
 

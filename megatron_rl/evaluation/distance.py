@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from megatron_rl.losses.f_divergence import f_divergence
-from megatron_rl.model.step import Policy
+from megatron_rl.model.policy import Policy
 from megatron_rl.types import TrainingSample
 
 

@@ -44,7 +44,7 @@ from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import progress
-from megatron_rl.model.step import Policy
+from megatron_rl.model.trainable import Trainable
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.parallel.groups import Groups
 
@@ -67,13 +67,13 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------ write
 
     def save(
-        self, step: int, policy: Policy, state: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+        self, step: int, trainable: Trainable, state: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
     ) -> Path:
         """Write one checkpoint, then remove those that are older than the ``keep_last`` last complete ones.
 
         Args:
             step: steps done.
-            policy: weights, optimizer and schedule.
+            trainable: weights, optimizer and schedule.
             state: plain data beside it, as JSON.
             tensors: the same in every rank; what the algorithm keeps.
 
@@ -88,9 +88,9 @@ class Checkpoints:
                     shutil.rmtree(temporary, ignore_errors=True)
                     (temporary / "model").mkdir(parents=True)
                     size_of_tensors = sum(tensor.nbytes for tensor in (tensors or {}).values())
-                    _check_space(self.directory, _bytes_to_write(policy) + size_of_tensors)
+                    _check_space(self.directory, _bytes_to_write(trainable) + size_of_tensors)
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
-                dist_checkpointing.save(_sharded_state(policy), str(temporary / "model"))
+                dist_checkpointing.save(_sharded_state(trainable), str(temporary / "model"))
                 torch.save(_random_state(), temporary / f"rng_rank_{self.groups.rank}.pt")
                 if self.groups.rank == 0:
                     if tensors:
@@ -172,12 +172,12 @@ class Checkpoints:
         self.origin = origin
         return path
 
-    def load(self, path: Path, policy: Policy, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def load(self, path: Path, trainable: Trainable, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Restore weights, optimizer, schedule and generators; returns the plain data saved beside them.
 
         Args:
             path: a complete checkpoint.
-            policy: to restore; settings of its config win over those of the checkpoint, and it is said which.
+            trainable: to restore; settings of its config win over those of the checkpoint, and it is said which.
             fixed: ``fixed_settings`` of this run; None skips the comparison.
 
         Raises:
@@ -186,8 +186,8 @@ class Checkpoints:
         state = _read_state(path)
         with all_ranks_agree(self.groups.cpu_group):
             _check_fixed(state.get("fixed", {}), fixed or {})
-        sharded = _sharded_state(policy, is_loading=True)
-        changed = policy.load_state(dist_checkpointing.load(sharded, str(path / "model")))
+        sharded = _sharded_state(trainable, is_loading=True)
+        changed = trainable.load_state(dist_checkpointing.load(sharded, str(path / "model")))
         if changed:
             self.say(f"settings changed since the checkpoint was written, new ones apply: {', '.join(changed)}")
         generators = path / f"rng_rank_{self.groups.rank}.pt"
@@ -315,20 +315,24 @@ def _read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
-    policy.update_memory.resume(with_gradients=False)
+def _sharded_state(trainable: Trainable, *, is_loading: bool = False) -> dict[str, Any]:
+    """Return what a checkpoint holds of a model; without an optimizer only its weights are loaded."""
+    trainable.update_memory.resume(with_gradients=False)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": policy.groups.dp_cp_group,
+        "dp_cp_group": trainable.groups.dp_cp_group,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
-    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in policy.chunks]
+    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in trainable.chunks]
+    if not trainable.has_optimizer:
+        return {"model": model, "num_updates": trainable.num_updates}
+    optimizer = trainable.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata)
     return {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata),
-        "scheduler": policy.scheduler.state_dict(),
-        "num_updates": policy.num_updates,
+        "optimizer": optimizer,
+        "scheduler": trainable.scheduler.state_dict(),
+        "num_updates": trainable.num_updates,
     }
 
 
@@ -351,10 +355,10 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def _bytes_to_write(policy: Policy) -> int:
+def _bytes_to_write(trainable: Trainable) -> int:
     """Weights of the whole model, and 12 bytes a parameter of optimizer state; a little less than what is written."""
-    parameters = sum(math.prod(extent) for extent in hf_tensors(policy.shape).values())
-    return parameters * (policy.megatron_config.params_dtype.itemsize + 12)
+    parameters = sum(math.prod(extent) for extent in hf_tensors(trainable.shape).values())
+    return parameters * (trainable.megatron_config.params_dtype.itemsize + 12)
 
 
 def _check_space(directory: Path, needed: int) -> None:

@@ -108,7 +108,13 @@ def _digest(samples: Sequence[TrainingSample]) -> list[int]:
         vectors = [
             getattr(sample, name) for name in ("prompt_ids", "response_ids", "experts", "loss_mask", *VECTOR_FIELDS)
         ]
-        outline = [int(sample.kind), *(-1 if vector is None else vector.numel() for vector in vectors)]
+        vectors += sample.extra.values()
+        outline = [
+            int(sample.kind),
+            sample.unit,
+            *sample.extra,
+            *(-1 if vector is None else vector.numel() for vector in vectors),
+        ]
         digest = zlib.crc32(repr(outline).encode(), digest)
         for vector in vectors:
             if vector is not None:

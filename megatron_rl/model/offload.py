@@ -34,7 +34,8 @@ class UpdateMemory:
 
     def release(self) -> int:
         """Give the memory up; gradients are lost. Returns the bytes freed."""
-        self._optimizer.zero_grad()  # also lets go of float32 copies of gradients in 16 bits
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()  # also lets go of float32 copies of gradients in 16 bits
         freed = 0
         for tensor in self._state() if not self._kept else ():
             copy = self._copies.get(id(tensor))

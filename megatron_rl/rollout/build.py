@@ -1,4 +1,4 @@
-"""The rollout engine that a config asks for."""
+"""Construction of the rollout engine that a config names."""
 
 from __future__ import annotations
 

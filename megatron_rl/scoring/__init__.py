@@ -1,1 +1,1 @@
-"""From responses to scores: the pool of worker processes that can be killed, and the collective around it."""
+"""From responses to scores: verifiers, the pool of worker processes that run them, and the collective around it."""

@@ -1,6 +1,6 @@
 """Scores in worker processes that can be killed: a response that never finishes costs its deadline, not the run.
 
-    score(jobs) -> chunks -> pebble -> worker: task.score, job by job, for a part of the deadline
+    score(jobs) -> chunks -> pebble -> worker: task.score or data.reward, job by job, for a part of the deadline
          ^                     |          |
          |                     |          +-- out of time: scores so far; the rest of the chunk is sent again
          +---------------------+------------- stuck or dead: its jobs are sent again one by one, each with the whole
@@ -37,8 +37,9 @@ from typing import Any, cast
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_rl.errors import UserError
+from megatron_rl.scoring.reward import Verifier, as_score, get_verifier
 from megatron_rl.tasks import get_task
-from megatron_rl.types import Score
+from megatron_rl.types import Problem, Score
 
 CHUNKS_PER_WORKER = 4
 """More even out unequal jobs, fewer cost less traffic."""
@@ -46,13 +47,13 @@ MAX_CHUNK_JOBS = 256
 MAX_ATTEMPTS = 3
 """How often a chunk is sent when pools break without telling which job did it."""
 STALL_S = 60.0
-"""Beyond the deadline of a job, so long may the pool give no sign before it is replaced; workers start in this time ..."""
+"""A pool that gives no sign for this long beyond a job's deadline is replaced; its first workers start within this time."""
 RESTALL_S = 15.0
-"""... and in this one when their fork server has imported everything before."""
+"""The same for later workers, whose fork server has imported everything already."""
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _JobChunk:
     """Jobs that travel together."""
 
     indices: tuple[int, ...]
@@ -61,38 +62,49 @@ class _Chunk:
     is_single: bool = False
     """One job with the whole deadline to itself: if it fails, this job is to blame."""
 
-    def singles(self) -> list[_Chunk]:
-        return [_Chunk((index,), is_single=True) for index in self.indices]
+    def singles(self) -> list[_JobChunk]:
+        """Return a chunk for each job, with the whole deadline to itself."""
+        return [_JobChunk((index,), is_single=True) for index in self.indices]
+
+
+Job = tuple[Problem, str]
+"""A problem and the decoded response to it."""
 
 
 class ScoringPool:
-    """Scores (answer, response) pairs with a task's ``score``, from one thread at a time."""
+    """Scores responses to problems of one task or several, from one thread at a time."""
 
-    def __init__(self, task_name: str, *, num_workers: int, timeout_s: float) -> None:
+    def __init__(
+        self, task_names: Sequence[str], *, num_workers: int, timeout_s: float, reward: str | None = None
+    ) -> None:
         """Start the workers; they are ready by the time the trainer has loaded its model.
 
         Args:
-            task_name: a name that ``megatron_rl.tasks.get_task`` knows.
+            task_names: names that ``megatron_rl.tasks.get_task`` knows; ``Problem.task`` is one of them.
             num_workers: processes.
             timeout_s: deadline of one score in seconds, kept to about 0.2 s by killing the worker. A job that meets it
                 costs up to 1.25 times as long: once with the others of its chunk, once alone.
+            reward: ``package.module:FUNCTION`` that judges in place of the tasks' ``score``.
 
         Raises:
-            UserError: no such task, or a number is not positive.
+            UserError: no such task or reward, or a number is not positive.
         """
         for name, value in (("data.num_scoring_workers", num_workers), ("data.scoring_timeout_s", timeout_s)):
             if not value > 0:
                 raise UserError(name, value, "must be above 0", "give a positive number")
         _hide_main()
         self._context = _WorkerContext()
-        self._preload = tuple(get_task(task_name).preload)
+        for name in task_names:  # what is wrong with them is an error here, where the user reads it
+            get_verifier(name, reward)
+        self._task_names, self._reward = tuple(task_names), reward
+        self._preload = tuple(dict.fromkeys(module for name in task_names for module in get_task(name).preload))
         self._context.set_forkserver_preload(["megatron_rl.tasks", __name__, *self._preload])
-        self._task_name, self._num_workers, self._timeout_s = task_name, num_workers, timeout_s
+        self._num_workers, self._timeout_s = num_workers, timeout_s
         self._has_answered = False
         self._pool: ProcessPool | None = self._start()
 
-    def score(self, jobs: Sequence[tuple[str, str]]) -> list[Score]:
-        """Judge each (answer, response) pair.
+    def score(self, jobs: Sequence[Job]) -> list[Score]:
+        """Judge each response to its problem. A problem that recurs within a chunk travels once.
 
         Returns:
             One score per job, in order. A job beyond the deadline has reason ``timeout``; one that raises or brings its
@@ -101,10 +113,14 @@ class ScoringPool:
 
         Raises:
             RuntimeError: the workers cannot be started at all, or the pool is closed.
+            ValueError: a problem is of a task that the pool was not started for.
         """
+        foreign = {problem.task for problem, _ in jobs} - set(self._task_names)
+        if foreign:
+            raise ValueError(f"problems of {sorted(foreign)} in a pool for {list(self._task_names)}")
         scores: dict[int, Score] = {}
         todo = _split(len(jobs), self._num_workers)
-        running: dict[Any, _Chunk] = {}  # pebble's futures; ``wait`` knows only their base class
+        running: dict[Any, _JobChunk] = {}  # pebble's futures; ``wait`` knows only their base class
         while todo or running:
             try:
                 while todo:
@@ -146,48 +162,48 @@ class ScoringPool:
         pool = ProcessPool(
             max_workers=self._num_workers,
             initializer=_prepare_worker,
-            initargs=(self._preload,),
+            initargs=(self._preload, self._task_names, self._reward),
             context=self._context,
         )
-        pool.schedule(_score_chunk, args=(self._task_name, [], 0.0))  # pebble starts workers at the first task
+        pool.schedule(_score_chunk, args=(self._reward, [], 0.0))  # pebble starts workers at the first task
         return pool
 
-    def _send(self, chunk: _Chunk, jobs: Sequence[tuple[str, str]]) -> ProcessFuture:
+    def _send(self, chunk: _JobChunk, jobs: Sequence[Job]) -> ProcessFuture:
         if self._pool is None:
             raise RuntimeError("the scoring pool is closed")
         # A chunk may take a part of the deadline and should use half of that: little is lost when one of its jobs is
         # stuck, and a job that is only slow gets the whole deadline afterwards.
         limit_s = self._timeout_s if chunk.is_single else max(0.2, self._timeout_s / 4)
-        args = (self._task_name, [jobs[index] for index in chunk.indices], limit_s / 2)
+        args = (self._reward, [jobs[index] for index in chunk.indices], limit_s / 2)
         try:
             return self._pool.schedule(_score_chunk, args=args, timeout=limit_s)
         except RuntimeError as error:  # how pebble reports a pool that broke since the last call
             raise BrokenProcessPool from error
 
-    def _take(self, future: ProcessFuture, chunk: _Chunk, scores: dict[int, Score]) -> list[_Chunk]:
-        """Note what a finished chunk brought; returns what is still to do for it."""
+    def _take(self, future: ProcessFuture, chunk: _JobChunk, scores: dict[int, Score]) -> list[_JobChunk]:
+        """Store the scores of a finished chunk; return what is still to do for it."""
         error = future.exception()
         if error is None:
             self._has_answered = True
             done = future.result()
             scores.update(zip(chunk.indices, done))
             rest = chunk.indices[len(done) :]
-            return [_Chunk(rest)] if rest else []
+            return [_JobChunk(rest)] if rest else []
         if not chunk.is_single:
             return chunk.singles()
         scores[chunk.indices[0]] = _failure(_reason(error))
         return []
 
-    def _replace_pool(self, chunks: Iterable[_Chunk], scores: dict[int, Score]) -> list[_Chunk]:
-        """Start again after the pool as a whole broke; returns the chunks to send again, none of them for ever."""
+    def _replace_pool(self, chunks: Iterable[_JobChunk], scores: dict[int, Score]) -> list[_JobChunk]:
+        """Start a new pool after the old one broke; return the chunks to send again, each at most MAX_ATTEMPTS times."""
         self.close()
-        todo: list[_Chunk] = []
+        todo: list[_JobChunk] = []
         for chunk in chunks:
             if chunk.attempt < MAX_ATTEMPTS:
                 todo.append(replace(chunk, attempt=chunk.attempt + 1))
             elif not self._has_answered:
                 raise RuntimeError(
-                    f"scoring workers for task {self._task_name} do not start: {MAX_ATTEMPTS} pools broke before the "
+                    f"scoring workers for {', '.join(self._task_names)} do not start: {MAX_ATTEMPTS} pools broke before the "
                     "first score. What the workers wrote to stderr says why"
                 )
             elif chunk.is_single:
@@ -198,9 +214,9 @@ class ScoringPool:
         return todo
 
 
-def _split(num_jobs: int, num_workers: int) -> list[_Chunk]:
+def _split(num_jobs: int, num_workers: int) -> list[_JobChunk]:
     size = min(MAX_CHUNK_JOBS, math.ceil(num_jobs / (num_workers * CHUNKS_PER_WORKER)))
-    return [_Chunk(tuple(range(i, min(i + size, num_jobs)))) for i in range(0, num_jobs, max(size, 1))]
+    return [_JobChunk(tuple(range(i, min(i + size, num_jobs)))) for i in range(0, num_jobs, max(size, 1))]
 
 
 def _failure(reason: str) -> Score:
@@ -225,33 +241,27 @@ def _describe(error: BaseException) -> str:
 # In the workers
 
 
-def _score_chunk(task_name: str, jobs: Sequence[tuple[str, str]], budget_s: float) -> list[Score]:
-    """Scores of the first jobs, at least one of them, until ``budget_s`` is used up."""
-    task = get_task(task_name)
+def _score_chunk(reward: str | None, jobs: Sequence[Job], budget_s: float) -> list[Score]:
+    """Score the first jobs, at least one of them, until ``budget_s`` is used up."""
     start = time.monotonic()
     scores: list[Score] = []
-    for answer, response in jobs:
-        scores.append(_score(task, answer, response))
+    for problem, response in jobs:
+        scores.append(_score(get_verifier(problem.task, reward), problem, response))
         if time.monotonic() - start > budget_s:
             break
     return scores
 
 
-def _score(task: Any, answer: str, response: str) -> Score:
-    """The task's score; whatever goes wrong in it is a Score as well."""
+def _score(verifier: Verifier, problem: Problem, response: str) -> Score:
+    """Return the verifier's score; whatever goes wrong in it is a Score as well."""
     try:
-        score = task.score(answer, response)
+        return as_score(verifier(problem, response))
     except BaseException as error:  # SystemExit too: the pool must not lose the rest of the chunk to it
         return _failure(f"crash: {_describe(error)}")
-    if not isinstance(score, Score):
-        return _failure(f"crash: score returned {type(score).__name__}, not Score")
-    if not all(math.isfinite(value) for value in (score.reward, *score.parts.values())):
-        return _failure("crash: a reward is not finite")
-    return score
 
 
-def _prepare_worker(preload: Sequence[str]) -> None:
-    """Runs once in each worker, before its first deadline starts to count."""
+def _prepare_worker(preload: Sequence[str], task_names: Sequence[str], reward: str | None) -> None:
+    """Make a new worker ready, before its first deadline starts to count."""
     _die_with_trainer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
     # pebble asks with SIGTERM and installs a Python handler, which waits for C code to look for signals; some never does
@@ -261,6 +271,8 @@ def _prepare_worker(preload: Sequence[str]) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     for name in preload:  # already there, unless somebody else had started the process's only fork server
         importlib.import_module(name)
+    for name in task_names:  # the user's modules may be slow to import
+        get_verifier(name, reward)
 
 
 def _die_with_trainer() -> None:

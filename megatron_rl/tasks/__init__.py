@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from megatron_rl import plugins
 from megatron_rl.errors import UserError
 from megatron_rl.tasks.base import Task
-from megatron_rl.tasks.five_styles import FiveStyles
 from megatron_rl.tasks.gsm8k import Gsm8k
 from megatron_rl.tasks.word_problems import WordProblems
+from megatron_rl.types import Problem
 
 TASKS: dict[str, Task] = {
-    "five_styles": FiveStyles(),
     "gsm8k": Gsm8k(),
     "word_problems": WordProblems(),
 }
 
 
 def get_task(name: str) -> Task:
-    """The task called ``name``; ``package.module:NAME`` names a task outside this package.
+    """Return the task called ``name``; ``package.module:NAME`` names a task outside this package.
 
     Raises:
         UserError: there is no such task, or what the import path names is not one.
@@ -31,3 +33,12 @@ def get_task(name: str) -> Task:
             "name an instance that has the members of megatron_rl.tasks.base.Task",
         )
     return task
+
+
+def load_problems(name: str, path: Path, *, template: str | None = None) -> list[Problem]:
+    """Read a problem file of the task called ``name``; each problem carries that name.
+
+    Raises:
+        UserError: there is no such task, or the file or the template is wrong.
+    """
+    return [replace(problem, task=name) for problem in get_task(name).load(path, template=template)]

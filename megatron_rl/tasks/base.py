@@ -1,15 +1,12 @@
-"""What a task is, and the reader of problem files that tasks share. Imports no torch: scoring workers import this."""
+"""What a task is, and what tasks share. Imports no torch: scoring workers import this."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from megatron_rl.errors import UserError
 from megatron_rl.types import Problem, Score
@@ -19,11 +16,15 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Task(Protocol):
-    """One kind of problem."""
+    """One kind of problem.
+
+    A task of your own is any object with these four members, named in a config as ``data.task: package.module:NAME``.
+    examples/five_styles/task.py is one.
+    """
 
     @property
     def name(self) -> str:
-        """Its name in a config."""
+        """A short name; it enters the ids of problems, so another name makes other ids."""
         ...
 
     @property
@@ -43,66 +44,14 @@ class Task(Protocol):
         """
         ...
 
-    def score(self, answer: str, response: str) -> Score:
+    def score(self, problem: Problem, response: str) -> Score:
         """Judge one response; a pure function that runs in a worker process.
 
         Args:
-            answer: ``Problem.answer``.
+            problem: one of those that ``load`` returned.
             response: decoded, without special tokens; anything at all, since a model wrote it.
         """
         ...
-
-
-def read_rows(
-    path: Path, *, required: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file, with ``file:line`` of each.
-
-    Blank lines at the end are skipped, fields that are not asked for are ignored, an ``optional`` field may be absent or null.
-
-    Args:
-        path: the file.
-        required: fields that every row holds as a non-empty string.
-        optional: fields that are strings where a row has them.
-
-    Raises:
-        UserError: at the first thing that is wrong with the file or a line of it; also when it has no row.
-    """
-    num_rows, blank = 0, 0
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            blank = blank or number
-            continue
-        if blank:  # something was cut out here, or the file was put together wrongly
-            raise UserError(f"{path}:{blank}", None, "is an empty line between rows", "remove it, or restore the row")
-        source = f"{path}:{number}"
-        yield source, _fields(_parse(line, source), source, required, optional)
-        num_rows += 1
-    if num_rows == 0:
-        raise UserError(str(path), None, "has no row", "give a file with one JSON object a line")
-
-
-def copy_rows(problems: Sequence[Problem], target: Path) -> None:
-    """Write the rows that problems were read from, as they stand there, to another ``.jsonl`` file: whole or not at all.
-
-    Raises:
-        UserError: a file cannot be read, or the other not be written.
-    """
-    wanted: dict[str, set[int]] = {}
-    for problem in problems:
-        path, _, line = problem.source.rpartition(":")
-        wanted.setdefault(path, set()).add(int(line))
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for path, numbers in wanted.items():
-                for number, line in enumerate(_lines(Path(path)), start=1):
-                    if number in numbers:
-                        file.write(line.rstrip("\r\n") + "\n")
-        temporary.replace(target)
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        raise UserError(str(target), None, rule, "free some disk space and give the same command again") from error
 
 
 def fill_template(template: str, question: str) -> str:
@@ -124,12 +73,12 @@ def check_template(template: str) -> str:
 
 
 def problem_id(task_name: str, question: str) -> str:
-    """16 hex digits that name a question of a task in every run, file and machine."""
+    """Return 16 hex digits that name a question of a task in every run, file and machine."""
     return blake2b(f"{task_name}\n{question}".encode(), digest_size=8).hexdigest()
 
 
 def unique_problems(problems: Iterable[Problem]) -> list[Problem]:
-    """Problems in order, the first of each id; what is left out is logged.
+    """Return the problems in order, the first of each id; the number left out is logged.
 
     Raises:
         UserError: one question comes with two answers.
@@ -149,89 +98,3 @@ def unique_problems(problems: Iterable[Problem]) -> list[Problem]:
     if num_repeated:
         logger.warning("%d problems repeat an earlier one of the file and are left out", num_repeated)
     return list(kept.values())
-
-
-def shorten(value: object, limit: int = 80) -> str:
-    """A value short enough for an error message."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise UserError(str(path), None, "must be a .jsonl or .jsonl.gz file", "name a problem file")
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                # Editors on Windows put a byte-order mark first, which json refuses.
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}", None, f"is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # before OSError: BadGzipFile is one
-        raise UserError(
-            f"{path}:{number + 1}", None, f"is not whole gzip data ({error})", "compress it again"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            str(path), None, f"cannot be read ({error.strerror})", "give the path of a readable file"
-        ) from error
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")
-
-
-def _parse(line: str, source: str) -> dict[str, object]:
-    try:
-        row = json.loads(line, object_pairs_hook=lambda pairs: _without_repeats(pairs, source))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:  # ValueError also covers integers of more than 4300 digits
-        raise UserError(
-            source, shorten(line.strip()), f"is not JSON ({error})", "write one JSON object a line"
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(source, shorten(row), "is not a JSON object", "write one object {...} a line")
-    return row
-
-
-def _without_repeats(pairs: list[tuple[str, object]], source: str) -> dict[str, object]:
-    """json keeps the last of two equal keys in silence."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise UserError(source, repeated, "occurs twice in the row", "keep one of the two fields")
-    return row
-
-
-def _fields(row: dict[str, object], source: str, required: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    for name in (*required, *optional):
-        value = row.get(name)
-        if value is None and name in optional:
-            continue
-        if name not in row:
-            raise UserError(
-                source, shorten(", ".join(row)), f"has no field {name!r}", f"add it; rows need {', '.join(required)}"
-            )
-        if not isinstance(value, str):
-            raise UserError(source, shorten(value), f"field {name!r} must be a string", "put it in quotes")
-        if name in required and not value.strip():
-            raise UserError(source, value, f"field {name!r} is empty", "fill it in or remove the row")
-        if not _is_encodable(value):
-            raise UserError(
-                source, shorten(value), f"field {name!r} has half a surrogate pair", "write the whole character"
-            )
-        fields[name] = value
-    return fields
-
-
-def _is_encodable(text: str) -> bool:
-    """JSON may carry a lone surrogate such as "\\ud800", on which tokenizers crash later."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

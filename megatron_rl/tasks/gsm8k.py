@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.math import TAIL_CHARS, find_marked_answer, score_math
-from megatron_rl.tasks.base import check_template, fill_template, problem_id, read_rows, shorten, unique_problems
+from megatron_rl.tasks.base import check_template, fill_template, problem_id, unique_problems
+from megatron_rl.tasks.jsonl import read_rows, shorten
 from megatron_rl.types import Problem, Score
 
 TEMPLATE = (
@@ -39,7 +40,7 @@ class Gsm8k:
         """Read problems: reference ``72``, demonstration ``... The answer is \\boxed{72}.``"""
         template = check_template(TEMPLATE if template is None else template)
         problems = []
-        for source, row in read_rows(path, required=("question", "answer")):
+        for source, row, rest in read_rows(path, required=("question", "answer")):
             steps, number = _split_answer(row["answer"], source)
             problems.append(
                 Problem(
@@ -48,14 +49,16 @@ class Gsm8k:
                     answer=number,
                     solution=f"{steps}\nThe answer is \\boxed{{{number}}}.".lstrip(),
                     source=source,
+                    question=row["question"],
+                    metadata=rest,
                 )
             )
         return unique_problems(problems)
 
-    def score(self, answer: str, response: str) -> Score:
-        """1.0 for an answer equal to the reference."""
-        score = score_math(answer, response)
-        return replace(score, answer=_normal_answer(answer, response, score))
+    def score(self, problem: Problem, response: str) -> Score:
+        """Reward 1.0 for an answer equal to the reference."""
+        score = score_math(problem.answer, response)
+        return replace(score, answer=_normal_answer(problem.answer, response, score))
 
 
 def _normal_answer(reference: str, response: str, score: Score) -> str:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_rl.errors import UserError
-from megatron_rl.tasks.base import check_template, fill_template, problem_id, read_rows, unique_problems
+from megatron_rl.tasks.base import check_template, fill_template, problem_id, unique_problems
+from megatron_rl.tasks.jsonl import read_rows
 from megatron_rl.types import Problem, Score
 
 NAMES = (
@@ -41,7 +42,8 @@ HASH_CLASSES: dict[Split, range] = {"held_out": range(0, 1), "warm_start": range
 """Classes of a chain's hash modulo 16: 1/16 of all chains is held out, 5/16 is for demonstrations, 10/16 for RL."""
 NUM_HASH_CLASSES = 16
 
-Row = dict[str, str | int]
+GeneratedProblem = dict[str, str | int]
+"""A row of a problem file."""
 MAX_FRUITLESS_TRIES = 20_000
 """Draws without a new problem of the split after which the space counts as used up."""
 
@@ -109,7 +111,7 @@ def generate(
     forgotten_carry_share: float = 0.0,
     split: Split = "train",
     shuffle_statements: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[GeneratedProblem]:
     """Distinct problems of one split, a pure function of the arguments.
 
     Args:
@@ -141,7 +143,7 @@ def _generate(
     slips: Slips,
     split: Split,
     shuffle: bool,
-) -> Iterator[Row]:
+) -> Iterator[GeneratedProblem]:
     seen: set[tuple[Chain, tuple[str, ...]]] = set()
     while len(seen) < num_problems:
         chain, names = _draw_new(rng, num_operations, split, seen)
@@ -263,7 +265,7 @@ def _check(
         raise UserError("split", split, f"must be one of {', '.join(HASH_CLASSES)}", "choose a split")
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> int:
+def write_rows(path: Path, rows: Iterable[GeneratedProblem]) -> int:
     """Write a ``.jsonl`` or ``.jsonl.gz`` file, complete or not at all; returns the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -287,7 +289,7 @@ class WordProblems:
         """Read problems; the prompt is the question alone unless a template says otherwise."""
         template = check_template("{question}" if template is None else template)
         problems = []
-        for source, row in read_rows(path, required=("question", "answer"), optional=("solution",)):
+        for source, row, rest in read_rows(path, required=("question", "answer"), optional=("solution",)):
             if not re.fullmatch(r"-?\d+", row["answer"]):
                 raise UserError(source, row["answer"], "field 'answer' must be an integer", "write digits only")
             problems.append(
@@ -297,12 +299,14 @@ class WordProblems:
                     answer=row["answer"],
                     solution=row.get("solution"),
                     source=source,
+                    question=row["question"],
+                    metadata=rest,
                 )
             )
         return unique_problems(problems)
 
-    def score(self, answer: str, response: str) -> Score:
-        """1.0 where the integer after the last ``####`` is the answer; nothing may follow it.
+    def score(self, problem: Problem, response: str) -> Score:
+        """Reward 1.0 where the integer after the last ``####`` is the answer; nothing may follow it.
 
         Digits may be apart by one space each: a word-level tokenizer has a token a digit.
         """
@@ -311,7 +315,7 @@ class WordProblems:
         if not mark or not _FINAL_NUMBER.fullmatch(number):
             return Score(0.0, {"correct": 0.0, "format": 0.0}, "no answer")
         given = _digits(number)
-        is_correct = given == _digits(answer)
+        is_correct = given == _digits(problem.answer)
         return Score(
             float(is_correct),
             {"correct": float(is_correct), "format": 1.0},

@@ -17,14 +17,14 @@ class Parity:
     def load(self, path: Path, *, template: str | None) -> list[Problem]:
         return Gsm8k().load(path, template=template)
 
-    def score(self, answer: str, response: str) -> Score:
+    def score(self, problem: Problem, response: str) -> Score:
         is_even = sum(letter.isalpha() for letter in response) % 2 == 0
         return Score(float(is_even), {"correct": float(is_even)}, "even" if is_even else "odd")
 
 
 @dataclass(frozen=True)
 class Always(Parity):
-    def score(self, answer: str, response: str) -> Score:
+    def score(self, problem: Problem, response: str) -> Score:
         return Score(1.0, {"correct": 1.0}, "always")
 
 

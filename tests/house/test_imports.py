@@ -26,11 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"plugins", "rewards"},
     "config": {"convert.architecture", "plugins", "tasks"},
     "convert.hf": {"convert.architecture", "convert.tables"},
-    "scoring": {"parallel", "tasks"},
+    "scoring": {"parallel", "plugins", "tasks"},
     "advantages": {"config"},
     "convert.offline": {"convert.architecture", "convert.hf", "convert.tables"},
     "losses": {"config"},
-    "metrics": {"config", "rewards"},
+    "metrics": {"config", "plugins", "rewards"},
     "data": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "metrics", "parallel", "rewards", "tasks",
     },

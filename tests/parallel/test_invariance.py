@@ -91,9 +91,9 @@ def test_selected_tokens_are_the_same(models: dict, recorded: dict, layout: dict
 
 
 def divide_by_local_count() -> None:
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.trainable import Trainable
 
-    run = Policy._run
+    run = Trainable._run
 
     def wrong(self, micro_batches, loss_function, **options):  # type: ignore[no-untyped-def]
         total = sum(LENGTHS_OF_RESPONSES)
@@ -105,7 +105,7 @@ def divide_by_local_count() -> None:
 
         return run(self, micro_batches, local, **options)
 
-    Policy._run = wrong
+    Trainable._run = wrong
 
 
 def forget_the_other_ranks_queries() -> None:

@@ -208,7 +208,7 @@ def _first_equals(prompts: Sequence[Prompt]) -> list[int]:
 
 def _state_keys(prompt: int, response_ids: Tensor, borders: Sequence[int]) -> list[Key]:
     """Return the keys of places in a response, in rising order: equal for equal prompts and prefixes."""
-    running, ids, start = hashlib.blake2b(digest_size=8), response_ids.numpy(), 0
+    running, ids, start = hashlib.blake2b(digest_size=8), response_ids.long().numpy(), 0
     keys: list[Key] = []
     for border in borders:
         running.update(ids[start:border].tobytes())

@@ -27,7 +27,7 @@ from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.recorded import RecordingEngine
 from megatron_rl.scoring.scorer import Scorer
-from megatron_rl.tasks import get_task
+from megatron_rl.tasks import load_problems
 from megatron_rl.tasks.word_problems import generate, write_rows
 from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
 from megatron_rl.types import Completion
@@ -120,8 +120,7 @@ def test_filter_says_how_many_each_condition_drops(tmp_path: Path) -> None:
     rows = list(generate(3, split="train", seed=0, num_operations=[1]))
     write_rows(tmp_path / "all.jsonl", rows)
     write_rows(tmp_path / "some.jsonl", rows[:2])
-    task = get_task("word_problems")
-    ids = [problem.problem_id for problem in task.load(tmp_path / "all.jsonl", template=None)]
+    ids = [problem.problem_id for problem in load_problems("word_problems", tmp_path / "all.jsonl")]
     build(tmp_path / "pool", ids * 4)  # rights are 1, 3, 5, ..., of problems 1, 0, 2, 1, 0, 2
     options = ("--min-reward", "1", "--max-response-tokens", "8", "--problems", tmp_path / "some.jsonl")
     result = run("filter", tmp_path / "pool", tmp_path / "good", *options)
@@ -168,11 +167,11 @@ def record(root: Path) -> list[list[tuple[str, list[int], list[int], float, str]
     config, group = config_of(root), dist.group.WORLD
     assert group is not None
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
-    problems = get_task("word_problems").load(root / "train.jsonl", template=None)
+    problems = load_problems("word_problems", root / "train.jsonl")
     prompts, _ = tokenize_prompts(problems, tokenizer, config.data, context_length=256, max_new_tokens=12)
     engine = HalfRight(tokenizer, {tuple(p.prompt_ids.tolist()): p.problem.answer for p in prompts})
     recording = RecordingEngine(cast(RolloutEngine, engine), config.exp_manager.run_dir / "rollouts", is_writer=True)
-    scorer = Scorer("word_problems", tokenizer, num_workers=1, timeout_s=10.0, cpu_group=group)
+    scorer = Scorer(["word_problems"], tokenizer, num_workers=1, timeout_s=10.0, cpu_group=group)
     collector = Collector(recording, scorer, config.trainer.seed, PhaseTimer())
     algorithm, stream = GRPO(config), Stream(prompts, config.trainer.seed, config.data.shuffle)
     steps = [algorithm.collect(stream, collector, step) for step in range(NUM_STEPS)]

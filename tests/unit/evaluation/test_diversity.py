@@ -128,7 +128,7 @@ def test_too_few_samples_leave_out_what_they_cannot_show() -> None:
     ],
 )  # fmt: skip
 def test_answers_of_gsm8k_are_normalised(response: str, answer: str) -> None:
-    assert get_task("gsm8k").score("72", response).answer == answer
+    assert get_task("gsm8k").score(Problem("id", "text", "72"), response).answer == answer
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_answers_of_gsm8k_are_normalised(response: str, answer: str) -> None:
     [("#### 3 6", "36"), ("#### 036", "36"), ("#### -5", "-5"), ("#### six", ""), ("#### " + "1" * 5000, "1" * 64)],
 )
 def test_answers_of_word_problems_are_normalised(response: str, answer: str) -> None:
-    assert get_task("word_problems").score("36", response).answer == answer
+    assert get_task("word_problems").score(Problem("id", "text", "36"), response).answer == answer
 
 
 class Bytes:
@@ -149,8 +149,8 @@ class Bytes:
 def score_in_workers(texts: Sequence[str]) -> list[Score]:
     group = dist.group.WORLD
     assert group is not None
-    scorer = Scorer("word_problems", Bytes(), num_workers=1, timeout_s=5.0, cpu_group=group)
-    prompt = Prompt(Problem("id", "text", "36"), torch.tensor([1]))
+    scorer = Scorer(["word_problems"], Bytes(), num_workers=1, timeout_s=5.0, cpu_group=group)
+    prompt = Prompt(Problem("id", "text", "36", task="word_problems"), torch.tensor([1]))
     completions = [Completion(torch.tensor(list(text.encode())), torch.zeros(1), "stop", 0) for text in texts]
     try:
         return scorer.score([prompt] * len(texts), completions)

@@ -22,7 +22,7 @@ from megatron_rl.model.fp8.emulation import (
     tensor_scale,
 )
 from megatron_rl.model.fp8.recipe import Recipe, check_gpu, recipe_of
-from megatron_rl.model.step import Policy
+from megatron_rl.model.policy import Policy
 from megatron_rl.weight_sync.quantize import Fp8Format, dequantize, quantize
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, random_samples, tiny_config

@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.tasks import TASKS, get_task
-from megatron_rl.tasks.base import Task, fill_template, read_rows, unique_problems
+from megatron_rl.tasks import TASKS, get_task, load_problems
+from megatron_rl.tasks.base import Task, fill_template, unique_problems
+from megatron_rl.tasks.jsonl import read_rows
 from megatron_rl.types import Problem
 
 GOOD = b'{"question": "q", "answer": "1"}'
@@ -85,9 +86,18 @@ def test_blank_lines_at_the_end_extra_fields_and_byte_order_mark_are_fine(tmp_pa
     content = b"\xef\xbb\xbf" + GOOD + b'\r\n{"question": "r", "answer": "2", "solution": null, "level": 5}\n\n   \n'
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     assert rows(tmp_path / name) == [
-        (f"{tmp_path / name}:1", {"question": "q", "answer": "1"}),
-        (f"{tmp_path / name}:2", {"question": "r", "answer": "2"}),
+        (f"{tmp_path / name}:1", {"question": "q", "answer": "1"}, {}),
+        (f"{tmp_path / name}:2", {"question": "r", "answer": "2"}, {"level": 5}),
     ]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_problems_carry_the_name_of_their_task_the_question_and_the_rest_of_the_row(tmp_path, name):
+    row = {"question": "q", "answer": "#### 1" if name == "gsm8k" else "1", "level": 5, "tests": [{"in": "2"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (problem,) = load_problems(name, tmp_path / "a.jsonl", template="<{question}>")
+    assert (problem.task, problem.question, problem.prompt) == (name, "q", "<q>")
+    assert problem.metadata == {"level": 5, "tests": [{"in": "2"}]}
 
 
 def test_repeated_problem_is_left_out_and_counted(caplog):
@@ -149,8 +159,9 @@ def test_wrong_import_path_is_an_error(path, rule):
 def test_tasks_and_scoring_import_no_torch():
     code = (
         "import sys, megatron_rl.tasks as t, megatron_rl.scoring.workers\n"
-        "assert all(task.score('1', '#### 1').reward == 1 for task in t.TASKS.values())\n"
-        "assert t.get_task('gsm8k').score('1/2', 'so 1 - 0.5 = 0.5').reward == 1\n"
+        "from megatron_rl.types import Problem\n"
+        "assert all(task.score(Problem('', '', '1'), '#### 1').reward == 1 for task in t.TASKS.values())\n"
+        "assert t.get_task('gsm8k').score(Problem('', '', '1/2'), 'so 1 - 0.5 = 0.5').reward == 1\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

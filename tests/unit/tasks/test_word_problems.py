@@ -9,6 +9,7 @@ import pytest
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
 from megatron_rl.tasks.word_problems import HASH_CLASSES, Chain, Step, generate, write_rows
+from megatron_rl.types import Problem
 
 STATEMENT = re.compile(r"(\w+) has (\d+) (?:(more|fewer|times as many) (?:than|as) (\w+) )?\.")
 STEP = re.compile(r"(\w+) (\d+) ([-+*]) (\d+) = (\d+) \.")
@@ -178,6 +179,10 @@ def test_problem_without_solution_loads_and_bad_answer_does_not(tmp_path):
         get_task("word_problems").load(path, template=None)
 
 
+def score_of(answer, response):
+    return get_task("word_problems").score(Problem("id", "text", answer), response)
+
+
 @pytest.mark.parametrize(
     ("response", "reward", "form", "reason"),
     [
@@ -202,14 +207,13 @@ def test_problem_without_solution_loads_and_bad_answer_does_not(tmp_path):
     ],
 )
 def test_score(response, reward, form, reason):
-    score = get_task("word_problems").score("12", response)
+    score = score_of("12", response)
     assert (score.reward, score.parts, score.reason) == (reward, {"correct": reward, "format": form}, reason)
     assert not score.is_failure
 
 
 def test_zero_and_negative_answers_compare():
-    score = get_task("word_problems").score
-    assert score("0", "#### 00").reward == 1
-    assert score("0", "#### -0").reward == 1
-    assert score("-5", "#### -05").reward == 1
-    assert score("5", "#### -5").reward == 0
+    assert score_of("0", "#### 00").reward == 1
+    assert score_of("0", "#### -0").reward == 1
+    assert score_of("-5", "#### -05").reward == 1
+    assert score_of("5", "#### -5").reward == 0

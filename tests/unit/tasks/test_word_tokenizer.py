@@ -9,7 +9,8 @@ from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
 from megatron_rl.tasks.word_problems import generate
-from megatron_rl.tasks.word_tokenizer import END, PAD, UNKNOWN, VOCABULARY, ModelSize, save_model
+from megatron_rl.tasks.word_tokenizer import END, PAD, UNKNOWN, VOCABULARY, ModelSize, build_tokenizer, save_model
+from megatron_rl.types import Problem
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -34,7 +35,7 @@ def test_thousand_problems_round_trip_without_unknown_tokens(tokenizer):
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
         decoded = tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
-        assert score(row["solution"].split()[-1], decoded).reward == 1
+        assert score(Problem("id", "text", row["solution"].split()[-1]), decoded).reward == 1
 
 
 def test_digits_are_single_tokens(tokenizer):
@@ -97,8 +98,8 @@ def test_tool_writes_everything(tmp_path):
              for name in ("warm_start", "train", "held_out")}  # fmt: skip
     assert {name: len(problems) for name, problems in files.items()} == {"warm_start": 30, "train": 20, "held_out": 10}
     score = get_task("word_problems").score
-    assert all(score(p.answer, p.solution).reward == 1 for p in files["train"] + files["held_out"])
-    assert sum(score(p.answer, p.solution).reward for p in files["warm_start"]) < 15
+    assert all(score(p, p.solution).reward == 1 for p in files["train"] + files["held_out"])
+    assert sum(score(p, p.solution).reward for p in files["warm_start"]) < 15
     shape = read_shape(tmp_path / "out" / "model")
     assert (shape.hidden_size, shape.tied) == (64, False)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "model")) == 48
@@ -111,3 +112,12 @@ def test_tool_reports_a_wrong_option_without_a_traceback(tmp_path):
         "error: slip_share = 2.0: must be at least 0 and below 1. Fix: give a share such as 0.2."
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rule"),
+    [(VOCABULARY[1:], "must hold"), (VOCABULARY[:10], "must hold"), ((*VOCABULARY, "has"), "more than once")],
+)
+def test_vocabulary_that_would_lose_tokens_is_an_error(vocabulary, rule):
+    with pytest.raises(UserError, match=rule):
+        build_tokenizer(vocabulary)

@@ -21,6 +21,8 @@ is the style's tag, and the style. Demonstrations use the five equally often, an
 A policy that keeps five styles solves nearly every problem in some of its samples; one that has settled on a single style
 hardly ever solves those with a step to which that style is blind. This is a construction of our own for the five-style
 experiment of DPH-RL (2509.07430), whose details are not published.
+
+``TASK`` at the end is a task from outside the package, as a config names it: ``data.task: examples.five_styles.task:TASK``.
 """
 
 from __future__ import annotations
@@ -42,37 +44,37 @@ from megatron_rl.tasks.word_problems import (
     NAMES,
     OPERATORS,
     Chain,
-    Row,
+    GeneratedProblem,
     Split,
     Step,
     WordProblems,
 )
 from megatron_rl.tasks.word_tokenizer import END, PAD, UNKNOWN
-from megatron_rl.types import Score
+from megatron_rl.types import Problem, Score
 
 QUESTION_NAMES = NAMES[:18]
-"""As many as make 48 tokens."""
+"""Eighteen names bring the vocabulary to 48 tokens."""
 MAX_START = 49
 MAX_OPERATIONS = 4
 BLIND_OFFSETS = (10, -10, 5, -5, 1, -1)
-"""How far a blind step is off: the first of these that keeps all later values in range. The fives and tens leave the result in
-its class modulo 5, so that a later step meets the class that it would have met without the error."""
+"""Errors of a blind step: the first of these that keeps all later values in range. A five or a ten leaves the result in its
+class modulo 5, so that a later step has the class that it would have had without the error."""
 SLIP_OFFSETS = (-10, -2, -1, 1, 2, 10)
 
 _INVERSE = {"+": "-", "-": "+", "*": "/"}
 
 
 class Style(NamedTuple):
-    """One way to write a solution, without its tag and the final answer."""
+    """A way to write a solution, without its tag and the final answer."""
 
     write: Callable[[Chain, Sequence[int]], str]
-    """From a chain, and its start value and the result that is stated of each step."""
+    """Takes a chain, and its start value with the stated result of each step."""
     body: str
     """Pattern of what ``write`` returns and the space after it, for any numbers. It captures the last value stated as ``last``,
     or as ``units`` and ``tens``, because the final answer has to be that value. In ``forward`` and ``check``, which differ in
     the order of their equations, each step also has to go on from the value before it."""
     answer: str = "(?P=last)"
-    """Pattern of the final answer, by what ``body`` captured."""
+    """Pattern of the final answer, in terms of the groups that ``body`` captured."""
 
 
 def _forward(chain: Chain, results: Sequence[int]) -> str:
@@ -132,15 +134,15 @@ VOCABULARY = (
 
 
 def write_solution(tag: str, chain: Chain, results: Sequence[int]) -> str:
-    """A solution in the style of ``tag``; ``results`` are the start value and the result stated of each step."""
+    """Write a solution in the style of ``tag``; ``results`` are the start value and the stated result of each step."""
     return f"{tag} {STYLES[tag].write(chain, results)} {ANSWER_MARK} {results[-1]}"
 
 
 def style_of(response: str) -> str:
-    """The tag of a response that is, whole, in the style of its tag; "" for any other text.
+    """Return the tag of a response that is written, as a whole, in the style of its tag; "" for any other text.
 
-    The numbers may be wrong. But the body has to be that style's, with a step at least, and to end in the value that is given
-    as the answer: a tag before the body of another style, or before a body from which the answer does not come, is none.
+    The numbers may be wrong. But the body must be in that style, with one step or more, and must end in the value that the
+    response gives as its answer. A tag before the body of another style does not count.
     """
     text = response.strip()
     tag = text.partition(" ")[0]
@@ -152,12 +154,12 @@ ClassOf = Callable[[Chain, int, int], int | None]
 
 
 def class_of_result(chain: Chain, index: int, before: int) -> int | None:
-    """The step's right result modulo 5, which its last digit tells; the first step of a chain has no class."""
+    """Return the step's right result modulo 5, which its last digit gives; the first step of a chain has no class."""
     return chain.steps[index].apply(before) % len(STYLES) if index else None
 
 
 def class_of_start(chain: Chain, index: int, before: int) -> int | None:
-    """The start value modulo 5, at the last of two steps or more: a class that the question shows."""
+    """Return the start value modulo 5 for the last of two steps or more: a class that the question shows."""
     return chain.start % len(STYLES) if 0 < index == len(chain.steps) - 1 else None
 
 
@@ -166,7 +168,7 @@ CLASSES: dict[str, ClassOf] = {"result": class_of_result, "start": class_of_star
 
 @dataclass(frozen=True)
 class Shares:
-    """How often one style errs."""
+    """Error rates of one style."""
 
     blind: float = 0.98
     """Chance that a step of the class to which the style is blind is wrong. At 0.8, sixteen samples in one style would still
@@ -191,7 +193,7 @@ def shares_by_style(
     favoured: str = FAVOURED,
     favoured_slip: float = FAVOURED_SLIP,
 ) -> dict[str, Shares]:
-    """Equal shares, but for the slips of the favoured style.
+    """Return equal shares for all styles; only the favoured one has a slip share of its own.
 
     Raises:
         UserError: a share is out of range, or there is no such style.
@@ -203,7 +205,7 @@ def shares_by_style(
 
 @dataclass(frozen=True)
 class Errors:
-    """How the demonstrations err; one is wrong whenever it states a wrong result, which its later steps carry on."""
+    """Errors of the demonstrations: a wrong result is carried on by the later steps, so the solution is wrong as well."""
 
     shares: Mapping[str, Shares] = field(default_factory=shares_by_style)
     """By tag, all five."""
@@ -214,7 +216,7 @@ class Errors:
             raise UserError("shares", sorted(self.shares), f"must name {', '.join(TAGS)}", "give shares for each style")
 
     def without(self) -> Errors:
-        """The same classes, and no error."""
+        """Return the same classes without any error."""
         return Errors({tag: Shares(0.0, 0.0) for tag in TAGS}, self.class_of)
 
 
@@ -222,7 +224,7 @@ NO_ERRORS = Errors().without()
 
 
 def blind_tags(chain: Chain, class_of: ClassOf = class_of_result) -> tuple[str, ...]:
-    """The styles that have a blind step in the right solution of a chain, in the order of ``STYLES``."""
+    """Return the styles that have a blind step in the right solution of a chain, in the order of ``STYLES``."""
     values = _values(chain.start, chain.steps)
     classes = {class_of(chain, index, values[index]) for index in range(len(chain.steps))}
     return tuple(tag for index, tag in enumerate(TAGS) if index in classes)
@@ -235,8 +237,10 @@ def generate(
     split: Split = "train",
     num_operations: Sequence[int] = (1, 2, 3, 4),
     errors: Errors = NO_ERRORS,
-) -> Iterator[Row]:
-    """Distinct questions of one split, each with a solution in a style drawn at random; a pure function of the arguments.
+) -> Iterator[GeneratedProblem]:
+    """Generate distinct questions of one split, each with a solution in a style drawn at random.
+
+    A pure function of the arguments.
 
     Args:
         num_problems: rows to yield.
@@ -251,7 +255,7 @@ def generate(
         the problem, with spaces between), ``num_operations`` and ``num_wrong_steps``.
 
     Raises:
-        UserError: an argument is out of range, or there are not so many questions.
+        UserError: an argument is out of range, or the split has fewer questions.
     """
     _check_arguments(num_problems, num_operations, split)
     return _generate(num_problems, random.Random(seed), split, tuple(num_operations), errors)
@@ -259,7 +263,7 @@ def generate(
 
 def _generate(
     num_problems: int, rng: random.Random, split: Split, num_operations: tuple[int, ...], errors: Errors
-) -> Iterator[Row]:
+) -> Iterator[GeneratedProblem]:
     seen: set[str] = set()
     while len(seen) < num_problems:
         question, chain = _draw_new(rng, split, rng.choice(num_operations), seen)
@@ -309,7 +313,7 @@ def _draw_chain(rng: random.Random, num_steps: int) -> Chain:
 
 
 def _stated_results(chain: Chain, tag: str, errors: Errors, rng: random.Random) -> tuple[list[int], int]:
-    """(start value and the results that a solution states, number of wrong ones among them)."""
+    """Draw the results that a solution states, after the start value, and count the wrong ones."""
     shares, num_steps, answer = errors.shares[tag], len(chain.steps), _values(chain.start, chain.steps)[-1]
     slip_at = rng.randrange(num_steps) if num_steps > 1 and rng.random() < shares.slip else None
     results, num_wrong = [chain.start], 0
@@ -326,13 +330,13 @@ def _stated_results(chain: Chain, tag: str, errors: Errors, rng: random.Random) 
 
 
 def _misses(result: int, offsets: Sequence[int], later_steps: Sequence[Step], answer: int) -> list[int]:
-    """Wrong results, in the order of the offsets, that keep all values in range and do not lead to the answer after all."""
+    """Return wrong results, in the order of the offsets, that keep all values in range and lead to a wrong answer."""
     paths = [_values(result + offset, later_steps) for offset in offsets]
     return [path[0] for path in paths if path[-1] != answer and all(0 <= value <= MAX_VALUE for value in path)]
 
 
 def _values(start: int, steps: Sequence[Step]) -> list[int]:
-    """The start value and the result of each step."""
+    """Return the start value and the result of each step."""
     values = [start]
     for step in steps:
         values.append(step.apply(values[-1]))
@@ -359,6 +363,9 @@ class FiveStyles(WordProblems):
 
     name: str = "five_styles"
 
-    def score(self, answer: str, response: str) -> Score:
-        """1.0 where the integer after the last ``####`` is the answer, whatever the style; ``style`` is ``style_of``."""
-        return replace(super().score(answer, response), style=style_of(response))
+    def score(self, problem: Problem, response: str) -> Score:
+        """Reward 1.0 where the integer after the last ``####`` is the answer, whatever the style; ``style`` is ``style_of``."""
+        return replace(super().score(problem, response), style=style_of(response))
+
+
+TASK = FiveStyles()

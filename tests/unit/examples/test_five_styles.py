@@ -1,29 +1,29 @@
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_rl.convert.architecture.shape import read_shape
-from megatron_rl.errors import UserError
-from megatron_rl.tasks import get_task
-from megatron_rl.tasks.five_styles import (
+from examples.five_styles.task import (
     TAGS,
+    TASK,
     VOCABULARY,
     Errors,
     Shares,
-    blind_tags,
-    class_of_start,
     generate,
     shares_by_style,
     style_of,
     write_solution,
 )
-from megatron_rl.tasks.word_problems import HASH_CLASSES, Chain, Step, write_rows
-from megatron_rl.tasks.word_tokenizer import ModelSize, build_tokenizer, save_model
+from megatron_rl.convert.architecture.shape import read_shape
+from megatron_rl.errors import UserError
+from megatron_rl.tasks import load_problems
+from megatron_rl.tasks.word_problems import HASH_CLASSES, Chain, Step
+from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
+from megatron_rl.types import Problem
 
 REPOSITORY = Path(__file__).parents[3]
 APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
@@ -95,15 +95,23 @@ def near(share, count):
     return pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
 
 
+def score(answer, response):
+    return TASK.score(Problem("id", "text", answer), response)
+
+
 @pytest.mark.parametrize("tag", TAGS)
 def test_example_in_each_style(tag):
     assert write_solution(tag, CHAIN, [17, 22, 19, 38]) == SOLUTIONS[tag]
-    score = get_task("five_styles").score("38", SOLUTIONS[tag])
-    assert (score.reward, score.parts, score.answer, score.style) == (1.0, {"correct": 1.0, "format": 1.0}, "38", tag)
+    judged = score("38", SOLUTIONS[tag])
+    assert (judged.reward, judged.parts, judged.answer, judged.style) == (
+        1.0,
+        {"correct": 1.0, "format": 1.0},
+        "38",
+        tag,
+    )
 
 
 def test_solutions_without_errors_score_in_their_style_and_state_right_values():
-    score = get_task("five_styles").score
     for row in generate(3000, seed=3):
         values = right_values(row["question"])
         assert row["answer"] == str(values[-1]) and all(0 <= value <= 99 for value in values)
@@ -114,7 +122,6 @@ def test_solutions_without_errors_score_in_their_style_and_state_right_values():
 
 
 def test_wrong_answer_scores_zero_and_keeps_its_style():
-    score = get_task("five_styles").score
     for row in generate(500, seed=4, errors=Errors(shares_by_style(blind=1.0))):
         wrong = score(str(int(row["answer"]) + 1), row["solution"])
         if row["num_wrong_steps"]:
@@ -124,8 +131,8 @@ def test_wrong_answer_scores_zero_and_keeps_its_style():
 
 def test_response_without_a_number_has_neither_reward_nor_style():
     for solution in SOLUTIONS.values():
-        score = get_task("five_styles").score("38", solution.removesuffix(" 38"))
-        assert (score.reward, score.reason, score.style) == (0.0, "no answer", "")
+        judged = score("38", solution.removesuffix(" 38"))
+        assert (judged.reward, judged.reason, judged.style) == (0.0, "no answer", "")
 
 
 def test_tag_before_the_body_of_another_style_is_no_style():
@@ -143,33 +150,22 @@ def test_tag_before_the_body_of_another_style_is_no_style():
     "response",
     [
         "",
-        "table",
         "table #### 38",
         "table 38 . #### 38",  # no step
         "table 17 : 22 : 19 : 38 . #### 39",  # the answer does not come from the body
-        "table 17 : 22 : 19 : 38 .",
         "table 17 : 22 : 19 : 38 . #### 38 #### 38",
         "table 17 : 22 : 19 : 38 . #### 38 .",
-        "table 17 : 22 : : 38 . #### 38",
-        "table table 17 : 22 : 19 : 38 . #### 38",
         "forward table 17 : 22 : 19 : 38 . #### 38",
         "17 : 22 : 19 : 38 . #### 38",
-        "Table 17 : 22 : 19 : 38 . #### 38",
-        "other 17 : 22 : 19 : 38 . #### 38",
         "table 17 : ٢٢ . #### ٢٢",  # digits of another script
         "forward 17 + 5 = 22 . 22 - 3 = 19 . #### 22",
         "forward 17 + 5 = 22 . 23 - 3 = 20 . #### 20",  # does not go on from the value before
         "forward 17 + 5 = 22 . 22 - 10 = 12 . 2 + 4 = 6 . #### 6",
-        "forward 17 + 5 = 2 . 22 - 10 = 12 . #### 12",
-        "forward #### 38",
         "check 22 - 5 = 17 . 19 + 3 = 22 . #### 22",
         "check 22 - 5 = 17 . 20 + 3 = 23 . #### 20",
-        "check 2 - 5 = 17 . 20 + 3 = 22 . #### 20",
-        "check #### 38",
         "backward from 17 : 22 . #### 22",
         "backward + 5 from 17 . #### 17",
         "split units 7 tens 1 . #### 17",
-        "split units 7 tens 1 . + 5 units 2 tens 2 . #### 2",
         "split units 7 tens 1 . + 5 tens 2 units 2 . #### 22",
         "split units 2 tens 2 . - 14 units 8 tens 0 . #### 28",
         "split units 2 tens 2 . - 14 units 8 tens 0 . #### 08",
@@ -195,16 +191,6 @@ def test_style_whatever_the_numbers(response, style):
     assert style_of(response) == style
 
 
-def test_demonstrations_use_the_styles_equally_often():
-    counts = Counter(row["style"] for row in generate(5000, seed=6))
-    assert all(counts[tag] / 5000 == near(0.2, 5000) for tag in TAGS)
-
-
-def test_numbers_of_operations_are_drawn_equally_often():
-    counts = Counter(row["num_operations"] for row in generate(4000, seed=6))
-    assert all(counts[n] / 4000 == near(0.25, 4000) for n in (1, 2, 3, 4))
-
-
 def test_blind_steps_are_wrong_at_the_share_of_their_style_and_no_other_step_is():
     shares = {tag: Shares(blind=0.5 + 0.1 * k, slip=0.0) for k, tag in enumerate(TAGS)}
     num_blind, num_wrong, offsets = Counter(), Counter(), Counter()
@@ -223,20 +209,6 @@ def test_blind_steps_are_wrong_at_the_share_of_their_style_and_no_other_step_is(
     assert offsets[10] + offsets[-10] > 0.97 * offsets.total()
 
 
-def test_slips_have_the_share_of_their_style_and_spare_single_operations():
-    shares = {tag: Shares(blind=0.0, slip=0.1 + 0.1 * k) for k, tag in enumerate(TAGS)}
-    num_rows, num_slips, offsets = Counter(), Counter(), Counter()
-    for row in generate(10_000, seed=8, errors=Errors(shares)):
-        wrong = [stated - right for _, right, stated in stated_steps(row) if stated != right]
-        assert len(wrong) == row["num_wrong_steps"] <= (row["num_operations"] > 1)
-        num_rows[row["style"]] += row["num_operations"] > 1
-        num_slips[row["style"]] += len(wrong)
-        offsets.update(wrong)
-    for k, tag in enumerate(TAGS):
-        assert num_slips[tag] / num_rows[tag] == near(0.1 + 0.1 * k, num_rows[tag])
-    assert set(offsets) == {-10, -2, -1, 1, 2, 10}
-
-
 def test_solution_is_right_exactly_where_every_step_is():
     num_wrong = Counter()
     for row in generate(6000, seed=9, errors=Errors(shares_by_style(slip=0.5))):
@@ -248,27 +220,6 @@ def test_solution_is_right_exactly_where_every_step_is():
     assert num_wrong[2] > 100
 
 
-def test_default_errors_leave_single_operations_right_and_longer_problems_half_right():
-    right, count = Counter(), Counter()
-    for row in generate(8000, seed=10, errors=Errors()):
-        for key in (row["num_operations"], f"blind {row['style'] in row['blind'].split()}"):
-            right[key] += row["num_wrong_steps"] == 0
-            count[key] += 1
-    share = {key: right[key] / count[key] for key in count}
-    assert right[1] == count[1]
-    assert 0.5 < share[3] < 0.68 and 0.4 < share[4] < 0.55
-    assert share["blind True"] < 0.03 and share["blind False"] > 0.9
-
-
-def test_favoured_style_slips_less():
-    shares = shares_by_style(blind=0.0, slip=0.4, favoured="table", favoured_slip=0.1)
-    right = defaultdict(list)
-    for row in generate(4000, seed=11, num_operations=(3,), errors=Errors(shares)):
-        right[row["style"]].append(row["num_wrong_steps"] == 0)
-    for tag, rows in right.items():
-        assert sum(rows) / len(rows) == near(0.9 if tag == "table" else 0.6, len(rows))
-
-
 def test_a_problem_is_blind_to_fewer_styles_than_it_has_operations():
     seen = Counter()
     for row in generate(4000, seed=12):
@@ -277,28 +228,6 @@ def test_a_problem_is_blind_to_fewer_styles_than_it_has_operations():
         assert row["blind"].split() == expected and len(expected) < row["num_operations"]
         seen.update(expected)
     assert min(seen.values()) > 0.8 * max(seen.values())
-
-
-def test_blindness_by_start_shows_in_the_question_and_touches_the_last_step():
-    assert blind_tags(CHAIN, class_of_start) == (TAGS[2],)
-    assert blind_tags(Chain(17, (Step("+", 5),)), class_of_start) == ()
-    errors = Errors(shares_by_style(blind=1.0, slip=0.0, favoured_slip=0.0), class_of_start)
-    for row in generate(1000, seed=13, errors=errors):
-        start, operations = read_question(row["question"])
-        is_blind = len(operations) > 1 and start % 5 == TAGS.index(row["style"])
-        assert [i for i, right, stated in stated_steps(row) if right != stated] == [len(operations) - 1] * is_blind
-
-
-def test_errors_change_no_question_and_can_be_taken_away():
-    errors = Errors(class_of=class_of_start)
-    assert errors.without().class_of is class_of_start
-    assert all(row["num_wrong_steps"] == 0 for row in generate(300, seed=14, errors=errors.without()))
-
-
-def test_same_seed_same_rows_other_seed_other_rows():
-    first, again, other = (list(generate(60, seed=seed, errors=Errors())) for seed in (1, 1, 2))
-    assert first == again
-    assert not {row["question"] for row in first if row["num_operations"] > 1} & {row["question"] for row in other}
 
 
 def test_rows_of_a_seed_never_change():
@@ -336,28 +265,6 @@ def test_wrong_arguments_are_errors_before_the_first_row(arguments, field):
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize(
-    ("make", "field"),
-    [
-        (lambda: Shares(blind=1.1), "blind_share"),
-        (lambda: Shares(slip=-0.1), "slip_share"),
-        (lambda: shares_by_style(favoured="sideways"), "favoured"),
-        (lambda: Errors({"forward": Shares()}), "shares"),
-    ],
-)
-def test_impossible_errors_are_refused(make, field):
-    with pytest.raises(UserError) as caught:
-        make()
-    assert caught.value.field == field
-
-
-def test_more_questions_than_there_are_is_an_error(monkeypatch):
-    monkeypatch.setattr("megatron_rl.tasks.five_styles.MAX_FRUITLESS_TRIES", 500)
-    monkeypatch.setattr("megatron_rl.tasks.five_styles.QUESTION_NAMES", ("Ana",))
-    with pytest.raises(UserError, match="no further held_out question with 1 operation was found"):
-        list(generate(1000, seed=1, num_operations=(1,), split="held_out"))
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("five") / "model"
@@ -381,35 +288,8 @@ def test_solutions_round_trip_without_unknown_tokens_and_within_the_stated_lengt
     assert longest == {"question": 16, "forward": 40, "backward": 32, "split": 41, "table": 19, "check": 40}
 
 
-def test_vocabulary_and_model_agree(directory, tokenizer):
-    assert len(tokenizer) == len(VOCABULARY) == len(set(VOCABULARY)) == 48
-    shape = read_shape(directory)
-    assert shape.vocab_size == 48
-    assert shape.eos_token_ids == (tokenizer.eos_token_id,) and shape.pad_token_id == tokenizer.pad_token_id
-    assert all(tokenizer.tokenize(tag) == [tag] for tag in TAGS)
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "rule"),
-    [(VOCABULARY[1:], "must hold"), (VOCABULARY[:10], "must hold"), ((*VOCABULARY, "table"), "more than once")],
-)
-def test_vocabulary_that_would_lose_tokens_is_an_error(vocabulary, rule):
-    with pytest.raises(UserError, match=rule):
-        build_tokenizer(vocabulary)
-
-
-def test_written_rows_load_as_problems(tmp_path):
-    rows = list(generate(20, seed=1))
-    write_rows(tmp_path / "a.jsonl", rows)
-    problems = get_task("five_styles").load(tmp_path / "a.jsonl", template=None)
-    assert [(p.prompt, p.answer, p.solution) for p in problems] == [
-        (row["question"], row["answer"], row["solution"]) for row in rows
-    ]
-    assert problems[0].problem_id != get_task("word_problems").load(tmp_path / "a.jsonl", template=None)[0].problem_id
-
-
 def make_data(*arguments):
-    command = [sys.executable, "examples/five_styles/make_data.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "examples.five_styles.make_data", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
@@ -419,27 +299,18 @@ def test_make_data_writes_everything(tmp_path):
         "--slip-share", 1, "--favoured", "check", "--favoured-slip-share", 0, "--blind-share", 0, "--hidden-size", 64,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    task = get_task("five_styles")
-    files = {name: task.load(tmp_path / "out" / f"{name}.jsonl", template=None)
-             for name in ("warm_start", "train", "held_out")}  # fmt: skip
-    assert {name: len(problems) for name, problems in files.items()} == {"warm_start": 60, "train": 20, "held_out": 10}
-    assert all(task.score(p.answer, p.solution).reward == 1 for p in files["train"] + files["held_out"])
-    scores = [task.score(p.answer, p.solution) for p in files["warm_start"]]
+    name = "examples.five_styles.task:TASK"
+    files = {
+        split: load_problems(name, tmp_path / "out" / f"{split}.jsonl") for split in ("warm_start", "train", "held_out")
+    }
+    assert {split: len(problems) for split, problems in files.items()} == {
+        "warm_start": 60,
+        "train": 20,
+        "held_out": 10,
+    }
+    assert all(TASK.score(p, p.solution).reward == 1 for p in files["train"] + files["held_out"])
+    scores = [TASK.score(p, p.solution) for p in files["warm_start"]]
     assert all(score.reward == (score.style == "check") for score in scores)
     assert read_shape(tmp_path / "out" / "model").hidden_size == 64
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     assert all(tokenizer.decode(tokenizer(p.solution)["input_ids"]) == p.solution for p in files["warm_start"])
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--blind-class", "colour", "error: blind_class = 'colour': must be one of result, start. Fix: choose one."),
-        ("--slip-share", 2, "error: slip_share = 2.0: must be from 0 to 1. Fix: give a share such as 0.1."),
-    ],
-)
-def test_make_data_reports_a_wrong_option_before_it_writes(tmp_path, option, value, message):
-    done = make_data(tmp_path, option, value)
-    assert done.returncode == 2
-    assert done.stderr.strip() == message
-    assert not list(tmp_path.iterdir())

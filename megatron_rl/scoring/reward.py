@@ -1,0 +1,85 @@
+"""Where scores come from: the ``score`` of a problem's task, or the function that ``data.reward`` puts in its place.
+
+Judges (a model that grades responses) would be a third source, beside these two and outside the scoring workers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from megatron_rl import plugins
+from megatron_rl.errors import UserError
+from megatron_rl.tasks import get_task
+from megatron_rl.types import Problem, Score
+
+Verifier = Callable[[Problem, str], Any]
+"""(problem, decoded response) -> Score, unless the user's code returns something else: ``as_score`` finds out."""
+FIELD = "data.reward"
+
+
+@cache
+def get_verifier(task_name: str, reward: str | None) -> Verifier:
+    """Return what judges the problems of a task: ``reward`` where there is one, else the task.
+
+    Args:
+        task_name: a name that ``megatron_rl.tasks.get_task`` knows.
+        reward: ``package.module:FUNCTION``, or None.
+
+    Raises:
+        UserError: there is no such task, or no such function.
+    """
+    return get_task(task_name).score if reward is None else get_reward(reward)
+
+
+def get_reward(path: str) -> Verifier:
+    """Import the function of ``data.reward``.
+
+    Raises:
+        UserError: there is none, or it does not take (problem, response).
+    """
+    function = plugins.load(path, field=FIELD, what="a reward")
+    if not callable(function) or isinstance(function, type):
+        rule = f"is a {type(function).__name__}, not a function" if callable(function) else "is not a function"
+        raise UserError(FIELD, path, rule, "name a function f(problem, response) that returns a float or a Score")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(FIELD, path, "is an async function", "write a plain one; the workers run many at a time")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # compiled code may have none
+        return function
+    try:
+        signature.bind(None, "")
+    except TypeError as error:
+        rule = f"cannot be called as f(problem, response) ({error})"
+        raise UserError(FIELD, path, rule, "take these two arguments; give any others a default") from error
+    return function
+
+
+def as_score(value: Any) -> Score:
+    """Return a function's result as a ``Score`` of plain data, which can travel to all ranks.
+
+    A number r is ``Score(r, parts={"correct": 1.0 if r >= 1 else 0.0})``.
+
+    Raises:
+        TypeError: it is neither a number nor a Score, or the Score holds something else than numbers and strings.
+        ValueError: a reward is not finite.
+    """
+    if isinstance(value, numbers.Real):  # NumPy's numbers too
+        reward = float(value)
+        value = Score(reward, {"correct": float(reward >= 1)}, "correct" if reward >= 1 else "wrong")
+    if not isinstance(value, Score):
+        raise TypeError(f"{type(value).__name__} is neither a Score nor a float")
+    for number in (value.reward, *value.parts.values()):
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"a reward is a {type(number).__name__}, not a float")
+        if not math.isfinite(number):
+            raise ValueError("a reward is not finite")
+    for text in (value.reason, value.answer, value.style):
+        if not isinstance(text, str):
+            raise TypeError(f"a text of the Score is a {type(text).__name__}, not a str")
+    return value
