@@ -23,18 +23,17 @@ OPENING_FRAGMENT = re.compile(
 ALLOWED: frozenset[str] = frozenset()
 """``path:name`` of docstrings that begin with such a word for a good reason."""
 
-MAX_DOCSTRINGS = 0.175
-MAX_FIELDS = 0.212
+MAX_DOCSTRINGS = 0.109
+MAX_FIELDS = 0.132
 """Shares of fragments; a field's docstring is the string under it."""
-MAX_SEE_ONLY = 40
+MAX_SEE_ONLY = 10
 
 STRANGE_PAGES = re.compile(r"\b(DESIGN|ALGORITHMS|HOUSE|STYLE|PLAN|BRIEF)(\.md)?\s+(section )?\d")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 PATH = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|md|sh|sbatch|txt|json|html|png))\b")
 NAME = re.compile(r"\bmegatron_rl((?:\.[a-z_]+)+)(?:[.:]([A-Za-z_]+))?")
-MADE_BY_RUNS = ("runs/", "logs/")
-PENDING_PAGES = {"docs/extend.md"}
-"""Pages that others link to and that are still to come."""
+MADE_BY_OTHERS = re.compile(r"(runs|logs|my_\w+)/|.*NAME")
+"""Paths of a page that runs write, or its reader."""
 
 
 def docstrings(source: str) -> Iterator[tuple[str, str]]:
@@ -124,17 +123,12 @@ def test_links_and_paths_of_a_page_exist(page: Path) -> None:
     text = page.read_text()
     links = [link for link in LINK.findall(text) if not link.startswith("http")]
     targets = [(page.parent / link).resolve() for link in links]
-    lost = [str(path) for path in targets if not path.exists() and str(path.relative_to(ROOT)) not in PENDING_PAGES]
+    lost = [str(path) for path in targets if not path.exists()]
     bases = (ROOT, page.parent, ROOT / "megatron_rl", ROOT / "tests")
     for path in PATH.findall(re.sub(r"https?://\S+", "", text)):
-        is_expected = not path.startswith(MADE_BY_RUNS) and path not in PENDING_PAGES
-        if is_expected and not any((base / path).exists() for base in bases):
+        if not MADE_BY_OTHERS.match(path) and not any((base / path).exists() for base in bases):
             lost.append(path)
     assert not lost, lost
-
-
-def test_pending_pages_are_still_to_come() -> None:
-    assert not [page for page in PENDING_PAGES if (ROOT / page).exists()], "it is there, take it off PENDING_PAGES"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
