@@ -26,9 +26,10 @@ class Words:
                 prompt=row["question"],
                 answer=row["answer"],
                 source=source,
-                metadata={"num_people": len(row["question"].split(" . "))},
+                question=row["question"],
+                metadata=rest | {"num_people": len(row["question"].split(" . "))},
             )
-            for source, row in read_rows(path, required=("question", "answer"))
+            for source, row, rest in read_rows(path, required=("question", "answer"))
         )
 
     def score(self, problem: Problem, response: str) -> Score:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_rl.config.methods import MethodConfig, find_method
 from megatron_rl.config.schema import Config
 from megatron_rl.config.upstream import nearest
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors, write_atomic
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -68,14 +68,8 @@ def save_resolved(config: Config, path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-        os.replace(temporary, path)
-    except OSError as error:
-        rule, fix = f"could not be written ({error.strerror})", "free some disk space, or choose another folder"
-        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
+    with disk_errors(path, field="exp_manager.exp_dir"):
+        write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:

@@ -73,7 +73,7 @@ def demonstrations(
     context_length: int,
     overlong: Literal["error", "drop"] = "error",
 ) -> list[TrainingSample]:
-    """Supervised rows: prompt, worked solution, end of sequence.
+    """Make supervised rows: prompt, worked solution, end of sequence.
 
     Args:
         prompts: with problems that have a solution.

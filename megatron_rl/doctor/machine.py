@@ -1,4 +1,4 @@
-"""What this machine will use: layers, optimizer, recipes of eight bits; and why not something else."""
+"""Report what this machine will use: layers, optimizer, FP8 recipes; and why not something else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = {
 
 
 def look() -> dict[str, str]:
-    """By subject, a line each."""
+    """Return a line for each subject."""
     import torch
 
     import megatron_rl.patches
@@ -70,7 +70,7 @@ def _version(package: str) -> str:
 
 
 def print_machine() -> None:
-    """A table for people."""
+    """Print a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +32,6 @@ def json_safe(value: object) -> object:
     if isinstance(value, list | tuple):
         return [json_safe(inner) for inner in value]
     return value
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a crash at any moment, finds the old content or the new, never a mixture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # same directory: a rename is atomic only inside one file system
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes behind it
-    temporary.replace(path)
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -79,14 +68,8 @@ def as_number(key: str, value: float) -> float:
     return int(value) if isinstance(value, int) else float(value)
 
 
-@contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        fix = "free some disk space or the folder's rights, and give the same command again: the run resumes"
-        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
+def _as_user_error(path: Path) -> AbstractContextManager[None]:
+    return disk_errors(path, field="exp_manager.exp_dir", fix=f"{SAME_COMMAND}: the run resumes")
 
 
 class MetricsFile:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_rl import plugins
 from megatron_rl.errors import UserError
-from megatron_rl.metrics.rows import write_atomic
+from megatron_rl.files import write_atomic
 
 if TYPE_CHECKING:
     from megatron_rl.config.trainer import ExpManagerConfig
@@ -58,7 +58,7 @@ def _check_kwargs(field: str, given: Collection[str], allowed: Collection[str]) 
 def _stored_id(path: Path, make: Callable[[], str]) -> str:
     """Return the run's id in a tracking service: made once, then kept in a file of the run, so that a resume continues it."""
     if not path.exists():
-        write_atomic(path, make().encode() + b"\n")
+        write_atomic(path, make() + "\n")
     return path.read_text().strip()
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -43,6 +42,7 @@ from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_error, publish_folder
 from megatron_rl.metrics import progress
 from megatron_rl.model.trainable import Trainable
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
@@ -129,11 +129,7 @@ class Checkpoints:
 
     def _complete(self, temporary: Path, final: Path, digests: dict[str, dict[str, Any]]) -> None:
         (temporary / "manifest.json").write_text(json.dumps({"files": digests}, indent=1))
-        for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)  # only ever an older save of the same step
-        os.replace(temporary, final)
-        _fsync(self.directory)
+        publish_folder(temporary, final, replaces=True)  # only ever an older save of the same step
 
     # ------------------------------------------------------------------------------------------------ read
 
@@ -381,12 +377,8 @@ def _as_user_error(path: Path) -> Iterator[None]:
         why = str(cause)
         if "No space left" not in why and _is_full(path):  # torch's own writer says only where in the file it stood
             why = f"No space left on device: {why}"
-        raise UserError(
-            "exp_manager.exp_dir",
-            str(path),
-            f"the checkpoint could not be written ({why})",
-            "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes",
-        ) from error
+        fix = "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes"
+        raise disk_error(path, why, field="exp_manager.exp_dir", fix=fix) from error
 
 
 def _is_full(path: Path) -> bool:
@@ -398,11 +390,3 @@ def _is_full(path: Path) -> bool:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

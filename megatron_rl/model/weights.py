@@ -29,7 +29,7 @@ from megatron_rl.convert.tables.table import (
     names_of_all_experts,
     plain_name,
 )
-from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, disk_error, publish_folder
 from megatron_rl.metrics import progress
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.parallel.agree import all_ranks_agree
@@ -161,18 +161,13 @@ def _finish_export(writer: LayoutWriter, failure: OSError | None, fresh: Path, t
     try:
         if failure is None:
             writer.finish()
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
+            publish_folder(fresh, target, replaces=True)
     except OSError as error:
         failure = error
     if failure is not None:
         writer.abort()
-        raise UserError(
-            "exp_manager.exp_dir",
-            str(target),
-            f"the Hugging Face checkpoint could not be written ({failure})",
-            "free some disk space and give the same command again; the training checkpoint is intact",
-        ) from failure
+        fix = f"{SAME_COMMAND}; the training checkpoint is intact"
+        raise disk_error(target, failure, field="exp_manager.exp_dir", fix=fix) from failure
 
 
 def _dtype_name(dtype: torch.dtype) -> Dtype:

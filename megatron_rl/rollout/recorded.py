@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors
 from megatron_rl.rollout.engine import RolloutEngine, WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
 from megatron_rl.rollout.share import flatten, unflatten
@@ -78,21 +79,15 @@ class RecordingEngine:
         if not self._is_writer:
             return
         path = self._directory / file_name(requests, prefix)
-        temporary = path.with_suffix(".tmp")
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            # What was not completed is recorded as a completion without tokens, which no engine ever returns.
-            save_file({**flatten([c or _NOTHING for c in completions]), **(more or {})}, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise UserError(
-                "rollout.record",
-                str(path),
-                f"the rollouts could not be written ({error})",
-                "free some disk space and give the same command again, or set rollout.record=false",
-            ) from error
+        # A request without completion is recorded as a completion without tokens, which no engine ever returns.
+        tensors = {**flatten([c or _NOTHING for c in completions]), **(more or {})}
+        fix = f"{SAME_COMMAND}, or set rollout.record=false"
+        # safetensors wraps the system's error.
+        with (
+            disk_errors(path, field="rollout.record", fix=fix, also=(SafetensorError,)),
+            atomic_file(path) as temporary,
+        ):
+            save_file(tensors, temporary)
 
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Update the wrapped engine."""

@@ -69,17 +69,16 @@ def as_score(value: Any) -> Score:
         TypeError: it is neither a number nor a Score, or the Score holds something else than numbers and strings.
         ValueError: a reward is not finite.
     """
-    if isinstance(value, numbers.Real):  # NumPy's numbers too
+    if not isinstance(value, Score):
+        if not isinstance(value, numbers.Real):  # NumPy's numbers are real, too
+            raise TypeError(f"{type(value).__name__} is neither a Score nor a float")
         reward = float(value)
         value = Score(reward, {"correct": float(reward >= 1)}, "correct" if reward >= 1 else "wrong")
-    if not isinstance(value, Score):
-        raise TypeError(f"{type(value).__name__} is neither a Score nor a float")
     for number in (value.reward, *value.parts.values()):
         if not isinstance(number, (int, float)):
             raise TypeError(f"a reward is a {type(number).__name__}, not a float")
         if not math.isfinite(number):
             raise ValueError("a reward is not finite")
-    for text in (value.reason, value.answer, value.style):
-        if not isinstance(text, str):
-            raise TypeError(f"a text of the Score is a {type(text).__name__}, not a str")
+    if not (isinstance(value.reason, str) and isinstance(value.answer, str) and isinstance(value.style, str)):
+        raise TypeError("reason, answer and style of a Score must be strings")
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
@@ -57,7 +56,7 @@ class Scorer:
                 [c.response_ids.tolist() for c in completions], skip_special_tokens=True
             )
             scores = self._pool.score([(p.problem, text) for p, text in zip(prompts, texts)])
-        return [Score(**fields) for fields in broadcast_json([asdict(score) for score in scores], self._group)]
+        return [Score(**fields) for fields in broadcast_json([vars(score) for score in scores], self._group)]
 
     def close(self) -> None:
         """Stop the workers."""

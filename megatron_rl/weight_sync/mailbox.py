@@ -85,7 +85,7 @@ class Mailbox:
 
     def _wait(self, key: str, timeout: timedelta) -> None:
         deadline = time.monotonic() + timeout.total_seconds()
-        while not self._store.check([key]):  # its own ``wait`` writes a warning whenever it runs out of time
+        while not self._store.check([key]):  # the store's own ``wait`` writes a warning at each time-out
             if self._store.check([BROKEN]):
                 raise RuntimeError(f"the other end is gone: {self._store.get(BROKEN).decode()}")
             if time.monotonic() > deadline:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_rl.convert.architecture.shape import Dtype, ModelShape
-from megatron_rl.convert.hf.writer import Layout, LayoutWriter
+from megatron_rl.convert.hf.writer import HFLayout, LayoutWriter
 from megatron_rl.convert.tables.digest import digest
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import hf_tensors
@@ -230,7 +230,7 @@ def _quantized(tensors: Iterable[tuple[str, Tensor]], fmt: Fp8Format) -> Iterato
             group[name] = tensor
             if len(group) == len(parts):
                 yield from _with_one_scale(waiting.pop(parts), fmt)
-    for group in waiting.values():  # a model need not have all parts: some DeepSeek models have no q_a_proj
+    for group in waiting.values():  # some DeepSeek models have no q_a_proj
         yield from _with_one_scale(group, fmt)
 
 
@@ -245,7 +245,7 @@ def _named(name: str, found: tuple[Tensor, Tensor], fmt: Fp8Format) -> Iterator[
     yield fmt.scale_name(name), found[1]
 
 
-def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch.dtype) -> Layout:
+def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch.dtype) -> HFLayout:
     """Return shape and dtype of each tensor that ``quantized`` yields.
 
     Args:
@@ -297,9 +297,8 @@ def check_served(shape: ModelShape, fmt: Fp8Format, layout: RolloutLayout) -> No
         fmt: the format; scales of whole tensors fit any layout.
         layout: of the servers.
     """
-    if (
-        fmt.granularity == "tensor" or shape.latent is not None
-    ):  # latent attention is not cut in ``served``: SGLang says
+    # ``served`` does not cut latent attention: there SGLang itself refuses.
+    if fmt.granularity == "tensor" or shape.latent is not None:
         return
     extents = hf_tensors(shape)
     for parameter in served_parameters(shape, layout, tp_rank=0):
@@ -356,7 +355,7 @@ def _grid(extent: Extent) -> Extent:
 
 
 def _padded(band: Tensor, padding: Padding) -> Tensor:
-    return pad(band, padding) if any(padding) else band  # torch would copy
+    return pad(band, padding) if any(padding) else band  # torch copies even without padding
 
 
 def _bands(piece: Tensor, start: Extent) -> tuple[Extent, Iterator[tuple[slice, slice, Padding]]]:

@@ -42,7 +42,7 @@ def run(lab: Path, verb: str, *overrides: str) -> subprocess.CompletedProcess[st
     own = (
         "policy.model_path=data/model", "policy.initialization=random", "exp_manager.exp_dir=runs",
         "data.train=data/train.jsonl", "data.validation=data/held_out.jsonl", "exp_manager.export_hf=false",
-        "trainer.accelerator=cpu", "eval.before=false", "eval.after=false", "rollout.max_new_tokens=8",
+        "trainer.accelerator=cpu", "eval.before=false", "eval.after=false", "rollout.max_new_tokens=30",
     )  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(

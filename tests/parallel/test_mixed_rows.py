@@ -81,9 +81,9 @@ def route_by_the_first_row() -> None:
 
 
 def forget_who_is_stored() -> None:
-    from megatron_rl.algorithms import dph_rl
+    from megatron_rl.algorithms.parts import rehearsal
 
-    dph_rl.RowKind = type("RowKind", (), {"REHEARSAL": RowKind.EDGE, "RL": RowKind.RL})
+    rehearsal.RowKind = type("RowKind", (), {"REHEARSAL": RowKind.EDGE, "RL": RowKind.RL})
 
 
 @pytest.mark.parametrize("first", [RowKind.RL, RowKind.REHEARSAL], ids=lambda kind: kind.name)

@@ -145,7 +145,7 @@ class SGLangClient:
 
     async def load_checkpoint(self, path: str, *, timeout_s: float) -> None:
         """Load a Hugging Face checkpoint that the server finds under this path."""
-        # Our servers start with load_format dummy, which would hold here too.
+        # Our servers start with load_format dummy, which would be the default here, too.
         body = {"model_path": path, "load_format": "auto", "flush_cache": False}
         await self._post("/update_weights_from_disk", body, timeout_s)
 

@@ -85,7 +85,7 @@ def encode(new: Bits, old: Bits) -> tuple[bytes, Frame]:
     if changed == 0:
         return b"", Frame(0, 0, 0)
     if _is_sparse(changed, len(new)):
-        places = np.flatnonzero(is_changed)  # five times as fast as of the numbers themselves
+        places = np.flatnonzero(is_changed)  # five times as fast as on the numbers themselves
         content = _planes(np.diff(places, prepend=0).astype(_GAP)) + _planes(difference[places])
     else:
         content = _planes(difference)

@@ -150,7 +150,7 @@ def remove_older(directory: str | Path, oldest: int | None = None) -> list[Path]
     newest = max((version for version, _ in links), default=0)
     limit = newest if oldest is None else oldest
     first = max((version for version, kind in links if kind == "full" and version <= limit), default=0)
-    # The full link's version may have a delta, too: servers that have the version before need it.
+    # A delta of the full link's own version goes, too: only servers that have the version before could use it.
     unneeded = [links[key] for key in sorted(links) if key < (first, "full")]
     left_over = [path for path in directory.iterdir() if _LEFT_OVER.fullmatch(path.name)]
     return _remove(unneeded) + _remove(left_over)

@@ -20,6 +20,7 @@ import torch
 from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.convert.hf.writer import LayoutWriter
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors
 from megatron_rl.weight_sync.disk.frames import (
     FRAME_ELEMENTS,
     UNSIGNED,
@@ -84,26 +85,23 @@ def apply(
     if _stamped_state(target) == last.after:
         return target
     layout = {name: (stored.shape, getattr(torch, stored.dtype)) for name, stored in last.tensors.items()}
-    try:
-        with (
-            ExitStack() as stack,
-            LayoutWriter(target, layout, source=base) as writer,
-            ThreadPoolExecutor(num_threads) as pool,  # ends first: its threads read the links
-        ):
-            opened = [stack.enter_context(_OpenLink(link)) for link in route.links]
-            for name, stored in last.tensors.items():
-                bits = _start(name, stored, route.reader)
-                for each in opened:
-                    each.apply_onto(name, bits, pool)
-                tensor = tensor_of(bits, getattr(torch, stored.dtype), stored.shape)
-                # A delta is its own inverse: the right result proves the start, too.
-                if tensor_digest(name, tensor, pool) != stored.after:
-                    raise _find_fault(name, opened, route.reader, pool)
-                writer.add(name, tensor)
-            writer.add_file(STAMP, json.dumps({"version": version, "state": last.after}) + "\n")
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        raise UserError(str(target), None, rule, "free disk space or choose another directory") from error
+    with (
+        disk_errors(target),
+        ExitStack() as stack,
+        LayoutWriter(target, layout, source=base) as writer,
+        ThreadPoolExecutor(num_threads) as pool,  # ends first: its threads read the links
+    ):
+        opened = [stack.enter_context(_OpenLink(link)) for link in route.links]
+        for name, stored in last.tensors.items():
+            bits = _start(name, stored, route.reader)
+            for each in opened:
+                each.apply_onto(name, bits, pool)
+            tensor = tensor_of(bits, getattr(torch, stored.dtype), stored.shape)
+            # A delta is its own inverse: the right result proves the start, too.
+            if tensor_digest(name, tensor, pool) != stored.after:
+                raise _find_fault(name, opened, route.reader, pool)
+            writer.add(name, tensor)
+        writer.add_file(STAMP, json.dumps({"version": version, "state": last.after}) + "\n")
     return target
 
 
@@ -121,7 +119,7 @@ def _find_route(directory: Path, base: Path, version: int, pool: Executor) -> _R
     reader, base_state = HFReader(base), _stamped_state(base)
     deltas: list[ChainLink] = []  # newest first
     from_full: _Route | None = None
-    state: str | None = None  # of the version that the walk has come back to
+    state: str | None = None  # of version ``at``
     at = version
     while True:
         if from_full is None and (at, "full") in paths:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rl.convert.hf.writer import FORMAT_NAMES, write_in_calls
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors, publish_folder
 from megatron_rl.weight_sync.disk.frames import FRAME_ELEMENTS, Bits, Frame, bits_of, encode, tensor_digest
 from megatron_rl.weight_sync.disk.links import (
     DATA,
@@ -174,7 +175,7 @@ class LinkWriter:
         self._partial = self._path.with_name(f".{self._path.name}.partial")
         self._stored: dict[str, StoredTensor] = {}
         self._offset = 0
-        with _disk_errors(self._directory):
+        with disk_errors(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             self._since = self._check_version()
             shutil.rmtree(self._partial, ignore_errors=True)  # left by a writer that was killed
@@ -207,7 +208,7 @@ class LinkWriter:
             pieces = [job.result() for job in jobs]
         frames = tuple(frame for _, frame in pieces if frame is not None)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        with _disk_errors(self._directory):
+        with disk_errors(self._directory):
             for data, _ in pieces:
                 write_in_calls(self._file, memoryview(data))
         self._stored[name] = StoredTensor(dtype, tuple(tensor.shape), before, after, self._offset, frames)
@@ -221,13 +222,10 @@ class LinkWriter:
         after = state_of({name: stored.after for name, stored in self._stored.items()})
         previous = None if self._since is None else self._since.version
         link = ChainLink(self._path, self._kind, self._version, previous, before, after, self._offset, self._stored)
-        with _disk_errors(self._directory):
+        with disk_errors(self._directory):
             self._file.close()
             write_manifest(self._partial, link)
-            for path in (*self._partial.iterdir(), self._partial):
-                _sync(path)
-            os.rename(self._partial, self._path)
-            _sync(self._directory)
+            publish_folder(self._partial, self._path)
         return self._path
 
     def abort(self) -> None:
@@ -274,25 +272,3 @@ class LinkWriter:
 def _frames(new: Bits, old: Bits) -> Iterator[tuple[Bits, Bits]]:
     for start in range(0, len(new), FRAME_ELEMENTS):
         yield new[start : start + FRAME_ELEMENTS], old[start : start + FRAME_ELEMENTS]
-
-
-def _sync(path: Path) -> None:
-    """Sync a file to disk, so that a rename never outlives its data."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            str(directory),
-            None,
-            f"could not be written ({error.strerror})",
-            "free disk space or choose another directory",
-        ) from error

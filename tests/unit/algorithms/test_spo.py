@@ -119,6 +119,7 @@ def tree(model: Path, *overrides: str) -> SPOTree:
 # ------------------------------------------------------------------------------------------------ chain
 
 
+@pytest.mark.slow
 def test_monte_carlo_converges_at_the_rate_of_one_over_the_root_of_n(model: Path) -> None:
     errors = []
     for count in (4, 64, 1024):

@@ -24,7 +24,6 @@ from megatron_rl.metrics import (
     progress,
     read_metrics,
     use_console,
-    write_atomic,
 )
 from megatron_rl.metrics import terminal as display_module
 
@@ -223,19 +222,6 @@ def test_rows_survive_a_kill(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
     assert [row["a"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.5, 1.0, 1.5]
-
-
-def test_failed_atomic_write_leaves_the_old_content(tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
-    write_atomic(path, b"old")
-
-    def no_space(descriptor):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
 
 
 def test_ranks_that_do_not_write_leave_no_trace(open_logger, tmp_path):

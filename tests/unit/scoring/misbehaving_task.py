@@ -1,4 +1,4 @@
-"""A task whose score does what the response says; imported by scoring workers, found by import path."""
+"""A task and rewards that do what the response says; imported by scoring workers, found by import path."""
 
 import os
 import time
@@ -13,7 +13,8 @@ class MisbehavingTask:
     def load(self, path, *, template):
         return []
 
-    def score(self, answer, response):
+    def score(self, problem, response):
+        answer = problem.answer
         verb, _, argument = response.partition(" ")
         if verb == "sleep":
             time.sleep(float(argument))
@@ -30,13 +31,15 @@ class MisbehavingTask:
             time.sleep(0.2)
             os.kill(os.getpid(), int(argument))
         elif verb == "recurse":
-            return self.score(answer, response)
+            return self.score(problem, response)
         elif verb == "memory":
             raise MemoryError
         elif verb == "none":
             return None
         elif verb == "nan":
             return Score(float("nan"))
+        elif verb == "text":
+            return Score(argument)
         elif verb == "pid":
             time.sleep(0.001)
             return Score(float(os.getpid()))
@@ -48,3 +51,37 @@ class MisbehavingTask:
 
 
 TASK = MisbehavingTask()
+
+
+def reward(problem, response):
+    """Do what the task does, but return a float where that returns a Score; a number is the reward."""
+    try:
+        return float(response)
+    except ValueError:
+        score = TASK.score(problem, response)
+        return score if score is None else score.reward
+
+
+def reward_of_metadata(problem, response):
+    return Score(problem.metadata["points"][response], {"correct": 1.0}, reason=problem.question)
+
+
+def numpy_reward(problem, response, scale=1.0):
+    import numpy
+
+    return numpy.float32(response) * scale
+
+
+def one_argument(response): ...
+
+
+def three_arguments(problem, response, tokenizer): ...
+
+
+async def asynchronous(problem, response): ...
+
+
+class NotAFunction: ...
+
+
+NUMBER = 3

@@ -10,19 +10,25 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.scoring.workers import ScoringPool, _Chunk, _score_chunk
+from megatron_rl.scoring.workers import ScoringPool, _JobChunk, _score_chunk
 from megatron_rl.tasks import TASKS
-from megatron_rl.types import Score
+from megatron_rl.types import Problem, Score
 
 HERE = Path(__file__).parent
 TASK = "misbehaving_task:TASK"  # next to this file, so pytest has its folder on sys.path
-GOOD = ("yes", "yes")
+
+
+def job(answer, response, task=TASK, **fields):
+    return Problem("id", "text", answer, task=task, **fields), response
+
+
+GOOD = job("yes", "yes")
 CORRECT = Score(1.0, reason="correct")
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with ScoringPool(TASK, num_workers=2, timeout_s=1.0) as pool:
+    with ScoringPool([TASK], num_workers=2, timeout_s=1.0) as pool:
         pool.score([GOOD])  # workers are up: times below are without their start
         yield pool
 
@@ -43,7 +49,7 @@ def rewards(pool, jobs):
 def worker_pids(pool):
     """Ask until both workers have answered; each job takes a moment, so that one worker cannot take them all."""
     pids = set()
-    wait_until(lambda: len(pids.update(map(int, rewards(pool, [("", "pid")] * 64))) or pids) == 2)
+    wait_until(lambda: len(pids.update(map(int, rewards(pool, [job("", "pid")] * 64))) or pids) == 2)
     assert len(pids) == 2
     return pids
 
@@ -56,7 +62,7 @@ def wait_until(condition, *, limit_s=5.0):
 
 
 def test_order_is_kept(pool):
-    jobs = [(str(i), str(i % 7)) for i in range(1000)]
+    jobs = [job(str(i), str(i % 7)) for i in range(1000)]
     assert rewards(pool, jobs) == [float(i == i % 7) for i in range(1000)]
 
 
@@ -66,8 +72,8 @@ def test_any_number_of_jobs(pool, num_jobs):
 
 
 def test_pool_agrees_with_the_task_itself():
-    jobs = [("12", f"#### {i}" if i % 3 else "nothing") for i in range(100)]
-    with ScoringPool("word_problems", num_workers=1, timeout_s=5) as pool:
+    jobs = [job("12", f"#### {i}" if i % 3 else "nothing", "word_problems") for i in range(100)]
+    with ScoringPool(["word_problems"], num_workers=1, timeout_s=5) as pool:
         assert pool.score(jobs) == [TASKS["word_problems"].score(*job) for job in jobs]
 
 
@@ -79,8 +85,9 @@ def test_pool_agrees_with_the_task_itself():
         ("raise no luck", "crash: RuntimeError: no luck"),
         ("quit", "crash: SystemExit: 3"),
         ("memory", "crash: MemoryError: "),
-        ("none", "crash: score returned NoneType, not Score"),
-        ("nan", "crash: a reward is not finite"),
+        ("none", "crash: TypeError: NoneType is neither a Score nor a float"),
+        ("nan", "crash: ValueError: a reward is not finite"),
+        ("text 1", "crash: TypeError: a reward is a str, not a float"),
         ("exit 3", "crash: the worker exited with status 3"),
         ("kill 9", "crash: the worker was killed by SIGKILL"),
         ("kill 11", "crash: the worker was killed by SIGSEGV"),
@@ -89,48 +96,49 @@ def test_pool_agrees_with_the_task_itself():
 )
 def test_failure_has_a_reason_and_touches_no_other_job(pool, response, reason):
     jobs = [GOOD] * 40
-    jobs[17] = ("yes", response)
+    jobs[17] = job("yes", response)
     scores = pool.score(jobs)
     assert scores[17] == Score(0.0, reason=reason, is_failure=True)
     assert scores[:17] + scores[18:] == [CORRECT] * 39
 
 
 def test_endless_recursion_is_a_crash(pool):
-    (score,) = pool.score([("yes", "recurse")])
+    (score,) = pool.score([job("yes", "recurse")])
     assert score.is_failure and score.reason.startswith("crash: RecursionError")
 
 
 def test_slow_job_within_the_deadline_is_scored(pool):
     """0.4 s is more than a chunk gets (0.25 s) and less than a job gets (1 s)."""
-    assert [score.is_failure for score in pool.score([("", "sleep 0.4"), GOOD, GOOD])] == [False] * 3
+    assert [score.is_failure for score in pool.score([job("", "sleep 0.4"), GOOD, GOOD])] == [False] * 3
 
 
 def test_many_slow_jobs_do_not_add_up_to_a_timeout(pool):
     """A chunk of ten takes 0.5 s, twice what it may."""
-    assert not any(score.is_failure for score in pool.score([("", "sleep 0.05")] * 80))
+    assert not any(score.is_failure for score in pool.score([job("", "sleep 0.05")] * 80))
 
 
 def test_worker_gives_a_slow_chunk_back_when_its_time_is_used():
-    assert 1 <= len(_score_chunk(TASK, [("", "sleep 0.05")] * 10, 0.1)) <= 3
-    assert len(_score_chunk(TASK, [("", "sleep 0.05")] * 10, 0.0)) == 1
-    assert len(_score_chunk(TASK, [GOOD] * 10, 60.0)) == 10
+    assert 1 <= len(_score_chunk(None, [job("", "sleep 0.05")] * 10, 0.1)) <= 3
+    assert len(_score_chunk(None, [job("", "sleep 0.05")] * 10, 0.0)) == 1
+    assert len(_score_chunk(None, [GOOD] * 10, 60.0)) == 10
 
 
 def test_deadline_is_kept(pool):
     start = time.monotonic()
-    pool.score([("yes", "sleep 60")])
+    pool.score([job("yes", "sleep 60")])
     assert time.monotonic() - start < 2.5  # 0.25 s in the chunk, 1 s alone, up to 0.2 s of pebble's polling each
 
 
 def test_all_jobs_stuck_still_ends(pool):
-    assert [score.reason for score in pool.score([("yes", "sleep 60")] * 6)] == ["timeout"] * 6
+    assert [score.reason for score in pool.score([job("yes", "sleep 60")] * 6)] == ["timeout"] * 6
 
 
 def test_power_tower_is_killed_although_it_holds_the_gil():
-    with ScoringPool("gsm8k", num_workers=1, timeout_s=1.0) as pool:
-        pool.score([("1", "\\boxed{1}")])
+    with ScoringPool(["gsm8k"], num_workers=1, timeout_s=1.0) as pool:
+        pool.score([job("1", "\\boxed{1}", "gsm8k")])
         start = time.monotonic()
-        scores = pool.score([("3", "\\boxed{9^{9^{9^9}}}"), ("3", "\\boxed{3}"), ("3", "it is 10**10**10**10")])
+        responses = ("\\boxed{9^{9^{9^9}}}", "\\boxed{3}", "it is 10**10**10**10")
+        scores = pool.score([job("3", response, "gsm8k") for response in responses])
         assert [score.reason for score in scores][:2] == ["timeout", "correct"]
         assert scores[2].reason in ("timeout", "wrong", "no answer")
         assert time.monotonic() - start < 20  # four deadlines, and a start of the worker after each
@@ -156,7 +164,7 @@ def test_fork_server_killed_is_replaced(pool):
     os.kill(server, signal.SIGKILL)
     assert wait_until(lambda: not parent_of(server))
     assert pool.score([GOOD] * 50) == [CORRECT] * 50
-    assert pool.score([("yes", "kill 9"), GOOD])[1] == CORRECT
+    assert pool.score([job("yes", "kill 9"), GOOD])[1] == CORRECT
 
 
 def test_interrupt_key_does_not_reach_workers(pool):
@@ -167,12 +175,15 @@ def test_interrupt_key_does_not_reach_workers(pool):
 
 
 def test_workers_import_no_torch(pool):
-    assert pool.score([("", "modules torch numpy pytest")]) == [Score(0.0)]
+    assert pool.score([job("", "modules torch numpy pytest")]) == [Score(0.0)]
 
 
 def test_2000_cheap_scores_take_a_tenth_of_a_second():
-    jobs = [(str(i % 100), f"Ana 7 . Ben 7 + 5 = 12 . #### {i % 90}") for i in range(2000)]
-    with ScoringPool("word_problems", num_workers=2, timeout_s=5) as pool:
+    jobs = [
+        job(str(i % 100), f"Ana 7 . Ben 7 + 5 = 12 . #### {i % 90}", "word_problems", metadata={"level": i})
+        for i in range(2000)
+    ]
+    with ScoringPool(["word_problems"], num_workers=2, timeout_s=5) as pool:
         pool.score(jobs)
         times = []
         for _ in range(5):
@@ -183,10 +194,10 @@ def test_2000_cheap_scores_take_a_tenth_of_a_second():
 
 
 def test_close_is_quick_with_a_stuck_worker_and_may_be_repeated():
-    pool = ScoringPool(TASK, num_workers=2, timeout_s=60)
+    pool = ScoringPool([TASK], num_workers=2, timeout_s=60)
     pool.score([GOOD])
     pids = {worker.pid for worker in pool._pool._pool_manager.worker_manager.workers.values()}
-    pool._send(_Chunk((0,), is_single=True), [("yes", "hold")])
+    pool._send(_JobChunk((0,), is_single=True), [job("yes", "hold")])
     time.sleep(1)  # the worker is inside the sum now, where no Python signal handler runs
     start = time.monotonic()
     pool.close()
@@ -197,18 +208,29 @@ def test_close_is_quick_with_a_stuck_worker_and_may_be_repeated():
         pool.score([GOOD])
 
 
+def test_problems_of_several_tasks_are_judged_each_by_its_own():
+    tasks = ["gsm8k", "word_problems", TASK]
+    with ScoringPool(tasks, num_workers=2, timeout_s=5) as pool:
+        jobs = [job("7", "\\boxed{7}", task) for task in tasks] * 10
+        assert rewards(pool, jobs) == [1.0, 0.0, 0.0] * 10
+        assert rewards(pool, [job("7", "#### 7", task) for task in tasks]) == [1.0, 1.0, 0.0]
+        with pytest.raises(ValueError, match="other_task:TASK"):
+            pool.score([*jobs, job("7", "7", "other_task:TASK")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
         ({"num_workers": 0}, "data.num_scoring_workers"),
         ({"timeout_s": 0.0}, "data.scoring_timeout_s"),
         ({"timeout_s": float("nan")}, "data.scoring_timeout_s"),
-        ({"task_name": "gsm9k"}, "data.task"),
+        ({"task_names": ["gsm8k", "gsm9k"]}, "data.task"),
+        ({"reward": "misbehaving_task:no_such_reward"}, "data.reward"),
     ],
 )
 def test_wrong_arguments_are_errors(arguments, field):
     with pytest.raises(UserError) as caught:
-        ScoringPool(**({"task_name": "gsm8k", "num_workers": 1, "timeout_s": 1.0} | arguments))
+        ScoringPool(**({"task_names": ["gsm8k"], "num_workers": 1, "timeout_s": 1.0} | arguments))
     assert caught.value.field == field
 
 
@@ -217,9 +239,9 @@ def test_workers_that_cannot_start_are_an_error_not_a_hang(tmp_path, monkeypatch
         "from megatron_rl.tasks.word_problems import WordProblems\nTASK = WordProblems(preload=('no_such_module',))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    pool = ScoringPool("unloadable_task:TASK", num_workers=1, timeout_s=1.0)
-    with pytest.raises(RuntimeError, match="do not start"):
-        pool.score([GOOD])
+    pool = ScoringPool(["unloadable_task:TASK"], num_workers=1, timeout_s=1.0)
+    with pytest.raises(RuntimeError, match="unloadable_task:TASK do not start"):
+        pool.score([job("1", "1", "unloadable_task:TASK")])
     pool.close()
 
 
@@ -227,11 +249,13 @@ SCRIPT = """
 import os, sys, time
 print("top level", flush=True)           # no __main__ guard: workers must not run this
 from megatron_rl.scoring.workers import ScoringPool
-pool = ScoringPool("gsm8k", num_workers=2, timeout_s=600)
-pool.score([("1", "\\\\boxed{1}")])
+from megatron_rl.types import Problem
+pool = ScoringPool(["gsm8k"], num_workers=2, timeout_s=600)
+problem = Problem("id", "text", "3", task="gsm8k")
+pool.score([(problem, "\\\\boxed{1}")])
 print(*[w.pid for w in pool._pool._pool_manager.worker_manager.workers.values()], flush=True)
 if sys.argv[1] == "stuck":
-    pool.score([("3", "\\\\boxed{9^{9^{9^9}}}")] * 2)
+    pool.score([(problem, "\\\\boxed{9^{9^{9^9}}}")] * 2)
 """
 
 

@@ -1,0 +1,169 @@
+"""A reward by import path: what it may return, what becomes of the others, and what is refused before a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.errors import UserError
+from megatron_rl.rewards.correct import is_correct
+from megatron_rl.scoring.reward import as_score, get_reward
+from megatron_rl.scoring.workers import ScoringPool
+from megatron_rl.types import Problem, Score
+
+ROOT = Path(__file__).parents[3]
+MODULE = "misbehaving_task"  # next to this file
+
+
+def job(response: str, **fields: Any) -> tuple[Problem, str]:
+    return Problem("id", "text", "yes", task="word_problems", **fields), response
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ScoringPool]:
+    """The task is another one: its score would find no number in any of these responses."""
+    with ScoringPool(["word_problems"], reward=f"{MODULE}:reward", num_workers=1, timeout_s=1.0) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("response", "correct"), [("1", 1.0), ("1.5", 1.0), ("0.99", 0.0), ("-2", 0.0), ("yes", 1.0)])
+def test_a_float_is_a_score_that_is_correct_from_one_on(pool: ScoringPool, response: str, correct: float) -> None:
+    (score,) = pool.score([job(response)])
+    reward = 1.0 if response == "yes" else float(response)
+    assert score == Score(reward, {"correct": correct}, "correct" if correct else "wrong")
+    assert is_correct(score) == bool(correct) and not score.is_failure
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("raise no luck", "crash: RuntimeError: no luck"),
+        ("sleep 60", "timeout"),
+        ("hold", "timeout"),
+        ("nan", "crash: ValueError: a reward is not finite"),
+        ("inf", "crash: ValueError: a reward is not finite"),
+        ("none", "crash: TypeError: NoneType is neither a Score nor a float"),
+        ("text 1", "crash: TypeError: str is neither a Score nor a float"),
+        ("kill 9", "crash: the worker was killed by SIGKILL"),
+    ],
+)
+def test_a_failure_has_a_reason_and_touches_no_other_response(pool: ScoringPool, response: str, reason: str) -> None:
+    scores = pool.score([job("1"), job(response), job("1")])
+    assert scores[1] == Score(0.0, reason=reason, is_failure=True)
+    assert [score.reward for score in scores] == [1.0, 0.0, 1.0]
+
+
+def test_a_reward_sees_the_whole_problem_and_may_return_a_score() -> None:
+    with ScoringPool(["gsm8k"], reward=f"{MODULE}:reward_of_metadata", num_workers=1, timeout_s=5.0) as pool:
+        problem = Problem("id", "text", "1", task="gsm8k", question="q", metadata={"points": {"a": 0.25, "b": 2}})
+        assert pool.score([(problem, "a"), (problem, "b"), (problem, "c")]) == [
+            Score(0.25, {"correct": 1.0}, "q"),
+            Score(2, {"correct": 1.0}, "q"),
+            Score(0.0, reason="crash: KeyError: 'c'", is_failure=True),
+        ]
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    score = as_score(get_reward(f"{MODULE}:numpy_reward")(job("")[0], "2"))
+    assert type(score.reward) is float and score.reward == 2.0
+    with pytest.raises(TypeError, match="a reward is a float32"):  # it could not travel to the other ranks
+        as_score(Score(get_reward(f"{MODULE}:numpy_reward")(job("")[0], "2")))
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("one_argument", "cannot be called as f\\(problem, response\\)"),
+        ("three_arguments", "cannot be called as f\\(problem, response\\) .*tokenizer"),
+        ("asynchronous", "is an async function"),
+        ("NotAFunction", "is a type, not a function"),
+        ("NUMBER", "is not a function"),
+        ("rewards", "did you mean reward"),
+    ],
+)
+def test_what_is_no_reward_is_one_error(name: str, rule: str) -> None:
+    with pytest.raises(UserError, match=rule) as caught:
+        get_reward(f"{MODULE}:{name}")
+    assert caught.value.field == "data.reward"
+
+
+# ---- from the folder in which the command is given
+
+
+TASK = """
+from megatron_rl.tasks.word_problems import WordProblems
+class Mine(WordProblems):
+    name = "mine"
+TASK = Mine()
+"""
+REWARD = """
+raise SystemExit("a check must not run this")
+def reward(problem, response): ...
+"""
+SCORE = """
+import sys
+sys.path = [entry for entry in sys.path if entry]  # as in a console script: no current folder
+from megatron_rl.commands import cli
+cli._see_current_folder()
+from megatron_rl.scoring.workers import ScoringPool
+from megatron_rl.types import Problem
+with ScoringPool(["my_task:TASK"], reward=sys.argv[1] or None, num_workers=1, timeout_s=5.0) as pool:
+    print(pool.score([(Problem("id", "text", "7", task="my_task:TASK"), "#### 7")])[0].reward)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "my_task.py").write_text(TASK)
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    (tmp_path / "half.py").write_text("def reward(problem, response): return 0.5")
+    shutil.copy(ROOT / "examples/quickstart/grpo.yaml", tmp_path)  # its model and its problems are not there
+    return tmp_path
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder that is not on its path."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.task=my_task:TASK", "data.reward=my_reward:reward"), None),
+        (("data.task=gsm9k",), "error: data.task = 'gsm9k': is no task; there are gsm8k, word_problems."),
+        (("data.task=my_task:TASKS",), "error: data.task = 'my_task:TASKS': names nothing"),
+        (("data.task=my_tusk:TASK",), "there is no module my_tusk"),
+        (("data.reward=my_reward:rewards",), "error: data.reward = 'my_reward:rewards': names nothing"),
+        (("data.reward=my_reward",), "error: data.reward = 'my_reward': does not read package.module:NAME"),
+    ],
+)
+def test_check_finds_code_in_the_current_folder_and_refuses_what_is_not_there(
+    folder: Path, overrides: tuple[str, ...], message: str | None
+) -> None:
+    script = folder / "bin" / "megatron-rl"  # a console script: its own folder is on the path, the current one is not
+    script.parent.mkdir()
+    script.write_text("from megatron_rl.commands.cli import main\nmain()\n")
+    done = run(folder, str(script), "check", "grpo.yaml", *overrides)
+    if message is None:
+        assert done.returncode == 0, done.stderr
+        assert "reward: my_reward:reward" in done.stdout
+    else:
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("reward", "expected"), [("", "1.0"), ("half:reward", "0.5")])
+def test_scoring_workers_find_tasks_and_rewards_in_the_current_folder(folder: Path, reward: str, expected: str) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin" / "score.py").write_text(SCORE)
+    done = run(folder, "bin/score.py", reward)
+    assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
