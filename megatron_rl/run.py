@@ -183,9 +183,9 @@ class Run:
         return done == self.config.trainer.max_steps or self._is_budget_spent
 
     def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
-        """Return the rows of a step, after which its groups are needed no more; what is logged or kept of them is taken here.
+        """Return the rows of a step, after which its groups are needed no more; take from them what is logged or kept.
 
-        Where stored rows cannot be read, all ranks end alike.
+        If stored rows cannot be read, all ranks end with the same error.
         """
         algorithm = self.online_algorithm
         with all_ranks_agree(self.groups.cpu_group):
