@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,20 +22,19 @@ from megatron_rl.data.pack import full_batches
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.distance import distance_metrics
 from megatron_rl.evaluation.evaluator import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
-from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
-from megatron_rl.model.numerics import NumericsMonitor, summary
+from megatron_rl.model.numerics import NumericsMonitor
 from megatron_rl.model.policy import Policy
 from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process import activity
 from megatron_rl.report.curves import plot_curves
-from megatron_rl.report.summary import print_before_after, write_summary
+from megatron_rl.report.summary import sum_up
 from megatron_rl.rollout.build import build_engine
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine, ServedModel
@@ -160,7 +158,7 @@ class Run:
             metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
             metrics |= self._weight_sync.metrics
         if self._numerics is not None:
-            metrics |= self._look_at_numerics(self._numerics, done)
+            metrics |= self._numerics.finish_step(done, self.directory / "numerics", self.say)
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
         if self.reference:
@@ -175,21 +173,6 @@ class Run:
         elif every and done % every == 0:
             self._evaluate(done, self.config.eval.num_samples_during)
         self._save_if_due(done)
-
-    def _look_at_numerics(self, monitor: NumericsMonitor, done: int) -> dict[str, float]:
-        """Return metrics of a watched step; its layers go to a file of ``numerics/``, alarms to the console."""
-        report = monitor.report()
-        if not report:
-            return {}
-        alarms = monitor.alarms(report)
-        for line in alarms:
-            self.say(f"numerics at step {done}: {line}")
-        with all_ranks_agree(self.groups.cpu_group):
-            if self.is_first:
-                path = self.directory / "numerics" / f"step_{done:08d}.json"
-                with disk_errors(path, field="exp_manager.exp_dir", fix=SAME_COMMAND):
-                    write_atomic(path, json.dumps(report, indent=1) + "\n")
-        return summary(report) | {"numerics/alarms": float(len(alarms))}
 
     @property
     def _is_budget_spent(self) -> bool:
@@ -282,7 +265,13 @@ class Run:
         self.logger.close()
         if self.is_first:
             plot_curves(self.logger.path, self.directory / "curves.png")
-            self._sum_up(self.logger.rows())
+            sum_up(
+                self.directory,
+                self.logger.rows(),
+                engine=self.config.rollout.engine,
+                k_values=self.config.eval.k_values,
+                seconds=time.monotonic() - self.started,
+            )
 
     def say(self, message: str) -> None:
         """Print one line for the user, from rank 0."""
@@ -432,20 +421,3 @@ class Run:
                     self.say(f"no keep and explore rates: {error}")
             rates = {} if baseline is None else keep_and_explore_rates(baseline, results)
         return broadcast_json(rates, self.groups.cpu_group)
-
-    def _sum_up(self, rows: Sequence[Mapping[str, float]]) -> None:
-        by_step = {int(row["step"]): row for row in rows}
-        last = max(by_step, default=0)
-        before, after = by_step.get(0, {}), by_step.get(last, {}) if last else {}
-        names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in self.config.eval.k_values}
-        kept = ("eval/keep_rate", "eval/explore_rate", "eval/distinct", "eval/style")
-        names |= {key.removeprefix("eval/"): key for key in after if key.startswith(kept)}
-        summary: dict[str, Any] = {"engine": self.config.rollout.engine, "steps": last}
-        for when, row in (("before", before), ("after", after)):
-            summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}
-        phases = sorted({key for row in rows for key in row if key.startswith("time/")} | {"eval/seconds"})
-        summary["seconds_by_phase"] = {key: round(sum(row.get(key, 0.0) for row in rows), 3) for key in phases}
-        summary["seconds"] = round(time.monotonic() - self.started, 3)
-        write_summary(self.directory / "summary.json", summary)
-        if before and after:
-            print_before_after(before, after, self.config.eval.k_values)

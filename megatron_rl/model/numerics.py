@@ -14,10 +14,12 @@ communication; of what several ranks hold, the largest is reported. Under Transf
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +30,12 @@ from torch import Tensor
 
 from megatron_rl.config import NumericsConfig
 from megatron_rl.convert.tables.table import global_name
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.model.attention import WholeLinear
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.fp8.emulation import Fp8Layer, Quantizers, fp8_product
 from megatron_rl.model.fp8.recipe import Fp8Recipe, recipe_of
-from megatron_rl.parallel.agree import gather_json
+from megatron_rl.parallel.agree import all_ranks_agree, gather_json
 from megatron_rl.parallel.groups import Groups
 
 LINEAR = (ColumnParallelLinear, RowParallelLinear, WholeLinear, *TE_LINEAR_TYPES)
@@ -80,6 +83,21 @@ class NumericsMonitor:
                 for key, value in values.items():
                     kept[key] = _larger(kept.get(key, -math.inf), value)
         return {name: merged[name] for name in sorted(merged, key=_place) if merged[name]}
+
+    def finish_step(self, step: int, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
+        """Return the metrics of a watched step; its layers go to a file of ``folder``, alarms to ``say``. A collective."""
+        report = self.report()
+        if not report:
+            return {}
+        alarms = self.alarms(report)
+        for line in alarms:
+            say(f"numerics at step {step}: {line}")
+        with all_ranks_agree(self._groups.cpu_group):
+            if self._groups.rank == 0:
+                path = folder / f"step_{step:08d}.json"
+                with disk_errors(path, field="exp_manager.exp_dir", fix=SAME_COMMAND):
+                    write_atomic(path, json.dumps(report, indent=1) + "\n")
+        return summary(report) | {"numerics/alarms": float(len(alarms))}
 
     def alarms(self, report: Mapping[str, LayerReport]) -> list[str]:
         """One line for each kind of number that is beyond its limit, with the layer where it is worst."""

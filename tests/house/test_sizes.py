@@ -20,7 +20,11 @@ MAX_METHOD_LINES = 150
 MAX_TOP_ENTRIES, MAX_TOP_FILES = 28, 8
 
 PENDING: dict[str, set[str]] = {
-    "modules": {"megatron_rl/convert/offline/distcp.py", "megatron_rl/run.py"},
+<<<<<<< HEAD
+    "modules": set(),
+=======
+    "modules": set(),
+>>>>>>> main
     "functions": set(),
     "methods": set(),
     "class names": set(),
@@ -75,7 +79,7 @@ def test_a_method_is_one_short_file() -> None:
 
 
 def test_the_package_opens_with_few_entries() -> None:
-    entries = [path for path in PACKAGE.iterdir() if path.name not in {"__init__.py", "py.typed", "__pycache__"}]
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
     files = [path.name for path in entries if path.is_file()]
     assert {"train.py", "run.py", "types.py"} <= set(files)
     assert len(files) <= MAX_TOP_FILES, sorted(files)
