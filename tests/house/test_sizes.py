@@ -20,11 +20,7 @@ MAX_METHOD_LINES = 150
 MAX_TOP_ENTRIES, MAX_TOP_FILES = 28, 8
 
 PENDING: dict[str, set[str]] = {
-<<<<<<< HEAD
     "modules": set(),
-=======
-    "modules": set(),
->>>>>>> main
     "functions": set(),
     "methods": set(),
     "class names": set(),
