@@ -1,10 +1,23 @@
-# make quickstart, make test: each makes .venv, installs pinned requirements, and runs.
-#   ENGINE=sglang  quickstart with rollouts from a real SGLang server
-#   PLATFORM=gpu   takes requirements/gpu.txt (default: cpu)
-# make test-gpu PLATFORM=gpu: checks and benchmarks that need a GPU.
-#   WHEELS=folder  install from the wheels in it alone: for machines without a network
-#   PYTHON=...     the interpreter of the virtual environment
+# make quickstart         watch a model learn by reinforcement, about eight minutes on two CPU cores
+# make test-fast          unit tests, rules of the house, every config: under three minutes
+# make test               all tests: half an hour on two cores
+#   test-trainer            all but those with real servers
+#   test-servers            those with real SGLang servers
+# make test-gpu           checks and benchmarks that need a GPU; wants PLATFORM=gpu
+# make lint               ruff, its format, mypy
+# make format             mend what ruff can mend
+# make bench              all benchmarks for CPUs
+# make sglang             install SGLang beside the rest
+# make clean              remove .venv and builds
+# make help               print this
+#
+# Each target makes .venv and installs pinned requirements first, where they are not there yet.
+#   ENGINE=sglang         quickstart with rollouts from a real SGLang server
+#   PLATFORM=gpu          take requirements/gpu.txt (default: cpu)
+#   WHEELS=folder         install from the wheels in it alone: for machines without a network
+#   PYTHON=python3.12     the interpreter of the virtual environment
 
+.DEFAULT_GOAL := help
 PLATFORM ?= cpu
 ENGINE ?= transformers
 PYTHON ?= $(if $(filter gpu,$(PLATFORM)),python3.12,python3.11)
@@ -17,7 +30,10 @@ DEV_STAMP := .venv/.installed-dev
 BENCH_STAMP := .venv/.installed-bench-gpu
 NVIDIA := $(wildcard /dev/nvidia0)
 
-.PHONY: quickstart sglang test test-trainer test-servers test-gpu lint format bench clean
+.PHONY: help quickstart sglang test test-fast test-trainer test-servers test-gpu lint format bench clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(BIN)/python -m examples.quickstart.run --engine $(ENGINE)
@@ -27,6 +43,10 @@ sglang: $(SGLANG_STAMP)
 # Servers mostly wait for each other, so both halves run at the same time, each to its end.
 test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(MAKE) --jobs=2 --keep-going --output-sync=target test-trainer test-servers
+
+# Two workers, since much of these tests is waiting for small processes.
+test-fast: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow" --durations=5 tests/unit tests/house tests/configs
 
 test-trainer:
 	$(BIN)/python -m pytest --durations=15 --ignore=tests/servers

@@ -36,13 +36,27 @@ EXTRAS = {
     "nemo": ["nemo-toolkit>=2.7,<3"],  # readers of NeMo 2 checkpoints; 3.0 is speech only
     "wandb": ["wandb"],
     "mlflow": ["mlflow"],
-    "dev": ["pytest", "pytest-timeout", "ruff", "mypy"],
+    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit"],
 }
 
 setup(
     name="megatron-rl",
     version=VERSION,
     description="Reinforcement-learning post-training of language models on Megatron-Core",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.13",
     packages=[
         *find_packages(include=["megatron_rl", "megatron_rl.*"]),
@@ -50,7 +64,7 @@ setup(
         *(f"megatron_rl.patches.{name}" for name in find_packages("patches")),
     ],
     package_dir={"megatron_rl.patches": "patches"},
-    package_data={"megatron_rl.report": ["page.html"]},
+    package_data={"megatron_rl": ["py.typed"], "megatron_rl.report": ["page.html"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.commands.cli:main"]},

@@ -65,7 +65,8 @@ def measure(max_matmul_length: int) -> float:
     from megatron_rl.data.prompts import demonstrations, tokenize_prompts
     from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
     from megatron_rl.model import attention
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.policy import Policy
+    from megatron_rl.model.trainable import Trainable
     from megatron_rl.model.weights import load_hf_weights
     from megatron_rl.parallel.groups import build_groups
     from megatron_rl.tasks import get_task
@@ -87,14 +88,15 @@ def measure(max_matmul_length: int) -> float:
     problems = get_task("word_problems").load(root / "rows.jsonl", template=None)
     prompts, _ = tokenize_prompts(problems, tokenizer, config.data, context_length=256, max_new_tokens=1)
     rows = demonstrations(prompts, tokenizer, stop_id=stop_ids(tokenizer, shape)[0], context_length=256)
-    policy = Policy(
+    trainable = Trainable(
         config,
         shape,
         groups,
+        optim=config.policy.optim,
         fill_weights=lambda chunks: load_hf_weights(chunks, shape, groups, lambda: RandomReader(shape, seed=1)),
         timer=lambda _phase: nullcontext(),
     )
-    algorithm = SFT(config)
+    policy, algorithm = Policy(trainable), SFT(config)
     tokens, started = 0, 0.0
     for step in range(STEPS):
         mini_batch = rows[step * ROWS : (step + 1) * ROWS]

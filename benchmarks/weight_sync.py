@@ -29,7 +29,7 @@ from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import shard_shape
 from megatron_rl.convert.tables.table import entries, hf_tensors
 from megatron_rl.process.network import HeldPort
-from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages, send_messages
+from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, receive_messages, send_messages
 from megatron_rl.weight_sync.plan import TrainingLayout, make_plan
 from megatron_rl.weight_sync.receiver import make_group
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
@@ -123,14 +123,14 @@ def work(
                 receive=lambda flat, message: group.recv([flat], message.sender, message.tag),
             )
 
-    extents, digests = hf_tensors(shape), torch.zeros(len(plan.pieces), dtype=torch.int64)
-    senders = {copy.piece.index: copy.sender for copy in plan.copies}
+    extents, digests = hf_tensors(shape), torch.zeros(len(plan.overlaps), dtype=torch.int64)
+    senders = {copy.overlap.index: copy.sender for copy in plan.copies}
 
     def prove() -> None:
-        pieces = [p for p in plan.pieces if (senders[p.index] == rank if is_sender else p.tp_rank == tp_rank)]
-        found = digest_pieces(pieces, parameters, extents, dtype=DTYPE, is_sender=is_sender)
-        for piece, value in zip(pieces, found):
-            digests[piece.index] = value - 2**64 if value >= 2**63 else value
+        overlaps = [p for p in plan.overlaps if (senders[p.index] == rank if is_sender else p.tp_rank == tp_rank)]
+        found = digest_overlaps(overlaps, parameters, extents, dtype=DTYPE, is_sender=is_sender)
+        for overlap, value in zip(overlaps, found):
+            digests[overlap.index] = value - 2**64 if value >= 2**63 else value
 
     def timed(what: Callable[[], None]) -> float:
         dist.barrier()

@@ -45,14 +45,16 @@ def find(name: str, known: Mapping[str, T], *, field: str, what: str) -> T | Any
     return known[name]
 
 
-def unknown(name: str, known: Mapping[str, Any], *, field: str, what: str) -> UserError:
+def unknown(name: object, known: Iterable[str], *, field: str, what: str) -> UserError:
     """Say that ``name`` is neither known nor a path."""
     noun = what.split(" ", 1)[1]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    ours = f"did you mean {near[0]}? Else" if near else "use one of them, or"
     return UserError(
         field,
         name,
         f"is no {noun}; there are {', '.join(sorted(known))}",
-        f"use one of them, or give {what} of your own as package.module:NAME",
+        f"{ours} give {what} of your own as package.module:NAME",
     )
 
 

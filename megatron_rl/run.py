@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,26 +27,38 @@ from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
-from megatron_rl.model.numerics import NumericsMonitor, summary
-from megatron_rl.model.step import Policy
+from megatron_rl.model.numerics import NumericsMonitor
+from megatron_rl.model.policy import Policy
+from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process import activity
 from megatron_rl.report.curves import plot_curves
-from megatron_rl.report.summary import print_before_after, write_summary
+from megatron_rl.report.summary import sum_up
 from megatron_rl.rollout.build import build_engine
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine, ServedModel
 from megatron_rl.scoring.scorer import Scorer
-from megatron_rl.types import Kind, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import Prompt, RolloutGroup, RowKind, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync, served_overrides
+
+NEEDS = frozenset({"old_log_probs", "ref_log_probs", "entropy", "values"})
+"""Per-token vectors that ``Run.fill`` can be asked for."""
 
 
 class Run:
-    """Everything of one run on this rank. Every rank builds the same; what is shared out is inside the parts."""
+    """All parts of one run on this rank. Every rank builds the same parts; sharding happens inside them."""
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: Config, runtime: Runtime, *, is_trained: bool = True) -> None:
+        """Build all parts.
+
+        Args:
+            config: of the run.
+            runtime: of this rank.
+            is_trained: False for a run that samples and evaluates only: its model has no optimizer and no gradients, it
+                needs no reference, and it writes no checkpoint; the weights of one it does load.
+        """
+        self.config, self.runtime, self.is_trained = config, runtime, is_trained
         self.started = time.monotonic()
         self.directory = config.exp_manager.run_dir
         self.is_first = runtime.rank == 0
@@ -55,8 +66,9 @@ class Run:
             synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=activity.enter
         )
         self._checkpoint_seconds: dict[str, float] = {}
+        self._rollout_metrics: dict[str, float] = {}
         self.num_generated_tokens = 0
-        """Of all training rollouts of the run, whatever became of them; evaluation does not count."""
+        """Tokens sampled for training so far, including dropped rollouts; evaluation excluded."""
         torch.manual_seed(config.trainer.seed)
         self.groups = build_groups_of(config, runtime.device)
         self.inputs = Inputs(config, self.groups, self.say)
@@ -71,19 +83,20 @@ class Run:
             # Read now, so that a wrong file is found before training; by rank 0, whose own disk it may be on.
             is_read = config.eval.is_used and self.is_first
             self._baseline = self.evaluator.read_baseline() if is_read else None
-        with ExitStack() as parts:  # what is started is stopped again, also when a later part cannot be built
+        with ExitStack() as parts:  # stops the parts that were started, also if a later one cannot be built
             self._build(parts)
             self._parts = parts.pop_all()
 
     def _build(self, parts: ExitStack) -> None:
         config = self.config
-        # First of all, because servers take long to start; they do while the policy is built.
+        # Servers come first: they take long to start, and do so while the policy is built.
         is_sampled = config.trainer.stage == "rl" or config.eval.is_used
         engine = self._build_engine() if is_sampled else None
         if engine is not None:
             parts.callback(engine.close)
-        self.policy = Policy(config, self.shape, self.groups, fill_weights=self._fill_weights, timer=self.timer)
-        self.reference = self.policy.snapshot() if self.algorithm.needs_reference else []
+        self.policy = Policy(self._build_model())
+        needs_reference = self.is_trained and "ref_log_probs" in self.algorithm.needs
+        self.reference = self.policy.trainable.snapshot() if needs_reference else []
         numerics = config.trainer.numerics
         self._numerics: NumericsMonitor | None = None
         if numerics.every_n_steps:
@@ -102,20 +115,20 @@ class Run:
             scorer = self._build_scorer()
             parts.callback(scorer.close)
             self.collector = Collector(engine, scorer, config.trainer.seed, self.timer, self._log_probs_of)
-        self._weight_sync = WeightSync(config, self.policy)
+        self._weight_sync = WeightSync(config, self.policy.trainable)
         if config.trainer.stage == "rl":
             self.publish(version=self.start_step)
 
     # ------------------------------------------------------------------------------------------------ around a step
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do, counted from 0: up to ``max_steps``, or until ``max_generated_tokens`` are sampled."""
+        """Yield the steps still to do, counted from 0: up to ``max_steps``, or until ``max_generated_tokens`` are sampled."""
         for step in range(self.start_step, self.config.trainer.max_steps):
             if self._is_budget_spent:
                 return
             self.timer.flush()
             self._generated_at_start = self.rollouts.num_generated_tokens if self.collector is not None else 0
-            self._step_started = time.monotonic()
+            self._step_started, self._is_first_step = time.monotonic(), step == self.start_step
             activity.set_step(step + 1)
             if self._numerics is not None and (step + 1) % self.config.trainer.numerics.every_n_steps == 0:
                 self._numerics.watch()
@@ -126,7 +139,6 @@ class Run:
         done: int,
         updates: Sequence[Mapping[str, float]],
         samples: Sequence[TrainingSample],
-        groups: Sequence[RolloutGroup] = (),
     ) -> None:
         """Log a step; evaluate and save where it is time to.
 
@@ -134,26 +146,23 @@ class Run:
             done: steps done, this one included.
             updates: what each ``train_step`` returned.
             samples: the rows trained on.
-            groups: the rollouts of an online step.
         """
-        metrics = update_metrics(updates) | sample_metrics([sample for sample in samples if sample.weights is not None])
-        if groups:
+        trained = [sample for sample in samples if sample.weights is not None]
+        metrics = update_metrics(updates) | sample_metrics(trained, self.groups.cpu_group)
+        if self._rollout_metrics:
             generated = self.rollouts.num_generated_tokens - self._generated_at_start
             self.num_generated_tokens += generated
             metrics["rollout/generated_tokens"] = float(generated)
             metrics["rollout/generated_tokens_total"] = float(self.num_generated_tokens)
-            metrics |= rollout_metrics(groups, version=done - 1)
+            metrics |= self._rollout_metrics
             metrics |= self.online_algorithm.step_metrics() | self.rollouts.engine.metrics()
+            metrics |= self._weight_sync.metrics
         if self._numerics is not None:
-            metrics |= self._look_at_numerics(self._numerics, done)
+            metrics |= self._numerics.finish_step(done, self.directory / "numerics", self.say)
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
         if self.reference:
             metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
-        if groups:
-            with all_ranks_agree(self.groups.cpu_group):
-                if self.is_first:
-                    self.online_algorithm.keep(self.directory, groups, self.inputs.tokenizer, step=done)
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full
@@ -165,21 +174,6 @@ class Run:
             self._evaluate(done, self.config.eval.num_samples_during)
         self._save_if_due(done)
 
-    def _look_at_numerics(self, monitor: NumericsMonitor, done: int) -> dict[str, float]:
-        """Metrics of a watched step; its layers go to a file of ``numerics/``, and what is alarming to the console."""
-        report = monitor.report()
-        if not report:
-            return {}
-        alarms = monitor.alarms(report)
-        for line in alarms:
-            self.say(f"numerics at step {done}: {line}")
-        with all_ranks_agree(self.groups.cpu_group):
-            if self.is_first:
-                path = self.directory / "numerics" / f"step_{done:08d}.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(report, indent=1) + "\n")
-        return summary(report) | {"numerics/alarms": float(len(alarms))}
-
     @property
     def _is_budget_spent(self) -> bool:
         budget = self.config.trainer.max_generated_tokens
@@ -189,9 +183,41 @@ class Run:
         return done == self.config.trainer.max_steps or self._is_budget_spent
 
     def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
-        """The rows of a step; where stored ones cannot be read, all ranks end alike."""
+        """Return the rows of a step, after which its groups are needed no more; what is logged or kept of them is taken here.
+
+        Where stored rows cannot be read, all ranks end alike.
+        """
+        algorithm = self.online_algorithm
         with all_ranks_agree(self.groups.cpu_group):
-            return self.online_algorithm.samples(groups, step)
+            samples = algorithm.samples(groups, step)
+            if self.is_first:
+                algorithm.keep(self.directory, groups, self.inputs.tokenizer, step=step + 1)
+        self._rollout_metrics = rollout_metrics(groups, version=step)
+        return samples
+
+    def fill(self, samples: Sequence[TrainingSample], needs: frozenset[str]) -> None:
+        """Set the per-token vectors that a method needs before it gives credit, by forward passes.
+
+        A first update can bring ``old_log_probs`` from its own pass, so ``passes_ahead`` may leave its rows out. In the
+        first step of a run it does not: a pass ahead of it shows that both give the same bits (the ratio is exactly 1).
+
+        Args:
+            samples: all rows of the step, on every rank. A row keeps a vector that it has already.
+            needs: names among ``NEEDS``. ``entropy`` is filled beside ``old_log_probs`` and needs it.
+        """
+        assert needs <= NEEDS, f"nothing fills {', '.join(sorted(needs - NEEDS))}"
+        assert "values" not in needs, "values need a critic, and a run has none"
+        assert "entropy" not in needs or "old_log_probs" in needs, "entropy is filled beside old_log_probs"
+        policy, online = self.policy, self.algorithm if isinstance(self.algorithm, OnlineAlgorithm) else None
+        mini_batches = online.mini_batches(samples) if online is not None else [list(range(len(samples)))]
+        if "old_log_probs" in needs:
+            ahead = online.passes_ahead(samples) if online is not None else mini_batches
+            policy.fill_log_probs(samples, ahead, "old_log_probs", *needs & {"entropy"})
+        if "ref_log_probs" in needs:
+            with policy.trainable.weights_of(self.reference):
+                policy.fill_log_probs(samples, mini_batches, "ref_log_probs")
+        if "old_log_probs" in needs and online is not None and self._is_first_step:
+            policy.fill_log_probs(samples, online.updates(samples)[:1], "old_log_probs")
 
     @property
     def online_algorithm(self) -> OnlineAlgorithm:
@@ -201,36 +227,36 @@ class Run:
 
     @property
     def rollouts(self) -> Collector:
-        """What samples and scores; there is none in a supervised run without evaluation."""
+        """The part that samples and scores; a supervised run without evaluation has none."""
         assert self.collector is not None
         return self.collector
 
     def evaluate_before(self) -> None:
-        """Evaluate the model as it comes, as step 0."""
+        """Evaluate the initial model, as step 0."""
         if self.config.eval.before and self.start_step == 0:
             self._evaluate(0, self.config.eval.num_samples)
 
-    def rest_engine(self) -> None:
-        """The next rollouts are a training phase away: a colocated engine gives its memory to the trainer."""
+    def release_engine_memory(self) -> None:
+        """Release a colocated engine's GPU memory for the training phase."""
         with self.timer("weight_sync"):
             self.rollouts.engine.release_memory()
 
     def publish(self, *, version: int) -> None:
-        """Give the engine the current weights, and what memory the trainer can spare."""
+        """Give the engine the current weights, and the memory that the trainer can spare."""
         self._make_room()
         with self.timer("weight_sync"):
             self.rollouts.engine.resume_memory()
         self._weight_sync.publish(self.rollouts.engine, version=version)
 
     def _make_room(self) -> None:
-        """For rollouts: what only updates need leaves the GPU, until an update or a checkpoint brings it back."""
+        """Release the memory that only updates need, until an update or a checkpoint brings it back."""
         if self.config.offloads_during_rollouts:
             with self.timer("offload"):
-                self.policy.update_memory.release()
+                self.policy.trainable.update_memory.release()
 
     @activity.phase("finish")
     def finish(self) -> None:
-        """Export, plot, sum up."""
+        """Export the model, plot the curves, write the summary."""
         if self.config.exp_manager.export_hf:
             source = Path(self.config.policy.model_path)
             target = self.directory / "hf"
@@ -239,10 +265,16 @@ class Run:
         self.logger.close()
         if self.is_first:
             plot_curves(self.logger.path, self.directory / "curves.png")
-            self._sum_up(self.logger.rows())
+            sum_up(
+                self.directory,
+                self.logger.rows(),
+                engine=self.config.rollout.engine,
+                k_values=self.config.eval.k_values,
+                seconds=time.monotonic() - self.started,
+            )
 
     def say(self, message: str) -> None:
-        """One line for the user, from rank 0."""
+        """Print one line for the user, from rank 0."""
         if self.is_first:
             print(message, flush=True)
 
@@ -253,6 +285,12 @@ class Run:
         self._parts.close()
 
     # ------------------------------------------------------------------------------------------------ parts
+
+    def _build_model(self) -> Trainable:
+        optim = self.config.policy.optim if self.is_trained else None
+        return Trainable(
+            self.config, self.shape, self.groups, optim=optim, fill_weights=self._fill_weights, timer=self.timer
+        )
 
     def _fill_weights(self, chunks: Any) -> None:
         policy, seed = self.config.policy, self.config.trainer.seed
@@ -265,8 +303,8 @@ class Run:
         )
 
     def _log_probs_of(self, prompts: Sequence[Prompt], responses: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Collector.policy_log_probs``."""
-        rows = [TrainingSample(prompt.prompt_ids, ids, Kind.RL) for prompt, ids in zip(prompts, responses)]
+        """Return the trainer's log-probs of each response, [R] float32; a ``Collector`` asks for them."""
+        rows = [TrainingSample(prompt.prompt_ids, ids, RowKind.RL) for prompt, ids in zip(prompts, responses)]
         size = self.config.policy.train_global_batch_size
         batches = full_batches(range(len(rows)), size=size, multiple=self.config.row_unit)
         self.policy.fill_log_probs(rows, batches, "old_log_probs")
@@ -280,30 +318,34 @@ class Run:
         self._fixed = fixed_settings(self.config, self.shape, self.inputs.pool_contents)
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
         if path is not None:
-            state = self.checkpoints.load(path, self.policy, self._fixed)
+            state = self.checkpoints.load(path, self.policy.trainable, self._fixed)
             self.inputs.stream.load_state(state)
             if isinstance(self.algorithm, OnlineAlgorithm):
                 self.algorithm.load_state(self.checkpoints.load_tensors(path))
             step, self.num_generated_tokens = int(state["step"]), int(state.get("generated_tokens", 0))
             self.say(f"resuming after step {step}: {path}")
-        if manager.create_checkpoint_callback:
+        if self._writes_checkpoints:
             self.checkpoints.set_aside_others(path)
         return step
+
+    @property
+    def _writes_checkpoints(self) -> bool:
+        return self.is_trained and self.config.exp_manager.create_checkpoint_callback
 
     @activity.phase("checkpoint")
     def _save_if_due(self, done: int) -> None:
         manager = self.config.exp_manager
         is_due = done % manager.checkpoint_callback_params.every_n_train_steps == 0 or self._is_last(done)
-        if manager.create_checkpoint_callback and is_due:
-            is_away = self.policy.update_memory.is_released
+        if self._writes_checkpoints and is_due:
+            is_away = self.policy.trainable.update_memory.is_released
             if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
-                self.rest_engine()
+                self.release_engine_memory()
             started = time.monotonic()
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
             state |= self.inputs.stream.state()
             is_online = isinstance(self.algorithm, OnlineAlgorithm)
             kept = self.online_algorithm.state() if is_online else {}
-            path = self.checkpoints.save(done, self.policy, state, kept)
+            path = self.checkpoints.save(done, self.policy.trainable, state, kept)
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
             self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
             self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")
@@ -351,7 +393,7 @@ class Run:
         distance: dict[str, float] = {}
         probes = self.inputs.probes
         if probes:
-            self.rest_engine()  # a pass of the trainer, which needs the memory of a colocated engine
+            self.release_engine_memory()  # a pass of the trainer, which needs the memory of a colocated engine
             distance = distance_metrics(self.policy, probes, batch_size=self.config.row_unit)
         if probes or self.rollouts.engine.weight_version != done:
             self.publish(version=done)
@@ -364,7 +406,10 @@ class Run:
             self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
 
     def _keep_and_explore(self, results: EvalResults) -> dict[str, float]:
-        """Against ``eval.baseline``, else this run's step 0. Rank 0 has the files, every rank gets the rates."""
+        """Return keep and explore rates against ``eval.baseline``, else this run's step 0.
+
+        Rank 0 reads the files, every rank gets the rates.
+        """
         rates: dict[str, float] = {}
         if self.is_first:
             baseline = self._baseline
@@ -376,20 +421,3 @@ class Run:
                     self.say(f"no keep and explore rates: {error}")
             rates = {} if baseline is None else keep_and_explore_rates(baseline, results)
         return broadcast_json(rates, self.groups.cpu_group)
-
-    def _sum_up(self, rows: Sequence[Mapping[str, float]]) -> None:
-        by_step = {int(row["step"]): row for row in rows}
-        last = max(by_step, default=0)
-        before, after = by_step.get(0, {}), by_step.get(last, {}) if last else {}
-        names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in self.config.eval.k_values}
-        kept = ("eval/keep_rate", "eval/explore_rate", "eval/distinct", "eval/style")
-        names |= {key.removeprefix("eval/"): key for key in after if key.startswith(kept)}
-        summary: dict[str, Any] = {"engine": self.config.rollout.engine, "steps": last}
-        for when, row in (("before", before), ("after", after)):
-            summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}
-        phases = sorted({key for row in rows for key in row if key.startswith("time/")} | {"eval/seconds"})
-        summary["seconds_by_phase"] = {key: round(sum(row.get(key, 0.0) for row in rows), 3) for key in phases}
-        summary["seconds"] = round(time.monotonic() - self.started, 3)
-        write_summary(self.directory / "summary.json", summary)
-        if before and after:
-            print_before_after(before, after, self.config.eval.k_values)

@@ -1,7 +1,7 @@
 """The training program, one process per rank: ``torchrun ... -m megatron_rl.train --config x.yaml section.field=value``.
 
-The whole of training is the two loops below; ``run.py`` builds what they use. Nothing here imports torch at the top, so
-that a wrong config is refused in the first second.
+Training is the two loops below; ``run.py`` builds the parts they use. Nothing here imports torch at the top, so that a wrong
+config is refused in the first second.
 """
 
 from __future__ import annotations
@@ -22,41 +22,38 @@ def run_online(run: Run) -> None:
     policy, algorithm = run.policy, run.online_algorithm
     for step in run.steps():
         groups = algorithm.collect(run.inputs.prompts, run.rollouts, step)
-        run.rest_engine()
+        run.release_engine_memory()
         samples = run.samples(groups, step)
-        policy.fill_log_probs(samples, algorithm.passes_ahead(samples), "old_log_probs")
-        if algorithm.needs_reference:
-            with policy.weights_of(run.reference):
-                policy.fill_log_probs(samples, algorithm.mini_batches(samples), "ref_log_probs")
+        del groups  # the rows have all that training needs
+        run.fill(samples, algorithm.needs)
         algorithm.assign_advantages(samples)
-        mini_batches = algorithm.updates(samples)
-        if step == run.start_step:  # once a run, a pass of their own shows that both give the same bits
-            policy.fill_log_probs(samples, mini_batches[:1], "old_log_probs")
         updates = []
-        for rows in mini_batches * algorithm.num_epochs:
+        for rows in algorithm.updates(samples) * algorithm.num_epochs:
             mini_batch = [samples[row] for row in rows]
             algorithm.assign_weights(mini_batch)
             updates.append(policy.train_step(mini_batch, algorithm.loss))
         run.publish(version=step + 1)
-        run.finish_step(step + 1, updates, samples, groups)
+        run.finish_step(step + 1, updates, samples)
 
 
 def run_offline(run: Run) -> None:
     """Learn from rows that exist already."""
+    policy, algorithm = run.policy, run.algorithm
     for step in run.steps():
         mini_batch = run.inputs.demonstrations.take(run.config.policy.train_global_batch_size)
-        run.algorithm.assign_weights(mini_batch)
-        update = run.policy.train_step(mini_batch, run.algorithm.loss)
+        run.fill(mini_batch, algorithm.needs)
+        algorithm.assign_weights(mini_batch)
+        update = policy.train_step(mini_batch, algorithm.loss)
         run.finish_step(step + 1, [update], mini_batch)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """One rank, from its command line to its exit status: 0 done, 2 something the user can fix."""
+    """Run one rank from its command line; return its exit status: 0 done, 2 something the user can fix."""
     return run_program("megatron_rl.train", train, argv)
 
 
 def train(config: Config, runtime: Runtime) -> None:
-    """The whole run of one rank whose process group stands."""
+    """Do the whole run of one rank; its process group is initialised."""
     from megatron_rl.run import Run
 
     with Run(config, runtime) as run:

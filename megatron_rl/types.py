@@ -10,6 +10,7 @@ in a pack, V vocabulary, H hidden.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,11 +20,11 @@ if TYPE_CHECKING:  # annotations only: scoring workers and the command line read
 
 FinishReason = Literal["stop", "length", "abort"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
-"""In the order of the numbers that stand for them in flat tensors."""
+"""Their indices stand for them in flat tensors."""
 
 
-class Kind(enum.IntEnum):
-    """Where a training row comes from. An integer, so that a row's kind travels in a flat tensor."""
+class RowKind(enum.IntEnum):
+    """Origin of a training row. An integer, so that a row's kind travels in a flat tensor."""
 
     RL = 0
     SFT = 1
@@ -32,9 +33,10 @@ class Kind(enum.IntEnum):
     EDGE = 4
 
 
-ON_POLICY = frozenset({Kind.RL, Kind.REPLAY, Kind.EDGE})
-"""Rows with an advantage and a ratio: to the policy of their step's start (replayed ones as if it had sampled them), or, of the
-edges of a tree, to that of the step that grew it."""
+POLICY_GRADIENT_KINDS = frozenset({RowKind.RL, RowKind.REPLAY, RowKind.EDGE})
+"""Kinds trained with a policy-gradient loss: rows with an advantage and a ratio. Not all were sampled by the current policy:
+replays come from an earlier run, edges from an earlier step's tree. The ratio's denominator is the policy at the start of the
+step, or, for tree edges, of the step that sampled them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Problem:
     problem_id: str
     """Stable over runs and files: equal problems have equal ids."""
     prompt: str
-    """What the model reads, template applied."""
+    """Text that the model reads, template applied."""
     answer: str
     """Reference answer, in the form that ``Task.score`` expects."""
     solution: str | None = None
@@ -70,7 +72,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Score:
-    """What a verifier says of one response."""
+    """A verifier's verdict on one response."""
 
     reward: float
     parts: dict[str, float] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class Score:
     reason: str = ""
     """A few words for the viewer: ``correct``, ``wrong``, ``no answer``, ``timeout``, ``crash: ...``."""
     is_failure: bool = False
-    """The scorer itself failed (timeout, crash): counted as ``dropped/score_<reason>``, and the row gets no advantage."""
+    """True where the scorer failed (timeout, crash): counted as ``dropped/score_<reason>``; the row gets no advantage."""
     answer: str = ""
     """The final answer found in the response, normalised: equal answers are equal strings. Of bounded length, say 64
     characters, since a broken model may write 5,000 digits. ``""`` where there is none, or where the task extracts none."""
@@ -99,17 +101,17 @@ class Request:
     top_k: int = 0
     """0 keeps the whole vocabulary."""
     record_experts: bool = False
-    """The completion shall say which experts were chosen (a model of experts)."""
+    """Ask for the experts that were chosen (in a model of experts)."""
     seed: int = 0
     """Sampling is a function of (weights, prompt, seed): no generator state has to survive a restart."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine returns for one request."""
+    """The engine's answer to one request."""
 
     response_ids: Tensor
-    """[R] int64, the end-of-sequence token included where it was sampled."""
+    """[R] int32, the end-of-sequence token included where it was sampled."""
     log_probs: Tensor
     """[R] float32: log p of each sampled token, at the sampling temperature."""
     finish_reason: FinishReason
@@ -120,11 +122,11 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class State:
-    """A place within a response, and what the policy makes of it from there."""
+class SegmentStart:
+    """The start of a segment within a response, and its value under the policy."""
 
     num_tokens: int
-    """Of the response, before it; 0 is the bare prompt."""
+    """Response tokens before it; 0 is the bare prompt."""
     value: float | None
     """Mean reward of rollouts that continue from it (Monte Carlo); None where none of them could be judged."""
 
@@ -135,25 +137,25 @@ class Rollout:
 
     completion: Completion
     score: Score
-    states: tuple[State, ...] = ()
-    """Where its segments begin, in order; for methods that have segments."""
+    states: tuple[SegmentStart, ...] = ()
+    """Starts of its segments, in order; for methods that have segments."""
     policy_log_probs: Tensor | None = None
     """[R] float32: the trainer's own log p of each token at sampling time, where a method asked for them while it collected."""
     share: float | None = None
-    """Of its group's means; those of a group add up to 1. None: as much as the others."""
+    """Weight in its group's means; those of a group add up to 1. None: all rollouts weigh the same."""
 
 
 @dataclass
 class TreeNode:
-    """A piece of text, and what follows it in a tree of rollouts."""
+    """A piece of text in a tree of rollouts, with the pieces that follow it."""
 
     completion: Completion | None
     """The piece; None at the root, which is the prompt."""
     children: list[TreeNode]
     score: Score | None = None
-    """Of a leaf: of the whole path to it."""
+    """Score of a leaf: of the whole path to it."""
     value: float | None = None
-    """Of a leaf its reward, of an inner node the mean of its children's values; None where nothing under it could be judged."""
+    """Reward of a leaf, mean of the children's values of an inner node; None where nothing below could be judged."""
 
 
 @dataclass(frozen=True)
@@ -167,26 +169,26 @@ class RolloutGroup:
 
 @dataclass
 class TrainingSample:
-    """One row: a prompt, its response, and what is known of each response token.
+    """One row: a prompt, its response, and vectors over the response tokens.
 
-    Vectors over the response are [R] float32; ``fill_log_probs`` and ``assign_advantages`` fill what is None here.
+    Vectors over the response are [R] float32; ``Run.fill`` and ``assign_advantages`` fill what is None here.
     """
 
     prompt_ids: Tensor
     """[*] int64."""
     response_ids: Tensor
-    """[R] int64."""
-    kind: Kind
+    """[R] int32; int64 where they come from a file. A micro-batch has int64."""
+    kind: RowKind
     reward: float = 0.0
     has_reward: bool = True
     """False where the scorer failed: such a row gets no advantage and is left out of its group's baseline."""
     group_index: int = -1
-    """Which group of the batch the row belongs to; -1 outside any group."""
+    """Index of the row's group in the batch; -1 outside any group."""
     finish_reason: FinishReason = "stop"
     weight_version: int = 0
     rollout_log_probs: Tensor | None = None
     experts: Tensor | None = None
-    """[P + R - 1, layers, k] int16: experts that training shall choose, too (routing replay)."""
+    """[P + R - 1, layers, k] int16: experts that training repeats (routing replay)."""
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     entropy: Tensor | None = None
@@ -196,6 +198,10 @@ class TrainingSample:
     """[R] float32: the factor of each token's loss term. Every aggregation is such a factor (losses/aggregate.py)."""
     loss_mask: Tensor | None = None
     """[R] bool: the tokens that enter the loss; None: all."""
+    unit: int | None = None
+    """Rows of a mini-batch with the same number go into one micro-batch, such as both responses of a preference pair."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """A method's own vectors, [R] float32; in a micro-batch they are in ``vectors`` under the same names."""
 
     @property
     def num_tokens(self) -> int:
@@ -209,7 +215,7 @@ class TrainingSample:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Those of R that enter the loss."""
+        """Response tokens that enter the loss."""
         return self.num_response_tokens if self.loss_mask is None else int(self.loss_mask.sum())
 
 
@@ -244,11 +250,30 @@ class MicroBatch:
     lengths: Tensor
     """[N] int64: tokens of each of ``rows``, over all context-parallel ranks."""
     kind: Tensor
-    """[T] int64: ``Kind`` of the token's row; -1 on padding."""
+    """[T] int64: ``RowKind`` of the token's row; -1 on padding."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    """``weights``, ``advantages``, ``old_log_probs``, ... each [T] float32."""
+    """``weights``, ``advantages``, ``old_log_probs``, ... and those of the samples' ``extra``, each [T] float32."""
     experts: Tensor | None = None
-    """[T, layers, k] int16: experts to choose; -1 where the router shall choose. None: everywhere."""
+    """[T, layers, k] int16: experts to choose; -1 where the router chooses. None: it always chooses."""
+    sum_over_cp: Callable[[Tensor], Tensor] | None = None
+    """Adds up a tensor over the context-parallel ranks, with gradients. None: this rank holds all tokens of the pack."""
+
+    def sequence_sum(self, x: Tensor) -> Tensor:
+        """Return [N] sums over the tokens of each of ``rows``, the same on every context-parallel rank; differentiable.
+
+        For losses that are not sums of token terms, such as a ratio of whole sequences. The loss itself stays one term per
+        token (``to_tokens`` leads back): each rank adds up the terms of its own tokens.
+
+        Args:
+            x: [T] values of this rank's tokens; padding is left out. Summed in float64, returned in the dtype of ``x``.
+        """
+        wide = x.double().masked_fill(self.sequence < 0, 0.0)
+        sums = wide.new_zeros(len(self.rows)).index_add(0, self.sequence.clamp(min=0), wide)
+        return (sums if self.sum_over_cp is None else self.sum_over_cp(sums)).to(x.dtype)
+
+    def to_tokens(self, y: Tensor) -> Tensor:
+        """Return [T] the value of each token's sequence, from [N] values; 0 on padding."""
+        return y[self.sequence.clamp(min=0)].masked_fill(self.sequence < 0, 0.0)
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on another device."""
@@ -271,4 +296,5 @@ class MicroBatch:
             move(self.kind),
             {k: move(v) for k, v in self.vectors.items()},
             None if self.experts is None else move(self.experts),
+            self.sum_over_cp,
         )

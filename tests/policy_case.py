@@ -9,7 +9,7 @@ import torch
 
 from megatron_rl.config import Config, load_config
 from megatron_rl.doctor.layout import build_policy
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 
 __all__ = ["build_policy", "log_probs_of", "random_samples", "tiny_config"]
 CONFIG = Path(__file__).parent / "tiny.yaml"
@@ -56,7 +56,7 @@ def random_samples(count: int = 8, vocab_size: int = 131) -> list[TrainingSample
         row = TrainingSample(
             torch.randint(0, vocab_size, (prompt,), generator=generator),
             torch.randint(0, vocab_size, (response,), generator=generator),
-            Kind.RL,
+            RowKind.RL,
         )
         row.advantages = torch.randn(1, generator=generator).expand(response).clone()
         samples.append(row)

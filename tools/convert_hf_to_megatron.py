@@ -1,4 +1,4 @@
-"""Hugging Face safetensors -> Megatron torch_dist. See docs/convert.md."""
+"""The verb ``megatron-rl convert import`` as a script (docs/convert.md)."""
 
 from megatron_rl.commands.convert import convert_hf_to_megatron, run
 

@@ -1,4 +1,4 @@
-"""Megatron torch_dist -> Hugging Face safetensors. See docs/convert.md."""
+"""The verb ``megatron-rl convert export`` as a script (docs/convert.md)."""
 
 from megatron_rl.commands.convert import convert_megatron_to_hf, run
 

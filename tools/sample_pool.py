@@ -1,4 +1,4 @@
-"""Look into pools of stored samples, check them, put them together: python tools/sample_pool.py COMMAND ..."""
+"""The verbs ``megatron-rl pool ...`` as a script (docs/stored_samples.md)."""
 
 from megatron_rl.commands.pool import main
 

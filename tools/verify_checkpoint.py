@@ -1,4 +1,4 @@
-"""Digests of a checkpoint against its manifest, or of two against each other. See docs/convert.md."""
+"""The verb ``megatron-rl convert verify`` as a script (docs/convert.md)."""
 
 from megatron_rl.commands.convert import run, verify_checkpoint
 

@@ -75,19 +75,22 @@ def build(config: Any, groups: Any) -> Any:
     """A policy with the random weights of the config's seed."""
     from megatron_rl.config import read_model_shape
     from megatron_rl.convert.hf.random_weights import RandomReader
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.policy import Policy
+    from megatron_rl.model.trainable import Trainable
     from megatron_rl.model.weights import load_hf_weights
 
     shape = read_model_shape(config)
-    return Policy(
+    trainable = Trainable(
         config,
         shape,
         groups,
+        optim=config.policy.optim,
         fill_weights=lambda chunks: load_hf_weights(
             chunks, shape, groups, lambda: RandomReader(shape, seed=1, device=groups.device)
         ),
         timer=lambda _phase: nullcontext(),
     )
+    return Policy(trainable)
 
 
 def emit(line: dict[str, Any]) -> None:
@@ -111,14 +114,14 @@ def random_rows(lengths: Sequence[int], vocab_size: int, *, prompt_share: float 
     """Rows with advantages of both signs and token-mean weights."""
     import torch
 
-    from megatron_rl.types import Kind, TrainingSample
+    from megatron_rl.types import RowKind, TrainingSample
 
     generator = torch.Generator().manual_seed(1)
     rows = []
     for length in lengths:
         ids = torch.randint(3, vocab_size, (length,), generator=generator)
         cut = max(1, int(length * prompt_share))
-        row = TrainingSample(ids[:cut], ids[cut:], Kind.RL)
+        row = TrainingSample(ids[:cut], ids[cut:], RowKind.RL)
         row.advantages = torch.randn(1, generator=generator).expand(length - cut).clone()
         rows.append(row)
     total = sum(row.num_response_tokens for row in rows)

@@ -98,7 +98,7 @@ def overrides(work: Work, folder: str) -> list[str]:
 
 def attach(clock: Clock) -> None:
     """Put the clock around the calls that make up a step of ``run_online``."""
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.policy import Policy
     from megatron_rl.rollout.transformers_engine import TransformersEngine
     from megatron_rl.run import Run
 

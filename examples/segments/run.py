@@ -16,10 +16,10 @@ from pathlib import Path
 from examples.parts import EXAMPLES, Part, rows_of, seconds_of, start, verb, write_report
 
 HERE = EXAMPLES / "segments"
-NAIVE = ("algorithm.partition.kind=equal", "algorithm.mask_threshold=null")
+NAIVE = ("algorithm.partition.kind=equal", "algorithm.selection.max_probability=null")
 METHODS: dict[str, tuple[str, ...]] = {
     "grpo": ("grpo.yaml",),
-    "grpo_mask": ("grpo.yaml", "algorithm.mask_threshold=0.9"),
+    "grpo_mask": ("grpo.yaml", "algorithm.selection.max_probability=0.9"),
     "naive_segments": ("chain.yaml", *NAIVE),
     **{f"chain_{interval}": ("chain.yaml", f"algorithm.partition.size={interval}") for interval in (2, 5, 100)},
     "tree_4_4": ("tree.yaml",),

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron_rl.types import State
+from megatron_rl.types import SegmentStart
 
 
 def cut_points(log_probs: Tensor, threshold: float) -> list[int]:
@@ -54,7 +54,7 @@ def after_tokens(response_ids: Tensor, token_ids: Tensor) -> list[int]:
     return [border for border in dict.fromkeys([0, *borders]) if border < len(response_ids)]
 
 
-def segment_advantages(states: Sequence[State], reward: float | None, num_tokens: int) -> Tensor:
+def segment_advantages(states: Sequence[SegmentStart], reward: float | None, num_tokens: int) -> Tensor:
     """Each token gets the change of value over its segment (eq. 3): V(next border) - V(border), at the end reward - V(last).
 
     Args:
@@ -71,7 +71,7 @@ def segment_advantages(states: Sequence[State], reward: float | None, num_tokens
     return advantages
 
 
-def has_credit(states: Sequence[State], reward: float | None, num_tokens: int) -> Tensor:
+def has_credit(states: Sequence[SegmentStart], reward: float | None, num_tokens: int) -> Tensor:
     """[R] bool: the token is in a segment both of whose ends have a value. The others have no advantage, which is not the same
     as one of 0: whitening would make something of that."""
     credited = torch.zeros(num_tokens, dtype=torch.bool)
@@ -81,7 +81,7 @@ def has_credit(states: Sequence[State], reward: float | None, num_tokens: int) -
 
 
 def _segments(
-    states: Sequence[State], reward: float | None, num_tokens: int
+    states: Sequence[SegmentStart], reward: float | None, num_tokens: int
 ) -> Iterator[tuple[int, int, float, float]]:
     """(start, end, value at the start, value at the end) of those that have both."""
     known = [(state.num_tokens, state.value) for state in states if state.value is not None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rl.config.algorithms import EdgeAdvantage
+from megatron_rl.config.methods.spo import EdgeAdvantage
 from megatron_rl.types import TreeNode
 
 STD_EPSILON = 1e-8
@@ -34,7 +34,7 @@ class Edge:
     """A node as seen from its parent."""
 
     path: tuple[TreeNode, ...]
-    """From the root's child down to the parent; empty for edges of the root."""
+    """Nodes from the root's child down to the parent; empty for edges of the root."""
     node: TreeNode
     advantage: float
     """0.0 where value or parent's value is not known."""

@@ -1,21 +1,32 @@
-"""One file a method. ``ALGORITHMS`` is the whole list; each class takes its config section and the whole config."""
+"""The methods, one file a method; what they are made of is in ``parts/``. Their settings are in ``config/methods/``."""
 
 from __future__ import annotations
 
-from megatron_rl.algorithms.base import Algorithm
-from megatron_rl.algorithms.dph_rl import DPHRL
-from megatron_rl.algorithms.grpo import GRPO
-from megatron_rl.algorithms.rlep import RLEP
-from megatron_rl.algorithms.sft import SFT
-from megatron_rl.algorithms.spo_chain import SPOChain
-from megatron_rl.algorithms.spo_tree import SPOTree
-from megatron_rl.config import Config
+from typing import TYPE_CHECKING
 
-ALGORITHMS: dict[str, type[Algorithm]] = {
-    "grpo": GRPO, "dph_rl": DPHRL, "rlep": RLEP, "spo_chain": SPOChain, "spo_tree": SPOTree, "sft": SFT,
-}  # fmt: skip
+from megatron_rl import plugins
+from megatron_rl.errors import UserError
+
+if TYPE_CHECKING:  # nothing here loads torch: a config check looks for implementations in this folder
+    from megatron_rl.algorithms.base import Algorithm
+    from megatron_rl.config import Config
 
 
 def build_algorithm(config: Config) -> Algorithm:
-    """The algorithm that ``algorithm.name`` asks for."""
-    return ALGORITHMS[config.algorithm.name](config)
+    """Build the method that ``algorithm.name`` asks for.
+
+    Raises:
+        UserError: its implementation cannot be imported, or is no ``Algorithm``.
+    """
+    from megatron_rl.algorithms.base import Algorithm
+
+    settings = config.algorithm
+    found = plugins.load(settings.implementation, field="algorithm.name", what=f"the implementation of {settings.name}")
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise UserError(
+            "algorithm.name",
+            settings.name,
+            f"is implemented by {settings.implementation}, which is no Algorithm",
+            "inherit from megatron_rl.algorithms.base.Algorithm, or from one of our methods",
+        )
+    return found(config)

@@ -1,4 +1,16 @@
-"""What every algorithm says: which weights its tokens get and what their loss is. Online ones also collect and give credit."""
+"""Algorithm: weights and loss of rows. OnlineAlgorithm: rollouts, selection, credit, objective and stored rows, composed.
+
+A method names its parts (``parts/``); each part has one concern and knows nothing of the others:
+
+    rollouts     prompts -> groups of scored rollouts -> rows          GroupRollouts, ChainRollouts, TreeRollouts
+    selection    which tokens of a row enter the loss                  TokenSelection
+    credit       rows -> advantage of each token                       GroupCredit, SegmentCredit
+    objective    log-probs and advantages -> loss of each token        ClippedObjective
+    stored       rows from a pool beside the rollouts                  RehearsedRows, ReplayedRows, or none
+
+So a method that differs in one concern replaces one part, and a setting of one part (a mask, KL, dual clip) works with all
+methods.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +22,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.config import Config
+from megatron_rl.algorithms.parts.base import Credit, Objective, Rollouts, StoredRows
+from megatron_rl.algorithms.parts.objective import ClippedObjective
+from megatron_rl.algorithms.parts.selection import TokenSelection
+from megatron_rl.config import ClippedConfig, Config
 from megatron_rl.data.pool import PoolNeed
 from megatron_rl.data.stream import Stream
-from megatron_rl.errors import UserError
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.rollout.collect import Collector, Sampling
-from megatron_rl.types import Completion, MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, TrainingSample
 
 
 class Algorithm(ABC):
     """Every rank calls the methods in the same order with equal arguments, and gets equal results."""
 
     needs_reference: bool = False
-    """Fill ``ref_log_probs`` from the weights that the run started with."""
+    """The loss or the credit reads ``ref_log_probs``, from the weights that the run started with."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the per-token vectors to fill by forward passes before credit is given: some of ``NEEDS`` (run.py)."""
+        return frozenset({"ref_log_probs"} if self.needs_reference else ())
 
     def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
         """Set ``weights`` of every row of one optimizer mini-batch. The aggregation is over the whole of it."""
@@ -43,7 +62,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
-        """Per-token loss terms of one micro-batch.
+        """Return per-token loss terms of one micro-batch.
 
         Args:
             log_probs: [T] float32, with gradient; 0.0 outside ``response_mask``.
@@ -53,36 +72,88 @@ class Algorithm(ABC):
 
 
 class OnlineAlgorithm(Algorithm):
-    """An algorithm that learns from its own rollouts."""
+    """An algorithm that learns from its own rollouts, made of parts."""
 
-    needs_old_log_probs: bool = False
-    """``assign_advantages`` reads ``old_log_probs``."""
-    num_epochs: int = 1
-    """Passes over each rollout batch."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rollouts: Rollouts,
+        selection: TokenSelection,
+        credit: Credit,
+        objective: Objective | None = None,
+        stored: StoredRows | None = None,
+    ) -> None:
+        """Put the parts together.
 
-    @abstractmethod
+        Args:
+            config: of the run; its section ``algorithm`` is a ``ClippedConfig``.
+            rollouts: collects groups and makes rows of them.
+            selection: chooses the tokens that enter the loss.
+            credit: gives each token its advantage.
+            objective: None takes the clipped ratio (PPO), with KL where it is asked for.
+            stored: rows from a pool, beside the rollouts.
+        """
+        super().__init__(config)
+        settings = config.algorithm
+        assert isinstance(settings, ClippedConfig)
+        self.num_epochs = settings.num_epochs
+        """Passes over each rollout batch."""
+        self.rollouts, self.selection, self.credit, self.stored = rollouts, selection, credit, stored
+        self.objective = objective or ClippedObjective(settings)
+        parts = (self.objective, self.credit, self.stored)
+        self.needs_reference = any(part is not None and part.needs_reference for part in parts)
+        self.objective.has_reference = self.needs_reference
+        reads_stored = self.selection.is_on and stored is not None and stored.takes_selection
+        self.needs_old_log_probs = self.credit.needs_old_log_probs or self.selection.asks_policy or reads_stored
+        """``assign_advantages`` reads ``old_log_probs``."""
+
+    # ---- rollouts and rows
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the per-token vectors to fill before credit is given; the ratio always needs ``old_log_probs``."""
+        return super().needs | {"old_log_probs"}
+
     def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
-        """The groups of one step."""
+        """Collect the groups of one step."""
+        return self.rollouts.collect(prompts, collector, step)
 
     @property
     def pool_need(self) -> PoolNeed | None:
         """The pool to open before the first step; None where nothing is stored."""
-        return None
+        return None if self.stored is None else self.stored.pool_need
 
-    @abstractmethod
     def samples(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
-        """The rows to train on."""
+        """Return the rows to train on: each update's rollouts, followed by its stored rows."""
+        rows = self.rollouts.rows(groups, step)
+        return rows if self.stored is None else self.stored.add(rows, groups, step)
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Called once, before the first step; for methods that look at what tokens say."""
+        """Hand over the tokenizer, once, before the first step; for methods that look at what tokens say."""
+        self.rollouts.use_tokenizer(tokenizer)
+
+    # ---- updates
 
     def mini_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """Row indices of each optimizer mini-batch: consecutive, so that groups stay together where sizes allow."""
-        size = self.config.policy.train_global_batch_size
-        return [list(range(start, min(start + size, len(samples)))) for start in range(0, len(samples), size)]
+        """Return the row indices of each optimizer mini-batch.
+
+        Each has ``policy.train_global_batch_size`` consecutive rollouts, so that groups stay together where sizes allow, and
+        the stored rows that follow them.
+        """
+        size, num_rollouts = self.config.policy.train_global_batch_size, 0
+        stored = None if self.stored is None else self.stored.kind
+        batches: list[list[int]] = []
+        for row, sample in enumerate(samples):
+            if sample.kind is not stored:
+                if num_rollouts % size == 0:
+                    batches.append([])
+                num_rollouts += 1
+            batches[-1].append(row)
+        return batches
 
     def updates(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """The mini-batches that are trained on: one whose every token is masked has nothing to teach."""
+        """Return the mini-batches that are trained on: one whose every token is masked has nothing to teach."""
         return [
             rows
             for rows in self.mini_batches(samples)
@@ -90,55 +161,50 @@ class OnlineAlgorithm(Algorithm):
         ]
 
     def passes_ahead(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """Row indices of each forward pass that fills ``old_log_probs`` before credit is given.
+        """Return the row indices of each forward pass that fills ``old_log_probs`` before credit is given.
 
-        The first update brings those of its rows from its own pass, unless credit needs them sooner.
+        The first update brings those of its rows from its own pass, unless credit needs them, or entropies, sooner.
         """
         mini_batches = self.mini_batches(samples)
-        return mini_batches if self.needs_old_log_probs else mini_batches[1:]
+        return mini_batches if self.needs_old_log_probs or "entropy" in self.needs else mini_batches[1:]
 
-    @abstractmethod
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
         """Set ``advantages`` of every row; the log-probs that the algorithm says it needs are filled by now."""
+        self.selection.ask_policy(samples)
+        self.credit.assign(samples, self.updates(samples))
 
-    def replayed_experts(self, completion: Completion) -> Tensor | None:
-        """What a row's ``experts`` are, under ``policy.router_replay``.
+    def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
+        """Set ``weights``; stored rows with a loss of their own have an aggregation of their own."""
+        apart = self.stored.kind if self.stored is not None and not self.stored.shares_loss else None
+        super().assign_weights([sample for sample in mini_batch if sample.kind is not apart])
+        if self.stored is not None and apart is not None:
+            self.stored.assign_weights([sample for sample in mini_batch if sample.kind is apart])
 
-        Raises:
-            UserError: the engine has not told them.
-        """
-        if not self.config.policy.router_replay:
-            return None
-        if completion.experts is None:
-            raise UserError(
-                "policy.router_replay",
-                True,
-                "needs completions that say which experts were chosen; these do not",
-                "record rollouts with router_replay on, or leave it out",
-            )
-        return completion.experts
+    def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
+        """Return the objective's terms, and those of stored rows where there are some."""
+        terms = self.objective(log_probs, entropy, batch)
+        return terms if self.stored is None else self.stored.loss(terms, log_probs, batch)
+
+    # ---- what surrounds a step
 
     def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
-        """Write what a viewer shows of a step into the run's folder; called on one rank. Most methods write nothing.
+        """Write what ``megatron-rl tree`` shows of a step into the run's folder; called on one rank.
 
         Raises:
             UserError: it cannot be written.
         """
+        self.rollouts.keep(directory, groups, tokenizer, step=step)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep of the algorithm; most keep nothing."""
-        return {}
+        """Return what a checkpoint must keep of the algorithm; most methods keep nothing."""
+        return self.rollouts.state() | ({} if self.stored is None else self.stored.state())
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``state`` was taken."""
+        self.rollouts.load_state(state)
+        if self.stored is not None:
+            self.stored.load_state(state)
 
     def step_metrics(self) -> dict[str, float]:
-        """Metrics of the last step that only the algorithm knows."""
-        return {}
-
-    def sampling(self) -> Sampling:
-        """Training rollouts are drawn as ``rollout`` says."""
-        rollout, replay = self.config.rollout, self.config.policy.router_replay
-        return Sampling(
-            rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, record_experts=replay
-        )
+        """Return metrics of the last step that only the algorithm knows."""
+        return self.rollouts.metrics | ({} if self.stored is None else self.stored.metrics)

@@ -13,5 +13,5 @@ class SFT(Algorithm):
     """Rows come from the task's demonstrations; there is nothing to collect and no credit to give."""
 
     def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
-        """See ``Algorithm``: ``-log p`` of each target token."""
+        """Return ``-log p`` of each target token."""
         return TokenTerms(loss=-log_probs, means={"entropy/mean": entropy})

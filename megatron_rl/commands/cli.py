@@ -1,4 +1,4 @@
-"""``megatron-rl``: the verbs of the project. Thin: every verb is one call into the package."""
+"""``megatron-rl``: the verbs of the project. Every verb is one call into the package."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _verbs() -> None:
 def train(
     config: ConfigPath, overrides: Overrides = None, rdzv_endpoint: Endpoint = None, node_rank: NodeRank = None
 ) -> None:
-    """Train, or go on where the last run with this config stopped.
+    """Train, or continue the last run with this config.
 
     With trainer.num_nodes above 1, give the same command on every node. The nodes meet at node 0, whose address and each
     node's rank come from the options below, else from MASTER_ADDR, MASTER_PORT and NODE_RANK, else from Slurm.
@@ -97,7 +97,7 @@ app.add_typer(doctor, name="doctor")
 
 @doctor.command()
 def layout(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Is the gradient exact under this config's parallel layout? On the CPU, scaled down, against float64; status 1 if not."""
+    """Check the gradient under this config's parallel layout, on the CPU, scaled down, against float64; status 1 if wrong."""
     from megatron_rl.config import load_config
     from megatron_rl.doctor.layout import check_layout
 
@@ -107,7 +107,7 @@ def layout(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @doctor.command()
 def machine() -> None:
-    """What this machine will use: layers, attention, optimizer, recipes of eight bits."""
+    """Show what this machine will use: layers, attention, optimizer, recipes of eight bits."""
     from megatron_rl.doctor.machine import print_machine
 
     print_machine()
@@ -119,7 +119,7 @@ app.add_typer(plan, name="plan")
 
 @plan.command()
 def weights(config: ConfigPath, overrides: Overrides = None) -> None:
-    """What each weight sync moves: bytes of every rank, rounds, and how far that is from the least possible."""
+    """Show what each weight sync moves: bytes of every rank, rounds, and how far that is from the least possible."""
     from megatron_rl.config import load_config
     from megatron_rl.doctor.weight_traffic import print_report, report
 
@@ -132,7 +132,7 @@ def memory(
     overrides: Overrides = None,
     gpu_gb: Annotated[float, typer.Option(help="memory of one GPU: 80 (H100), 141 (H200)", metavar="GB")] = 80.0,
 ) -> None:
-    """What one GPU of each pipeline stage will hold, estimated; status 1 if it does not fit."""
+    """Estimate the memory of one GPU of each pipeline stage; status 1 if it does not fit."""
     from megatron_rl.config import load_config
     from megatron_rl.doctor.memory import estimate, print_estimate
 

@@ -1,4 +1,4 @@
-"""The commands of offline conversion: what ``megatron-rl convert`` and ``tools/`` show, around ``megatron_rl.convert``."""
+"""The verbs of offline conversion, for ``megatron-rl convert`` and the scripts in ``tools/``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def convert_hf_to_megatron(
     verify: VerifyOption = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Hugging Face -> Megatron. Given again after a kill, the same command goes on where it stopped."""
+    """Convert Hugging Face to Megatron. After a kill the same command goes on where it stopped."""
     keep_freed_memory()
     from megatron_rl.convert.offline.convert import import_hf
 
@@ -85,7 +85,7 @@ def convert_megatron_to_hf(
     verify: VerifyOption = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Megatron -> Hugging Face: the model weights; optimizer state is left out. Resumable like the other direction."""
+    """Convert Megatron to Hugging Face, without optimizer state. After a kill the same command goes on where it stopped."""
     keep_freed_memory()
     from megatron_rl.convert.offline.convert import export_hf
     from megatron_rl.convert.offline.sources import find_weights
@@ -117,7 +117,7 @@ def verify_checkpoint(
     ] = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Compare every tensor, bit for bit; names those that differ. Status 1 if any does."""
+    """Compare every tensor, bit for bit, and name those that differ. Status 1 if any does."""
     keep_freed_memory()
     from megatron_rl.convert.offline.verify import verify
 
@@ -132,7 +132,7 @@ def verify_checkpoint(
 
 
 def run(command: Callable[..., Any]) -> None:
-    """A command line of its own: one line and status 2 for what the user can fix."""
+    """Run one verb as a script: one line and status 2 for errors that the user can fix."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     try:
@@ -148,7 +148,7 @@ def _say_done(done: Any, seconds: float, reporter: TerminalReporter) -> None:
 
 
 def _verify_written(done: Any, hf_directory: Path | None, megatron_directory: Path, reporter: TerminalReporter) -> None:
-    """Digests of what was written; then a forward of both, where both hold the same values. Status 1 if they differ."""
+    """Compare digests of the written files, then a forward of both if both hold the same values. Status 1 if they differ."""
     from megatron_rl.convert.offline.verify import verify
     from megatron_rl.convert.tables.kinds import hf_shapes
     from megatron_rl.convert.tables.table import entries
@@ -180,7 +180,7 @@ def _verify_written(done: Any, hf_directory: Path | None, megatron_directory: Pa
 
 
 class TerminalReporter(Reporter):
-    """A bar with bytes, GB/s and the time left on a terminal; elsewhere a line every ``quiet_s`` seconds."""
+    """Shows a bar with bytes, GB/s and the time left on a terminal; elsewhere a line every ``quiet_s`` seconds."""
 
     def __init__(self, *, quiet_s: float = 30.0) -> None:
         self._console = Console(stderr=True)
@@ -191,7 +191,7 @@ class TerminalReporter(Reporter):
         self._began_s = self._said_s = 0.0
 
     def begin(self, what: str, total_bytes: int) -> None:
-        """See ``Reporter``."""
+        """Start the bar."""
         self._what, self._total, self._done = what, total_bytes, 0
         self._began_s = self._said_s = time.monotonic()
         if self._console.is_interactive:
@@ -206,7 +206,7 @@ class TerminalReporter(Reporter):
             self._task = self._bar.add_task(what, total=total_bytes)
 
     def advance(self, num_bytes: int) -> None:
-        """See ``Reporter``."""
+        """Move the bar, or say a line if it is due."""
         with self._lock:
             self._done += num_bytes
             if self._bar is not None:
@@ -217,11 +217,11 @@ class TerminalReporter(Reporter):
                 self.say(f"{self._what}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB, {speed:.2f} GB/s")
 
     def end(self) -> None:
-        """See ``Reporter``."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def say(self, text: str) -> None:
-        """See ``Reporter``."""
+        """Print one line."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

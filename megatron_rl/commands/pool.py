@@ -35,7 +35,7 @@ app = typer.Typer(
 
 @app.command()
 def inspect(pool: PoolArgument) -> None:
-    """What a pool holds: sizes, lengths, rewards, problems, where it comes from. Trajectories are not checked."""
+    """Show what a pool holds: sizes, lengths, rewards, problems, where it comes from. Trajectories are not checked."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -67,7 +67,7 @@ def merge(
     sources: Annotated[list[str], typer.Argument(help="pools of one model and tokenizer", metavar="POOL...")],
     target: Annotated[str, typer.Option(help="New pool directory.")],
 ) -> None:
-    """One pool out of several, in their order."""
+    """Merge several pools into one, in their order."""
     from megatron_rl.data import pool as pools
     from megatron_rl.metrics import progress
 
@@ -86,7 +86,7 @@ def filter_(
         str | None, typer.Option(help="Keep the problems of this .jsonl file of the pool's task.", metavar="FILE")
     ] = None,
 ) -> None:
-    """A new pool of the trajectories that meet every condition; says how many each condition drops."""
+    """Write a new pool of the trajectories that meet every condition, and say how many each condition drops."""
     from megatron_rl.data.pool import Pool, filter_pool
     from megatron_rl.metrics import progress
 
@@ -120,7 +120,7 @@ def build(
     ] = None,
     first_step: Annotated[int, typer.Option(help="Leave out the steps before this one, counted from 1.", min=1)] = 1,
 ) -> None:
-    """A pool of a run's own training rollouts: those that came to an end with a good reward.
+    """Build a pool of a run's own training rollouts that ended with a good reward.
 
     Rewards are not recorded, so responses are scored again, and the run's steps are gone through from the first one: which
     prompts a step gets follows from those before.
@@ -152,7 +152,7 @@ def build(
 
 
 def main() -> None:
-    """A command line of its own: one line and status 2 for what the user can fix."""
+    """Run the commands on their own; an error that the user can fix is one line and status 2."""
     try:
         app()
     except UserError as error:
@@ -164,7 +164,7 @@ def main() -> None:
 
 
 def _facts(pool: Pool) -> Iterator[tuple[str, str]]:
-    """Rows of the table: what, how much."""
+    """Return the rows of the table: name and amount."""
     yield "trajectories", f"{len(pool):,} in {pool.num_shards:,} shards, {pool.num_bytes / 1e6:,.1f} MB"
     for name, lengths in (("prompt", pool.prompt_lengths()), ("response", pool.response_lengths())):
         yield f"{name} tokens", f"mean {lengths.mean():.1f}, at most {lengths.max():,}"
@@ -181,7 +181,7 @@ def _facts(pool: Pool) -> Iterator[tuple[str, str]]:
 
 
 def _histogram(rewards: np.ndarray) -> Iterator[tuple[str, int]]:
-    """Each reward and how many have it, where there are few different ones; else tenths of their range."""
+    """Count each reward if there are few different ones; else count tenths of their range."""
     import numpy as np
 
     values, counts = np.unique(rewards, return_counts=True)
@@ -196,7 +196,7 @@ def _histogram(rewards: np.ndarray) -> Iterator[tuple[str, int]]:
 
 
 def _ids_of(path: str, task: str) -> set[str]:
-    """Problem ids of a task's file."""
+    """Return the problem ids of a task's file."""
     from megatron_rl.tasks import load_problems
 
     return {problem.problem_id for problem in load_problems(task, Path(path))}
@@ -210,7 +210,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _recorded_run(run_dir: Path, model: str | None) -> tuple[Config, int]:
-    """Config of a run and the number of steps that it has done."""
+    """Return the config of a run and the number of steps it has done."""
     from megatron_rl.config import load_config
     from megatron_rl.metrics import read_metrics
 
@@ -228,7 +228,7 @@ def _recorded_run(run_dir: Path, model: str | None) -> tuple[Config, int]:
 
 @contextmanager
 def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], list[RolloutGroup]], Provenance]]:
-    """What gives the groups of a step, counted from 1, in order and without a gap; and where they come from."""
+    """Return a function from step (from 1, in order, without gaps) to its groups, and their provenance."""
     import torch.distributed as dist
 
     from megatron_rl.algorithms import build_algorithm
@@ -282,7 +282,7 @@ def _prompts(config: Config, tokenizer: Any) -> list[Prompt]:
 
 
 def _provenance(config: Config, tokenizer: str) -> Provenance:
-    """The weights changed from step to step, so the model's digest is that of the run's config: no model has it."""
+    """Return the provenance; weights changed each step, so the run's config, which is no model, gives the model digest."""
     from megatron_rl.data.pool import Provenance
 
     run = hashlib.blake2b(f"rollouts of {config!r}".encode(), digest_size=8).hexdigest()

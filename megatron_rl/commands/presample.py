@@ -29,12 +29,12 @@ FOLDER = "presample"
 
 
 def presample(config: Config, runtime: Runtime) -> None:
-    """Sample chunk by chunk; goes on where an earlier start stopped."""
+    """Sample chunk by chunk, from where an earlier start stopped."""
     from megatron_rl.metrics import progress
     from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
     from megatron_rl.run import Run
 
-    with Run(config, runtime) as run:
+    with Run(config, runtime, is_trained=False) as run:
         group, prompts = run.groups.cpu_group, list(run.inputs.prompts.items)[: config.presample.num_problems]
         provenance = _provenance(run)
         with all_ranks_agree(group):
@@ -56,7 +56,7 @@ def presample(config: Config, runtime: Runtime) -> None:
 
 
 def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verdict], list[Trajectory]]:
-    """What becomes of each problem, and the samples to keep. A collective."""
+    """Sample some problems; return the fate of each and the samples to keep. A collective."""
     from megatron_rl.data.presampled import KEPT, Verdict
     from megatron_rl.rollout.collect import Sampling
 
@@ -84,16 +84,16 @@ def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verd
 
 
 def _trajectories(run: Run, chosen: list[tuple[Prompt, tuple[Completion, float]]]) -> list[Trajectory]:
-    """With the model's own log-probs where they are for rehearsal; those come from the training engine."""
+    """Return the samples as trajectories; for rehearsal, with the model's log-probs from the training engine."""
     from megatron_rl.data.pool import Trajectory
-    from megatron_rl.types import Kind, TrainingSample
+    from megatron_rl.types import RowKind, TrainingSample
 
     rows = [
-        TrainingSample(prompt.prompt_ids, completion.response_ids, Kind.REHEARSAL, reward=reward)
+        TrainingSample(prompt.prompt_ids, completion.response_ids, RowKind.REHEARSAL, reward=reward)
         for prompt, (completion, reward) in chosen
     ]
     if rows and run.config.presample.purpose == "rehearsal":
-        run.rest_engine()
+        run.release_engine_memory()
         unit = run.config.policy.train_global_batch_size
         filled = rows + [replace(rows[-1]) for _ in range(-len(rows) % unit)]  # each rank gets equally many
         run.policy.fill_log_probs(filled, [range(len(filled))], "ref_log_probs")
@@ -107,7 +107,7 @@ def _trajectories(run: Run, chosen: list[tuple[Prompt, tuple[Completion, float]]
 
 
 def _successes(group: RolloutGroup) -> list[tuple[Completion, float]]:
-    """Right and whole: what was cut at the limit has no end to learn."""
+    """Return the completions that are right and not cut: a response without its end teaches no end."""
     from megatron_rl.rewards.correct import is_correct
 
     return [
@@ -118,7 +118,7 @@ def _successes(group: RolloutGroup) -> list[tuple[Completion, float]]:
 
 
 def _why_not(group: RolloutGroup) -> str:
-    """Of a group without a success to keep."""
+    """Say why a group has no success to keep."""
     if _num_correct(group):
         return "dropped: right, but cut at the limit"
     is_judged = not any(rollout.score.is_failure for rollout in group.rollouts)
@@ -146,7 +146,7 @@ def _num_correct(group: RolloutGroup) -> int:
 
 
 def adapt(config: Config) -> Config:
-    """The training's config, for sampling alone: nothing is resumed, saved or evaluated, and updates need no arithmetic."""
+    """Change the training's config for sampling: nothing is resumed, saved or evaluated, and no update has to fit."""
     unit = config.data_parallel_size * config.policy.pipeline_parallel_size
     manager = replace(
         config.exp_manager,
@@ -238,7 +238,7 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """One rank, from its command line to its exit status."""
+    """Run one rank, from its command line to its exit status."""
     return run_program("megatron_rl.commands.presample", presample, argv, adapt=adapt)
 
 

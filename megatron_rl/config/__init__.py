@@ -1,55 +1,43 @@
 """YAML in, checked frozen dataclasses out, before torch is imported.
 
 ``load_config(path, overrides)`` merges ``defaults:``, dotted overrides and interpolation (load.py), checks every value
-(trainer.py, policy.py, rollout.py, data.py, algorithms.py) and every pair of values (schema.py), and checks the names of
+(trainer.py, policy.py, rollout.py, data.py, methods/) and every pair of values (schema.py), and checks the names of
 pass-through fields against the upstream sources (upstream.py). Nothing in this package imports torch.
 """
 
-from megatron_rl.config.algorithms import (
-    AlgorithmConfig,
-    ClippedConfig,
-    DPHRLConfig,
-    GroupConfig,
-    GRPOConfig,
-    KLConfig,
-    MaskConfig,
-    OverlongConfig,
-    ReplayConfig,
-    RLEPConfig,
-    SegmentConfig,
-    SFTConfig,
-    SPOChainConfig,
-    SPOTreeConfig,
-)
 from megatron_rl.config.data import PresampleConfig
 from megatron_rl.config.files import check_files, check_names, read_model_shape
 from megatron_rl.config.load import load_config, save_resolved
+from megatron_rl.config.methods import MethodConfig
+from megatron_rl.config.methods.dph_rl import DPHRLConfig
+from megatron_rl.config.methods.grpo import GRPOConfig
+from megatron_rl.config.methods.rlep import RLEPConfig
+from megatron_rl.config.methods.sft import SFTConfig
+from megatron_rl.config.methods.shared import ClippedConfig, GroupConfig
+from megatron_rl.config.methods.spo import SPOChainConfig, SPOTreeConfig
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.schema import Config
+from megatron_rl.config.section import section
 from megatron_rl.config.trainer import NumericsConfig
 
 __all__ = [
-    "AlgorithmConfig",
     "ClippedConfig",
     "Config",
     "DPHRLConfig",
     "GRPOConfig",
     "GroupConfig",
-    "KLConfig",
-    "MaskConfig",
+    "MethodConfig",
     "NumericsConfig",
-    "OverlongConfig",
     "PolicyConfig",
     "PresampleConfig",
     "RLEPConfig",
-    "ReplayConfig",
     "SFTConfig",
     "SPOChainConfig",
     "SPOTreeConfig",
-    "SegmentConfig",
     "check_files",
     "check_names",
     "load_config",
     "read_model_shape",
     "save_resolved",
+    "section",
 ]

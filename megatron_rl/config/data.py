@@ -12,7 +12,7 @@ from megatron_rl.errors import UserError
 
 @section
 class DataConfig:
-    """Where problems come from and how they are scored."""
+    """Source of problems, and how responses are scored."""
 
     task: str
     """A name from megatron_rl.tasks (gsm8k, word_problems), or ``package.module:NAME`` of a task of your own."""
@@ -63,11 +63,11 @@ class EvalConfig:
     pool: str | None = None
     """A pool of samples with log-probs of their model: each evaluation adds how far the policy has gone from that."""
     num_pool_rows: PositiveInt = 256
-    """Of ``pool``; the first so many."""
+    """The first rows of ``pool`` that are read."""
 
     @property
     def is_used(self) -> bool:
-        """Whether the run evaluates at all."""
+        """The run evaluates at some time."""
         return self.before or self.after or self.every_n_steps > 0
 
     def __post_init__(self) -> None:

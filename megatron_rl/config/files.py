@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from megatron_rl import plugins
-from megatron_rl.config.algorithms import DPHRLConfig, RLEPConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
@@ -54,7 +53,7 @@ def check_files(config: Config) -> None:
 
 
 def check_names(config: Config) -> None:
-    """Check that the code that a config names exists: its task, and its reward, which is looked at but not run.
+    """Check that the code that a config names exists: task, reward and metric sinks. Only the task's module is run.
 
     Raises:
         UserError: naming the config key.
@@ -62,17 +61,14 @@ def check_names(config: Config) -> None:
     get_task(config.data.task)
     if config.data.reward is not None:
         plugins.check(config.data.reward, field="data.reward", what="a reward")
+    for sink in config.exp_manager.sinks:
+        plugins.check(sink, field="exp_manager.sinks", what="a metric sink")
 
 
 def stored_pools(config: Config) -> dict[str, str]:
     """The pools of stored samples that a run reads, by config key."""
-    algorithm = config.algorithm
-    pools = {"eval.pool": config.eval.pool if config.eval.is_used else None}
-    if isinstance(algorithm, DPHRLConfig):
-        pools["algorithm.rehearsal.pool"] = algorithm.rehearsal.pool
-    if isinstance(algorithm, RLEPConfig):
-        pools["algorithm.replay.pool"] = algorithm.replay.pool
-    return {key: pool for key, pool in pools.items() if pool is not None}
+    probed = {"eval.pool": config.eval.pool} if config.eval.is_used and config.eval.pool is not None else {}
+    return probed | config.algorithm.stored_pools()
 
 
 def read_model_shape(config: Config) -> ModelShape:

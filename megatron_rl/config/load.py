@@ -1,21 +1,22 @@
-"""From a YAML file and dotted overrides to a checked ``Config``."""
+"""Reads a YAML file and dotted overrides into a checked ``Config``."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from megatron_rl.config.methods import MethodConfig, find_method
 from megatron_rl.config.schema import Config
 from megatron_rl.config.upstream import nearest
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors, write_atomic
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -38,10 +39,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ) from None
     assert isinstance(data, dict)
     _check_given(data, ())
+    given = {str(key): value for key, value in data.items()}
+    algorithm = _check_method(given.get("algorithm"))
     try:
-        return TypeAdapter(Config).validate_python(data)
+        return TypeAdapter(Config).validate_python(given | ({} if algorithm is None else {"algorithm": algorithm}))
     except ValidationError as error:
-        raise _explain(error, {str(key): value for key, value in data.items()}) from None
+        raise _explain(error, Config, ()) from None
+
+
+def _check_method(given: object) -> MethodConfig | None:
+    """Check the section ``algorithm`` by the class that its name picks; None where the section is missing or no section."""
+    if not isinstance(given, dict):
+        return None
+    if "name" not in given:
+        raise UserError(
+            "algorithm.name", None, "has no default and must be given", "add algorithm.name=grpo, or another"
+        )
+    settings = find_method(given["name"])
+    try:
+        return TypeAdapter(settings).validate_python(given)
+    except ValidationError as error:
+        raise _explain(error, settings, ("algorithm",)) from None
 
 
 def save_resolved(config: Config, path: Path) -> None:
@@ -50,14 +68,8 @@ def save_resolved(config: Config, path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-        os.replace(temporary, path)
-    except OSError as error:
-        rule, fix = f"could not be written ({error.strerror})", "free some disk space, or choose another folder"
-        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
+    with disk_errors(path, field="exp_manager.exp_dir"):
+        write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
@@ -103,56 +115,32 @@ def _check_given(data: object, where: tuple[str, ...]) -> None:
         )
 
 
-def _explain(error: ValidationError, data: dict[str, Any]) -> UserError:
-    """Turn pydantic's first error into ours."""
+def _explain(error: ValidationError, section: type, where: tuple[str, ...]) -> UserError:
+    """Turn pydantic's first error into ours.
+
+    Args:
+        error: of checking a section.
+        section: the class that was checked.
+        where: keys that lead to the section.
+    """
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # raised by a section's own check
         return cause
-    keys = _dotted(first["loc"], data)
-    key = ".".join(keys)
+    inner = [str(part) for part in first["loc"]]
+    key = ".".join([*where, *inner])
     if first["type"] == "unexpected_keyword_argument":
-        return UserError(key, first["input"], "is not a known key", nearest(keys[-1], _siblings(keys[:-1], data)))
+        return UserError(key, first["input"], "is not a known key", nearest(inner[-1], _fields(section, inner[:-1])))
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return UserError(
             key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file"
         )
-    if first["type"].startswith("union_tag"):
-        expected = first.get("ctx", {}).get("expected_tags", "")
-        tag = data.get(keys[0], {}).get("name") if isinstance(data.get(keys[0]), dict) else None
-        return UserError(f"{key}.name", tag, f"must be one of {expected}", "choose one of them")
     rule = first["msg"][0].lower() + first["msg"][1:]
     return UserError(key, first["input"], rule, "correct the value")
 
 
-def _dotted(location: Sequence[str | int], data: dict[str, Any]) -> list[str]:
-    """Pydantic's location without the union tags that it inserts (``algorithm.grpo.kl`` is ``algorithm.kl`` here)."""
-    keys: list[str] = []
-    for part in map(str, location):
-        parent = data
-        for key in keys:
-            parent = parent.get(key, {}) if isinstance(parent, dict) else {}
-        if isinstance(parent, dict) and parent.get("name") == part and part not in parent:
-            continue
-        keys.append(part)
-    return keys
-
-
-def _siblings(keys: Sequence[str], data: dict[str, Any]) -> list[str]:
-    """Valid names beside an unknown one: the fields of the section's class."""
-    from typing import get_args, get_type_hints
-
-    cls: Any = Config
-    for position, key in enumerate(keys):
-        hint = get_type_hints(cls, include_extras=True).get(key)
-        options = [option for option in (get_args(get_args(hint)[0]) if key == "algorithm" else [hint]) if option]
-        tag = data.get(key, {}).get("name") if position == 0 else None
-        matching = [
-            o
-            for o in options
-            if getattr(o, "__dataclass_fields__", {}).get("name") and tag in get_args(get_type_hints(o)["name"])
-        ]
-        cls = (matching or options or [None])[0]
-        if not hasattr(cls, "__dataclass_fields__"):
-            return []
-    return list(cls.__dataclass_fields__)
+def _fields(section: type, keys: Sequence[str]) -> list[str]:
+    """Return the field names of the section that ``keys`` lead to."""
+    for key in keys:
+        section = get_type_hints(section).get(key, object)
+    return list(getattr(section, "__dataclass_fields__", ()))

@@ -100,17 +100,17 @@ _PARALLEL_SIZES = (
     "virtual_pipeline_model_parallel_size",
 )
 _RECOMPUTED = ("core_attn", "mlp", "moe", "shared_experts", "mla_up_proj", "layernorm")
-"""Of Megatron's choices, without moe_act: that one is of grouped experts."""
+"""Megatron's choices, without moe_act, which is for grouped experts."""
 _KEPT_LAYERS = ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 _OF_DELAYED = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad", "tp_only_amax_red")
-"""What Megatron takes and ignores with any other recipe."""
+"""Fields that Megatron takes, and ignores with any other recipe."""
 _VALUES = {
     "transformer_impl": ("transformer_engine", "local"),
     "fp8": ("e4m3", "hybrid"),
     "fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
     "fp8_amax_compute_algo": ("most_recent", "max"),
 }
-"""What fields of Megatron may be; Megatron itself would find out on the last rank, or not at all."""
+"""Allowed values of Megatron's fields; Megatron itself would find out on the last rank, or not at all."""
 
 
 @section
@@ -128,7 +128,7 @@ class PolicyConfig:
     ddp_cfg: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's DistributedDataParallelConfig."""
     router_replay: bool = False
-    """In a model of experts: train through the experts that the rollout chose (R3, arXiv 2510.11370)."""
+    """Routing replay in a model of experts: train through the experts that the rollout chose (R3, arXiv 2510.11370)."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train_global_batch_size: PositiveInt = 512
     """Rows of one optimizer update, over all ranks."""

@@ -6,9 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megatron_rl import plugins
 from megatron_rl.config import upstream
 from megatron_rl.config.section import section
 from megatron_rl.errors import UserError
+
+ENGINES = ("transformers", "sglang", "recorded")
+"""Our engines; ``rollout.build`` builds them."""
 
 
 @section
@@ -27,7 +31,7 @@ class ServersConfig:
     base_port: PositiveInt | None = None
     """Port of a node's first server, the others count on; null takes free ones."""
     start_timeout_s: PositiveFloat = 600.0
-    """From start, or from a failure, until a server must serve."""
+    """Time from a start, or from a failure, until a server must serve."""
     request_timeout_s: PositiveFloat = 1200.0
     """Deadline of one attempt at one request."""
     max_retries: NonNegativeInt = 5
@@ -50,11 +54,11 @@ class ServersConfig:
 
 @section
 class RolloutConfig:
-    """How responses are sampled in training."""
+    """Sampling of responses in training."""
 
-    engine: Literal["transformers", "sglang", "recorded"] = "transformers"
+    engine: str = "transformers"
     """``transformers`` generates in process, each rank its share; ``sglang`` asks SGLang servers; ``recorded`` replays
-    the files of ``record``."""
+    the files of ``record``. ``package.module:BUILD`` is an engine from outside: see ``rollout.build.EngineBuilder``."""
     servers: ServersConfig = Field(default_factory=ServersConfig)
     sglang_cfg: dict[str, Any] = Field(default_factory=dict)
     """Arguments of SGLang's server under its own names: tp_size, mem_fraction_static, max_total_tokens, ..."""
@@ -71,9 +75,13 @@ class RolloutConfig:
     record: bool = False
     """Keep every step's rollouts in ``<run>/rollouts/``."""
     recorded_dir: str | None = None
-    """Where ``engine: recorded`` reads."""
+    """Folder that ``engine: recorded`` reads."""
 
     def __post_init__(self) -> None:
+        if plugins.is_path(self.engine):
+            plugins.check(self.engine, field="rollout.engine", what="an engine")
+        elif self.engine not in ENGINES:
+            raise plugins.unknown(self.engine, ENGINES, field="rollout.engine", what="an engine")
         if self.temperature <= 0:
             raise UserError(
                 "rollout.temperature",
@@ -106,18 +114,18 @@ class RolloutConfig:
 
     @property
     def starts_servers(self) -> bool:
-        """Whether SGLang servers are ours to start and stop."""
+        """The run starts and stops SGLang servers of its own."""
         return self.engine == "sglang" and self.servers.urls is None
 
     @property
     def is_colocated(self) -> bool:
-        """Whether our servers and the trainer have the same GPUs, in turn."""
+        """Our servers and the trainer use the same GPUs, in turn."""
         return self.starts_servers and self.servers.placement == "colocated"
 
 
 @section
 class WeightSyncConfig:
-    """How servers get new weights. The in-process engine copies."""
+    """Ways of giving servers new weights. The in-process engine copies."""
 
     transport: Literal["auto", "shards", "tensors", "disk"] = "auto"
     """``shards``: each trainer rank sends server ranks what they lack of its shards, and digests of both ends are compared
@@ -125,16 +133,16 @@ class WeightSyncConfig:
     ``directory``, and servers load the checkpoint that it makes there. ``auto``: shards to servers that can take them, whole
     tensors to others."""
     directory: str | None = None
-    """For ``disk``: on a file system that the servers share."""
+    """Directory of ``disk``, on a file system that the servers share."""
     full_every: PositiveInt = 20
-    """For ``disk``: versions from one full copy to the next; between them only differences are written."""
+    """Versions of ``disk`` from one full copy to the next; between them only differences are written."""
     quantization: Literal["fp8_block", "fp8_tensor"] | None = None
     """Servers get their linear layers in eight bits: e4m3 with a scale for each block of 128 x 128, or for each layer. Sent as
     whole tensors."""
     power_of_two_scales: bool = False
-    """Of ``quantization``: what e8m0 can hold."""
+    """Scales of ``quantization`` are powers of two, which e8m0 can hold."""
     pause_mode: Literal["abort", "retract", "in_place"] = "retract"
-    """What happens to requests under way, under SGLang's names. ``retract``: they start again from their tokens so far,
+    """Fate of requests under way, under SGLang's names. ``retract``: they start again from their tokens so far,
     with a fresh cache. ``in_place``: they go on with the old cache, so their next tokens belong to neither version.
     ``abort``: they end and are asked again."""
     bucket_bytes: PositiveInt = 512 * 2**20

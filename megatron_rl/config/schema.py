@@ -5,10 +5,10 @@ Section and field names are NeMo's where NeMo has one (``trainer``, ``exp_manage
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, InstanceOf
 
-from megatron_rl.config.algorithms import STAGE_OF_ALGORITHM, AlgorithmConfig, SegmentConfig
 from megatron_rl.config.data import DataConfig, EvalConfig, PresampleConfig
+from megatron_rl.config.methods import MethodConfig, names_of_stage
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_rl.config.section import section
@@ -24,7 +24,8 @@ class Config:
     exp_manager: ExpManagerConfig = Field(default_factory=ExpManagerConfig)
     policy: PolicyConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    algorithm: AlgorithmConfig
+    algorithm: InstanceOf[MethodConfig]
+    """The class is the one that ``algorithm.name`` names (``find_method``)."""
     data: DataConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
     weight_sync: WeightSyncConfig = Field(default_factory=WeightSyncConfig)
@@ -37,7 +38,7 @@ class Config:
 
     @property
     def row_unit(self) -> int:
-        """So many rows give every data-parallel rank as many micro-batches as its schedule takes at a time."""
+        """Number of rows that gives every data-parallel rank as many micro-batches as its schedule takes at a time."""
         in_flight = self.policy.pipeline_parallel_size if self.policy.virtual_pipeline_size > 1 else 1
         return self.data_parallel_size * in_flight
 
@@ -49,14 +50,12 @@ class Config:
     @property
     def num_updates_per_step(self) -> int:
         """Optimizer updates in one step."""
-        if self.algorithm.num_rows is None:
-            return 1
-        return self.algorithm.num_epochs * self.algorithm.num_rows // self.policy.train_global_batch_size
+        return self.algorithm.num_updates(self.policy.train_global_batch_size)
 
     def __post_init__(self) -> None:
         self._check_stage()
         self._check_batch_arithmetic()
-        self._check_segments()
+        self.algorithm.check(self)
         passed = self.weight_sync.quantization or {"disk": "disk", "shards": "shards"}.get(self.weight_sync.transport)
         if passed is not None and self.rollout.engine != "sglang":
             raise UserError(
@@ -81,14 +80,14 @@ class Config:
             )
 
     def _check_stage(self) -> None:
-        stage = STAGE_OF_ALGORITHM[self.algorithm.name]
+        stage = self.algorithm.stage
         if stage != self.trainer.stage:
-            names = [name for name, of in STAGE_OF_ALGORITHM.items() if of == self.trainer.stage]
             raise UserError(
                 "algorithm.name",
                 self.algorithm.name,
                 f"belongs to trainer.stage {stage}, not {self.trainer.stage}",
-                f"set trainer.stage={stage}, or choose an algorithm of this stage: {', '.join(names)}",
+                f"set trainer.stage={stage}, or choose an algorithm of this stage: "
+                f"{', '.join(names_of_stage(self.trainer.stage))}",
             )
         if stage == "sft" and self.trainer.max_generated_tokens is not None:
             raise UserError(
@@ -108,50 +107,9 @@ class Config:
 
     @property
     def offloads_during_rollouts(self) -> bool:
-        """Whether the trainer makes room for the rollout engine."""
+        """The trainer frees GPU memory for the rollout engine."""
         chosen = self.trainer.offload_during_rollouts
         return self.rollout.is_colocated if chosen is None else chosen
-
-    def _check_segments(self) -> None:
-        """What SPO's two forms can and cannot have beside them."""
-        algorithm = self.algorithm
-        if not isinstance(algorithm, SegmentConfig):
-            return
-        is_colocated = self.rollout.is_colocated
-        asks = (
-            algorithm.probabilities_from(top_p=self.rollout.top_p, top_k=self.rollout.top_k)
-            if algorithm.uses_probabilities
-            else None
-        )
-        if algorithm.name == "spo_chain" and asks == "policy" and is_colocated:
-            raise UserError(
-                "algorithm.probabilities",
-                algorithm.probabilities,
-                "asks the trainer in the middle of the rollouts, while colocated servers have the memory",
-                "set it to rollout (our servers tell whole-distribution log-probs under top_p and top_k, too), or use "
-                "rollout.servers.placement=separate",
-            )
-        if algorithm.name == "spo_chain" and asks == "policy" and self.policy.router_replay:
-            raise UserError(
-                "algorithm.probabilities",
-                algorithm.probabilities,
-                "asks the trainer before the experts chosen at rollout are known to it (policy.router_replay)",
-                "set it to rollout, or leave router_replay out",
-            )
-        if algorithm.name == "spo_tree" and self.policy.router_replay and algorithm.edge_lifetime_steps > 1:
-            raise UserError(
-                "policy.router_replay",
-                True,
-                "is not kept with the edges of earlier steps",
-                "set algorithm.edge_lifetime_steps=1, or leave router_replay out",
-            )
-        if self.rollout.over_sampling > 1:
-            raise UserError(
-                "rollout.over_sampling",
-                self.rollout.over_sampling,
-                f"is for methods with independent rollouts; {algorithm.name} needs every branch",
-                "set it to 1",
-            )
 
     def _check_batch_arithmetic(self) -> None:
         model_size = self.policy.model_parallel_size
@@ -169,7 +127,7 @@ class Config:
             raise UserError(
                 "policy.train_global_batch_size",
                 batch,
-                f"must divide the rows of a step: {_rows_of_a_step(self.algorithm)} = {rows}",
+                f"must divide the rows of a step: {self.algorithm.num_rows_formula} = {rows}",
                 f"use a divisor of {rows}: {rows} makes one update a step",
             )
         # Ranks run equally many micro-batches, none of them empty: a remainder would have to share one with another row,
@@ -193,17 +151,3 @@ class Config:
                 "pipelining, whose schedule takes a micro-batch for every pipeline rank at a time",
                 f"use a multiple of {unit}, or leave virtual_pipeline_model_parallel_size out",
             )
-        overlong = getattr(self.algorithm, "overlong", None)
-        if overlong is not None and overlong.buffer > self.rollout.max_new_tokens:
-            raise UserError(
-                "algorithm.overlong.buffer",
-                overlong.buffer,
-                f"must not exceed rollout.max_new_tokens = {self.rollout.max_new_tokens}",
-                "shorten the buffer",
-            )
-
-
-def _rows_of_a_step(algorithm: AlgorithmConfig) -> str:
-    if algorithm.name == "spo_tree":
-        return "algorithm.num_edges_per_step"
-    return "num_prompts_per_step * num_generations_per_prompt"

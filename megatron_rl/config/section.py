@@ -1,4 +1,4 @@
-"""What every config section is: a frozen, keyword-only dataclass that refuses unknown keys, NaN and infinity."""
+"""Config sections: each is a frozen, keyword-only dataclass that refuses unknown keys, NaN and infinity."""
 
 from __future__ import annotations
 

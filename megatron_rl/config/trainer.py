@@ -18,17 +18,17 @@ class NumericsConfig:
     every_n_steps: NonNegativeInt = 0
     """0 never looks."""
     forecast: Literal["tensorwise", "blockwise", "mxfp8"] = "blockwise"
-    """In a run without FP8: the recipe whose effect is reported."""
+    """Recipe whose effect is reported in a run without FP8."""
     max_underflow_frac: float = Field(default=0.05, ge=0, le=1)
-    """Of the numbers of an operand: those that become zero."""
+    """Limit on the share of an operand's numbers that become zero."""
     max_overflow_frac: float = Field(default=0.001, ge=0, le=1)
     max_output_error: PositiveFloat = 0.1
-    """Of a layer's output, relative."""
+    """Limit on the relative error of a layer's output."""
 
 
 @section
 class TrainerConfig:
-    """How long, how wide, in which precision."""
+    """Length, width and precision of a run."""
 
     stage: Literal["rl", "sft"] = "rl"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -48,8 +48,8 @@ class TrainerConfig:
     timeout_s: PositiveFloat = 1800.0
     """A collective that takes longer ends the run."""
     hang_timeout_s: PositiveFloat | None = 900.0
-    """When no rank has made progress for so long, or one gives no sign of life, the run ends with a message that says who
-    waits for whom (docs/watchdog.md); null never does. Progress is a phase entered or left, or an item of a progress bar."""
+    """Limit after which a run ends, with a message that says who waits for whom (docs/watchdog.md): no rank has made progress
+    for this time, or one gives no sign of life. null: never. A phase begun or ended is progress, and so is a progress bar."""
 
     offload_during_rollouts: bool | None = None
     """Gradients and optimizer state leave the GPU while rollouts are sampled; null does so where servers share the trainer's
@@ -78,7 +78,7 @@ class CheckpointConfig:
 
 @section
 class ExpManagerConfig:
-    """Where a run lives, how it resumes, where its metrics go."""
+    """Folder of a run, how it resumes, and where its metrics go."""
 
     exp_dir: str = "runs"
     name: str = "default"
@@ -97,6 +97,8 @@ class ExpManagerConfig:
     wandb_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
     create_mlflow_logger: bool = False
     mlflow_logger_kwargs: dict[str, Any] = Field(default_factory=dict)
+    sinks: list[str] = Field(default_factory=list)
+    """Further metric sinks, ``package.module:CLASS`` each (docs/metrics.md)."""
 
     @property
     def run_dir(self) -> Path:

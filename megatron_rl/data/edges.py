@@ -1,4 +1,4 @@
-"""Edges of trees that wait to be trained on: one tree yields more of them than one update needs (SPO-tree's replay)."""
+"""Tree edges that wait to be trained on: a tree yields more of them than one update needs (SPO-tree's replay)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import UserError
-from megatron_rl.types import FINISH_REASONS, Kind, TrainingSample
+from megatron_rl.types import FINISH_REASONS, RowKind, TrainingSample
 
 
 @dataclass
 class _Tree:
     born: int
-    """Step that grew it."""
+    """Step that grew the tree."""
     rows: list[TrainingSample]
 
 
@@ -26,7 +26,7 @@ class EdgeStore:
     def __init__(
         self, lifetime_steps: int, max_per_tree: int, *, max_waiting: int | None = None, origin: str = ""
     ) -> None:
-        """Empty.
+        """Make an empty store.
 
         Args:
             lifetime_steps: a tree of step s is drawn from in steps s to s + lifetime_steps - 1.
@@ -38,14 +38,14 @@ class EdgeStore:
         self._max_waiting, self._origin = 0 if lifetime_steps == 1 else max_waiting, origin
         self._trees: list[_Tree] = []
         self.num_expired = 0
-        """Edges that the last ``add`` has dropped for their age, and those that a resume before it did not take."""
+        """Number of edges that the last ``add`` dropped for their age, and that a resume before it did not take."""
         self._num_foreign = 0
 
     def __len__(self) -> int:
         return sum(len(tree.rows) for tree in self._trees)
 
     def add(self, trees: Sequence[Sequence[TrainingSample]], step: int) -> None:
-        """Take the edges of this step's trees in, and drop those that are too old."""
+        """Add the edges of this step's trees, and drop those that are too old."""
         is_alive = [tree.born > step - self._lifetime_steps for tree in self._trees]
         too_old = sum(len(tree.rows) for tree, alive in zip(self._trees, is_alive) if not alive)
         self.num_expired, self._num_foreign = too_old + self._num_foreign, 0
@@ -53,7 +53,7 @@ class EdgeStore:
         self._trees += [_Tree(step, list(rows)) for rows in trees if rows]
 
     def draw(self, count: int, *, seed: int, step: int, batch_size: int, multiple: int) -> list[TrainingSample]:
-        """Take out up to ``count`` edges, any of them as likely as any other within what a tree may give.
+        """Remove and return up to ``count`` edges, each as likely as any other within the limit of one tree.
 
         Args:
             count: at most so many, a multiple of ``batch_size``.
@@ -84,11 +84,11 @@ class EdgeStore:
         return rows
 
     def born_in(self, step: int) -> list[TrainingSample]:
-        """The edges of this step's trees that stay."""
+        """Return the edges of this step's trees that stay."""
         return [row for tree in self._trees if tree.born == step for row in tree.rows]
 
     def state(self) -> dict[str, Tensor]:
-        """All of it, in few tensors. Experts of a routing replay are not kept: edges that wait are refused there."""
+        """Return the state in few tensors. Experts of a routing replay are not kept: waiting edges are refused there."""
         rows = [row for tree in self._trees for row in tree.rows]
         masks = [torch.ones(len(r.response_ids)) if r.loss_mask is None else r.loss_mask for r in rows]
 
@@ -112,7 +112,7 @@ class EdgeStore:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``state`` was taken; without one, or from another origin, nothing is kept.
+        """Go on from a ``state``; without one, or from another origin, nothing is kept.
 
         Raises:
             UserError: it is of another algorithm.
@@ -143,7 +143,7 @@ class EdgeStore:
                 TrainingSample(
                     prompt_ids=prompts[row].clone(),
                     response_ids=responses[row].clone(),
-                    kind=Kind.EDGE,
+                    kind=RowKind.EDGE,
                     reward=float(state["rewards"][row]),
                     finish_reason=FINISH_REASONS[int(state["finish_reasons"][row])],
                     weight_version=int(state["weight_versions"][row]),

@@ -1,4 +1,4 @@
-"""What a run reads before it builds anything: tokenizer, problems and their order, stored samples; and whether rows fit."""
+"""Inputs: what a run reads before it builds anything (tokenizer, problems, their order, stored samples), checked to fit."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Inputs:
 
     @property
     def stream(self) -> Stream[Any]:
-        """What the run trains on, in order."""
+        """The prompts or rows to train on, in order."""
         return self.prompts if self._config.trainer.stage == "rl" else self.demonstrations
 
     @property
@@ -114,7 +114,7 @@ class Inputs:
         if longest > policy.train_micro_batch_tokens:
             raise too_long(longest, policy.train_micro_batch_tokens)
         # Groups get as many replays as there are, so a rank can have one row more than another: it shares a micro-batch.
-        is_uneven = self._config.algorithm.name == "rlep" and self._config.row_unit > 1
+        is_uneven = self._config.algorithm.has_uneven_groups and self._config.row_unit > 1
         if is_uneven and 2 * longest > policy.train_micro_batch_tokens:
             raise UserError(
                 "policy.train_micro_batch_tokens",
@@ -143,7 +143,7 @@ class Inputs:
                 self.probes = probe_rows(pool, self._config)
 
     def model_digest(self) -> str:
-        """Of the weights that the policy starts from. A collective: ranks share the reading out."""
+        """Return a digest of the weights that the policy starts from. A collective: each rank reads a share."""
         policy, groups = self._config.policy, self._groups
         directory, is_random = Path(policy.model_path), policy.initialization == "random"
         with all_ranks_agree(groups.cpu_group):

@@ -1,4 +1,4 @@
-"""What a pool's trajectories depend on, as short digests: the tokenizer that cut them, the weights that sampled them.
+"""Digests of a pool's origin: the tokenizer that cut its trajectories, the weights that sampled them.
 
 Both have 16 hexadecimal digits and say whether two are the same wherever their files lie. They find mix-ups, not attackers.
 """
@@ -17,11 +17,11 @@ from megatron_rl.convert.tables.digest import as_text, digest
 from megatron_rl.errors import UserError
 
 _SPLITTING = ("normalizer", "pre_tokenizer", "model")
-"""What decides in a tokenizers.Tokenizer which ids a text becomes, apart from the added tokens, which the vocabulary has."""
+"""Parts of a tokenizers.Tokenizer that decide which ids a text becomes; added tokens are in the vocabulary."""
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of a transformers tokenizer: vocabulary with added tokens, ids of special tokens, and how text is split.
+    """Return the digest of a transformers tokenizer: vocabulary with added tokens, special ids, and splitting of text.
 
     Chat template, padding and truncation do not count: they change no id of a text. Nor does the post-processor, which may
     put a special token in front: prompts are stored as ids.
@@ -37,7 +37,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def model_digest(directory: str | Path) -> str:
-    """Of the weights in a Hugging Face directory: names, types, shapes and bits, however they are dealt out to files.
+    """Return the digest of a directory's weights: names, types, shapes and bits, however they are spread over files.
 
     Returns:
         16 hexadecimal digits.
@@ -49,7 +49,7 @@ def model_digest(directory: str | Path) -> str:
 
 
 def weight_fingerprints(directory: str | Path, *, rank: int = 0, num_ranks: int = 1) -> list[Any]:
-    """One rank's share of ``model_digest``'s work, one tensor at a time; no collective.
+    """Compute one rank's share of ``model_digest``, one tensor at a time; no collective.
 
     Args:
         directory: config.json and safetensors files.
@@ -69,12 +69,12 @@ def weight_fingerprints(directory: str | Path, *, rank: int = 0, num_ranks: int 
 
 
 def digest_of_fingerprints(shares: Sequence[list[Any]]) -> str:
-    """``model_digest`` from the shares of all ranks, in any order."""
+    """Return ``model_digest`` from the shares of all ranks, in any order."""
     return _hash(sorted(fingerprint for share in shares for fingerprint in share))
 
 
 def random_model_digest(directory: str | Path, seed: int) -> str:
-    """Of a model that starts from random weights, and so has no files: of config.json and seed.
+    """Return the digest of a model with random weights, which has no files: that of config.json and seed.
 
     Raises:
         UserError: there is no config.json.
@@ -83,7 +83,7 @@ def random_model_digest(directory: str | Path, seed: int) -> str:
 
 
 def _fingerprint(reader: HFReader, name: str) -> list[Any]:
-    """Name, type, shape and digest of one tensor."""
+    """Return name, type, shape and digest of one tensor."""
     tensor = reader.read(name)
     shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     block = tensor.reshape(1) if tensor.dim() == 0 else tensor.flatten(0, -2) if tensor.dim() > 2 else tensor

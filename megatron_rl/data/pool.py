@@ -15,9 +15,9 @@ A trajectory in data.bin, filled up with zeros to a multiple of four bytes:
     response_mask    uint8, where some tokens were not generated (a tool's output): 1 where one was
     problem_id       UTF-8
 
-Everything is mapped, nothing is held: opening costs the manifests, a row costs its pages. Appending adds a shard. Each record
-has the CRC-32 of itself and its trajectory, checked whenever it is read, so that a flipped bit never trains. Numbers are
-little-endian.
+All files are mapped, none is read into memory: opening reads the manifests, a row its pages. Appending adds a shard. Each
+record has the CRC-32 of itself and its trajectory, checked whenever it is read, so that a flipped bit never trains. Numbers
+are little-endian.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ __all__ = [
     "num_shards",
 ]
 SHARD_ROWS = 100_000
-"""A writer begins another shard after so many."""
+"""Number of rows after which a writer begins another shard."""
 _CHUNK_ROWS = 256
-"""Read at a time where all rows are read: enough to share the cost of a call, few enough for long responses."""
+"""Rows read at a time in a pass over all: enough to share the cost of a call, few enough for long responses."""
 
 
 class PoolWriter:
@@ -80,14 +80,14 @@ class PoolWriter:
     """
 
     def __init__(self, directory: str | Path, provenance: Provenance, *, shard_rows: int = SHARD_ROWS) -> None:
-        """Args: the pool, made if there is none; of what is added; rows of a shard."""
+        """Open the pool, which is made if there is none; ``provenance`` is that of the rows to add."""
         self.directory, self._provenance, self._shard_rows = Path(directory), provenance, shard_rows
         for shard in shard_paths(self.directory):
             check_origin(shard, read_manifest(shard), *provenance.digests)
         self._shard: ShardWriter | None = None
 
     def add(self, trajectory: Trajectory) -> None:
-        """Append one."""
+        """Append one trajectory."""
         if self._shard is None:
             self._shard = ShardWriter(self.directory, self._provenance)
         self._shard.add(trajectory)
@@ -95,7 +95,7 @@ class PoolWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Finish the shard at hand: from now on it is part of the pool."""
+        """Finish the current shard: from now on it is part of the pool."""
         shard, self._shard = self._shard, None
         if shard is not None:
             shard.finish()
@@ -106,7 +106,7 @@ class PoolWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Without an error, finish; with one, keep only the shards that were finished before."""
+        """Finish; after an error, keep only the shards that were finished before."""
         if error is None:
             self.flush()
         elif self._shard is not None:
@@ -137,7 +137,7 @@ class Pool(Sequence[Trajectory]):
         for path in paths:
             self._shards.append(Shard(path, first_row=self._shards[-1].end if self._shards else 0))
         self.provenance = self._shards[0].provenance
-        """Of the first shard; what shards may differ in is in ``provenances``."""
+        """Provenance of the first shard; ``provenances`` has those of all."""
         for shard in self._shards:
             check_origin(shard.path, shard.manifest, model_digest, tokenizer_digest)
             check_origin(shard.path, shard.manifest, *self.provenance.digests)
@@ -147,7 +147,7 @@ class Pool(Sequence[Trajectory]):
         return int(self._ends[-1])
 
     def __getitem__(self, index: Any) -> Any:
-        """One trajectory, or a list of them for a slice; see ``take``."""
+        """Return one trajectory, or a list of them for a slice."""
         return self.take(range(*index.indices(len(self)))) if isinstance(index, slice) else self.take([index])[0]
 
     def __iter__(self) -> Iterator[Trajectory]:
@@ -155,7 +155,7 @@ class Pool(Sequence[Trajectory]):
             yield from self.take(rows)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> list[Trajectory]:
-        """Trajectories by number, in this order, each checked against its checksum.
+        """Read trajectories by number, in this order, each checked against its checksum.
 
         Raises:
             IndexError: there is no such number.
@@ -173,34 +173,34 @@ class Pool(Sequence[Trajectory]):
         return cast("list[Trajectory]", found)
 
     def rewards(self) -> np.ndarray:
-        """[N] float32, without reading the trajectories."""
+        """Return [N] float32, without reading the trajectories."""
         return self._column("reward")
 
     def prompt_lengths(self) -> np.ndarray:
-        """[N] int32 tokens, likewise."""
+        """Return [N] int32 tokens, without reading the trajectories."""
         return self._column("prompt_length")
 
     def response_lengths(self) -> np.ndarray:
-        """[N] int32 tokens, likewise."""
+        """Return [N] int32 tokens, without reading the trajectories."""
         return self._column("response_length")
 
     def has_ref_log_probs(self) -> np.ndarray:
-        """[N] bool, likewise."""
+        """Return [N] bool, without reading the trajectories."""
         return (self._column("flags") & HAS_REF).astype(bool)
 
     def has_response_masks(self) -> np.ndarray:
-        """[N] bool, likewise: some tokens of the response were not generated."""
+        """Return [N] bool: some tokens of the response were not generated."""
         return (self._column("flags") & HAS_MASK).astype(bool)
 
     def digest(self) -> str:
-        """16 hexadecimal digits of everything in it, by way of the checksums."""
+        """Return 16 hexadecimal digits that depend on all content, by way of the checksums."""
         hashes = hashlib.blake2b(digest_size=8)
         for shard in self._shards:
             hashes.update(shard.records.tobytes())
         return hashes.hexdigest()
 
     def rows_of_problems(self) -> dict[str, list[int]]:
-        """Row numbers of each problem, ascending; problems in the order in which they first occur.
+        """Return the row numbers of each problem, ascending; problems in order of first occurrence.
 
         Reads one trajectory of each problem, for its id.
         """
@@ -214,7 +214,7 @@ class Pool(Sequence[Trajectory]):
         return {problem_id: rows.tolist() for problem_id, rows in zip(ids, groups, strict=True)}
 
     def provenances(self) -> list[Provenance]:
-        """The different ones of its shards, in order."""
+        """Return the different provenances of its shards, in order."""
         found: list[Provenance] = []
         for shard in self._shards:
             if shard.provenance not in found:
@@ -223,16 +223,16 @@ class Pool(Sequence[Trajectory]):
 
     @property
     def num_shards(self) -> int:
-        """How many it consists of."""
+        """Number of shards."""
         return len(self._shards)
 
     @property
     def num_bytes(self) -> int:
-        """On disk, manifests left out."""
+        """Size on disk, manifests left out."""
         return sum(sum(shard.manifest["bytes"].values()) for shard in self._shards)
 
     def verify(self) -> Iterator[int]:
-        """Read everything; yields the number of each trajectory that is whole, some hundred at a time.
+        """Read everything; yield the number of each trajectory that is whole, some hundred at a time.
 
         Raises:
             UserError: the first that is not.
@@ -242,7 +242,7 @@ class Pool(Sequence[Trajectory]):
             yield from rows
 
     def _by_shard(self, numbers: np.ndarray, order: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:
-        """Each shard that holds some of the rows, and their places in ``numbers``, in the order of ``order``."""
+        """Yield each shard that holds some of the rows, and their places in ``numbers``, in the order of ``order``."""
         which = np.searchsorted(self._ends, numbers[order], side="right")
         for i in np.unique(which):
             yield self._shards[i], order[which == i]
@@ -267,7 +267,7 @@ def drop_shards_after(directory: str | Path, count: int) -> None:
 
 @contextmanager
 def new_pool(directory: str | Path) -> Iterator[None]:
-    """Around the building of a pool where none is: after an error nothing of it is left.
+    """Guard the building of a pool in a folder without one: after an error nothing of it is left.
 
     Raises:
         UserError: a pool is there.
@@ -289,10 +289,10 @@ def new_pool(directory: str | Path) -> Iterator[None]:
 def merge(
     sources: Iterable[str | Path], target: str | Path, *, advance: Callable[[int], None] = lambda count: None
 ) -> int:
-    """A new pool of all trajectories of some pools, in order; returns how many. All must be of one model and tokenizer.
+    """Write a new pool of all trajectories of some pools, in order; return their number.
 
     Args:
-        sources: pools.
+        sources: pools, all of one model and tokenizer.
         target: a directory without a pool.
         advance: told how many further trajectories are done, for progress.
 
@@ -309,7 +309,7 @@ def merge(
 
 @dataclass(frozen=True)
 class FilterCount:
-    """What a filter did."""
+    """The result of a filter."""
 
     kept: int
     dropped: dict[str, int]
@@ -327,7 +327,7 @@ def filter_pool(
     problems: Collection[str] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> FilterCount:
-    """A new pool of those trajectories that meet every condition given, in their order.
+    """Write a new pool of the trajectories that meet every condition given, in their order.
 
     Args:
         source: a pool.
@@ -356,7 +356,7 @@ def filter_pool(
 def _conditions(
     pool: Pool, min_reward: float | None, max_response_tokens: int | None, problems: Collection[str] | None
 ) -> dict[str, np.ndarray]:
-    """[N] bool of each condition that is asked for; from the records alone."""
+    """Return [N] bool for each condition that is asked for; only the records are read."""
     conditions: dict[str, np.ndarray] = {}
     if problems is not None:
         wanted = np.array([problem_key(problem_id.encode()) for problem_id in problems], dtype=np.uint64)
@@ -397,7 +397,7 @@ def _copy(
 
 
 def _chunks(rows: Any) -> Iterator[Any]:
-    """Consecutive pieces of a range or an array."""
+    """Yield consecutive pieces of a range or an array."""
     return (rows[first : first + _CHUNK_ROWS] for first in range(0, len(rows), _CHUNK_ROWS))
 
 
@@ -409,7 +409,7 @@ class PoolNeed:
     """Config key that names it, for errors."""
     directory: str
     of_this_model: bool
-    """Its samples must be of the policy's initial weights, not only of its tokenizer."""
+    """True: its samples must be of the policy's initial weights, not only of its tokenizer."""
     use: Callable[[Pool, Sequence[Prompt]], str]
     """Takes the pool and the prompts of the run; returns a line for the user. Raises ``UserError`` if nothing in it can be
     used."""

@@ -1,9 +1,9 @@
-"""The folder of ``megatron-rl presample``: what has been sampled so far, and what comes out of it.
+"""The folder of ``megatron-rl presample``: progress of the sampling, and its results.
 
     presample/
-        settings.json            of the model, the problems and the sampling; another start with others is refused
+        settings.json            model, problems and sampling; another start with other settings is refused
         pool/                    the samples that are kept (data/pool.py); a shard for each chunk of problems that gave some
-        chunks/000000.json       what became of each problem of a chunk; written after its shard
+        chunks/000000.json       the verdict on each problem of a chunk; written after its shard
         exploration.jsonl        the rows of the problem file that are still to be learned (rehearsal only)
         summary.json             the split in numbers
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_rl.data.pool import PoolWriter, Provenance, Trajectory, drop_shards_after, num_shards
 from megatron_rl.errors import UserError
-from megatron_rl.metrics.rows import write_atomic
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.tasks.jsonl import copy_rows
 from megatron_rl.types import Problem
 
@@ -33,22 +33,22 @@ KEPT = "kept"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one problem."""
+    """The result of sampling one problem."""
 
     problem_id: str
     num_correct: int
-    """Of the samples that were judged."""
+    """Number of right ones among the samples that were judged."""
     fate: str
     """``exploration``, ``kept``, or ``dropped: reason``."""
 
 
 class PresampledFolder:
-    """One process writes; all can ask what is done.
+    """The folder as a program uses it: one process writes, all can ask which chunks are done.
 
     Args:
         directory: the folder, made if there is none.
         settings: what the samples depend on, as JSON.
-        provenance: of the samples.
+        provenance: that of the samples.
 
     Raises:
         UserError: it was begun with other settings; from every method, it cannot be written.
@@ -83,11 +83,11 @@ class PresampledFolder:
 
     @property
     def exploration(self) -> Path:
-        """Problem file of what is still to be learned."""
+        """Problem file of the problems still to be learned."""
         return self.directory / "exploration.jsonl"
 
     def num_done(self) -> int:
-        """Chunks done; what a killed run has left after them is removed."""
+        """Return the number of chunks done; remove everything that a killed run has left after them."""
         done = 0
         while self._chunk(done).is_file():
             done += 1
@@ -104,12 +104,12 @@ class PresampledFolder:
         _write(self._chunk(chunk), {"num_shards": shards, "verdicts": [asdict(verdict) for verdict in verdicts]})
 
     def verdicts(self) -> list[Verdict]:
-        """Of all chunks, in the order of the problems."""
+        """Return the verdicts of all chunks, in the order of the problems."""
         paths = sorted((self.directory / "chunks").glob("[0-9]*.json"))
         return [Verdict(**verdict) for path in paths for verdict in _read(path)["verdicts"]]
 
     def finish(self, problems: Sequence[Problem], num_samples: int) -> dict[str, Any]:
-        """Write ``exploration.jsonl``, where there are such problems, and ``summary.json``; returns the summary."""
+        """Write ``exploration.jsonl``, if there are such problems, and ``summary.json``; return the summary."""
         verdicts = self.verdicts()
         fates = Counter(verdict.fate for verdict in verdicts)
         solved = Counter(verdict.num_correct for verdict in verdicts)
@@ -136,8 +136,5 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, value: Any) -> None:
-    try:
-        write_atomic(path, json.dumps(value, indent=1).encode() + b"\n")
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        raise UserError(str(path), None, rule, "free some disk space and give the same command again") from error
+    with disk_errors(path, fix=SAME_COMMAND):
+        write_atomic(path, json.dumps(value, indent=1) + "\n")

@@ -10,7 +10,7 @@ import torch
 
 from megatron_rl.config.data import DataConfig
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, Problem, Prompt, TrainingSample
+from megatron_rl.types import Problem, Prompt, RowKind, TrainingSample
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def demonstrations(
     context_length: int,
     overlong: Literal["error", "drop"] = "error",
 ) -> list[TrainingSample]:
-    """Supervised rows: prompt, worked solution, end of sequence.
+    """Make supervised rows: prompt, worked solution, end of sequence.
 
     Args:
         prompts: with problems that have a solution.
@@ -102,7 +102,7 @@ def demonstrations(
                 f"prompt and solution exceed the context of {context_length} tokens",
                 "remove or shorten the row, or set data.overlong_prompts=drop",
             )
-        samples.append(TrainingSample(prompt.prompt_ids, torch.tensor([*ids, stop_id]), Kind.SFT))
+        samples.append(TrainingSample(prompt.prompt_ids, torch.tensor([*ids, stop_id]), RowKind.SFT))
     if not samples:
         raise UserError("data.train", None, "no row is left after dropping long ones", "give problems that fit")
     if len(samples) < len(prompts):

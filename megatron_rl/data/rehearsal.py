@@ -9,7 +9,7 @@ from megatron_rl.data.limits import row_limit
 from megatron_rl.data.pool import Pool, Trajectory
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 
 FIELD = "algorithm.rehearsal.pool"
 PROBE_FIELD = "eval.pool"
@@ -45,19 +45,19 @@ class Rehearsal:
 
     @property
     def summary(self) -> str:
-        """One line for the user."""
+        """Return one line for the user."""
         dropped = f", {self.num_too_long} left out as too long" if self.num_too_long else ""
         return f"rehearsal: {len(self._numbers.items)} rows of {self._pool.directory}{dropped}"
 
     def rows(self, *, update: int) -> list[TrainingSample]:
-        """The rows of one update, counted from 0; a pure function of it."""
+        """Return the rows of one update, counted from 0; a pure function of its number."""
         self._numbers.cursor = update * self._num_rows
         numbers = self._numbers.take(self._num_rows)
         return [rehearsal_row(trajectory) for trajectory in self._pool.take(numbers)]
 
 
 def check_reference(pool: Pool, rows: np.ndarray, *, temperature: float, field: str) -> None:
-    """The pool's log-probs can be compared with the policy's.
+    """Check that the pool's log-probs can be compared with the policy's.
 
     Args:
         pool: of samples.
@@ -85,11 +85,11 @@ def check_reference(pool: Pool, rows: np.ndarray, *, temperature: float, field: 
 
 
 def rehearsal_row(trajectory: Trajectory) -> TrainingSample:
-    """A training row with the reference's log-probs."""
+    """Make a training row with the reference's log-probs."""
     return TrainingSample(
         trajectory.prompt_ids,
         trajectory.response_ids,
-        Kind.REHEARSAL,
+        RowKind.REHEARSAL,
         reward=trajectory.reward,
         has_reward=False,
         ref_log_probs=trajectory.ref_log_probs,
@@ -97,7 +97,7 @@ def rehearsal_row(trajectory: Trajectory) -> TrainingSample:
 
 
 def probe_rows(pool: Pool, config: Config) -> list[TrainingSample]:
-    """The first ``eval.num_pool_rows`` rows that are short enough.
+    """Return the first ``eval.num_pool_rows`` rows that are short enough.
 
     Raises:
         UserError: there is none, or one cannot be compared with the policy.

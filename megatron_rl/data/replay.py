@@ -20,7 +20,7 @@ from megatron_rl.rewards.correct import is_correct
 from megatron_rl.types import Prompt, RolloutGroup
 
 FIELD = "algorithm.replay.pool"
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Success:
 
 
 class PooledSuccesses:
-    """Of a pool, read when drawn.
+    """Successes of a pool, read when drawn.
 
     Args:
         pool: of responses; those without a positive reward are left out.
@@ -80,13 +80,13 @@ class PooledSuccesses:
 
     @property
     def summary(self) -> str:
-        """One line for the user."""
+        """Return one line for the user."""
         count = sum(map(len, self._rows.values()))
         dropped = "".join(f", {count} left out: {reason}" for reason, count in self.dropped.items() if count)
         return f"replay: {count} successes of {self._pool.directory}, for {self._coverage}{dropped}"
 
     def draw(self, prompt: Prompt, count: int, *, seed: int, step: int) -> list[Success]:
-        """Up to ``count`` successes of a problem, without replacement; a pure function of seed, problem and step.
+        """Draw up to ``count`` successes of a problem, without replacement; a pure function of seed, problem and step.
 
         Raises:
             UserError: one answers another prompt than this one.
@@ -106,7 +106,7 @@ class PooledSuccesses:
 
 @dataclass
 class FoundSuccesses:
-    """Found during the run: the newest of each problem, in memory."""
+    """Successes found during the run: the newest of each problem, in memory."""
 
     max_per_problem: int
     by_problem: dict[str, list[Success]] = field(default_factory=dict)
@@ -124,12 +124,12 @@ class FoundSuccesses:
                 self.by_problem[problem] = [*self.by_problem.get(problem, []), *found][-self.max_per_problem :]
 
     def draw(self, prompt: Prompt, count: int, *, seed: int, step: int) -> list[Success]:
-        """As ``PooledSuccesses.draw``."""
+        """Draw up to ``count`` successes of a problem, without replacement; a pure function of seed, problem and step."""
         problem = prompt.problem.problem_id
         return _choose(self.by_problem.get(problem, []), count, f"{seed}/{step}/{problem}")
 
     def state(self) -> dict[str, Tensor]:
-        """All of them, in few tensors."""
+        """Return all successes in few tensors."""
         successes = [success for found in self.by_problem.values() for success in found]
         ids = [success.response_ids for success in successes]
         names = "\n".join(self.by_problem).encode()
@@ -142,7 +142,7 @@ class FoundSuccesses:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``state`` was taken; without one, nothing has been found."""
+        """Go on from a ``state``; without one, nothing has been found."""
         self.by_problem = {}
         if not state or not len(state["num_successes"]):
             return
@@ -153,7 +153,7 @@ class FoundSuccesses:
             self.by_problem[name] = [Success(next(ids).clone(), next(rewards)) for _ in range(count)]
 
 
-def _choose(items: Sequence[Item], count: int, key: str) -> list[Item]:
-    """Without replacement, in the order of a generator that the key seeds."""
+def _choose(items: Sequence[T], count: int, key: str) -> list[T]:
+    """Choose without replacement, in the order of a generator that the key seeds."""
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     return random.Random(seed).sample(items, min(count, len(items)))

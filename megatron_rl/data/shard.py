@@ -1,4 +1,4 @@
-"""One shard of a pool on disk: its two files, its manifest, and what is wrong with them. The format is described in pool.py."""
+"""One shard of a pool on disk: its two files, its manifest, and their checks. pool.py describes the format."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors, publish_folder
 
 FORMAT = 2
 
@@ -40,18 +41,18 @@ _BUFFER_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a shard's trajectories come from. Shards of one pool share model and tokenizer."""
+    """The origin of a shard's trajectories. Shards of one pool share model and tokenizer."""
 
     task: str
     model_digest: str
-    """Of the weights that sampled them (and gave ``ref_log_probs``, where there are some)."""
+    """Digest of the weights that sampled them (and gave ``ref_log_probs``, if there are some)."""
     tokenizer_digest: str
     sampling: Mapping[str, float] = field(default_factory=dict)
     """``temperature``, ``top_p``, ``top_k``, ``max_new_tokens``."""
 
     @property
     def digests(self) -> tuple[str, str]:
-        """Of model and tokenizer: what shards of one pool must have in common."""
+        """Digests of model and tokenizer, which the shards of one pool must share."""
         return self.model_digest, self.tokenizer_digest
 
 
@@ -68,7 +69,7 @@ class Trajectory:
     response_mask: Tensor | None = None
     """[R] bool; None: all generated."""
     ref_log_probs: Tensor | None = None
-    """[R] float32, of the reference, at the sampling temperature; None: unknown."""
+    """[R] float32 of the reference, at the sampling temperature; None: unknown."""
 
 
 class ShardWriter:
@@ -83,35 +84,28 @@ class ShardWriter:
         self._directory, self._provenance = directory, provenance
         self._final = directory / f"shard_{num_shards(directory):06d}"
         self._partial = directory / f".{self._final.name}.partial"
-        try:
+        with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self._partial, ignore_errors=True)  # left by a writer that was killed
             self._partial.mkdir()
             self._files: dict[str, BinaryIO] = {
                 name: (self._partial / f"{name}.bin").open("wb", _BUFFER_BYTES) for name in ("rows", "data")
             }
-        except OSError as error:
-            raise _disk_error(directory, error) from error
         self._start = 0
 
     def add(self, trajectory: Trajectory) -> None:
-        """Append one."""
+        """Append one trajectory."""
         record, data = _encode(trajectory, self._start)
-        try:
+        with self._writing():
             self._files["rows"].write(record)
             self._files["data"].write(data)
-        except OSError as error:
-            self.abort()
-            raise _disk_error(self._directory, error) from error
         self._start += len(data)
         self.num_rows += 1
 
     def finish(self) -> None:
-        """Make it part of the pool."""
-        try:
+        """Make the shard part of the pool."""
+        with self._writing():
             for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
                 file.close()
             manifest = {
                 "format": FORMAT,
@@ -119,18 +113,20 @@ class ShardWriter:
                 "bytes": {"rows.bin": self.num_rows * _RECORD.itemsize, "data.bin": self._start},
                 "provenance": asdict(self._provenance),
             }
-            with (self._partial / "manifest.json").open("w", encoding="utf-8") as text:
-                json.dump(manifest, text, indent=1)
-                text.flush()
-                os.fsync(text.fileno())
-            os.replace(self._partial, self._final)
-            _sync(self._directory)
-        except OSError as error:
+            (self._partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            publish_folder(self._partial, self._final)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with disk_errors(self._directory):
+                yield
+        except UserError:
             self.abort()
-            raise _disk_error(self._directory, error) from error
+            raise
 
     def abort(self) -> None:
-        """Leave nothing of it."""
+        """Remove the unfinished shard."""
         for file in self._files.values():
             with suppress(OSError):  # a full disk refuses what is in the buffer once more
                 file.close()
@@ -158,7 +154,7 @@ class Shard:
         self.records, self._rows, self._data = rows.view(_RECORD), rows.data, _map(path / "data.bin").data
 
     def read(self, row: int) -> Trajectory:
-        """One, by its number in the pool."""
+        """Read one trajectory, by its number in the pool."""
         data, (_, _, num_prompt, num_response, num_text, flags, reward, _) = self._checked(row)
         ids = np.frombuffer(data, _INT32, num_prompt + num_response).astype(np.int64)
         at, ref, mask = 4 * len(ids), None, None
@@ -178,13 +174,13 @@ class Shard:
         )
 
     def problem_id(self, row: int) -> str:
-        """Of this row of the pool."""
+        """Read the problem id of this row of the pool."""
         data, (_, _, num_prompt, num_response, num_text, flags, _, _) = self._checked(row)
         start = _text_start(num_prompt, num_response, flags)
         return str(data[start : start + num_text], "utf-8")
 
     def _checked(self, row: int) -> tuple[memoryview, tuple[Any, ...]]:
-        """Data and record, when they are as they were written."""
+        """Return data and record after checking that they are as they were written."""
         at = (row - self.first_row) * _WHOLE.size
         record = _WHOLE.unpack_from(self._rows, at)
         start, _, num_prompt, num_response, num_text, flags, _, checksum = record
@@ -198,7 +194,7 @@ class Shard:
 
 
 def _encode(trajectory: Trajectory, start: int) -> tuple[bytes, bytes]:
-    """Record and data of one."""
+    """Return record and data of one trajectory."""
     prompt, response = trajectory.prompt_ids.numpy(), trajectory.response_ids.numpy()
     length, flags = response.size, 0
     assert length > 0, "a response has at least one token"
@@ -222,13 +218,13 @@ def _encode(trajectory: Trajectory, start: int) -> tuple[bytes, bytes]:
 
 
 def _text_start(num_prompt: int, num_response: int, flags: int) -> int:
-    """Where a trajectory's problem id begins, in bytes."""
+    """Return the position of a trajectory's problem id, in bytes."""
     per_token = 4 + (4 if flags & HAS_REF else 0) + (1 if flags & HAS_MASK else 0)
     return 4 * num_prompt + per_token * num_response
 
 
 def problem_key(problem_id: bytes) -> int:
-    """What a record has of a problem's id."""
+    """Return the hash of a problem's id that a record holds."""
     return int.from_bytes(hashlib.blake2b(problem_id, digest_size=8).digest(), "little")
 
 
@@ -236,28 +232,28 @@ def problem_key(problem_id: bytes) -> int:
 
 
 def num_shards(directory: str | Path) -> int:
-    """The number that the next shard will have: shards ever finished, also those that somebody has removed since."""
+    """Return the next shard's number: that of all shards ever finished, also of those removed since."""
     return max((shard_number(path) for path in shard_paths(Path(directory))), default=-1) + 1
 
 
 def shard_paths(directory: Path) -> list[Path]:
-    """Finished shards of a pool, in order."""
+    """Return the finished shards of a pool, in order."""
     return sorted(directory.glob("shard_[0-9]*"), key=shard_number) if directory.is_dir() else []
 
 
 def shard_number(shard: Path) -> int:
-    """From its name."""
+    """Read the number of a shard from its name."""
     return int(shard.name.rpartition("_")[2])
 
 
 def _map(path: Path) -> np.ndarray:
-    """[bytes] uint8. By torch, whose mapping needs no open file: a pool may have more shards than a process files."""
+    """Map a file as [bytes] uint8. Torch's mapping keeps no file open: a pool may have more shards than a process may open."""
     size = path.stat().st_size
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy() if size else np.zeros(0, "u1")
 
 
 def remove_shard(shard: Path) -> None:
-    """Renamed first, so that a crash halfway leaves no half shard."""
+    """Remove a shard. It is renamed first, so that a crash halfway leaves no half shard."""
     hidden = shard if shard.name.startswith(".") else shard.with_name(f".{shard.name}.partial")
     try:
         if hidden != shard:
@@ -268,17 +264,8 @@ def remove_shard(shard: Path) -> None:
         raise UserError(str(shard), None, f"cannot be removed ({error.strerror})", "remove it by hand") from error
 
 
-def _sync(directory: Path) -> None:
-    """Else a power cut can undo a rename."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_manifest(shard: Path) -> dict[str, Any]:
-    """Checked as far as its form goes."""
+    """Read a manifest and check its form."""
     try:
         manifest = json.loads((shard / "manifest.json").read_text(encoding="utf-8"))
         known = {"format", "num_rows", "bytes", "provenance"} <= manifest.keys()
@@ -292,7 +279,7 @@ def read_manifest(shard: Path) -> dict[str, Any]:
 def check_origin(
     shard: Path, manifest: Mapping[str, Any], model_digest: str | None, tokenizer_digest: str | None
 ) -> None:
-    """The shard is of this model and tokenizer; None takes any."""
+    """Check that the shard is of this model and tokenizer; None takes any."""
     for what, expected in (("model", model_digest), ("tokenizer", tokenizer_digest)):
         found = manifest["provenance"][f"{what}_digest"]
         if expected is not None and found != expected:
@@ -310,8 +297,3 @@ def _short(digest: str) -> str:
 
 def _damaged(path: Path, rule: str) -> UserError:
     return UserError(str(path), None, rule, "remove the shard and build it again; the others are not concerned")
-
-
-def _disk_error(directory: Path, error: OSError) -> UserError:
-    rule = f"could not be written ({error.strerror})"
-    return UserError(str(directory), None, rule, "free disk space or choose another directory")

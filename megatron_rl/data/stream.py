@@ -8,14 +8,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 @dataclass
-class Stream(Generic[Item]):
+class Stream(Generic[T]):
     """Endless items: each epoch is a permutation that follows from (seed, epoch), so positions are the whole state."""
 
-    items: Sequence[Item]
+    items: Sequence[T]
     seed: int
     shuffle: bool
     cursor: int = 0
@@ -25,8 +25,8 @@ class Stream(Generic[Item]):
     _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)
     _taken: list[int] = field(default_factory=list, repr=False)
 
-    def take(self, count: int) -> list[Item]:
-        """The next ``count`` items."""
+    def take(self, count: int) -> list[T]:
+        """Return the next ``count`` items."""
         again, self.returned = self.returned[:count], self.returned[count:]
         fresh = count - len(again)
         positions = [*again, *range(self.cursor, self.cursor + fresh)]
@@ -35,18 +35,18 @@ class Stream(Generic[Item]):
         return [self._at(position) for position in positions]
 
     def put_back(self, indices: Sequence[int]) -> None:
-        """Give back items of the last ``take``, by their places in it: the next one begins with them."""
+        """Return items of the last ``take``, by their places in it: the next one begins with them."""
         self.returned = [self._taken[index] for index in indices] + self.returned
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep."""
+        """Return the state that a checkpoint must keep."""
         return {"cursor": self.cursor, "returned": list(self.returned)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
+        """Go on from a ``state``."""
         self.cursor, self.returned = int(state["cursor"]), list(state.get("returned", []))
 
-    def _at(self, position: int) -> Item:
+    def _at(self, position: int) -> T:
         epoch, index = divmod(position, len(self.items))
         if not self.shuffle:
             return self.items[index]

@@ -13,7 +13,7 @@ from megatron_rl.errors import UserError
 
 
 def load_tokenizer(directory: Path, shape: ModelShape) -> Any:
-    """A transformers tokenizer whose every id is a row of the model's embedding.
+    """Load a transformers tokenizer whose every id is a row of the model's embedding.
 
     Raises:
         UserError: it cannot be loaded, or has ids beyond the model's vocabulary.
@@ -41,7 +41,7 @@ def load_tokenizer(directory: Path, shape: ModelShape) -> Any:
 
 
 def stop_ids(tokenizer: Any, shape: ModelShape) -> list[int]:
-    """Ids that end a response: the tokenizer's and the model's; the first is the one that demonstrations end with.
+    """Return the ids that end a response: the tokenizer's and the model's; demonstrations end with the first.
 
     Raises:
         UserError: there is none, so no response could ever end.
@@ -59,7 +59,7 @@ def stop_ids(tokenizer: Any, shape: ModelShape) -> list[int]:
 
 
 def ids_with_newlines(tokenizer: Any) -> Tensor:
-    """[*] int64: tokens whose text has a line's end in it.
+    """Return [*] int64: tokens whose text contains an end of line.
 
     Raises:
         UserError: there is none.

@@ -15,29 +15,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.algorithms.base import Algorithm
-from megatron_rl.algorithms.clipped import probability_mask
-from megatron_rl.config import MaskConfig
+from megatron_rl.algorithms.base import Algorithm, OnlineAlgorithm
 from megatron_rl.convert.hf.in_memory import checkpoint_views
-from megatron_rl.model.step import Policy
+from megatron_rl.model.policy import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
-from megatron_rl.types import Kind, MicroBatch, TrainingSample
+from megatron_rl.types import MicroBatch, RowKind, TrainingSample
 
 BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
-"""Of ``errors``: what float32 gives when nothing is wrong is some three times less."""
-STORED_KINDS = {"dph_rl": Kind.REHEARSAL, "rlep": Kind.REPLAY}
-"""Which rows an algorithm trains on beside rollouts."""
+"""Bounds of ``errors``, some three times what float32 gives when nothing is wrong."""
 LENGTHS = ((1, 1), (7, 120), (3, 2), (30, 9), (1, 64), (12, 17), (2, 33), (5, 5))
 """(prompt, response) tokens of each row: very unequal."""
 
 
 class Outcome(TypedDict):
-    """What one update gives."""
+    """Result of one update."""
 
     loss: float
     metrics: dict[str, float]
     gradients: dict[str, Tensor]
-    """By Hugging Face name; empty on ranks above 0."""
+    """Gradients by Hugging Face name; empty on ranks above 0."""
 
 
 def load_reference(model: Path) -> Any:
@@ -65,14 +61,13 @@ def recorded_batch(
     For an algorithm that trains on stored rows, too, those that ``is_stored`` names are such. Where it masks tokens by their
     probability, they are masked.
     """
-    settings = algorithm.config.algorithm
-    threshold = settings.mask_threshold if isinstance(settings, MaskConfig) else None
+    online = algorithm if isinstance(algorithm, OnlineAlgorithm) else None
     generator = torch.Generator().manual_seed(1)
-    stored = STORED_KINDS.get(algorithm.config.algorithm.name, Kind.RL)
+    stored = RowKind.RL if online is None or online.stored is None else online.stored.kind
     samples = []
     for number, (prompt, response) in enumerate(lengths):
         ids = torch.randint(0, vocab_size, (prompt + response,), generator=generator)
-        row = TrainingSample(ids[:prompt], ids[prompt:], stored if is_stored(number) else Kind.RL)
+        row = TrainingSample(ids[:prompt], ids[prompt:], stored if is_stored(number) else RowKind.RL)
         row.advantages = torch.randn(1, generator=generator).expand(response).clone()
         samples.append(row)
     for row in samples:
@@ -80,8 +75,8 @@ def recorded_batch(
             log_probs, _ = naive_log_probs(network, row, temperature=temperature)
         noise = torch.randn(2, len(log_probs), generator=generator) * 0.2
         row.old_log_probs, row.ref_log_probs = (log_probs.float() + noise).unbind()
-        row.loss_mask = probability_mask(row.old_log_probs, threshold)
-        if row.kind is Kind.REHEARSAL:
+        row.loss_mask = None if online is None else online.selection.mask(row.old_log_probs)
+        if row.kind is RowKind.REHEARSAL:
             row.advantages = row.old_log_probs = None
     algorithm.assign_weights(samples)
     return samples
@@ -91,7 +86,7 @@ def naive_log_probs(network: Any, row: TrainingSample, *, temperature: float = 1
     """[2, R] float64: log-prob of each response token, and the entropy there, from full logits."""
     ids = torch.cat([row.prompt_ids, row.response_ids])[None]
     log_p = (network(ids).logits[0, len(row.prompt_ids) - 1 : -1] / temperature).log_softmax(-1)
-    log_probs = log_p.gather(1, row.response_ids[:, None])[:, 0]
+    log_probs = log_p.gather(1, row.response_ids.long()[:, None])[:, 0]
     return torch.stack([log_probs, -(log_p.exp() * log_p).sum(-1)])
 
 
@@ -128,7 +123,7 @@ def reference(
         terms = algorithm.loss(log_probs, entropy, _row_as_batch(row))
         total_loss = total_loss + (terms.loss * row.weights.double()).sum()
         for name, value in terms.means.items():
-            kinds = terms.kinds.get(name, frozenset(Kind))
+            kinds = terms.kinds.get(name, frozenset(RowKind))
             if row.kind in kinds:
                 count = sum(other.num_loss_tokens for other in samples if other.kind in kinds)
                 shown = value.detach().double() if row.loss_mask is None else value.detach().double()[row.loss_mask]
@@ -155,7 +150,7 @@ def sequence_balance(balance: float, z_loss: float, num_chosen: int) -> Callable
 
 
 def watch_routers(network: Any) -> list[Tensor]:
-    """Where the routers' logits [L, E] of the last forward will be, layer by layer; empty in a dense model."""
+    """Return a list that will hold the routers' logits [L, E] of the last forward, by layer; empty in a dense model."""
     seen: list[Tensor] = []
     for layer in network.model.layers:
         if hasattr(layer.mlp, "gate"):
@@ -167,7 +162,7 @@ def watch_routers(network: Any) -> list[Tensor]:
 
 def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingSample]) -> Outcome:
     """Loss, metrics, and gradients (rank 0) of one update; the weights are gone after it."""
-    policy.optimizer.step = lambda: (True, 0.0, None)  # the gradients shall stay as they are
+    policy.trainable.optimizer.step = lambda: (True, 0.0, None)  # the gradients shall stay as they are
     metrics = policy.train_step(samples, algorithm.loss)
     _make_whole(policy)
     with torch.no_grad():
@@ -179,7 +174,7 @@ def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingS
 
 
 def errors(found: Outcome, true: Outcome) -> dict[str, float]:
-    """How far off the loss is (relative), the worst metric (relative to it or to 1, whichever is more), and the worst
+    """Return the errors of the loss (relative), of the worst metric (relative to it or to 1, whichever is more), and the worst
     parameter's gradient: norm of the difference over its own norm, or over 1e-3 of the whole gradient's if that is more."""
     of_metrics = [abs(found["metrics"][name] - value) / max(abs(value), 1.0) for name, value in true["metrics"].items()]
     return {
@@ -190,7 +185,7 @@ def errors(found: Outcome, true: Outcome) -> dict[str, float]:
 
 
 def gradient_errors(found: Outcome, true: Outcome) -> dict[str, float]:
-    """Of each parameter, as ``errors`` defines it."""
+    """Return the gradient error of each parameter, as ``errors`` defines it."""
     norm = torch.stack([g.norm() for g in true["gradients"].values()]).norm()
     return {
         name: float((found["gradients"][name].double() - g).norm() / max(g.norm(), 1e-3 * norm))
@@ -208,15 +203,16 @@ def _row_as_batch(row: TrainingSample) -> MicroBatch:
     vectors = {name: torch.zeros(row.num_response_tokens, dtype=torch.float64) for name in fields}
     vectors |= {name: value.double() for name in fields if (value := getattr(row, name)) is not None}
     mask = torch.ones(row.num_response_tokens, dtype=torch.bool)
-    none = torch.zeros(0)
+    none, length = torch.zeros(0), torch.tensor([row.num_tokens])
+    sequence = torch.zeros(row.num_response_tokens, dtype=torch.int64)
     kind = torch.full((row.num_response_tokens,), int(row.kind))
     loss_mask = mask if row.loss_mask is None else row.loss_mask
-    return MicroBatch(none, none, none, none, 0, mask, loss_mask, [0], none, none, none, kind, vectors)
+    return MicroBatch(none, none, none, none, 0, mask, loss_mask, [0], none, sequence, length, kind, vectors)
 
 
 def _make_whole(policy: Policy) -> None:
     """The distributed optimizer leaves each rank its shard of a gradient; collect the others'."""
-    for model in policy.models:
+    for model in policy.trainable.models:
         for group in [*model.bucket_groups, *model.expert_parallel_bucket_groups]:
             ranks = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:

@@ -1,4 +1,4 @@
-"""Does a converted checkpoint compute what the original computes? One forward of both, in float32, on the CPU."""
+"""Compare a converted checkpoint with its original: one forward of both, in float32, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 from megatron_rl.errors import UserError
 
 BOUND = 1e-3
-"""Of the largest difference of a log-prob, in float32: sums in another order give some 1e-5, a wrong tensor gives ones."""
+"""Limit of the largest log-prob difference, in float32: sums in another order give some 1e-5, a wrong tensor about 1."""
 _NUM_TOKENS = 64
 _CONFIG = """
 trainer: {stage: sft, devices: 1, precision: fp32, max_steps: 1, accelerator: cpu}
@@ -24,20 +24,20 @@ data: {task: gsm8k, train: unused}
 
 
 def bytes_of_forward(num_elements: int) -> int:
-    """Memory that the comparison needs: one model after the other, and a copy while it is loaded."""
+    """Return the bytes that the comparison needs: one model after the other, and a copy while it is loaded."""
     return 2 * 4 * num_elements
 
 
 def fits(num_elements: int) -> bool:
-    """Whether this machine has the memory at the moment, with a quarter to spare."""
+    """Return True if this machine now has the memory, with a quarter to spare."""
     return bytes_of_forward(num_elements) < 0.75 * psutil.virtual_memory().available
 
 
 def compare_forward(hf_directory: str | Path, megatron_directory: str | Path) -> float:
-    """Largest difference of any token's log-prob between transformers and our Megatron model.
+    """Return the largest log-prob difference of any token between transformers and our Megatron model.
 
     Both models are float32 and see the same random tokens; the Megatron one, on a single rank, is filled by Megatron's own
-    ``dist_checkpointing.load``. Runs in a process of its own, so that this one has no process group afterwards.
+    ``dist_checkpointing.load``. It runs in its own process, so that this one has no process group afterwards.
 
     Args:
         hf_directory: a Hugging Face checkpoint, with weights.
@@ -70,7 +70,7 @@ def _compare(_rank: int, hf_directory: str, megatron_directory: str, folder: str
 
     import megatron_rl.patches
 
-    warnings.filterwarnings("ignore")  # what upstream packages lack or deprecate is not news to our users
+    warnings.filterwarnings("ignore")  # our users cannot act on what upstream packages lack or deprecate
     megatron_rl.patches.apply("cpu")
     from megatron_rl.convert.architecture.shape import read_shape
 
@@ -84,7 +84,7 @@ def _compare(_rank: int, hf_directory: str, megatron_directory: str, folder: str
 
 
 def _hf_log_probs(directory: str, tokens: Any) -> Any:
-    """[T - 1] float32: of each token but the first."""
+    """Return the log-probs [T - 1] float32 of each token but the first."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

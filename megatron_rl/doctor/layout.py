@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config import AlgorithmConfig, Config, DPHRLConfig, SFTConfig, SPOTreeConfig
+from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 
 _GPU_ONLY = (
@@ -82,7 +82,7 @@ def scale_down(config: Config, model: Path) -> Scaled:
     small = replace(
         config,
         trainer=replace(config.trainer, devices=ranks, num_nodes=1, precision="fp32", accelerator="cpu"),
-        algorithm=_small_algorithm(config.algorithm, num_rows, num_stored=sizes.get("dp", 1)),
+        algorithm=config.algorithm.scaled_down(num_rows, num_stored=sizes.get("dp", 1)),
         policy=replace(
             policy,
             model_path=str(model),
@@ -96,18 +96,6 @@ def scale_down(config: Config, model: Path) -> Scaled:
         ),
     )
     return Scaled(small, sizes, left_out)
-
-
-def _small_algorithm(algorithm: AlgorithmConfig, num_rows: int, *, num_stored: int) -> AlgorithmConfig:
-    """The same, with so many rows a step."""
-    if isinstance(algorithm, SFTConfig):
-        return algorithm
-    if isinstance(algorithm, SPOTreeConfig):
-        return replace(algorithm, num_edges_per_step=num_rows)
-    small = replace(algorithm, num_prompts_per_step=num_rows // 2, num_generations_per_prompt=2)
-    if isinstance(small, DPHRLConfig):
-        return replace(small, rehearsal=replace(small.rehearsal, num_rows_per_update=num_stored))
-    return small
 
 
 def check_layout(config: Config) -> bool:
@@ -223,7 +211,7 @@ def _rank(rank: int, config: Config, folder: Path) -> None:
     # First as a rollout's first update sees it: log-probs of a pass of its own, then the same rows again.
     fresh = [replace(row, old_log_probs=None) for row in batch]
     policy.fill_log_probs(fresh, [range(len(fresh))], "old_log_probs")
-    policy.optimizer.step = lambda: (True, 0.0, None)
+    policy.trainable.optimizer.step = lambda: (True, 0.0, None)
     ratio = policy.train_step(fresh, algorithm.loss).get("ratio/max_abs_log_ratio")
     found = one_update(policy, algorithm, batch)
     if rank == 0:
@@ -241,15 +229,18 @@ def build_policy(config: Config) -> Any:
     from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.convert.hf.reader import HFReader
     from megatron_rl.model.build import build_groups_of
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.policy import Policy
+    from megatron_rl.model.trainable import Trainable
     from megatron_rl.model.weights import load_hf_weights
 
     directory = Path(config.policy.model_path)
     shape, groups = read_shape(directory), build_groups_of(config, torch.device("cpu"))
-    return Policy(
+    trainable = Trainable(
         config,
         shape,
         groups,
+        optim=config.policy.optim,
         fill_weights=lambda chunks: load_hf_weights(chunks, shape, groups, lambda: HFReader(directory)),
         timer=lambda _phase: nullcontext(),
     )
+    return Policy(trainable)

@@ -1,4 +1,4 @@
-"""What this machine will use: layers, optimizer, recipes of eight bits; and why not something else."""
+"""Report what this machine will use: layers, optimizer, FP8 recipes; and why not something else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = {
 
 
 def look() -> dict[str, str]:
-    """By subject, a line each."""
+    """Return a line for each subject."""
     import torch
 
     import megatron_rl.patches
@@ -49,7 +49,7 @@ def _choices(device) -> dict[str, str]:  # type: ignore[no-untyped-def]
         "adam": adam_in_use(),
         "apex": "installed" if find_spec("amp_C") is not None else "not installed",
     }
-    for kind in get_args(recipe.Kind):
+    for kind in get_args(recipe.RecipeName):
         choices[f"fp8 {kind}"] = "emulated" if device.type == "cpu" else _verdict(recipe, kind, device)
     return choices
 
@@ -70,7 +70,7 @@ def _version(package: str) -> str:
 
 
 def print_machine() -> None:
-    """A table for people."""
+    """Print a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``megatron-rl plan memory CONFIG``: what one GPU of each pipeline stage will hold, worked out on a laptop (docs/memory.md).
+"""``megatron-rl plan memory CONFIG``: estimate what one GPU of each pipeline stage will hold (docs/memory.md).
 
 Weights, gradients and optimizer state are counted parameter by parameter, from the table of the model and the layout: exact,
 padding of buffers apart. Activations are estimated from the tensors that Transformer Engine's layers keep for backward.
@@ -22,7 +22,7 @@ GB = 1e9
 LOGIT_ROWS, LOGITS = 4096, 1 << 26
 """Tokens of a chunk, and logits that exist at a time: ``parallel.vocab``'s ``CHUNK_TOKENS`` and ``BLOCK_ELEMENTS``."""
 CONTEXT_BYTES = int(1.5 * GB)
-"""CUDA's context, NCCL's and cuBLAS's buffers: what an empty process of such a run takes."""
+"""Bytes that a process takes before any tensor: CUDA's context, buffers of NCCL and cuBLAS."""
 
 
 @dataclass(frozen=True)
@@ -31,43 +31,43 @@ class StageMemory:
 
     stage: int
     num_parameters: int
-    """On that GPU."""
+    """Number of parameters on that GPU."""
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Kept for backward, of all micro-batches in flight."""
+    """Activations kept for backward, of all micro-batches in flight."""
     working: int
-    """On top while one layer, or the output layer, is computed."""
+    """Bytes on top while one layer, or the output layer, is computed."""
     server: int
-    """Weights of the rollout server that shares the GPU; 0 where none does."""
+    """Weights of the rollout server that shares the GPU; 0 if none does."""
     offloads: bool
-    """Gradients and optimizer state are away while rollouts are sampled."""
+    """True if gradients and optimizer state leave the GPU while rollouts are sampled."""
 
     @property
     def updating(self) -> int:
-        """While an update is computed; a colocated server has given its memory up."""
+        """Bytes during an update; a colocated server has released its memory."""
         static = self.weights + self.gradients + self.optimizer
         return static + self.activations + self.working + CONTEXT_BYTES
 
     @property
     def starting(self) -> int:
-        """While a checkpoint is read at the start: nothing has been offloaded, and a colocated server may stand."""
+        """Bytes while a checkpoint is read at the start: nothing is offloaded yet, and a colocated server may run."""
         return self.weights + self.gradients + self.optimizer + self.server + 2 * CONTEXT_BYTES
 
     @property
     def sampling(self) -> int:
-        """While rollouts are sampled, without the server's cache: that is what is left."""
+        """Bytes while rollouts are sampled, without the server's KV cache, which gets the rest."""
         kept = 0 if self.offloads else self.gradients + self.optimizer
         return self.weights + kept + self.server + 2 * CONTEXT_BYTES
 
 
 def estimate(config: Config, shape: ModelShape | None = None) -> list[StageMemory]:
-    """Work it out, stage by stage.
+    """Estimate each pipeline stage.
 
     Args:
-        config: of the run.
-        shape: of the model; None reads it.
+        config: the run's.
+        shape: the model's; None reads it.
 
     Raises:
         UserError: the model cannot be read, or the layout does not fit it.
@@ -112,7 +112,7 @@ def estimate(config: Config, shape: ModelShape | None = None) -> list[StageMemor
 
 
 def _is_linear(entry: Entry) -> bool:
-    """A weight that FP8 layers multiply with."""
+    """Return True for a weight that FP8 layers multiply with."""
     name = entry.name
     return (
         name.startswith("decoder.layers.")
@@ -130,7 +130,7 @@ def _weight_bytes(passed: Mapping[str, Any], total: int, linear: int, width: int
 
 
 def _optimizer_bytes(config: Config) -> float:
-    """Of a parameter, on the GPU, before data-parallel ranks share it."""
+    """Return the optimizer's bytes a parameter on the GPU, before data-parallel ranks share them."""
     passed = config.policy.optim.optimizer_cfg
     # In float32 the model's own weights are the main ones.
     main = 4 if config.trainer.precision == "bf16" else 0
@@ -147,13 +147,13 @@ def _optimizer_bytes(config: Config) -> float:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Bytes that one layer keeps of one token, on one tensor-parallel rank."""
+    """Bytes that one layer keeps for one token, on one tensor-parallel rank."""
 
     stream: float
     """The layer's input."""
     norms: float
     attention: float
-    """Without ``mla_up_proj``."""
+    """Attention, without ``mla_up_proj``."""
     mla_up_proj: float = 0.0
     """These four under their names in ``recompute_modules``."""
     mlp: float = 0.0
@@ -203,7 +203,7 @@ def _layer(config: Config, shape: ModelShape, width: int) -> _Layer:
 
 
 def _kept(layer: _Layer, passed: Mapping[str, Any]) -> float:
-    """Bytes a token of one layer that is not recomputed as a whole."""
+    """Return the bytes a token that a layer keeps if it is not recomputed as a whole."""
     if passed.get("recompute_granularity") != "selective":
         return layer.all
     modules = set(passed.get("recompute_modules") or ())
@@ -214,7 +214,7 @@ def _kept(layer: _Layer, passed: Mapping[str, Any]) -> float:
 
 
 def _tokens(config: Config) -> int:
-    """Of one micro-batch, on one context-parallel rank."""
+    """Return the tokens of one micro-batch on one context-parallel rank."""
     return config.policy.train_micro_batch_tokens // config.policy.context_parallel_size
 
 
@@ -237,7 +237,7 @@ def _activation_bytes(config: Config, shape: ModelShape, stage: int, width: int)
 
 
 def _working_bytes(config: Config, shape: ModelShape, stage: int, width: int) -> int:
-    """The more of: the layers that are recomputed at a time, and the logits of one chunk with their gradient."""
+    """Return the larger of: layers recomputed at a time; logits of one chunk with their gradient."""
     policy, passed = config.policy, config.policy.megatron_cfg
     tokens, layer = _tokens(config), _layer(config, shape, width)
     group = int(passed.get("recompute_num_layers") or 1) if passed.get("recompute_granularity") == "full" else 1
@@ -262,7 +262,7 @@ def _server_bytes(config: Config, shape: ModelShape, width: int) -> int:
 
 
 def print_estimate(found: list[StageMemory], *, gpu_gb: float) -> bool:
-    """A table for people. Returns whether all of it fits."""
+    """Print a table, and return True if everything fits."""
     from rich.console import Console
     from rich.table import Table
 

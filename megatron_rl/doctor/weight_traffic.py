@@ -1,4 +1,4 @@
-"""``megatron-rl plan weights CONFIG``: what each weight sync of a config will move, worked out on a laptop."""
+"""``megatron-rl plan weights CONFIG``: compute what each weight sync of a config will move."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_rl.weight_sync.served import RolloutLayout
 
 @dataclass(frozen=True)
 class Report:
-    """One sync."""
+    """Traffic of one weight sync."""
 
     shape: ModelShape
     training: TrainingLayout
@@ -24,17 +24,17 @@ class Report:
     bytes_per_element: int
     num_rounds: int
     critical_bytes: int
-    """Of the largest pair of each round, summed: what the sync waits for where all links are alike."""
+    """Bytes of the largest pair of each round, summed: the sync waits for these if all links are equally fast."""
 
     @property
     def bound_bytes(self) -> int:
-        """No schedule is faster: what the busiest rank must send or receive, were the senders' load level."""
+        """Return the bytes that bound any schedule: the busiest rank's, if senders share their load evenly."""
         holders = sum(self.plan.sent.values()) / len(self.plan.sent)
         return math.ceil(max(holders, *self.plan.received.values())) * self.bytes_per_element
 
 
 def report(config: Config) -> Report:
-    """Work the plan out.
+    """Compute the plan and its traffic.
 
     Raises:
         UserError: the model cannot be read, or a layout does not fit it.
@@ -48,13 +48,13 @@ def report(config: Config) -> Report:
         num_rounds += 1
         pairs: dict[tuple[int, int], int] = defaultdict(int)
         for copy in copies:
-            pairs[copy.sender, copy.receiver] += math.prod(copy.piece.size)
+            pairs[copy.sender, copy.receiver] += math.prod(copy.overlap.size)
         critical += max(pairs.values())
     return Report(shape, training, rollout, plan, width, num_rounds, critical * width)
 
 
 def print_report(found: Report) -> None:
-    """A table for people."""
+    """Print a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,1 +1,1 @@
-"""How good the policy is: held-out accuracy, pass@k, kept and new solutions, styles, distance from its start."""
+"""Quality of the policy: held-out accuracy, pass@k, kept and new solutions, styles, distance from its start."""

@@ -1,4 +1,4 @@
-"""How far the policy has gone from the model that sampled a pool: the forward KL on stored tokens, for any method."""
+"""Distance of the policy from the model that sampled a pool: forward KL on stored tokens, for any method."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 
 from megatron_rl.losses.f_divergence import f_divergence
-from megatron_rl.model.step import Policy
+from megatron_rl.model.policy import Policy
 from megatron_rl.types import TrainingSample
 
 
 def distance_metrics(policy: Policy, rows: Sequence[TrainingSample], *, batch_size: int) -> dict[str, float]:
-    """Means over the tokens of the rows. A collective.
+    """Average the distance over the tokens of stored rows. A collective.
 
     Args:
-        policy: as it is now.
-        rows: of ``probe_rows``; they stay as they are.
+        policy: the current one.
+        rows: those of ``probe_rows``; they are not changed.
         batch_size: their number is filled up to a multiple of this, so that each rank gets equally many.
 
     Returns:

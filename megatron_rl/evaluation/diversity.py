@@ -1,4 +1,4 @@
-"""How different the samples of a problem are, and what became of the problems that another model solved. Pure functions."""
+"""Diversity of the samples of a problem, and kept and new solutions against another model. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 MANY_STYLES = 3
-"""So many styles of one problem count as preserved diversity in the five-style experiment of DPH-RL (arXiv 2509.07430)."""
+"""Number of styles of one problem that the five-style experiment of DPH-RL (arXiv 2509.07430) calls preserved diversity."""
 
 
 def distinct(values: Iterable[str]) -> int:
-    """How many different values there are; ``""`` stands for none and is not counted."""
+    """Count the different values; ``""`` stands for no value and is not counted."""
     return len(set(values) - {""})
 
 
 def entropy(labels: Iterable[str]) -> float:
-    """Entropy of the labels in nats, by the plug-in estimator: ``sum_i p_i ln(1 / p_i)``, with ``p_i`` the share of label i.
+    """Return the plug-in entropy of the labels in nats: ``sum_i p_i ln(1 / p_i)``, with ``p_i`` the share of label i.
 
-    It falls below the entropy of what the labels were drawn from, by about ``(K - 1) / 2n`` for K possible labels and n
-    draws: compare figures of equal n only. ``""`` stands for no label and is left out; 0.0 without any label.
+    It is below the entropy of the distribution that labels were drawn from, by about ``(K - 1) / 2n`` for K possible labels
+    and n draws: compare figures of equal n only. ``""`` stands for no label and is left out; 0.0 without any label.
 
     Example:
         ``entropy(["a", "a", "b"])`` is 0.636514.
@@ -30,13 +30,13 @@ def entropy(labels: Iterable[str]) -> float:
 
 
 def keep_and_explore(before: Mapping[str, bool], after: Mapping[str, bool]) -> dict[str, float]:
-    """What became of the problems solved before (S) and of those failed before (F).
+    """Return the shares of solved problems (S) that stay solved, and of failed ones (F) that get solved.
 
     ``keep_rate = |S and solved after| / |S|``, ``explore_rate = |F and solved after| / |F|``, after DPH-RL (arXiv
-    2509.07430), which leaves open what "solved" is: the caller decides.
+    2509.07430), which does not define "solved": the caller decides.
 
     Args:
-        before: by problem id, whether it was solved.
+        before: problem id -> True if it was solved.
         after: the same problems.
 
     Returns:
@@ -52,7 +52,7 @@ def keep_and_explore(before: Mapping[str, bool], after: Mapping[str, bool]) -> d
 
 
 def answer_metrics(answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """How many different answers the samples of a problem give.
+    """Measure how many different answers the samples of a problem give.
 
     Args:
         answers: [P][G] normalised final answers; ``""`` where a sample has none.
@@ -67,7 +67,7 @@ def answer_metrics(answers: Sequence[Sequence[str]]) -> dict[str, float]:
 
 
 def style_metrics(styles: Sequence[Sequence[str]]) -> dict[str, float]:
-    """In how many ways the samples of a problem are solved, and how often each way is taken.
+    """Measure how many styles the samples of a problem use, and how often each occurs.
 
     Args:
         styles: [P][G] names of surface styles; ``""`` where a sample has none that the task knows.
@@ -93,5 +93,5 @@ def style_metrics(styles: Sequence[Sequence[str]]) -> dict[str, float]:
 
 
 def _mean_of(measure: Callable[[Sequence[str]], float], problems: Sequence[Sequence[str]]) -> float:
-    """Mean of a measure over problems."""
+    """Average a measure over problems."""
     return sum(map(measure, problems)) / len(problems)

@@ -18,7 +18,8 @@ from megatron_rl.config.data import EvalConfig
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.diversity import answer_metrics, keep_and_explore, style_metrics
 from megatron_rl.evaluation.pass_at_k import pass_at_k
-from megatron_rl.metrics.rows import EVAL_PREFIX, write_atomic
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
+from megatron_rl.metrics.rows import EVAL_PREFIX
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rollout.collect import Collector, Sampling
 from megatron_rl.types import Prompt, RolloutGroup
@@ -26,40 +27,40 @@ from megatron_rl.types import Prompt, RolloutGroup
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """How one problem went."""
+    """The result of one problem."""
 
     problem_id: str
     num_correct: int
-    """Right ones among the samples."""
+    """Number of right samples."""
     is_greedy_correct: bool | None
-    """None where there was no greedy decoding."""
+    """None if nothing was decoded greedily."""
 
 
 @dataclass(frozen=True)
 class EvalResults:
-    """An evaluation problem by problem, and how it was sampled."""
+    """An evaluation, problem by problem, with its sampling settings."""
 
     step: int
     num_samples: int
-    """Per problem."""
+    """Number of samples of each problem."""
     temperature: float
     top_p: float
     problems: list[ProblemResult]
 
     @property
     def solved_by_any(self) -> dict[str, bool]:
-        """By problem id: at least one of the samples is right."""
+        """Return problem id -> True if at least one sample is right."""
         return {problem.problem_id: problem.num_correct > 0 for problem in self.problems}
 
     @property
     def solved_greedily(self) -> dict[str, bool]:
-        """By problem id; empty where there was no greedy decoding."""
+        """Return problem id -> True if greedy decoding solved it; empty if nothing was decoded greedily."""
         return {p.problem_id: p.is_greedy_correct for p in self.problems if p.is_greedy_correct is not None}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``Evaluator.evaluate`` found."""
+    """Metrics and results of one evaluation."""
 
     metrics: dict[str, float]
     """``eval/...``, for the row of the step."""
@@ -68,7 +69,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The held-out prompts and how to sample on them."""
+    """The held-out prompts and the settings for sampling on them."""
 
     prompts: Sequence[Prompt]
     config: EvalConfig
@@ -79,7 +80,7 @@ class Evaluator:
 
         Args:
             collector: engine and scorer.
-            step: steps trained so far; names the draw.
+            step: number of steps trained; it names the draw.
             num_samples: per problem; values of k above it are left out.
 
         Returns:
@@ -112,14 +113,14 @@ class Evaluator:
         return Evaluation(_with_prefix(metrics), results)
 
     def read_results(self, path: Path, *, field: str) -> EvalResults:
-        """What another evaluation of the same problems has left.
+        """Read the results of another evaluation of the same problems.
 
         Args:
             path: written by ``save_results``.
             field: config key that an error names.
 
         Raises:
-            UserError: the file is not there, is none of ours, or is about other problems.
+            UserError: the file does not exist, has another format, or is about other problems.
         """
         results = _read(path, field)
         mine = {prompt.problem.problem_id for prompt in self.prompts}
@@ -135,7 +136,7 @@ class Evaluator:
         return results
 
     def read_baseline(self) -> EvalResults | None:
-        """The results that ``eval.baseline`` names; None where it names none. Errors as of ``read_results``."""
+        """Read the results that ``eval.baseline`` names, with the errors of ``read_results``; None if it names none."""
         path = self.config.baseline
         return None if path is None else self.read_results(Path(path), field="eval.baseline")
 
@@ -143,7 +144,7 @@ class Evaluator:
         return [k for k in self.config.k_values if k <= num_samples]
 
     def _decode_greedily(self, collector: Collector, step: int) -> dict[str, bool]:
-        """By problem id, whether the most likely response is right."""
+        """Return problem id -> True if the most likely response is right."""
         groups = collector.collect(
             self.prompts,
             num_generations=1,
@@ -154,7 +155,7 @@ class Evaluator:
 
 
 def keep_and_explore_rates(before: EvalResults, after: EvalResults) -> dict[str, float]:
-    """``keep_and_explore`` under both readings of "solved": ``eval/keep_rate_greedy``, ``eval/explore_rate_any``, ...
+    """Return ``keep_and_explore`` for both meanings of "solved": ``eval/keep_rate_greedy``, ``eval/explore_rate_any``, ...
 
     ``_greedy`` where both evaluations decoded greedily. ``_any`` (at least one of n samples is right) where both drew as many
     samples at the same temperature and top_p: else the rates would tell of the sampling and not of the weights.
@@ -170,23 +171,19 @@ def keep_and_explore_rates(before: EvalResults, after: EvalResults) -> dict[str,
 
 
 def results_path(run_dir: Path, step: int) -> Path:
-    """``<run_dir>/eval/step_00000000.json``."""
+    """Return ``<run_dir>/eval/step_00000000.json``."""
     return run_dir / "eval" / f"step_{step:08d}.json"
 
 
 def save_results(run_dir: Path, results: EvalResults) -> None:
-    """Write the results into the run's folder, atomically; those of an earlier evaluation of the step are replaced.
+    """Write the results into the run's folder atomically, in place of an earlier evaluation of the step.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the file cannot be written.
     """
     path = results_path(run_dir, results.step)
-    try:
-        write_atomic(path, json.dumps(asdict(results), indent=1).encode() + b"\n")
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        fix = "free some disk space or the folder's rights, and give the same command again: the run resumes"
-        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
+    with disk_errors(path, field="exp_manager.exp_dir", fix=f"{SAME_COMMAND}: the run resumes"):
+        write_atomic(path, json.dumps(asdict(results), indent=1) + "\n")
 
 
 def _read(path: Path, field: str) -> EvalResults:
@@ -215,10 +212,10 @@ def _problem_id(group: RolloutGroup) -> str:
 
 
 def _response_lengths(groups: Sequence[RolloutGroup]) -> list[int]:
-    """Tokens of every rollout."""
+    """Count the response tokens of every rollout."""
     return [len(rollout.completion.response_ids) for group in groups for rollout in group.rollouts]
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; 0.0 of nothing."""
+    """Return the arithmetic mean; 0.0 of no values."""
     return sum(values) / len(values) if values else 0.0

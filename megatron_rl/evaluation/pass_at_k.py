@@ -8,9 +8,9 @@ from megatron_rl.errors import UserError
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that k of the samples, drawn without replacement, hold a correct one: ``1 - C(n - c, k) / C(n, k)``.
+    """Return the chance that k of the samples, drawn without replacement, hold a correct one: ``1 - C(n - c, k) / C(n, k)``.
 
-    Unbiased for the chance that k fresh samples hold one (Chen et al., 2107.03374, equation 1); "any of the first k"
+    An unbiased estimate of the chance that k fresh samples hold one (Chen et al., 2107.03374, equation 1); "any of the first k"
     has the same mean and more noise. Computed as ``1 - prod_{j = n - c + 1}^{n} (1 - k / j)``, which stays in range
     where the binomials overflow a float.
 

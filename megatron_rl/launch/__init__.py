@@ -1,7 +1,7 @@
-"""From a checked config to running ranks, on one machine or several.
+"""Start of a run: from a checked config to running ranks, on one machine or several.
 
     command      the torchrun command of this node, which ``megatron-rl train`` becomes
-    meeting      where nodes meet, and which of them this is
+    meeting      address at which nodes meet, and the number of this one
     node_watch   the launchers of all nodes, watching each other
     launcher     torchrun itself, less its traceback when a rank fails
 

@@ -1,4 +1,4 @@
-"""``python -m megatron_rl.launch <torchrun arguments>``: see ``launcher``."""
+"""``python -m megatron_rl.launch <torchrun arguments>``, the command of ``launcher``."""
 
 from megatron_rl.launch.launcher import main
 from megatron_rl.process.lifetime import leave

@@ -11,8 +11,8 @@ from megatron_rl.config import Config
 from megatron_rl.launch.meeting import Meeting
 
 ALLOCATOR = {
-    # glibc returns large blocks to the kernel at once, and touching them anew can be slow. What keeping them is worth
-    # depends on the machine: benchmarks/results/cpu_step.md.
+    # glibc returns large blocks to the kernel at once, and touching them anew can be slow. The gain from keeping
+    # them depends on the machine: benchmarks/results/cpu_step.md.
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "67108864",
@@ -27,11 +27,11 @@ def torchrun_arguments(
     *,
     program: str = "megatron_rl.train",
 ) -> list[str]:
-    """Arguments of torchrun for this node.
+    """Return the arguments of torchrun for this node.
 
     The meeting is static, not torchrun's elastic one: the node ranks that the user gives then decide the ranks, so that
-    rank 0, with console, metrics and server addresses, is where the user put it. Nothing is restarted: a run goes on when
-    the same command is given again.
+    rank 0, with console, metrics and server addresses, is on the node of the user's choice. Nothing is restarted: a run
+    goes on when the same command is given again.
     """
     trainer = config.trainer
     nodes = ["--standalone"]
@@ -63,9 +63,9 @@ def start(
     *,
     program: str = "megatron_rl.train",
 ) -> None:
-    """Print the torchrun command and become it. Does not return.
+    """Print the torchrun command and become it. This does not return.
 
-    Nodes other than 0 print where their ranks' logs are instead.
+    Nodes other than 0 print the folder of their logs instead.
     """
     arguments = torchrun_arguments(config, config_path, overrides, meeting, program=program)
     if meeting is None or meeting.node_rank == 0:

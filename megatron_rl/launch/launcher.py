@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Exit status: 0; 2 what a user can fix; 4 a hang; 1 a failure; 128 + N ended by signal N."""
+    """Run torchrun, and return the exit status: 0; 2 what a user can fix; 4 a hang; 1 a failure; 128 + N ended by signal N."""
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # ranks end with us from their first second on
     meeting, num_nodes, timeout_s = read_back(sys.argv[1:])
     watch = None
@@ -53,7 +53,7 @@ def _import_torch_quietly() -> None:
 
 
 def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
-    """Exit status, and what there is to say about it."""
+    """Return the exit status and a message about it."""
     import logging
 
     from torch.distributed import DistError
@@ -63,7 +63,7 @@ def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # These have levels of their own. The first complains that torchrun has no parent to hand our message on to, the second
+    # These have levels of their own. The first complains that torchrun has no parent to give our message to, the second
     # repeats the signal that we report.
     for name in ("multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
@@ -88,10 +88,10 @@ def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
 
 
 def _distance_from_cause(failure: ProcessFailure) -> tuple[int, float]:
-    """Smallest for the failure that the others follow from, of those that torchrun saw in one look.
+    """Rank the failures that torchrun saw at once: the smallest number is the cause of the others.
 
-    A hang is told by whoever noticed it. Who dies by a signal does not die of another's end, unless torchrun sent it: that
-    is SIGTERM. Who raised has left the time.
+    A rank that noticed a hang reports it as its message. A rank that a signal killed did not die of another's end, unless
+    torchrun sent the signal, which is SIGTERM. Ranks that raised come in the order of their times.
     """
     if failure.message.startswith(HANG):
         return 0, 0.0

@@ -1,4 +1,4 @@
-"""Where the nodes of a run meet, and which of them this is: from options, else variables, else Slurm."""
+"""The meeting point of a run's nodes, and this node's rank: from options, else variables, else Slurm."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 
 DEFAULT_PORT = 29500
-"""torchrun's own."""
+"""Default port of torchrun."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the nodes of a run meet, and which of them this is."""
+    """The meeting point of a run's nodes, and this node's rank."""
 
     host: str
-    """Of node 0, as the others reach it."""
+    """Name or address of node 0, as the others reach it."""
     port: int
     node_rank: int
 
@@ -27,12 +27,12 @@ class Meeting:
 def find_meeting(
     config: Config, endpoint: str | None, node_rank: int | None, environment: Mapping[str, str]
 ) -> Meeting | None:
-    """The meeting point and this node's rank: options first, then MASTER_ADDR, MASTER_PORT, NODE_RANK, then Slurm.
+    """Find the meeting point and this node's rank: options first, then MASTER_ADDR, MASTER_PORT, NODE_RANK, then Slurm.
 
     Args:
-        config: ``trainer.num_nodes`` is the number of nodes; with one there is nobody to meet.
-        endpoint: ``HOST:PORT`` or ``HOST`` of ``--rdzv-endpoint``.
-        node_rank: of ``--node-rank``.
+        config: ``trainer.num_nodes`` is the number of nodes; a single node needs no meeting.
+        endpoint: the value of ``--rdzv-endpoint``, ``HOST:PORT`` or ``HOST``.
+        node_rank: the value of ``--node-rank``.
         environment: usually ``os.environ``.
 
     Raises:
@@ -40,7 +40,9 @@ def find_meeting(
     """
     num_nodes = config.trainer.num_nodes
     if num_nodes == 1:
-        if endpoint is not None or node_rank is not None:  # else a forgotten num_nodes starts one whole run a node
+        if (
+            endpoint is not None or node_rank is not None
+        ):  # otherwise a forgotten num_nodes starts one whole run on each node
             raise UserError(
                 "trainer.num_nodes",
                 1,
@@ -91,13 +93,16 @@ def _node_rank(num_nodes: int, given: int | None, environment: Mapping[str, str]
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a Slurm node list: ``gpu[03-05,9],login`` is ``gpu03``. ``scontrol`` may be missing in a container."""
+    """Return the first name of a Slurm node list: ``gpu[03-05,9],login`` gives ``gpu03``.
+
+    ``scontrol`` would know, but may be missing in a container.
+    """
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def read_back(arguments: Sequence[str]) -> tuple[Meeting | None, int, float]:
-    """Read back from torchrun's arguments what ``torchrun_arguments`` put there."""
+    """Return the meeting, number of nodes and time limit that ``torchrun_arguments`` put into torchrun's arguments."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--node-rank", type=int, default=0)

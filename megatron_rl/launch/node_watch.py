@@ -1,4 +1,4 @@
-"""The launchers of a run's nodes, watching each other.
+"""Watch between the launchers of a run's nodes.
 
 A node is given up when it gives no sign of life for ``LOST_S``, whatever its ranks or ours are doing at the time: a
 collective over NCCL, or a rollout of minutes, would notice a dead node late or never.
@@ -17,11 +17,11 @@ from datetime import timedelta
 from megatron_rl.launch.meeting import Meeting
 
 BEAT_S = 1.0
-"""Between two signs of life of a node."""
+"""Seconds between two signs of life of a node."""
 LOST_S = 20.0
-"""Silence after which a node counts as dead. Far above a slow file system or a busy machine, which would be false alarms."""
+"""Seconds of silence after which a node counts as dead: far above what a slow file system or a busy machine causes."""
 GRACE_S = 5.0
-"""For our own ranks to end, once another node has: mostly they fail too, and say more about it."""
+"""Seconds for this node's ranks to end after another node has ended: mostly they fail too, with a better message."""
 
 
 class NodeWatch:
@@ -32,24 +32,24 @@ class NodeWatch:
     """
 
     def __init__(self, meeting: Meeting, num_nodes: int, timeout_s: float) -> None:
-        """Args: where the store is; how many nodes; how long it may take to appear."""
+        """Connect to the store of node 0; it may take ``timeout_s`` to appear."""
         self._meeting, self._timeout_s = meeting, timeout_s
-        # Everyone judging everyone would grow with the square of the nodes; by way of node 0 all learn the same.
+        # If everyone judged everyone, the work would grow with the square of the nodes; through node 0 all learn the same.
         watched = range(1, num_nodes) if meeting.node_rank == 0 else [0]
         self._num_beats = dict.fromkeys(watched, 0)
         self._heard_at: dict[int, float] = {}
-        """Since a node's first sign: until then, torchrun's own time limit counts."""
+        """Times of the last signs, from a node's first one on: until then, torchrun's own time limit counts."""
         self._ended_with: dict[int, int] = {}
         self._status: int | None = None
         self._has_left = threading.Event()
         self._is_over = False
         self.verdict: str | None = None
-        """Why this node has to end, once it has to."""
+        """Reason why this node has to end; None while it may go on."""
         for work in (self._talk, self._judge):
             threading.Thread(target=work, daemon=True).start()
 
     def leave(self, status: int) -> None:
-        """Tell the others how this node ends; node 0 stays until they can have heard, as the store ends with it."""
+        """Tell the others how this node ends. Node 0 waits until they can have read it, because the store ends with it."""
         self._is_over, self._status = True, status
         if self._heard_at:
             self._has_left.wait(2 * BEAT_S)
@@ -57,9 +57,9 @@ class NodeWatch:
                 time.sleep(2 * BEAT_S)
 
     def first_lost(self) -> str | None:
-        """Wait until every other node has ended by itself or is known to be lost; the first of the lost, as a sentence.
+        """Wait until every other node has ended or is known to be lost; return a sentence about the first lost one.
 
-        For after a failure here that a node's death may have caused.
+        Call it after a failure here that a node's death may have caused.
         """
         while pending := [node for node in self._heard_at if node not in self._ended_with]:
             for node in pending:
@@ -117,7 +117,7 @@ class NodeWatch:
                 self._end(self._lost(lost))
 
     def _end(self, verdict: str) -> None:
-        """End this launcher as a signal from outside would: torchrun then ends the ranks."""
+        """End this launcher by SIGTERM, so that torchrun ends the ranks."""
         if self._is_over:
             return
         self.verdict = verdict

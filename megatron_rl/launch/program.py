@@ -1,4 +1,4 @@
-"""From the command line of one rank to its work; without torch until the config is found to be right."""
+"""The way from one rank's command line to its work, without torch until the config is checked."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def run_program(
     *,
     adapt: Callable[[Config], Config] = lambda config: config,
 ) -> int:
-    """One rank: read the config, load torch, meet the other ranks, work.
+    """Run one rank: read the config, load torch, meet the other ranks, work.
 
     Args:
-        name: of the program, as in ``python -m name --config FILE [section.field=value ...]``.
-        work: what the rank is for.
+        name: name of the program, as in ``python -m name --config FILE [section.field=value ...]``.
+        work: the rank's work.
         argv: None takes the command line.
-        adapt: what the program makes of the user's config.
+        adapt: changes the user's config for this program.
 
     Returns:
         Exit status: 0 done, 2 something the user can fix.

@@ -1,4 +1,4 @@
-"""What surrounds a rank's work: its threads, its process group, its log file, and how it ends."""
+"""Set-up and end of a rank: its threads, its process group, its log file, its exit status."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import megatron_rl.patches
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors
 from megatron_rl.metrics import terminal
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.process import activity, lifetime, watchdog
@@ -31,7 +33,7 @@ from megatron_rl.process import activity, lifetime, watchdog
 
 @dataclass(frozen=True)
 class Runtime:
-    """This rank among the others."""
+    """A rank's place among the others, and its device."""
 
     rank: int
     world_size: int
@@ -39,20 +41,20 @@ class Runtime:
 
 
 def run_rank(config: Config, work: Callable[[Runtime], None]) -> int:
-    """Set a rank up, do its work, and end it cleanly: one message for the user, a status, nothing left behind.
+    """Set a rank up, do its work, and end it cleanly: one message for the user, a status, no process or file left behind.
 
     A ``UserError`` is raised by all ranks alike; the first rank of each node prints it, and ranks above 0 put it into
     their logs. Anything else is a defect: its traceback goes to the rank's log (rank 0: the console), and the launcher
-    ends the other ranks. A hang ends all ranks, see ``watchdog``.
+    ends the other ranks. The watchdog ends all ranks of a run that hangs.
 
     Args:
-        config: of the run.
-        work: what the rank is for; called with the process group in place.
+        config: the run's.
+        work: the rank's work, called with the process group in place.
 
     Returns:
         Exit status: 0, or 2 for something that the user can fix.
     """
-    lifetime.die_with(os.getppid())  # a launcher that is killed outright leaves no orphan that trains on
+    lifetime.die_with(os.getppid())  # if a launcher is killed, no orphan trains on
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     console = _console(rank)
     device, problem = torch.device("cpu"), None
@@ -63,7 +65,7 @@ def run_rank(config: Config, work: Callable[[Runtime], None]) -> int:
             if world_size == 1:
                 raise
             problem = error
-        for package in ("megatron", "torch"):  # what they lack or deprecate is not news to our users
+        for package in ("megatron", "torch"):  # our users cannot act on what libraries lack or deprecate
             warnings.filterwarnings("ignore", module=package)
         megatron_rl.patches.apply(device.type)
         runtime = Runtime(rank, world_size, device)
@@ -92,13 +94,13 @@ def run_rank(config: Config, work: Callable[[Runtime], None]) -> int:
 
 
 def _set_up(config: Config, rank: int, world_size: int) -> torch.device:
-    """What a rank needs no other for: its log, its watchdog, its device."""
+    """Set up what needs no other rank: log, watchdog, device."""
     logs = config.exp_manager.run_dir / "logs"
     if rank > 0:
         with _writing(logs):
             _log_to_file(logs / f"rank_{rank}.log")
     _check_world_size(config, world_size)
-    # Before the ranks meet: one that never arrives is a hang as well.
+    # Started before the ranks meet: a rank that never arrives is a hang as well.
     with _writing(logs):
         watchdog.start(logs, rank=rank, world_size=world_size, timeout_s=config.trainer.hang_timeout_s)
     terminal.listen(activity.beat)
@@ -112,10 +114,10 @@ def _meet(config: Config, runtime: Runtime, problem: UserError | None) -> None:
     """Join the other ranks, and agree with them that the run can start.
 
     Args:
-        config: of the run, as this rank has read it.
+        config: the run's, as this rank has read it.
         runtime: this rank.
-        problem: why this rank cannot start. It comes as far as this to say so: otherwise the ranks of other nodes, whose
-            launchers know nothing of it, would wait for it until their time limit.
+        problem: the reason why this rank cannot start. It joins nevertheless to report it: otherwise the ranks of other
+            nodes, whose launchers know nothing of it, would wait for it until their time limit.
     """
     if not dist.is_initialized():  # a test may bring ranks of its own
         _join_others(config, runtime)
@@ -129,16 +131,16 @@ def _meet(config: Config, runtime: Runtime, problem: UserError | None) -> None:
 
 
 def _check_same_config(config: Config) -> None:
-    """Before anything is written: a node with another file or other overrides would train something else, or hang."""
+    """Check that all ranks have one config: a node with another file or overrides would train something else, or hang."""
     text = json.dumps(asdict(config), sort_keys=True, default=str)
     assert dist.group.WORLD is not None
     digests = gather_json(hashlib.blake2b(text.encode()).hexdigest(), dist.group.WORLD)
-    if len(set(digests)) > 1:  # alike on all ranks, so that all of them or none gather the rest
+    if len(set(digests)) > 1:  # the same on all ranks, so either all of them gather the rest or none
         raise difference([json.loads(text) for text in gather_json(text, dist.group.WORLD)])
 
 
 def difference(configs: Sequence[dict[str, Any]]) -> UserError:
-    """The first key in which some rank's config is not that of rank 0, and the names of all such keys.
+    """Say which key differs first between rank 0 and another rank, and name all other such keys.
 
     Args:
         configs: resolved config of each rank, as nested dicts; at least one differs.
@@ -168,19 +170,16 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _check_shared_folder(config: Config, rank: int) -> None:
-    """All ranks write parts of a checkpoint, and the watchdog's files are read by all: one folder, seen by every node."""
+    """Check that every node sees one folder: all ranks write parts of a checkpoint and read the watchdog's files."""
     assert dist.group.WORLD is not None
     folder = config.exp_manager.run_dir
-    # A name never looked up before: file systems remember for a while what was not there.
+    # A fresh name: file systems remember for a while that a file did not exist.
     mark = folder / f".seen_by_all.{broadcast_json(uuid.uuid4().hex, dist.group.WORLD)}"
     with all_ranks_agree(dist.group.WORLD):
         if rank == 0:
-            try:
+            with disk_errors(folder, field="exp_manager.exp_dir"):
                 folder.mkdir(parents=True, exist_ok=True)
                 mark.touch()
-            except OSError as error:
-                rule = f"cannot be written to ({error.strerror})"
-                raise UserError("exp_manager.exp_dir", str(folder), rule, "choose another folder") from None
     try:
         with all_ranks_agree(dist.group.WORLD):
             if not mark.exists():
@@ -196,10 +195,10 @@ def _check_shared_folder(config: Config, rank: int) -> None:
 
 
 def _wait_for_others_to_speak() -> bool:
-    """Wait for all ranks: a launcher ends its ranks as soon as one has gone, and who goes breaks connections.
+    """Wait for all ranks: a launcher ends its ranks once one has exited, and an exit breaks connections.
 
     Returns:
-        Whether they came; not for an error of this rank alone.
+        True if all came; False if this rank alone has failed.
     """
     if not dist.is_initialized():
         return False
@@ -258,19 +257,14 @@ def _check_world_size(config: Config, world_size: int) -> None:
 
 
 def _console(rank: int) -> TextIO | None:
-    """Where this rank may speak to the user: one rank of each node may, also after its output has gone to its log."""
+    """Return the stream for messages to the user, for one rank of each node; it works after output goes to the log."""
     if int(os.environ.get("LOCAL_RANK", rank)) > 0:
         return None
     return sys.stderr if rank == 0 else os.fdopen(os.dup(2), "w")
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        rule = f"this rank cannot write there ({error.strerror})"
-        raise UserError("exp_manager.exp_dir", str(folder), rule, "give a folder that every rank can write") from error
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    return disk_errors(folder, field="exp_manager.exp_dir", fix="give a folder that every rank can write")
 
 
 def _log_to_file(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rl.config.algorithms import Aggregation
+from megatron_rl.config.methods.base import Aggregation
 
 
 def token_weights(num_tokens: Sequence[int], aggregation: Aggregation, *, max_tokens: int) -> list[float]:

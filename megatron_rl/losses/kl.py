@@ -10,10 +10,10 @@ MAX_LOG_RATIO = 20.0
 
 
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
-    """With ``d = log_probs - ref_log_probs``: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
+    """k1 = d, k2 = d^2 / 2 or k3 = exp(-d) - 1 + d, with ``d = log_probs - ref_log_probs``.
 
     What their gradients are in expectation over the policy's own samples, when simply added to a loss: k1 none, k2 that of
-    KL(policy || reference), k3 that of KL(reference || policy). (ALGORITHMS 0.5; tests/unit/losses/test_kl.py.)
+    KL(policy || reference), k3 that of KL(reference || policy). (tests/unit/losses/test_kl.py checks this.)
 
     Args:
         log_probs: [T] float32, with gradient where wanted.

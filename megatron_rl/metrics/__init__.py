@@ -1,4 +1,4 @@
-"""What a run says about itself while it runs: rows on disk, sinks, phase times, progress on the terminal.
+"""Metrics of a run: rows on disk, sinks, phase times, progress on the terminal.
 
     PhaseTimer.flush --+
     groups, stats -----+--> MetricsLogger.log(step) --> metrics.jsonl   always; the source of truth
@@ -8,14 +8,14 @@
 A row's ``step`` is the number of training steps done: training writes rows 1, 2, ...; row 0 holds the evaluation before
 training. One row a step: an evaluation is in the row of its step, under ``eval/...``.
 
-JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinity", "-Infinity": still told apart, every
-line stays valid JSON, and ``float(...)`` (also JavaScript's ``Number``) reads them back. ``read_metrics`` does it.
+JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinity", "-Infinity": every line stays valid
+JSON, and ``float(...)`` (also JavaScript's ``Number``) reads them back. ``read_metrics`` does it.
 
 torch is imported only inside what needs it, so that the command line starts quickly on a laptop.
 """
 
 from megatron_rl.metrics.logger import MetricsLogger
-from megatron_rl.metrics.rows import MetricsFile, read_metrics, write_atomic
+from megatron_rl.metrics.rows import MetricsFile, read_metrics
 from megatron_rl.metrics.sinks import Sink, build_sinks
 from megatron_rl.metrics.terminal import Display, StepConsole, progress, use_console
 from megatron_rl.metrics.timing import PhaseTimer, ProcessMemory
@@ -32,5 +32,4 @@ __all__ = [
     "progress",
     "read_metrics",
     "use_console",
-    "write_atomic",
 ]

@@ -1,4 +1,4 @@
-"""The rows of a run, written first and shown after."""
+"""Log the rows of a run: to disk first, then to the sinks and the console."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_rl.metrics.terminal import StepConsole, use_console
 class MetricsLogger:
     """Rows of a run: ``metrics.jsonl`` first, then the sinks and the console.
 
-    Log a step before its checkpoint is written: then the checkpoint to resume from always has its row.
+    Log a step before its checkpoint is written, so that the row of every checkpoint is there at a resume.
 
     Args:
         run_dir: holds ``metrics.jsonl``; made if missing. Rows of an earlier start stay until ``resume_at``.
-        total_steps: the last step, for the bar; None where open-ended.
-        console: also becomes the one that ``progress`` draws on; None takes standard output.
-        is_writer: False on every rank but 0: nothing is written, shown or read.
+        total_steps: the last step, for the bar; None if there is no last one.
+        console: where steps are shown and ``progress`` draws; None takes standard output.
+        is_writer: True on rank 0. Other ranks write, show and read nothing.
 
     Raises:
         UserError: the file holds a line, not the last, that is no row.
@@ -44,7 +44,7 @@ class MetricsLogger:
         self._console = StepConsole(use_console((console or Console()) if is_writer else None), total_steps=total_steps)
 
     def rows(self) -> list[Row]:
-        """What the file holds, in the order of steps; nothing on ranks that do not write."""
+        """Read the file's rows, in the order of steps; none on ranks that do not write."""
         return [] if self._file is None else read_metrics(self.path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -73,20 +73,19 @@ class MetricsLogger:
         self._console.evaluation(step, metrics)
 
     def resume_at(self, step: int) -> int:
-        """Forget the rows after ``step`` steps, which will be repeated; -1 forgets all. Returns how many there were."""
+        """Forget the rows after ``step`` steps, which will be repeated; -1 forgets all. Return their number."""
         if self._file is None:
             return 0
         rows = self.rows()
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             self._file.rewrite(kept)
-        # Not guarded: the run is just starting, where a broken sink should still stop it.
         for guard in self._sinks:
-            guard.sink.resume_at(step)
+            guard.resume_at(step)
         return len(rows) - len(kept)
 
     def close(self) -> None:
-        """Finish sinks and console; the rows are on disk already. A second call does nothing."""
+        """Close sinks and console; the rows are on disk already. A second call does nothing."""
         self._console.close()
         for guard in self._sinks:
             guard.close()
@@ -109,7 +108,7 @@ class MetricsLogger:
         if file.last_step is None or step > file.last_step:
             file.append({"step": step, **values})
         else:
-            # Rare (at most once an evaluation), so the whole file is rewritten: one row a step, never a moment without.
+            # At most once an evaluation, so the whole file is rewritten atomically: there always is one row a step.
             rows = {int(row["step"]): row for row in self.rows()}
             rows[step] = rows.get(step, {"step": step}) | values
             file.rewrite(list(rows.values()))

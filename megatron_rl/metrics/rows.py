@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, float]
 
 REWARD, PASS_1, ENTROPY, LENGTH = "reward/mean", "pass@1", "entropy/mean", "response_length/mean"
-"""Names under which the console and the curves look for what they show."""
+"""Names of the metrics that the console and the curves show."""
 EVAL_PREFIX = "eval/"
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def json_safe(value: object) -> object:
-    """The same value with each NaN or infinity, at any depth, as its string."""
+    """Replace each NaN or infinity, at any depth, by its string."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
@@ -34,24 +34,13 @@ def json_safe(value: object) -> object:
     return value
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a crash at any moment, finds the old content or the new, never a mixture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # same directory: a rename is atomic only inside one file system
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes behind it
-    temporary.replace(path)
-
-
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a ``metrics.jsonl``, numbers restored, in file order. Lines that do not parse are left out."""
+    """Read the rows of a ``metrics.jsonl`` in file order, with numbers restored. Lines that do not parse are left out."""
     return _parse(path.read_bytes())[0]
 
 
 def _parse(raw: bytes) -> tuple[list[Row], list[int]]:
-    """Rows, and the numbers (from 1) of the lines that are none."""
+    """Return the rows, and the numbers (from 1) of the lines that are no rows."""
     rows: list[Row] = []
     bad: list[int] = []
     for number, line in enumerate(raw.split(b"\n"), start=1):
@@ -73,29 +62,23 @@ def _encode(row: Row) -> bytes:
 
 
 def as_number(key: str, value: float) -> float:
-    """A plain number out of whatever holds one (numpy scalar, tensor of one element)."""
+    """Return the plain number that a numpy scalar or a tensor of one element holds."""
     if isinstance(value, str):
         raise TypeError(f"metric {key!r} is the text {value!r}, not a number")
     return int(value) if isinstance(value, int) else float(value)
 
 
-@contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        fix = "free some disk space or the folder's rights, and give the same command again: the run resumes"
-        raise UserError("exp_manager.exp_dir", str(path), rule, fix) from error
+def _as_user_error(path: Path) -> AbstractContextManager[None]:
+    return disk_errors(path, field="exp_manager.exp_dir", fix=f"{SAME_COMMAND}: the run resumes")
 
 
 class MetricsFile:
     """``metrics.jsonl``: appended line by line, repaired on open, rewritten only by an atomic rename.
 
-    A process killed while it writes leaves a last line without its end; opening drops that line. A broken line anywhere
-    else is not something a crash of ours can cause, so it is an error rather than a silent loss.
+    A process killed while it writes leaves an incomplete last line; opening drops that line. No crash of this program can
+    break any other line, so that is an error rather than a silent loss.
 
-    Only one rank writes. Its errors are its own, so the caller sees to it that all ranks raise them.
+    Only one rank writes and may raise; the caller makes all ranks raise the same error.
 
     Raises:
         UserError: a line before the last one is not a row; or, from every method, the file cannot be written.
@@ -120,7 +103,7 @@ class MetricsFile:
         self._steps = {int(row["step"]) for row in rows}
 
     def _open(self) -> FileIO:
-        # Unbuffered: what did not fit on the disk would be tried once more by close, whose error would hide the first.
+        # Unbuffered: with a buffer, close would try again what did not fit on the disk, and its error would hide the first.
         return self.path.open("ab", buffering=0)
 
     @property
@@ -129,7 +112,7 @@ class MetricsFile:
         return max(self._steps, default=None)
 
     def append(self, row: Row) -> None:
-        """Add the row of a new highest step; it is with the operating system when this returns."""
+        """Add the row of a new highest step; the operating system has it when this returns."""
         data = _encode(row)
         with _as_user_error(self.path):
             while data:  # a disk that is nearly full takes a part, and refuses the rest

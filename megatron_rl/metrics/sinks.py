@@ -1,4 +1,8 @@
-"""Copies of the rows for TensorBoard, Weights & Biases and MLflow; they may fail, training goes on."""
+"""Copy the rows to TensorBoard, Weights & Biases, MLflow or a class of the user's; training goes on where a copy fails.
+
+``exp_manager.sinks`` lists classes as ``package.module:CLASS``. Rank 0 builds each as ``CLASS(directory, run_config)`` with the
+run's folder and its resolved config as nested dicts.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_rl import plugins
 from megatron_rl.errors import UserError
-from megatron_rl.metrics.rows import write_atomic
+from megatron_rl.files import write_atomic
 
 if TYPE_CHECKING:
     from megatron_rl.config.trainer import ExpManagerConfig
@@ -22,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """A copy of the metrics elsewhere. May raise: ``MetricsLogger`` counts what a sink misses and goes on."""
+    """A copy of the metrics elsewhere. It may raise: ``MetricsLogger`` counts the missed rows and goes on."""
 
     name: str
     """Short, for ``dropped/sink_<name>``."""
@@ -31,10 +36,10 @@ class Sink(Protocol):
         """Record values of a step; a step can come twice (training, then evaluation) and out of order."""
 
     def resume_at(self, step: int) -> None:
-        """Steps above this one will be logged again."""
+        """Prepare for a resume after ``step``: later steps will be logged again. A fresh run gives -1."""
 
     def close(self) -> None:
-        """Write what is still pending."""
+        """Write pending values, and stop."""
 
 
 def _missing(name: str, pip: str) -> UserError:
@@ -51,9 +56,9 @@ def _check_kwargs(field: str, given: Collection[str], allowed: Collection[str]) 
 
 
 def _stored_id(path: Path, make: Callable[[], str]) -> str:
-    """The id of the run in a tracking service: made once, then kept beside the run, so that a resume continues it."""
+    """Return the run's id in a tracking service: made once, then kept in a file of the run, so that a resume continues it."""
     if not path.exists():
-        write_atomic(path, make().encode() + b"\n")
+        write_atomic(path, make() + "\n")
     return path.read_text().strip()
 
 
@@ -80,14 +85,14 @@ class TensorBoardSink:
         self._writer: SummaryWriter | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One scalar a metric, flushed: the writer's own two minutes are lost when a process is killed."""
+        """Write one scalar a metric, and flush: a killed process loses what the writer buffers for up to two minutes."""
         self._writer = self._writer or self._open(None)
         for key, value in metrics.items():
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
     def resume_at(self, step: int) -> None:
-        """Start an event file whose first record makes readers forget every later step."""
+        """Start a new event file, whose first record makes readers forget every later step."""
         self.close()
         self._writer = self._open(step + 1)
 
@@ -99,7 +104,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases. The arguments are ``wandb.init``'s; ``WANDB_MODE=offline`` or ``mode: offline`` work as ever.
+    """Weights & Biases. The arguments are those of ``wandb.init``; ``WANDB_MODE=offline`` and ``mode: offline`` work.
 
     ``step`` is an ordinary metric that all others are plotted over, not W&B's own step: W&B drops a value whose own
     step is not above the last one, which would lose every repeated step after a resume and every late evaluation. The
@@ -125,23 +130,22 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One W&B history entry."""
+        """Add one W&B history entry."""
         self._run.log({"step": step, **metrics})
 
     def resume_at(self, step: int) -> None:
-        """Nothing to undo: see the class."""
+        """Keep the values of lost steps: the service cannot undo them (see the class)."""
 
     def close(self) -> None:
-        """Finish the run; waits for the upload."""
+        """Finish the run, and wait for the upload."""
         self._run.finish()
 
 
 class MLflowSink:
-    """MLflow, through a client of its own: the process's active MLflow run, if a user has one, is left alone.
+    """MLflow, through a client of its own, so that an active MLflow run of the process is left alone.
 
-    Without ``tracking_uri`` MLflow's own rule holds (``MLFLOW_TRACKING_URI``, else a local store). MLflow keeps every
-    value ever logged for a step, so a repeated step has two points there. Its names allow no ``@``: ``pass@1`` is
-    ``pass_at_1``.
+    Without ``tracking_uri`` MLflow takes ``MLFLOW_TRACKING_URI``, else a local store. MLflow keeps every value ever logged
+    for a step, so a repeated step has two points there. MLflow's names allow no ``@``: ``pass@1`` becomes ``pass_at_1``.
     """
 
     name = "mlflow"
@@ -170,9 +174,9 @@ class MLflowSink:
             run = self._client.create_run(
                 experiment_id, run_name=kwargs.get("run_name", run_dir.name), tags=kwargs.get("tags")
             )
-            # Here and not at a resume, because parameters can be written only once. 6000 is MLflow's limit.
+            # A parameter can be written only once, so a resume writes none. 6000 characters are MLflow's limit.
             params = [Param(key, str(value)[:6000]) for key, value in _flatten(run_config or {})]
-            for start in range(0, len(params), 100):  # MLflow's limit of one call
+            for start in range(0, len(params), 100):  # MLflow takes 100 a call
                 self._client.log_batch(run.info.run_id, params=params[start : start + 100])
             return run.info.run_id
 
@@ -180,14 +184,14 @@ class MLflowSink:
         self._client.update_run(self._run_id, status="RUNNING")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One batch (of up to 1000 values, MLflow's limit) a step."""
+        """Send the values of a step, in batches of at most 1000 (MLflow's limit)."""
         now_ms = int(time.time() * 1000)
         batch = [self._metric(key.replace("@", "_at_"), value, now_ms, step) for key, value in metrics.items()]
         for start in range(0, len(batch), 1000):
             self._client.log_batch(self._run_id, metrics=batch[start : start + 1000])
 
     def resume_at(self, step: int) -> None:
-        """Nothing to undo: see the class."""
+        """Keep the values of lost steps: the service cannot undo them (see the class)."""
 
     def close(self) -> None:
         """Mark the run as finished."""
@@ -203,13 +207,13 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, o
 
 
 def build_sinks(config: ExpManagerConfig, run_dir: Path, *, run_config: Mapping[str, Any] | None = None) -> list[Sink]:
-    """The sinks that ``exp_manager`` asks for. On rank 0 only.
+    """Build the sinks that ``exp_manager`` asks for. On rank 0 only.
 
     Args:
-        run_config: the resolved config as nested dicts, shown beside the run in W&B and MLflow.
+        run_config: the resolved config as nested dicts, which W&B and MLflow show beside the run.
 
     Raises:
-        UserError: a package is missing, or an argument is not one of the library's.
+        UserError: a package is missing, an argument is not one of the library's, or an outside class is no sink.
     """
     sinks: list[Sink] = []
     if config.create_tensorboard_logger:
@@ -218,15 +222,34 @@ def build_sinks(config: ExpManagerConfig, run_dir: Path, *, run_config: Mapping[
         sinks.append(WandbSink(run_dir, config.wandb_logger_kwargs, run_config=run_config))
     if config.create_mlflow_logger:
         sinks.append(MLflowSink(run_dir, config.mlflow_logger_kwargs, run_config=run_config))
-    return sinks
+    return sinks + [_outside_sink(path, run_dir, run_config or {}) for path in config.sinks]
+
+
+def _outside_sink(path: str, run_dir: Path, run_config: Mapping[str, Any]) -> Sink:
+    """Import a sink class and build it; whatever its code raises here becomes a ``UserError``."""
+    field = "exp_manager.sinks"
+    build = plugins.load(path, field=field, what="a metric sink")
+    try:
+        sink: Sink = build(run_dir, run_config)
+    except UserError:
+        raise
+    except Exception as error:  # the class is the user's: anything may come out of it
+        rule = f"could not be built as CLASS(directory, run_config) ({type(error).__name__}: {error})"
+        raise UserError(field, path, rule, "mend the class, or leave the sink out") from error
+    absent = [name for name in ("log", "resume_at", "close") if not callable(getattr(sink, name, None))]
+    absent += [] if isinstance(getattr(sink, "name", None), str) else ["name"]
+    if absent:
+        fix = "give the class what megatron_rl.metrics.Sink has: name, log, resume_at and close"
+        raise UserError(field, path, f"is no metric sink: it lacks {', '.join(absent)}", fix)
+    return sink
 
 
 class GuardedSink:
-    """A sink whose failures cost its copy of some rows, and nothing else.
+    """A sink whose failures cost nothing but its copies of some rows.
 
-    Not loud: days of training must not end because a dashboard is down, and metrics.jsonl holds every row anyway. Not
-    silent: the first failure is a warning, and all are counted in ``dropped/sink_<name>``. After a failure in a row the
-    sink rests for 1, 3, 7, ... up to 63 rows, because clients of a dead server retry for minutes inside each call.
+    Days of training must not end because a dashboard is down, and metrics.jsonl holds every row anyway. But the first
+    failure is a warning, and all are counted in ``dropped/sink_<name>``. After consecutive failures the sink rests for 1, 3,
+    7, ... up to 63 rows, because clients of a dead server retry for minutes inside each call.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -259,11 +282,25 @@ class GuardedSink:
         else:
             self._failures_in_row = 0
 
+    def resume_at(self, step: int) -> None:
+        """Pass a resume on. The run is just starting, so a broken sink stops it here.
+
+        Raises:
+            UserError: the sink has failed.
+        """
+        try:
+            self.sink.resume_at(step)
+        except UserError:
+            raise
+        except Exception as error:
+            rule = f"failed before the first step ({type(error).__name__}: {error})"
+            raise UserError("exp_manager", f"metric sink {self.sink.name}", rule, "mend it, or leave it out") from error
+
     def close(self) -> None:
-        """Finish the sink; its failure is a warning."""
+        """Finish the sink; a failure is a warning."""
         try:
             self.sink.close()
-        except Exception as error:  # as above: the run is over and its results are on disk
+        except Exception as error:  # the run is over and its results are on disk
             logger.warning("%s failed to close (%s: %s)", self.sink.name, type(error).__name__, error)
         if self.num_missed:
             logger.warning("%s missed %d rows; metrics.jsonl has them", self.sink.name, self.num_missed)

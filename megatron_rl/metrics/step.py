@@ -1,26 +1,31 @@
-"""The numbers of one step, from what the step produced. Names are those of DESIGN 4.12; shares are in [0, 1]."""
+"""Metrics of one step, computed from its rollouts, rows and updates. Fractions are in [0, 1]."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.rewards.correct import is_correct
-from megatron_rl.types import Kind, RolloutGroup, TrainingSample
+from megatron_rl.types import RolloutGroup, RowKind, TrainingSample
 
 MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
-"""Of what an update reports, the maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
+"""Names in an update's report that are maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
+
+BLOCK_TOKENS = 1 << 14
+"""Response tokens that are summed at once: a float64 vector of them is 128 KiB, stays in the cache and needs no new pages."""
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str, float]:
-    """Rewards, accuracy, lengths and losses of data of the rollouts of one step.
+    """Return rewards, accuracy, response lengths and failed scores of one step's rollouts.
 
     Args:
         groups: the step's groups.
-        version: publish counter of the current weights; older completions are stale by the difference.
+        version: publish counter of the current weights; a completion's staleness is its difference to this.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [len(r.completion.response_ids) for r in rollouts]
@@ -48,36 +53,127 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str
     return metrics
 
 
-def sample_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
-    """How much was trained on; of online rows also train/rollout mismatch, and the covariance that drives entropy
-    (arXiv 2505.22617)."""
-    sizes = {
-        "num_tokens": float(sum(sample.num_tokens for sample in samples)),
-        "num_response_tokens": float(sum(sample.num_response_tokens for sample in samples)),
-    }
-    rollouts = [sample for sample in samples if sample.kind in (Kind.RL, Kind.EDGE)]
-    if not any(sample.num_response_tokens for sample in rollouts):  # a mean over no token is no number
+def sample_metrics(samples: Sequence[TrainingSample], cpu_group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """Return the size of what was trained on, train/rollout mismatch, and the covariance that drives entropy.
+
+    Mismatch and covariance (arXiv 2505.22617) are over the rows that the policy sampled. Every rank holds all rows, so each
+    one sums over its share of them and the sums are gathered. A collective.
+
+    Args:
+        samples: all rows of the step, the same on every rank.
+        cpu_group: all ranks, over gloo; None for one process.
+    """
+    rank, world_size = (0, 1) if cpu_group is None else (dist.get_rank(cpu_group), dist.get_world_size(cpu_group))
+    mine = _merged(torch.tensor([_NO_ROWS, *map(_sums, _blocks(samples[rank::world_size]))], dtype=torch.float64))
+    by_rank = [mine]
+    if cpu_group is not None:
+        by_rank = [torch.empty_like(mine) for _ in range(world_size)]
+        dist.all_gather(by_rank, mine, group=cpu_group)
+    total = _Sums(*_merged(torch.stack(by_rank)).tolist())
+    found = {"num_tokens": total.tokens, "num_response_tokens": total.response_tokens}
+    if total.sampled:  # a mean over no token is no number
+        found["mismatch/log_prob_abs_diff"] = total.difference / total.sampled
+        found["mismatch/log_prob_abs_diff_max"] = total.largest_difference
+    if total.in_loss:
+        found["cov/mean"] = total.co_moment / total.in_loss
+        found["advantages/abs_mean"] = total.abs_advantages / total.in_loss
+    return found
+
+
+class _Sums(NamedTuple):
+    """Sums over the tokens of some rows."""
+
+    tokens: float = 0.0
+    response_tokens: float = 0.0
+    sampled: float = 0.0
+    """Number of response tokens of rows that the policy sampled; the fields below are about these."""
+    difference: float = 0.0
+    """Of ``|old_log_probs - rollout_log_probs|``."""
+    largest_difference: float = 0.0
+    """The maximum, where all other fields are sums."""
+    in_loss: float = 0.0
+    """Number of tokens in the loss; the fields below are about these."""
+    old: float = 0.0
+    advantages: float = 0.0
+    abs_advantages: float = 0.0
+    co_moment: float = 0.0
+    """Sum of ``(old - mean) * (advantage - mean)``, with the means over these rows."""
+
+
+_NO_ROWS = _Sums()
+_FIELD = {name: place for place, name in enumerate(_Sums._fields)}
+
+
+def _blocks(samples: Sequence[TrainingSample]) -> Iterator[list[TrainingSample]]:
+    """Yield consecutive rows with about ``BLOCK_TOKENS`` response tokens, so that float64 copies stay small."""
+    block: list[TrainingSample] = []
+    size = 0
+    for sample in samples:
+        block.append(sample)
+        size += sample.num_response_tokens
+        if size >= BLOCK_TOKENS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _sums(samples: Sequence[TrainingSample]) -> _Sums:
+    """Sum over the tokens of a few rows, in float64."""
+    sizes = _Sums(
+        tokens=float(sum(sample.num_tokens for sample in samples)),
+        response_tokens=float(sum(sample.num_response_tokens for sample in samples)),
+    )
+    rows = [sample for sample in samples if sample.kind in (RowKind.RL, RowKind.EDGE)]
+    old, advantages = _joined(rows, "old_log_probs").double(), _joined(rows, "advantages")
+    if not len(old):
         return sizes
-    difference = (_joined(rollouts, "old_log_probs") - _joined(rollouts, "rollout_log_probs")).abs()
-    found = sizes | {
-        "mismatch/log_prob_abs_diff": float(difference.mean()),
-        "mismatch/log_prob_abs_diff_max": float(difference.max()),
-    }
-    masks = [torch.ones(row.num_response_tokens).bool() if row.loss_mask is None else row.loss_mask for row in rollouts]
-    in_loss = torch.cat(masks)
-    if not bool(in_loss.any()):
-        return found
-    old, advantages = _joined(rollouts, "old_log_probs")[in_loss], _joined(rollouts, "advantages")[in_loss]
-    covariance = (old - old.mean()) * (advantages - advantages.mean())
-    return found | {"cov/mean": float(covariance.mean()), "advantages/abs_mean": float(advantages.abs().mean())}
+    difference = (old - _joined(rows, "rollout_log_probs")).abs_()  # torch widens the float32 operand exactly
+    sizes = sizes._replace(
+        sampled=float(len(old)),
+        difference=float(difference.sum()),
+        largest_difference=float(difference.max()),
+    )
+    if any(row.loss_mask is not None for row in rows):
+        masks = [torch.ones(len(row.response_ids)).bool() if row.loss_mask is None else row.loss_mask for row in rows]
+        in_loss = torch.cat(masks)
+        old, advantages = old[in_loss], advantages[in_loss]
+    if not len(old):
+        return sizes
+    advantages = advantages.double()
+    return sizes._replace(
+        in_loss=float(len(old)),
+        old=float(old.sum()),
+        advantages=float(advantages.sum()),
+        abs_advantages=float(advantages.abs().sum()),
+        co_moment=float(((old - old.mean()) * (advantages - advantages.mean())).sum()),
+    )
+
+
+def _merged(parts: Tensor) -> Tensor:
+    """Merge the sums [n, fields] of n disjoint sets of rows into those [fields] of all.
+
+    A co-moment is about its part's own means, so it is moved to the means of all (Chan, Golub and LeVeque 1983). Unlike a
+    difference of raw sums this loses no digits. The order is that of the parts: the same on every rank.
+    """
+    total = parts.sum(0)
+    total[_FIELD["largest_difference"]] = parts[:, _FIELD["largest_difference"]].max()
+    counts = parts[:, _FIELD["in_loss"]]
+    if counts.sum() > 0:
+        shifts = [
+            parts[:, _FIELD[name]] / counts.clamp(min=1) - total[_FIELD[name]] / counts.sum()
+            for name in ("old", "advantages")
+        ]
+        total[_FIELD["co_moment"]] += (counts * shifts[0] * shifts[1]).sum()
+    return total
 
 
 def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means (of ``MAXIMA``: maxima) over the optimizer updates of a step.
+    """Average over the optimizer updates of a step; names in ``MAXIMA`` are maxima instead.
 
-    ``ratio/first_update_max_abs_log_ratio`` is that of the first update alone, where the policy is still the one that
-    ``old_log_probs`` came from: anything but 0.0 there means that two passes over the same rows differ. (From a run's second
-    step on, those are the update's own.)
+    ``ratio/first_update_max_abs_log_ratio`` is of the first update alone, where the policy still is the one that gave
+    ``old_log_probs``. Anything but 0.0 there means that two passes over the same rows differ. (From a run's second step on,
+    the update itself supplies these ``old_log_probs``.)
     """
     if not updates:  # a step may find nothing to learn from
         return {}
@@ -90,7 +186,7 @@ def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _shared(group: RolloutGroup, values: Sequence[float]) -> float:
-    """The mean over a group: each rollout by its share."""
+    """Return the mean over a group, each rollout weighted by its share."""
     shares = [r.share for r in group.rollouts]
     if any(share is None for share in shares):
         return _mean(values)
@@ -98,7 +194,7 @@ def _shared(group: RolloutGroup, values: Sequence[float]) -> float:
 
 
 def _joined(samples: Sequence[TrainingSample], name: str) -> Tensor:
-    return torch.cat([getattr(sample, name) for sample in samples]).double()
+    return torch.cat([torch.empty(0), *(getattr(sample, name) for sample in samples)])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Progress on the terminal: nested bars, or a line now and then where there is none."""
+"""Progress on the terminal: nested bars, or a line now and then where output is no terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class _Live(Progress):
-    """All bars of the process, and one line of numbers below them: as columns they would not fit in 80 characters."""
+    """All bars of the process, and one line of numbers below them; as columns these would not fit in 80 characters."""
 
     status = ""
 
@@ -39,7 +39,7 @@ class _Live(Progress):
 
 
 class Display:
-    """Where progress of this process is shown. One live area, started with the first task and ended with the last.
+    """The display of this process's progress. One live area, started with the first task and ended with the last.
 
     Nesting works because every task is a row of the same rich ``Progress``; two live areas would fight for the cursor.
     Off a terminal a task is silent for ``quiet_s`` seconds and then says a line every ``quiet_s`` seconds.
@@ -49,24 +49,24 @@ class Display:
         self, console: Console | None, *, quiet_s: float = 30.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.console = console
-        """None is silence: ranks other than 0."""
+        """None shows nothing, as on ranks other than 0."""
         self.quiet_s = quiet_s
         self.clock = clock
         self._live: _Live | None = None
 
     @property
     def is_live(self) -> bool:
-        """Whether there is a terminal that can redraw."""
+        """Return True for a terminal that can redraw."""
         return self.console is not None and self.console.is_interactive
 
     def print(self, text: str) -> None:
-        """A line that stays, above the live area if there is one."""
+        """Print a line that stays, above the live area if there is one."""
         if self.console is not None:
             # No markup: a user's text may hold [brackets]. soft_wrap: a log file has no width.
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def set_status(self, text: str) -> None:
-        """The line below the bars."""
+        """Set the line below the bars."""
         if self._live is not None:
             self._live.status = text
 
@@ -119,7 +119,7 @@ def listen(callback: Callable[[], None] | None) -> None:
 
 
 def use_console(console: Console | None) -> Display:
-    """Make this console the one that ``progress`` draws on; None silences it. Called by ``MetricsLogger``."""
+    """Let ``progress`` draw on this console; None silences it. Called by ``MetricsLogger``."""
     global _display
     if _display is None or _display.console is not console:
         if _display is not None:
@@ -129,7 +129,7 @@ def use_console(console: Console | None) -> Display:
 
 
 def _current_display() -> Display:
-    """The display in use; else a console on standard error, on rank 0 only (torchrun's variable, so no torch)."""
+    """Return the display in use, else one on standard error, on rank 0 only (by torchrun's variable, without torch)."""
     if _display is not None:
         return _display
     return use_console(Console(stderr=True) if int(os.environ.get("RANK", "0")) == 0 else None)
@@ -145,7 +145,7 @@ class ProgressTask(Generic[T]):
         self._items = items
         self.description = description
         self.total = total
-        """In items; None where it is not known."""
+        """Number of items; None if unknown."""
         self.completed = 0.0
         self._task_id: TaskID | None = None
         self._started_s = self._said_s = 0.0
@@ -197,10 +197,10 @@ def progress(work: int | None, description: str) -> ProgressTask[None]: ...
 @overload
 def progress(work: Iterable[T], description: str) -> ProgressTask[T]: ...
 def progress(work: Iterable[Any] | int | None, description: str) -> ProgressTask[Any]:
-    """Show how far long work is, inside whatever else is shown; silent, or a line now and then, off a terminal.
+    """Show the progress of long work, inside other bars; off a terminal silently, or with a line now and then.
 
     Args:
-        work: what to iterate over; or how many items there will be; or None where nobody knows.
+        work: the items to iterate over, or their number, or None if that is unknown.
         description: a word or two, such as "generation".
 
     Example:
@@ -225,7 +225,7 @@ COLUMNS: dict[str, Callable[[float], str]] = {
     "tokens_per_s": lambda x: f"{_thousands(x)} tok/s",
     "time/step_s": lambda x: f"{x:.1f} s",
 }
-"""What a step's line shows, in this order, of the metrics that are there."""
+"""Metrics that a step's line shows if it has them, in this order."""
 
 
 class StepConsole:
@@ -241,7 +241,7 @@ class StepConsole:
         self._task: ProgressTask[None] | None = None
         self._printed_s = -math.inf
         self._unsaid = ""
-        """The line of the last step, while it is not printed."""
+        """The last step's line, until it is printed."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished training step."""
@@ -268,7 +268,7 @@ class StepConsole:
             self._display.print("  ".join((f"eval at step {step}", *numbers)))
 
     def close(self) -> None:
-        """End the bar and leave the last step's line, also that of a run which ends early."""
+        """End the bar and print the last step's line, also of a run that ends early."""
         if self._task is not None:
             self._display.set_status("")
             self._task.__exit__(None, None, None)

@@ -14,14 +14,14 @@ class MemoryMeter(Protocol):
     """Measures the peak of memory between two calls."""
 
     def peak_bytes(self) -> int:
-        """Highest number of bytes since the last call."""
+        """Return the highest number of bytes since the last call."""
 
 
 class ProcessMemory:
     """Peak bytes that torch allocated on the current device once it uses CUDA, else the resident size of this process.
 
     On CUDA it owns torch's peak counter: each reading resets it. Resident size has no counter that can be reset, so it
-    is sampled, and what a phase frees before its end is missed.
+    is sampled; memory that a phase frees before its end is not seen.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class ProcessMemory:
         self._resident = self._process.memory_info().rss
 
     def peak_bytes(self) -> int:
-        """See ``MemoryMeter``."""
+        """Return the highest number of bytes since the last call."""
         import torch
 
         if torch.cuda.is_initialized():  # not is_available: a run on the CPU of a GPU machine has its data in memory
@@ -43,16 +43,16 @@ class ProcessMemory:
 
 
 class PhaseTimer:
-    """Seconds and peak memory of each phase of a step. A nested phase is taken out of the one around it.
+    """Seconds and peak memory of each phase of a step. A nested phase does not count into the one around it.
 
-    So the phases and ``other`` add up to the step. Seconds are the host's: CUDA work still queued at the end of a phase
+    The phases and ``other`` therefore add up to the step. Seconds are the host's: CUDA work still queued at the end of a phase
     is counted where the host waits for it, unless ``synchronize`` waits at every border (which costs overlap).
-    For one thread, and not across an ``await``: phases must end in the reverse order of their start.
+    Use it in one thread, and not across an ``await``: phases must end in the reverse order of their start.
 
     Args:
         memory: None takes ``ProcessMemory``.
         synchronize: called at every border, such as ``torch.cuda.synchronize``.
-        on_border: called at every border with the phase that is innermost from there on, "" for none.
+        on_border: called at every border with the innermost phase after it, "" for none.
 
     Example:
         ``with timer("update"): a(); with timer("optimizer"): b()`` gives the seconds of a to ``update``, of b to
@@ -95,7 +95,7 @@ class PhaseTimer:
             self._tell()
 
     def flush(self, total_s: float | None = None) -> Row:
-        """Seconds and bytes since the last flush, and start anew; phases still open go on.
+        """Return seconds and bytes since the last flush, and start anew; open phases go on.
 
         Args:
             total_s: length of the step in seconds; None takes the time since the last flush.
@@ -118,7 +118,7 @@ class PhaseTimer:
             self._on_border(self._open[-1] if self._open else "")
 
     def _charge(self) -> None:
-        """Give what passed since the last border to the innermost open phase."""
+        """Charge the time since the last border to the innermost open phase."""
         if self._synchronize is not None:
             self._synchronize()
         now, peak = self._clock(), self._memory.peak_bytes()

@@ -82,7 +82,7 @@ class PackedCausalAttention(MegatronModule):
             [t, n * v].
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "packed sequences only"
-        pack = _Pack.of(packed_seq_params.cu_seqlens_q, self.cp_group)
+        pack = _PackIndex.of(packed_seq_params.cu_seqlens_q, self.cp_group)
         if pack.is_shared:
             # One gather for both; its backward sums what all ranks' queries say of this rank's keys.
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
@@ -91,7 +91,7 @@ class PackedCausalAttention(MegatronModule):
         return pack.queries.unpad([self._attend(q, k, v, bias) for q, k, v, bias in batches])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """[N, s, n, d], [N, S, g, d], [N, S, g, v] and a bias of ``_Pack.biases`` -> [N, s, n * v]."""
+        """[N, s, n, d], [N, S, g, d], [N, S, g, v] and a bias of ``_PackIndex.biases`` -> [N, s, n * v]."""
         num_groups = key.shape[2]
         q = query.unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [N, g, r, s, d]
         k, v = key.transpose(1, 2), value.transpose(1, 2)  # [N, g, S, d or v]
@@ -173,17 +173,17 @@ class Fp8WholeLinear(Fp8Layer, WholeLinear):
     """The same in emulated eight bits."""
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Like ``WholeLinear``'s, unless there is something to remember: checkpoints of either can then be loaded as both."""
+        """Return the state of a ``WholeLinear``, and the memory of delayed scaling: without it a checkpoint loads as either."""
         state = super().sharded_state_dict(prefix, *args, **kwargs)
         if self.quantizers.recipe.kind != "delayed":
             state.pop(f"{prefix}_extra_state", None)
         return state
 
 
-class _Pack:
-    """What the layers of one forward need to know of their pack."""
+class _PackIndex:
+    """Places and masks of one pack, computed once for all layers of a forward."""
 
-    _last: tuple[Tensor, _Pack] | None = None
+    _last: tuple[Tensor, _PackIndex] | None = None
 
     def __init__(self, cu_seqlens: Tensor, cp_group: Any) -> None:
         size, rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
@@ -200,14 +200,14 @@ class _Pack:
         self._biases: dict[torch.dtype, list[Tensor | None]] = {}
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, cp_group: Any) -> _Pack:
-        """All layers of one forward pass the same tensor object, so one entry is cache enough."""
+    def of(cls, cu_seqlens: Tensor, cp_group: Any) -> _PackIndex:
+        """Return the index of a pack. All layers of a forward pass the same tensor object, so a cache of one is enough."""
         if cls._last is None or cls._last[0] is not cu_seqlens:
             cls._last = (cu_seqlens, cls(cu_seqlens, cp_group))
         return cls._last[1]
 
     def biases(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """Of each batch: 0 where the key is not after the query, -inf elsewhere.
+        """Return the bias of each batch: 0 where the key is not after the query, -inf elsewhere.
 
         Returns:
             [S, S] each, or, of this rank's queries, [N, 1, 1, s, S]; None where a long batch is plainly causal.
@@ -229,7 +229,7 @@ class _Pack:
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:
-    """Sequences that are padded together, longest first."""
+    """Group the sequences that are padded together, longest first."""
     batches: list[list[int]] = []
     limit = 0.0
     for sequence in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -241,7 +241,7 @@ def _batches(lengths: list[int]) -> list[list[int]]:
 
 
 class _Batches:
-    """Where each packed token goes in padded [N, S] batches that lie one after another."""
+    """The place of each packed token in padded [N, S] batches that lie one after another."""
 
     def __init__(self, cu_seqlens: Tensor, batches: list[list[int]]) -> None:
         device, total = cu_seqlens.device, int(cu_seqlens[-1])

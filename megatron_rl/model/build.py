@@ -1,4 +1,4 @@
-"""From a Hugging Face ``config.json`` to a Megatron model on this rank."""
+"""Build a Megatron model on this rank from a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EXPERT_PADDING = ("moe_router_padding_for_fp8", "moe_router_padding_for_quantiz
 
 
 def transformer_config(config: Config, shape: ModelShape, device: torch.device) -> TransformerConfig:
-    """Megatron's config: shape from config.json, precision from ``trainer``, the rest from ``policy.megatron_cfg``."""
+    """Build Megatron's config: shape from config.json, precision from ``trainer``, the rest from ``policy.megatron_cfg``."""
     if shape.proj_bias != shape.mlp_bias:
         raise UserError(
             "policy.model_path",
@@ -60,7 +60,7 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
         "params_dtype": dtype,
         "pipeline_dtype": dtype if config.policy.pipeline_parallel_size > 1 else None,
         "bf16": dtype == torch.bfloat16,
-        # Gradients are divided once, by the token count of the whole mini-batch (DESIGN 4.2).
+        # Gradients are divided once, by the token count of the whole mini-batch.
         "calculate_per_token_loss": True,
         # Packs differ in length; Megatron ties shape exchange to this dispatcher even for dense models.
         "variable_seq_lengths": config.policy.pipeline_parallel_size > 1,
@@ -102,9 +102,9 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
 
 
 def _fused_kernels(shape: ModelShape) -> dict[str, object]:
-    """Megatron's fused kernels, all off by default, for Transformer Engine's layers; its softmax is in the attention."""
+    """Return the settings of Megatron's fused kernels, all off by default, for Transformer Engine's layers."""
     return {
-        "bias_activation_fusion": True,  # memory_plan.py counts what it saves
+        "bias_activation_fusion": True,  # doctor/memory.py counts what it saves
         # Of a layer without bias and dropout one addition is left to fuse.
         "bias_dropout_fusion": shape.proj_bias,
         # By cu_seqlens and rank, as zigzag_indices cuts them; any frequencies, but no scale of YaRN. For latent attention
@@ -172,7 +172,7 @@ def _latent_settings(shape: ModelShape) -> dict[str, object]:
 
 
 def _check_features(config: Config, shape: ModelShape) -> None:
-    """Refuse what this model would compute wrongly or not at all, or a checkpoint could not hold."""
+    """Refuse settings under which this model would compute wrongly or not at all, or that a checkpoint could not hold."""
     policy, passed = config.policy, config.policy.megatron_cfg
     if shape.latent is not None and policy.tensor_parallel_size > 1 and not passed.get("sequence_parallel"):
         raise UserError(
@@ -231,7 +231,7 @@ def _check_features(config: Config, shape: ModelShape) -> None:
 
 
 def build_groups_of(config: Config, device: torch.device) -> Groups:
-    """The process groups that a config asks for."""
+    """Build the process groups that a config asks for."""
     policy = config.policy
     return build_groups(
         tensor_parallel_size=policy.tensor_parallel_size,
@@ -247,7 +247,7 @@ def build_groups_of(config: Config, device: torch.device) -> Groups:
 
 
 def build_chunks(config: Config, shape: ModelShape, groups: Groups) -> list[PolicyModel]:
-    """This rank's part of the model, with random weights (a checkpoint's weights are loaded over them).
+    """Build this rank's part of the model, with random weights (a checkpoint's weights are loaded over them).
 
     One pipeline stage; under virtual pipelining, chunk i is stage ``i * pp_size + pp_rank`` of ``vpp * pp_size``.
     """
@@ -291,7 +291,7 @@ def _build_chunk(
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """Rotary frequencies, [head_dim / 2] float32, with Llama 3's scaling where config.json asks for it.
+    """Return the rotary frequencies, [head_dim / 2] float32, with Llama 3's scaling where config.json asks for it.
 
     Llama 3 (arXiv 2407.21783, as in its released configuration): wavelengths above ``original / low_freq_factor`` are
     stretched by ``factor``, those below ``original / high_freq_factor`` are kept, and those between are interpolated.

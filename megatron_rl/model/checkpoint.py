@@ -1,4 +1,4 @@
-"""Checkpoints: all that a step needs, complete or not there at all.
+"""Checkpoints: everything that a step needs, complete or absent.
 
     checkpoints/step_00000050/
         model/                torch_dist: weights, optimizer, schedule; loads under any layout
@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -43,8 +42,9 @@ from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_error, publish_folder
 from megatron_rl.metrics import progress
-from megatron_rl.model.step import Policy
+from megatron_rl.model.trainable import Trainable
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.parallel.groups import Groups
 
@@ -67,13 +67,13 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------ write
 
     def save(
-        self, step: int, policy: Policy, state: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+        self, step: int, trainable: Trainable, state: dict[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
     ) -> Path:
         """Write one checkpoint, then remove those that are older than the ``keep_last`` last complete ones.
 
         Args:
             step: steps done.
-            policy: weights, optimizer and schedule.
+            trainable: weights, optimizer and schedule.
             state: plain data beside it, as JSON.
             tensors: the same in every rank; what the algorithm keeps.
 
@@ -88,9 +88,9 @@ class Checkpoints:
                     shutil.rmtree(temporary, ignore_errors=True)
                     (temporary / "model").mkdir(parents=True)
                     size_of_tensors = sum(tensor.nbytes for tensor in (tensors or {}).values())
-                    _check_space(self.directory, _bytes_to_write(policy) + size_of_tensors)
+                    _check_space(self.directory, _bytes_to_write(trainable) + size_of_tensors)
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
-                dist_checkpointing.save(_sharded_state(policy), str(temporary / "model"))
+                dist_checkpointing.save(_sharded_state(trainable), str(temporary / "model"))
                 torch.save(_random_state(), temporary / f"rng_rank_{self.groups.rank}.pt")
                 if self.groups.rank == 0:
                     if tensors:
@@ -117,7 +117,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def _digests(self, directory: Path, final: Path) -> dict[str, dict[str, Any]]:
-        """Size and digest of every file; the files are shared out over the ranks."""
+        """Return size and digest of every file; each rank reads a share of the files."""
         dist.barrier(self.groups.cpu_group)
         mine: dict[str, dict[str, Any]] = {}
         with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
@@ -129,16 +129,12 @@ class Checkpoints:
 
     def _complete(self, temporary: Path, final: Path, digests: dict[str, dict[str, Any]]) -> None:
         (temporary / "manifest.json").write_text(json.dumps({"files": digests}, indent=1))
-        for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)  # only ever an older save of the same step
-        os.replace(temporary, final)
-        _fsync(self.directory)
+        publish_folder(temporary, final, replaces=True)  # only ever an older save of the same step
 
     # ------------------------------------------------------------------------------------------------ read
 
     def find(self, explicit: str | None, *, is_resuming: bool = True) -> Path | None:
-        """The checkpoint to start from, or None.
+        """Find the checkpoint to start from, or None.
 
         The run's own last complete one, if it is resuming and, where an explicit one is given, that own one descends from
         it: so the same command starts from the explicit checkpoint and, killed, resumes. Else the explicit one.
@@ -172,12 +168,12 @@ class Checkpoints:
         self.origin = origin
         return path
 
-    def load(self, path: Path, policy: Policy, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def load(self, path: Path, trainable: Trainable, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Restore weights, optimizer, schedule and generators; returns the plain data saved beside them.
 
         Args:
             path: a complete checkpoint.
-            policy: to restore; settings of its config win over those of the checkpoint, and it is said which.
+            trainable: to restore; settings of its config win over those of the checkpoint, and it is said which.
             fixed: ``fixed_settings`` of this run; None skips the comparison.
 
         Raises:
@@ -186,8 +182,8 @@ class Checkpoints:
         state = _read_state(path)
         with all_ranks_agree(self.groups.cpu_group):
             _check_fixed(state.get("fixed", {}), fixed or {})
-        sharded = _sharded_state(policy, is_loading=True)
-        changed = policy.load_state(dist_checkpointing.load(sharded, str(path / "model")))
+        sharded = _sharded_state(trainable, is_loading=True)
+        changed = trainable.load_state(dist_checkpointing.load(sharded, str(path / "model")))
         if changed:
             self.say(f"settings changed since the checkpoint was written, new ones apply: {', '.join(changed)}")
         generators = path / f"rng_rank_{self.groups.rank}.pt"
@@ -198,7 +194,7 @@ class Checkpoints:
         return state
 
     def load_tensors(self, path: Path) -> dict[str, torch.Tensor]:
-        """What ``save`` got as ``tensors``."""
+        """Return the tensors that ``save`` got."""
         return load_file(path / TENSORS) if (path / TENSORS).is_file() else {}
 
     def set_aside_others(self, start: Path | None) -> None:
@@ -218,7 +214,7 @@ class Checkpoints:
                     self.say(f"this run does not continue {others}: renamed to {prefix}*, delete them when you like")
 
     def _own(self, origin: str | None) -> list[Path]:
-        """Steps of the run, newest first; with an origin, those before the first that does not descend from it."""
+        """Return the run's checkpoints, newest first; with an origin, up to the first that does not descend from it."""
         own: list[str] = []
         if self.groups.rank == 0:  # one rank looks: the others could see the directory before or after a change
             unfinished = sorted(path.name for path in self.directory.glob("step_*.tmp"))
@@ -234,7 +230,7 @@ class Checkpoints:
         return sorted(p for p in self.directory.glob("step_*") if _NAME.fullmatch(p.name))
 
     def _problem(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, or None; the same answer on every rank."""
+        """Return what is wrong with a checkpoint, or None; the same answer on every rank."""
         problems = gather_json(self._problem_here(path), self.groups.cpu_group)
         return next((problem for problem in problems if problem is not None), None)
 
@@ -250,7 +246,7 @@ class Checkpoints:
 def fixed_settings(
     config: Config, shape: ModelShape, contents: Mapping[str, tuple[str, str]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """What may not change while a run goes on: weights, optimizer state and prompt cursor mean nothing without it.
+    """Return the settings that may not change during a run: weights, optimizer state and prompt cursor depend on them.
 
     Args:
         config: of the run.
@@ -293,7 +289,7 @@ def _check_fixed(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
 
 
 def _incompleteness(path: Path) -> str | None:
-    """What a checkpoint lacks, going by names and sizes; None: nothing."""
+    """Return what a checkpoint lacks, going by names and sizes; None: nothing."""
     if not path.is_dir():
         return "is not a directory"
     try:
@@ -315,20 +311,24 @@ def _read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
-    policy.update_memory.resume(with_gradients=False)
+def _sharded_state(trainable: Trainable, *, is_loading: bool = False) -> dict[str, Any]:
+    """Return what a checkpoint holds of a model; without an optimizer only its weights are loaded."""
+    trainable.update_memory.resume(with_gradients=False)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": policy.groups.dp_cp_group,
+        "dp_cp_group": trainable.groups.dp_cp_group,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
-    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in policy.chunks]
+    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in trainable.chunks]
+    if not trainable.has_optimizer:
+        return {"model": model, "num_updates": trainable.num_updates}
+    optimizer = trainable.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata)
     return {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata),
-        "scheduler": policy.scheduler.state_dict(),
-        "num_updates": policy.num_updates,
+        "optimizer": optimizer,
+        "scheduler": trainable.scheduler.state_dict(),
+        "num_updates": trainable.num_updates,
     }
 
 
@@ -351,10 +351,10 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def _bytes_to_write(policy: Policy) -> int:
-    """Weights of the whole model, and 12 bytes a parameter of optimizer state; a little less than what is written."""
-    parameters = sum(math.prod(extent) for extent in hf_tensors(policy.shape).values())
-    return parameters * (policy.megatron_config.params_dtype.itemsize + 12)
+def _bytes_to_write(trainable: Trainable) -> int:
+    """Return the bytes of all weights and of 12 bytes a parameter of optimizer state; a little more is written."""
+    parameters = sum(math.prod(extent) for extent in hf_tensors(trainable.shape).values())
+    return parameters * (trainable.megatron_config.params_dtype.itemsize + 12)
 
 
 def _check_space(directory: Path, needed: int) -> None:
@@ -365,7 +365,7 @@ def _check_space(directory: Path, needed: int) -> None:
 
 @contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """Failures to write a checkpoint, as one sentence."""
+    """Turn a failure to write a checkpoint into a ``UserError`` of one sentence."""
     try:
         yield
     except UserError:
@@ -377,16 +377,12 @@ def _as_user_error(path: Path) -> Iterator[None]:
         why = str(cause)
         if "No space left" not in why and _is_full(path):  # torch's own writer says only where in the file it stood
             why = f"No space left on device: {why}"
-        raise UserError(
-            "exp_manager.exp_dir",
-            str(path),
-            f"the checkpoint could not be written ({why})",
-            "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes",
-        ) from error
+        fix = "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes"
+        raise disk_error(path, why, field="exp_manager.exp_dir", fix=fix) from error
 
 
 def _is_full(path: Path) -> bool:
-    """Less than a MB is free where a checkpoint was to be."""
+    """Return whether less than a MB is free in the place of a checkpoint."""
     there = next((folder for folder in path.parents if folder.is_dir()), None)
     return there is not None and shutil.disk_usage(there).free < 2**20
 
@@ -394,11 +390,3 @@ def _is_full(path: Path) -> bool:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

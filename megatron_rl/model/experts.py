@@ -30,8 +30,8 @@ from torch import Tensor
 
 
 @dataclass
-class Pack(PackedSeqParams):
-    """What layers know of the pack under way. Megatron hands it to every layer, and again when it recomputes one."""
+class PackParams(PackedSeqParams):
+    """The current pack, as layers see it. Megatron hands it to every layer, and again when it recomputes one."""
 
     sequence: Tensor | None = None
     """[t] int64: which row each token of this rank belongs to; -1 on padding."""
@@ -43,19 +43,19 @@ class Pack(PackedSeqParams):
     """[t, layers, k] int16: the rollout's choices; -1 where it has none."""
 
 
-class Layer(TransformerLayer):
+class ExpertLayer(TransformerLayer):
     """A Megatron layer that shows its router the pack."""
 
-    def forward(self, *args: Any, packed_seq_params: Pack, **kwargs: Any) -> Any:
-        """See ``TransformerLayer``."""
+    def forward(self, *args: Any, packed_seq_params: PackParams, **kwargs: Any) -> Any:
+        """Run the layer, after its router has got the pack."""
         self.mlp.router.pack = packed_seq_params
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
 
-class Router(TopKRouter):
+class ExpertRouter(TopKRouter):
     """Megatron's choice of experts, with losses and replay of ours."""
 
-    pack: Pack
+    pack: PackParams
     expert_bias: Tensor | None
 
     def __init__(self, config: Any, pg_collection: Any = None, **options: Any) -> None:
@@ -65,14 +65,14 @@ class Router(TopKRouter):
         self.router_replay = SimpleNamespace(get_replay_topk=self._replayed)  # Megatron asks it at each choice
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[t, 1, E] -> weights and map of the chosen experts, [t, E] each."""
+        """Return weights and map of the chosen experts, [t, E] each, from logits [t, 1, E]."""
         probs, routing_map = super().routing(logits)
         if self._balance_coeff and self._is_learning:
             probs = self._balanced(probs, logits.view(-1, logits.shape[-1]), routing_map)
         return probs, routing_map
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """The router's logits stay small where ``moe_z_loss_coeff`` asks for it."""
+        """Add the z-loss, which keeps the logits small, where ``moe_z_loss_coeff`` asks for it."""
         coeff = self.config.moe_z_loss_coeff
         if not coeff or not self._is_learning:
             return logits
@@ -89,7 +89,10 @@ class Router(TopKRouter):
         group_topk: int | None,
         choose: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """The rollout's experts where it has told them, with the scores they have now; see Megatron's ``RouterReplay``."""
+        """Return scores and numbers of the chosen experts: the rollout's where recorded, else the router's own.
+
+        Megatron calls it in place of its ``RouterReplay``. Scores are those of now.
+        """
         if num_groups is None:
             values, indices = choose(scores, topk)
         else:
@@ -100,8 +103,8 @@ class Router(TopKRouter):
         indices = torch.where(told >= 0, told, indices)
         return scores.gather(1, indices), indices
 
-    def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """A model's conversion to bfloat16 leaves the bias of the choice as it is: rounded, it would choose others."""
+    def _apply(self, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertRouter:
+        """Convert the router to another type, all but the bias of the choice: rounded, it would choose other experts."""
         bias = self.expert_bias
         super()._apply(convert, recurse)
         if bias is not None:
@@ -129,21 +132,21 @@ class Router(TopKRouter):
         return self.pack.lengths.float()
 
     def _sequences(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Rows of the real tokens here, and which tokens those are."""
+        """Return the row of each real token here, and [t] bool, which tokens are real."""
         assert self.pack.sequence is not None
         sequence = self._mine(self.pack.sequence, num_tokens)
         is_real = sequence >= 0
         return sequence[is_real], is_real
 
     def _mine(self, values: Tensor, num_tokens: int) -> Tensor:
-        """Under sequence parallelism a layer sees its tensor-parallel part of the tokens."""
+        """Return the values of the tokens that this layer sees: under sequence parallelism, its tensor-parallel part."""
         if len(values) == num_tokens:
             return values
         return values.chunk(self.tp_group.size())[self.tp_group.rank()]
 
 
 def choose_in_groups(scores: Tensor, num_chosen: int, num_groups: int, num_open: int) -> tuple[Tensor, Tensor]:
-    """The best experts of the best groups; a group is as good as its two best experts together.
+    """Choose the best experts of the best groups; a group scores the sum of its two best experts.
 
     Megatron sums the best ``num_chosen / num_open`` of a group, which is the same for DeepSeek-V3's own sizes only.
 

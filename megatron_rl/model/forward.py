@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_rl.model.experts import Pack
+from megatron_rl.model.experts import PackParams
 from megatron_rl.parallel.vocab import vocab_parallel_statistics
 from megatron_rl.types import MicroBatch
 
@@ -33,7 +33,7 @@ class PolicyModel(GPTModel):
     """Vocabulary without Megatron's padding."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``GPTModel``, and above for what comes out."""
+        """Run the stage; the arguments are those of ``GPTModel.forward``."""
         hook = {"output_processor": self.token_statistics} if HAS_OUTPUT_PROCESSOR else {}
         return super().forward(*args, **hook, **kwargs)
 
@@ -49,7 +49,7 @@ class PolicyModel(GPTModel):
     def token_statistics(
         self, *, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """From the last hidden states, [T, 1, H], to ``(log_probs, entropy)``, each [T] float32.
+        """Return ``(log_probs, entropy)``, each [T] float32, from the last hidden states, [T, 1, H].
 
         Args:
             hidden_states: of this rank; its part of the tokens under sequence parallelism.
@@ -86,7 +86,7 @@ class PolicyModel(GPTModel):
 
 
 def run_model(model: torch.nn.Module, batch: MicroBatch, *, row_weight: float = 0.0) -> tuple[Tensor, Tensor] | Tensor:
-    """Forward one packed micro-batch through one (wrapped) pipeline stage.
+    """Run one packed micro-batch forward through one (wrapped) pipeline stage.
 
     Args:
         model: the stage.
@@ -94,9 +94,10 @@ def run_model(model: torch.nn.Module, batch: MicroBatch, *, row_weight: float = 
         row_weight: of each row's auxiliary loss, in a model of experts that is asked for one.
 
     Returns:
-        On the last stage ``(log_probs, entropy)``, each [T] float32; elsewhere the hidden states for the next stage.
+        On the last stage the model's outputs, of a ``PolicyModel`` ``(log_probs, entropy)``, each [T] float32; elsewhere the
+        hidden states for the next stage.
     """
-    packed = Pack(
+    packed = PackParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,

@@ -1,4 +1,4 @@
-"""What must hold before weights change. Each check ends in the same error on every rank, or in none."""
+"""Checks before weights change. Each ends in the same error on every rank, or in none."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from megatron_rl.data.pack import VECTOR_FIELDS
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import gather_json
-from megatron_rl.types import ON_POLICY, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
 
 SLICE_ELEMENTS = 1 << 28
-"""Of a gradient buffer that are looked at in one kernel: torch's reductions count in 32 bits."""
+"""Elements of a gradient buffer that one kernel reads: torch's reductions count in 32 bits."""
 
 
 def check_same_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group: dist.ProcessGroup) -> None:
-    """The rows are the same on every rank, in all that an update depends on.
+    """Check that the rows are the same on every rank, in all that an update depends on.
 
     Raises:
         UserError: naming the ranks that differ from rank 0.
@@ -37,12 +37,15 @@ def check_same_rows(samples: Sequence[TrainingSample], *, update: int, cpu_group
 
 
 def check_trainable(samples: Sequence[TrainingSample], *, update: int) -> None:
-    """At least one token is trained on, and of each kind either all rows have a vector or none has.
+    """Check that a token is trained on, and that of each kind either all rows have a vector or none has.
 
     Raises:
         UserError: no row has a token that enters the loss.
     """
-    for kind in {ON_POLICY if sample.kind in ON_POLICY else frozenset({sample.kind}) for sample in samples}:
+    for kind in {
+        POLICY_GRADIENT_KINDS if sample.kind in POLICY_GRADIENT_KINDS else frozenset({sample.kind})
+        for sample in samples
+    }:
         for name in VECTOR_FIELDS:
             rows = [sample for sample in samples if sample.kind in kind]
             assert len({getattr(row, name) is None for row in rows}) == 1, f"{name} of some {set(kind)} rows alone"
@@ -56,7 +59,7 @@ def check_trainable(samples: Sequence[TrainingSample], *, update: int) -> None:
 
 
 def check_log_probs(samples: Sequence[TrainingSample], name: str) -> None:
-    """What a forward pass has filled is finite; the same data on all ranks, so no rank has to ask another.
+    """Check that the filled vectors are finite. All ranks have the same data, so none has to ask another.
 
     Raises:
         UserError: naming the first row that is not.
@@ -72,7 +75,7 @@ def check_log_probs(samples: Sequence[TrainingSample], name: str) -> None:
 
 
 def check_finite(loss: float, gradients: Iterable[Tensor], *, update: int, cpu_group: dist.ProcessGroup) -> None:
-    """Loss and gradients are finite.
+    """Check that loss and gradients are finite.
 
     Args:
         loss: the same on every rank.
@@ -96,7 +99,10 @@ def check_finite(loss: float, gradients: Iterable[Tensor], *, update: int, cpu_g
 
 
 def _is_finite(values: Tensor) -> bool:
-    """No mask as large as ``values``: the least and the largest of a slice tell (NaN is both), and all are read at once."""
+    """Return whether all values are finite, without a mask of their size.
+
+    The least and the largest of each slice tell (NaN is both), and all of those are read at once.
+    """
     slices = values.flatten().split(SLICE_ELEMENTS) if values.numel() else ()
     ends = [end for part in slices for end in part.aminmax()]
     return not ends or bool(torch.stack(ends).isfinite().all())
@@ -108,7 +114,13 @@ def _digest(samples: Sequence[TrainingSample]) -> list[int]:
         vectors = [
             getattr(sample, name) for name in ("prompt_ids", "response_ids", "experts", "loss_mask", *VECTOR_FIELDS)
         ]
-        outline = [int(sample.kind), *(-1 if vector is None else vector.numel() for vector in vectors)]
+        vectors += sample.extra.values()
+        outline = [
+            int(sample.kind),
+            sample.unit,
+            *sample.extra,
+            *(-1 if vector is None else vector.numel() for vector in vectors),
+        ]
         digest = zlib.crc32(repr(outline).encode(), digest)
         for vector in vectors:
             if vector is not None:

@@ -1,6 +1,6 @@
-"""What eight bits do to a model's numbers, or would do: each linear layer looked at on sampled steps.
+"""Numerics of FP8 in a model, or of FP8 as it would be: each linear layer, on sampled steps.
 
-Of the first micro-batch of a watched step, for each linear layer of the decoder:
+Measured on the first micro-batch of a watched step, for each linear layer of the decoder:
 
     input_amax, weight_amax, gradient_amax   largest magnitudes; the gradient is that of the output
     *_underflow                              share of the numbers that are not zero and become zero
@@ -14,10 +14,12 @@ communication; of what several ranks hold, the largest is reported. Under Transf
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +30,12 @@ from torch import Tensor
 
 from megatron_rl.config import NumericsConfig
 from megatron_rl.convert.tables.table import global_name
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.model.attention import WholeLinear
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.fp8.emulation import Fp8Layer, Quantizers, fp8_product
-from megatron_rl.model.fp8.recipe import Recipe, recipe_of
-from megatron_rl.parallel.agree import gather_json
+from megatron_rl.model.fp8.recipe import Fp8Recipe, recipe_of
+from megatron_rl.parallel.agree import all_ranks_agree, gather_json
 from megatron_rl.parallel.groups import Groups
 
 LINEAR = (ColumnParallelLinear, RowParallelLinear, WholeLinear, *TE_LINEAR_TYPES)
@@ -52,7 +55,7 @@ class NumericsMonitor:
         self._config, self._groups = config, groups
         recipe = recipe_of(megatron_cfg) or recipe_of({"fp8": "hybrid", "fp8_recipe": config.forecast})
         assert recipe is not None
-        self._recipe: Recipe = recipe
+        self._recipe: Fp8Recipe = recipe
         is_fp8 = recipe_of(megatron_cfg) is not None
         self._layers = {
             name: module for chunk in chunks for name, module in _linear_layers(chunk, groups.ep_rank, is_fp8=is_fp8)
@@ -80,6 +83,21 @@ class NumericsMonitor:
                 for key, value in values.items():
                     kept[key] = _larger(kept.get(key, -math.inf), value)
         return {name: merged[name] for name in sorted(merged, key=_place) if merged[name]}
+
+    def finish_step(self, step: int, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
+        """Return the metrics of a watched step; its layers go to a file of ``folder``, alarms to ``say``. A collective."""
+        report = self.report()
+        if not report:
+            return {}
+        alarms = self.alarms(report)
+        for line in alarms:
+            say(f"numerics at step {step}: {line}")
+        with all_ranks_agree(self._groups.cpu_group):
+            if self._groups.rank == 0:
+                path = folder / f"step_{step:08d}.json"
+                with disk_errors(path, field="exp_manager.exp_dir", fix=SAME_COMMAND):
+                    write_atomic(path, json.dumps(report, indent=1) + "\n")
+        return summary(report) | {"numerics/alarms": float(len(alarms))}
 
     def alarms(self, report: Mapping[str, LayerReport]) -> list[str]:
         """One line for each kind of number that is beyond its limit, with the layer where it is worst."""
@@ -182,7 +200,7 @@ def _input_of_product(module: Any, x: Tensor) -> Tensor:
 
 
 def _range(quantizers: Quantizers, role: str, x: Tensor) -> LayerReport:
-    """Of one operand [rows, columns]; nothing of an expert that got no token."""
+    """Report the range of one operand [rows, columns]; empty for an expert that got no token."""
     if not x.numel():
         return {}
     amax = x.abs().amax().float()

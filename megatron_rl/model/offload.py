@@ -1,7 +1,7 @@
-"""What only an update needs, out of the way while rollouts are sampled: gradients and the optimizer's numbers.
+"""Memory that only an update needs (gradients, optimizer state), released while rollouts are sampled.
 
-Tensors keep their identity and lose their storage: Megatron holds views of them in many places. Weights stay, since they are
-what rollout engines are given. On a CPU the same happens, and saves nothing.
+Tensors keep their identity and lose their storage, because Megatron holds views of them in many places. Weights stay: rollout
+engines get them. On a CPU the same happens, and saves nothing.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from torch import Tensor
 
 
 class UpdateMemory:
-    """Gradient buffers and optimizer state of one rank, there or not."""
+    """Gradient buffers and optimizer state of one rank, present or released."""
 
     def __init__(self, gradient_buffers: Iterable[Any], optimizer: Any, weights: Iterable[Tensor]) -> None:
-        """Args: Megatron's buffers of gradients; its optimizer, chained or not; the model's parameters."""
+        """Args: Megatron's gradient buffers; its optimizer, chained or not, or None; the model's parameters."""
         self._gradients = [buffer.grad_data for buffer in gradient_buffers]
         self._optimizer = optimizer
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
         self._sizes: list[int] = []
-        """Bytes of gradients that are away."""
+        """Bytes of each released gradient buffer."""
         self._kept: list[tuple[Tensor, Tensor]] = []
         """(emptied tensor, its copy on the CPU)."""
         self._copies: dict[int, Tensor] = {}
 
     @property
     def is_released(self) -> bool:
-        """Whether something is away."""
+        """True while something is released."""
         return bool(self._sizes or self._kept)
 
     def release(self) -> int:
-        """Give the memory up; gradients are lost. Returns the bytes freed."""
-        self._optimizer.zero_grad()  # also lets go of float32 copies of gradients in 16 bits
+        """Release the memory; gradients are lost. Return the bytes freed."""
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()  # also lets go of float32 copies of gradients in 16 bits
         freed = 0
         for tensor in self._state() if not self._kept else ():
             copy = self._copies.get(id(tensor))
@@ -52,7 +53,7 @@ class UpdateMemory:
         return freed
 
     def resume(self, *, with_gradients: bool = True) -> None:
-        """Bring back what is away, the gradients as zeros; or the optimizer's state alone."""
+        """Bring back what was released, the gradients as zeros; or the optimizer's state alone."""
         if with_gradients:
             for gradients, size in zip(self._gradients, self._sizes):
                 gradients.untyped_storage().resize_(size)
@@ -64,7 +65,7 @@ class UpdateMemory:
         self._kept = []
 
     def _state(self) -> Iterator[Tensor]:
-        """Adam's moments and the float32 main weights, where they are tensors of their own and not on the CPU of a GPU run."""
+        """Yield Adam's moments and the float32 main weights: tensors of their own, and in a GPU run not those on the CPU."""
         on_gpu = any(gradients.is_cuda for gradients in self._gradients)
         seen: set[int] = set()
         for tensor in _tensors_of(getattr(self._optimizer, "chained_optimizers", [self._optimizer])):

@@ -25,7 +25,7 @@ from megatron_rl.model.fp8.emulation import EMULATED, emulated
 
 
 def has_transformer_engine() -> bool:
-    """Whether the torch bindings of Transformer Engine are installed (the meta package alone is not enough)."""
+    """Return whether Transformer Engine's torch bindings are installed (the meta package alone is not enough)."""
     return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
@@ -35,7 +35,7 @@ def adam_in_use() -> str:
 
 
 def uses_transformer_engine(chosen: str | None, device: torch.device) -> bool:
-    """Which layers a model gets.
+    """Decide whether a model gets Transformer Engine's layers or local ones.
 
     Args:
         chosen: ``policy.megatron_cfg.transformer_impl``; None takes Transformer Engine's on a GPU, local ones on a CPU.
@@ -97,8 +97,8 @@ def _use_own_parts(spec: ModuleSpec, *, is_local: bool, has_experts: bool) -> No
     if is_local:
         attention.submodules.core_attention = PackedCausalAttention
     if has_experts:
-        spec.module = experts.Layer
-        _parts(spec.submodules.mlp).router = experts.Router
+        spec.module = experts.ExpertLayer
+        _parts(spec.submodules.mlp).router = experts.ExpertRouter
 
 
 def _parts(spec: ModuleSpec | partial[Any]) -> Any:

@@ -16,7 +16,7 @@ from megatron_rl.data.pack import pack, response_slice
 from megatron_rl.model.build import build_chunks, build_groups_of
 from megatron_rl.model.forward import PolicyModel, run_model
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 
 
 def load_torch_dist(
@@ -44,7 +44,7 @@ def load_torch_dist(
 
 
 def log_probs_of_one_rank(config: Config, directory: str | Path, tokens: Tensor) -> Tensor:
-    """What a checkpoint's model thinks of one sequence. Needs a process group of one rank.
+    """Return the log-probs of one sequence under a checkpoint's model. Needs a process group of one rank.
 
     Args:
         config: of one rank; its ``policy.model_path`` gives the shape of the model.
@@ -57,7 +57,7 @@ def log_probs_of_one_rank(config: Config, directory: str | Path, tokens: Tensor)
     shape, groups = read_shape(config.policy.model_path), build_groups_of(config, torch.device("cpu"))
     chunks = build_chunks(config, shape, groups)
     load_torch_dist(chunks, groups, directory)
-    sample = TrainingSample(tokens[:1], tokens[1:], Kind.SFT)
+    sample = TrainingSample(tokens[:1], tokens[1:], RowKind.SFT)
     with torch.no_grad():
         log_probs, _ = run_model(chunks[0].eval(), pack([sample], [0]))
     return log_probs[response_slice(0, sample)]

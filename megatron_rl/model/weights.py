@@ -29,7 +29,7 @@ from megatron_rl.convert.tables.table import (
     names_of_all_experts,
     plain_name,
 )
-from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, disk_error, publish_folder
 from megatron_rl.metrics import progress
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.parallel.agree import all_ranks_agree
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def named_parameters(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
-    """This rank's weights under their global Megatron names (layers and experts counted over the whole model).
+    """Yield this rank's weights under their global Megatron names (layers and experts counted over the whole model).
 
     These are the parameters, and those buffers that a checkpoint holds, such as a router's bias.
     """
@@ -86,7 +86,7 @@ def load_hf_weights(
 def iterate_hf_tensors(
     chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor, whole, one after the other, on every rank. A collective: consume it to the end.
+    """Yield every Hugging Face tensor, whole, on every rank. A collective: consume it to the end.
 
     Yields:
         (Hugging Face name, tensor in the model's dtype, or float32 where the table says so, on the model's device).
@@ -161,18 +161,13 @@ def _finish_export(writer: LayoutWriter, failure: OSError | None, fresh: Path, t
     try:
         if failure is None:
             writer.finish()
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
+            publish_folder(fresh, target, replaces=True)
     except OSError as error:
         failure = error
     if failure is not None:
         writer.abort()
-        raise UserError(
-            "exp_manager.exp_dir",
-            str(target),
-            f"the Hugging Face checkpoint could not be written ({failure})",
-            "free some disk space and give the same command again; the training checkpoint is intact",
-        ) from failure
+        fix = f"{SAME_COMMAND}; the training checkpoint is intact"
+        raise disk_error(target, failure, field="exp_manager.exp_dir", fix=fix) from failure
 
 
 def _dtype_name(dtype: torch.dtype) -> Dtype:
@@ -180,7 +175,7 @@ def _dtype_name(dtype: torch.dtype) -> Dtype:
 
 
 def _broadcast(shard: Tensor, owner: int, group: dist.ProcessGroup) -> None:
-    """From the group's rank ``owner`` to its others."""
+    """Send a shard from the group's rank ``owner`` to its other ranks."""
     if dist.get_world_size(group) > 1:
         dist.broadcast(shard, dist.get_global_rank(group, owner), group=group)
 

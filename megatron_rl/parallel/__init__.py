@@ -1,1 +1,1 @@
-"""What knows about process groups: the groups themselves, the sharded vocabulary, agreement between ranks."""
+"""Process groups, the sharded vocabulary, context parallelism, and agreement between ranks."""

@@ -1,6 +1,6 @@
-"""What ranks tell each other in plain data, as JSON and never as pickles; and how they agree before they stop.
+"""Exchange of plain data between ranks, as JSON and never as pickles; and agreement on errors.
 
-An error on one rank becomes the same error on all, and nobody waits for the dead.
+If one rank raises, all ranks raise the same error instead of hanging in the next collective.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def all_ranks_agree(cpu_group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def broadcast_json(value: Any, cpu_group: dist.ProcessGroup) -> Any:
-    """Plain data of the group's first rank, on every rank."""
+    """Return the plain data of the group's first rank, on every rank."""
     source = dist.get_global_rank(cpu_group, 0)
     encoded = _encode(value)
     size = torch.tensor([len(encoded)])
@@ -50,7 +50,7 @@ def broadcast_json(value: Any, cpu_group: dist.ProcessGroup) -> Any:
 
 
 def gather_json(value: Any, cpu_group: dist.ProcessGroup) -> list[Any]:
-    """Plain data of every rank, on every rank, in the order of ranks."""
+    """Return the plain data of every rank, on every rank, in the order of ranks."""
     encoded = _encode(value)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(cpu_group))]
     dist.all_gather(sizes, torch.tensor([len(encoded)]), group=cpu_group)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def zigzag_indices(cu_seqlens: Tensor, *, size: int, rank: int) -> Tensor:
-    """[t] int64: the pack's tokens that a rank holds, in its own order.
+    """Return [t] int64, the pack's tokens that a rank holds, in its own order.
 
     Args:
         cu_seqlens: [N + 1] borders of the sequences in the pack; each length is a multiple of ``2 * size``.
@@ -48,7 +48,7 @@ def zigzag_indices(cu_seqlens: Tensor, *, size: int, rank: int) -> Tensor:
 
 
 def gather_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
-    """[T] int64: where in the concatenation of all ranks' tokens each token of the pack is."""
+    """Return [T] int64, the place of each token of the pack in the concatenation of all ranks' tokens."""
     held = torch.cat([zigzag_indices(cu_seqlens, size=size, rank=rank) for rank in range(size)])
     order = torch.empty_like(held)
     order[held] = torch.arange(len(held), device=held.device)
@@ -56,7 +56,7 @@ def gather_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
 
 
 def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All tokens of the pack, in its order, on every rank; differentiable.
+    """Return all tokens of the pack, in its order, on every rank; differentiable.
 
     Its adjoint hands each rank the sum over all ranks of the gradients of its tokens: right for any loss that is summed
     over the ranks, whichever of them uses which tokens.
@@ -75,21 +75,15 @@ def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -
     return _AllGather.apply(local, group)[gather_order(cu_seqlens, size=size)]
 
 
-def sequence_sum(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[N] sums over the tokens of each sequence, on every rank; differentiable like ``gather_tokens``.
-
-    For losses that are not sums of token terms: sequence ratios, preference margins.
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the sum of the ranks' values, on every rank; differentiable like ``gather_tokens``.
 
     Args:
-        local: [t] this rank's tokens, in its own order.
-        cu_seqlens: of the pack.
-        group: the context-parallel ranks.
+        values: of this rank, of the same shape on each.
+        group: the context-parallel ranks. None is refused: it would be all ranks of the run.
     """
-    size = dist.get_world_size(group)
-    lengths = cu_seqlens.long().diff() // size
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=local.device), lengths)
-    sums = torch.zeros(len(lengths), dtype=local.dtype, device=local.device).index_add(0, sequence, local)
-    return sums if size == 1 else _AllReduce.apply(sums, group)
+    assert group is not None, "a pack that is cut over ranks was made without their group"
+    return _AllReduce.apply(values, group)
 
 
 class _AllGather(torch.autograd.Function):

@@ -17,11 +17,11 @@ class Groups:
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    """Ranks that differ in their rows alone."""
+    """Ranks that differ only in their rows."""
     dp_cp_group: dist.ProcessGroup
-    """Ranks that have the same weights, experts apart."""
+    """Ranks with the same weights, except for experts."""
     ep_group: dist.ProcessGroup
-    """Ranks that share the experts of a layer out."""
+    """Ranks that hold different experts of a layer."""
     etp_group: dist.ProcessGroup
     """Ranks that share each expert."""
     cpu_group: dist.ProcessGroup
@@ -30,12 +30,12 @@ class Groups:
 
     @property
     def dp_size(self) -> int:
-        """Copies of the model."""
+        """Number of copies of the model."""
         return dist.get_world_size(self.dp_group)
 
     @property
     def dp_rank(self) -> int:
-        """This rank's copy."""
+        """Index of this rank's copy of the model."""
         return dist.get_rank(self.dp_group)
 
     @property
@@ -60,7 +60,7 @@ class Groups:
 
     @property
     def ep_size(self) -> int:
-        """Ranks that share the experts of a layer out."""
+        """Ranks that hold different experts of a layer."""
         return dist.get_world_size(self.ep_group)
 
     @property
@@ -80,27 +80,27 @@ class Groups:
 
     @property
     def pp_size(self) -> int:
-        """Pipeline stages."""
+        """Number of pipeline stages."""
         return dist.get_world_size(self.pp_group)
 
     @property
     def pp_rank(self) -> int:
-        """This rank's stage."""
+        """Index of this rank's pipeline stage."""
         return dist.get_rank(self.pp_group)
 
     @property
     def is_last_stage(self) -> bool:
-        """Losses are computed there."""
+        """True on the last pipeline stage, which computes the losses."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def rank(self) -> int:
-        """Rank among all."""
+        """Rank among all ranks of the run."""
         return dist.get_rank()
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of all ranks of the run."""
         return dist.get_world_size()
 
 
@@ -160,5 +160,5 @@ def build_groups(
 
 
 def _is_gloo() -> bool:
-    """Whether the default group carries host data."""
+    """Return whether the default group runs over gloo, and so carries host data."""
     return dist.get_backend() == "gloo"

@@ -11,33 +11,29 @@ a block.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_TOKENS = 4096
-"""C: beyond it, the weight is read once more."""
+"""C. Every further chunk reads the weight once more."""
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""C * B. A CPU works on a block in its cache; a GPU wants its kernels large."""
+"""C * B. A block fits a CPU's cache; a GPU needs large kernels."""
 
 
 def multiplies_bfloat16_fast(device: torch.device) -> bool:
-    """CPUs without units for it do so many times slower than in float32, so there blocks of the operands are converted."""
+    """Return whether the device multiplies bfloat16 fast. A CPU without units for it is many times slower than in float32, so
+    there blocks of the operands are converted."""
     if device.type != "cpu":
         return True
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-Divergence = Literal["forward_kl", "reverse_kl", "js"]
-
-
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the distribution at each token says, [T] each."""
+    """Statistics of the distribution at each token, [T] each."""
 
     log_probs: Tensor
     """float32, with gradient: of the label."""
@@ -82,40 +78,9 @@ def vocab_parallel_statistics(
     return TokenStatistics(*_Statistics.apply(hidden, weight, labels, block, sink))
 
 
-def vocab_parallel_divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    reference_hidden: Tensor,
-    reference_weight: Tensor,
-    kind: Divergence,
-    *,
-    vocab_size: int,
-    temperature: float,
-    tp_group: dist.ProcessGroup,
-) -> Tensor:
-    """[T] float32 exact divergence between two next-token distributions over the whole vocabulary.
-
-    With p of the policy and q of the reference: ``forward_kl`` is KL(q || p), ``reverse_kl`` KL(p || q), ``js`` the
-    Jensen-Shannon divergence with weights 1/2. Gradient flows to the policy alone.
-
-    Args:
-        hidden: [T, H], as in ``vocab_parallel_statistics``.
-        weight: [V_padded / tp, H].
-        reference_hidden: [T, H'] of the reference model at the same tokens.
-        reference_weight: [V_padded / tp, H'], its rows of the same words.
-        kind: which divergence.
-        vocab_size: V without padding.
-        temperature: divides the logits of both.
-        tp_group: ranks that hold the other rows.
-    """
-    mine = _Block.of(hidden, weight, vocab_size, temperature, tp_group)
-    theirs = _Block.of(reference_hidden, reference_weight, vocab_size, temperature, tp_group)
-    return _Divergence.apply(hidden, weight, reference_hidden, reference_weight, kind, mine, theirs)
-
-
 @dataclass(frozen=True)
 class _Block:
-    """How the product is cut, and what its entries mean."""
+    """One cut of the product hidden x weight, and the meaning of its entries."""
 
     start: int
     """First word of this rank."""
@@ -142,21 +107,21 @@ class _Block:
         return [slice(i, min(i + self.width, self.valid)) for i in range(0, self.valid, self.width)]
 
     def operand(self, x: Tensor) -> Tensor:
-        """As products take it."""
+        """Return an operand in the type of the products."""
         return x.float() if self.in_float32 else x
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[C, B] float32, of operands."""
+        """Return the logits of two operands, [C, B] float32."""
         logits = (hidden @ weight.t()).float()
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def columns(self, labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-        """[C] column of each label in the block, and whether it is there."""
+        """Return [C] the column of each label in the block, and [C] bool, whether it is there."""
         columns = labels - self.start - words.start
         return columns, (columns >= 0) & (columns < words.stop - words.start)
 
     def sum(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Of all ranks."""
+        """Return the sums over all ranks."""
         if dist.get_world_size(self.group) == 1:
             return values
         stacked = torch.stack(values)
@@ -164,7 +129,7 @@ class _Block:
         return stacked.unbind()
 
     def max(self, values: Tensor) -> Tensor:
-        """Of all ranks."""
+        """Return the maxima over all ranks."""
         values = values.clone()
         if dist.get_world_size(self.group) > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
@@ -180,7 +145,7 @@ class _GradSink:
     is_used_elsewhere: bool
 
     def stand_in(self) -> Tensor | None:
-        """What autograd gets instead of the gradient."""
+        """Return what autograd gets instead of the gradient."""
         if self.is_used_elsewhere:
             return None
         # The hook of Megatron's DistributedDataParallel wants to see a gradient, and ignores its values then.
@@ -188,7 +153,7 @@ class _GradSink:
         return torch.empty_like(self.parameter)
 
 
-class _Running:
+class _RunningSoftmax:
     """Maximum, sum of exponentials and their dot product with the logits, word block by word block."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -196,7 +161,7 @@ class _Running:
         self.total, self.dot = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
 
     def add(self, logits: Tensor) -> None:
-        """Take a block in; overwrites it."""
+        """Add a block of logits, which is overwritten."""
         self.move_to(torch.maximum(self.largest, logits.amax(-1)))
         logits.sub_(self.largest[:, None])
         exp = logits.exp()
@@ -204,7 +169,7 @@ class _Running:
         self.dot += exp.mul_(logits).sum(-1)
 
     def move_to(self, largest: Tensor) -> None:
-        """Measure from another maximum."""
+        """Express the sums relative to another maximum."""
         shift = (self.largest - largest).clamp(min=-1e30)  # at first from -inf, where there is nothing to move
         scale = shift.exp()
         self.dot = scale * (self.dot + self.total * shift)
@@ -224,7 +189,7 @@ class _Statistics(torch.autograd.Function):
         )
         is_top = torch.empty(len(hidden), device=hidden.device, dtype=torch.bool)
         for chunk in _chunks(len(hidden)):
-            running, rows_of_chunk = _Running(hidden[chunk]), block.operand(hidden[chunk])
+            running, rows_of_chunk = _RunningSoftmax(hidden[chunk]), block.operand(hidden[chunk])
             target = torch.zeros_like(running.total)
             is_mine = torch.zeros_like(target, dtype=torch.bool)
             for words in block.words():
@@ -279,71 +244,3 @@ class _Statistics(torch.autograd.Function):
                 grad_weight[words] += grad.t() @ rows_of_chunk
             grad_hidden[chunk] = summed
         return grad_hidden, sink.stand_in() if sink else grad_weight.to(weight.dtype), None, None, None
-
-
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, other_hidden, other_weight, kind, block, other_block):  # type: ignore[no-untyped-def]
-        log_sum_exp, other_log_sum_exp = (_log_sum_exp(x, w, b) for x, w, b in (
-            (hidden, weight, block), (other_hidden, other_weight, other_block)
-        ))  # fmt: skip
-        value, mean_slope = torch.zeros_like(log_sum_exp), torch.zeros_like(log_sum_exp)
-        for chunk in _chunks(len(hidden)):
-            mine, theirs = block.operand(hidden[chunk]), block.operand(other_hidden[chunk])
-            for words in block.words():
-                log_p = block.logits(mine, block.operand(weight[words])).sub_(log_sum_exp[chunk, None])
-                log_q = block.logits(theirs, block.operand(other_weight[words])).sub_(other_log_sum_exp[chunk, None])
-                terms, slope = _divergence_terms(kind, log_p, log_q)
-                value[chunk] += terms.sum(-1)
-                mean_slope[chunk] += slope.sum(-1)
-        value, mean_slope = block.sum(value, mean_slope)
-        ctx.save_for_backward(hidden, weight, other_hidden, other_weight, log_sum_exp, other_log_sum_exp, mean_slope)
-        ctx.kind, ctx.block = kind, block
-        return value
-
-    @staticmethod
-    def backward(ctx, grad_value):  # type: ignore[no-untyped-def]
-        hidden, weight, other_hidden, other_weight, log_sum_exp, other_log_sum_exp, mean_slope = ctx.saved_tensors
-        block = ctx.block
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for chunk in _chunks(len(hidden)):
-            scale = grad_value[chunk, None] / block.temperature
-            mine, theirs = block.operand(hidden[chunk]), block.operand(other_hidden[chunk])
-            summed = torch.zeros_like(hidden[chunk], dtype=torch.float32)
-            for words in block.words():
-                weight_block = block.operand(weight[words])
-                log_p = block.logits(mine, weight_block).sub_(log_sum_exp[chunk, None])
-                log_q = block.logits(theirs, block.operand(other_weight[words])).sub_(other_log_sum_exp[chunk, None])
-                # d D / dz_i = p_i D'_i - p_i sum_j p_j D'_j, with D'_i = d D / d p_i.
-                _, slope = _divergence_terms(ctx.kind, log_p, log_q)
-                grad = (slope - log_p.exp() * mean_slope[chunk, None]).mul_(scale).to(weight_block.dtype)
-                summed += grad @ weight_block
-                grad_weight[words] += grad.t() @ mine
-            grad_hidden[chunk] = summed
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
-
-
-def _divergence_terms(kind: Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """The summand of each word, and p times its slope in p (up to a constant, which the softmax does not feel)."""
-    if kind == "forward_kl":
-        q = log_q.exp()
-        return q * (log_q - log_p), -q
-    if kind == "reverse_kl":
-        terms = log_p.exp() * (log_p - log_q)
-        return terms, terms
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    of_policy = 0.5 * log_p.exp() * (log_p - log_m)
-    return of_policy + 0.5 * log_q.exp() * (log_q - log_m), of_policy
-
-
-def _log_sum_exp(hidden: Tensor, weight: Tensor, block: _Block) -> Tensor:
-    found = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
-    for chunk in _chunks(len(hidden)):
-        running, rows_of_chunk = _Running(hidden[chunk]), block.operand(hidden[chunk])
-        for words in block.words():
-            running.add(block.logits(rows_of_chunk, block.operand(weight[words])))
-        running.move_to(block.max(running.largest))
-        (total,) = block.sum(running.total)
-        found[chunk] = running.largest + total.log()
-    return found

@@ -1,1 +1,1 @@
-"""Processes: how they start, what they are at, how a hang is found, how they end. Imports nothing of the package."""
+"""Processes: start, activity, hangs and end. This room imports nothing of the package."""

@@ -1,7 +1,7 @@
-"""What the main thread is at, as far as it has told: for the watchdog, which other threads and ranks read.
+"""The main thread's reported activity, which the watchdog of this and other ranks reads.
 
-Every room may call ``beat``, ``note`` and ``phase``: this module imports nothing of the package, and a call costs nothing where
-nobody watches.
+Every room may call ``beat``, ``note`` and ``phase``: this module imports nothing of the package, and a call costs next to
+nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Activity:
-    """What the main thread is at, as far as it has told."""
+    """The main thread's reported activity."""
 
     step: int = 0
-    """The one under way, as ``metrics.jsonl`` counts; 0 is before the first."""
+    """The step under way, as ``metrics.jsonl`` counts; 0 before the first."""
     outer: list[str] = field(default_factory=list)
     inner: str = ""
     num_phases: int = 0
-    """Phases entered. Ranks run the same program, so fewer means behind."""
+    """Number of phases entered. Ranks run the same program, so a smaller number means behind."""
     progress: int = 0
-    """Grows with whatever is a sign of work."""
+    """Grows with every sign of work."""
     note: str = ""
 
     @property
@@ -36,9 +36,9 @@ _activity = Activity()
 
 
 def beat() -> None:
-    """Say that work goes on, such as a request answered. From any thread; costs nothing, with and without a watchdog.
+    """Report progress, such as an answered request, from any thread. It costs next to nothing.
 
-    Not for a thread that would go on although the work stands still: a beat on a timer hides every hang.
+    Do not call it from a thread that goes on while the work stands still: a beat on a timer hides every hang.
     """
     _activity.progress += 1
 
@@ -46,19 +46,19 @@ def beat() -> None:
 def note(text: str) -> None:
     """Set the line that the message quotes for this rank, such as ``120 of 256, waiting for server 1``; "" clears it.
 
-    It is not progress: a line about the same wait may change for ever.
+    A note is no progress: a line about one wait may change for ever.
     """
     _activity.note = text
 
 
 def set_step(step: int) -> None:
-    """A training step begins, counted from 1."""
+    """Report the start of a training step, counted from 1."""
     _activity.step = step
     beat()
 
 
 def enter(phase: str) -> None:
-    """The innermost open phase has changed; "" is none. For ``PhaseTimer``."""
+    """Report the innermost open phase of ``PhaseTimer``; "" for none."""
     _activity.inner = phase
     _activity.num_phases += bool(phase)
     beat()
@@ -66,7 +66,7 @@ def enter(phase: str) -> None:
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Name what is no phase of a step and has no timer, such as a checkpoint; phases inside are shown as name/phase."""
+    """Name work outside the step's timer, such as a checkpoint; phases inside are shown as name/phase."""
     _activity.outer.append(name)
     _activity.num_phases += 1
     beat()
@@ -81,11 +81,11 @@ def phase(name: str) -> Iterator[None]:
 
 
 def current() -> Activity:
-    """What this process has told so far."""
+    """Return what this process has reported so far."""
     return _activity
 
 
 def forget() -> None:
-    """Begin anew: nothing has been told."""
+    """Forget all that was reported."""
     global _activity
     _activity = Activity()

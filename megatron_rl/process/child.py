@@ -1,4 +1,4 @@
-"""A child process in a session of its own: started, looked at, and killed with everything that it started."""
+"""A child process in its own session, killed with everything that it has started."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_rl.process.lifetime import PARENT_VARIABLE
 
 
 class ChildProcess:
-    """One start of one program. It ends with us at the latest (lifetime.py)."""
+    """One start of one program. It ends when this process ends, at the latest (lifetime.py)."""
 
     def __init__(self, command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> None:
-        """Start it.
+        """Start the program.
 
         Args:
             command: program and arguments.
-            log: receives its output, after what earlier starts wrote.
-            environment: added to ours.
+            log: file that its output is appended to.
+            environment: variables added to this process's.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -31,27 +31,27 @@ class ChildProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**_inherited(), **environment, PARENT_VARIABLE: str(os.getpid())},
-                start_new_session=True,  # Ctrl-C is for us to handle; and the whole session can be killed at once
+                start_new_session=True,  # this process handles Ctrl-C, and can kill the whole session at once
             )
 
     @property
     def pid(self) -> int:
-        """Process id, and id of its process group."""
+        """Return the process id, which is its process group's as well."""
         return self._process.pid
 
     def status(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
+        """Return the exit status, negative for a signal; None while it runs."""
         return self._process.poll()
 
     def kill(self) -> None:
-        """End it and its children now, whatever state they are in. Harmless when repeated."""
+        """Kill it and its children at once. Safe to call twice."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def _inherited() -> dict[str, str]:
-    """Our environment without what torchrun says of this rank: a server would take itself for the rank."""
+    """Return the environment without torchrun's variables: a server would take itself for this rank."""
     prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_")
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {key: value for key, value in os.environ.items() if key not in names and not key.startswith(prefixes)}
@@ -61,7 +61,7 @@ def how_it_ended(status: int, log: Path, since: int = 0) -> str:
     """``exited with status 1 (what its log says)``, ``was killed by SIGKILL``.
 
     Args:
-        status: as ``ChildProcess.status`` has it.
+        status: the one of ``ChildProcess.status``.
         log: of the process; read from byte ``since`` on. Not asked where somebody else ended it: what it said last is not why.
     """
     names = {known.value: known.name for known in signal.Signals}
@@ -70,7 +70,7 @@ def how_it_ended(status: int, log: Path, since: int = 0) -> str:
 
 
 def _last_error(log: Path, since: int) -> str:
-    """The last line of a log that looks like the reason of a failure, from byte ``since`` on."""
+    """Return a log's last line that looks like the reason of a failure, from byte ``since`` on."""
     with log.open("rb") as file:
         file.seek(since)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

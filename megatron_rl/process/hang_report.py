@@ -1,4 +1,4 @@
-"""The message about a hang: how a rank describes itself, and who waits for whom."""
+"""The message about a hang: the state of each rank, and who waits for whom."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 HANG = "hang: "
-"""How the message begins."""
+"""First line of the message."""
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _COLLECTIVES = tuple(f"torch/distributed/{name}.py" for name in ("distributed_c10d", "c10d_logger", "rendezvous"))
@@ -20,17 +20,17 @@ _COLLECTIVES = tuple(f"torch/distributed/{name}.py" for name in ("distributed_c1
 
 @dataclass(frozen=True)
 class RankState:
-    """One rank, as it describes itself."""
+    """The state that one rank reports."""
 
     rank: int
     pid: int
     host: str
     parent: int
-    """The launcher's pid."""
+    """Process id of the launcher."""
     error_file: str
-    """Where the launcher looks for a message if this rank fails; "" without a launcher."""
+    """File in which the launcher looks for a message if this rank fails; "" without a launcher."""
     beat: int
-    """Grows with every state written: that of a frozen process stands still."""
+    """Grows with every state written; it stands still if the process is frozen."""
     time: float
     """Unix time, for people who read the file."""
     step: int
@@ -38,29 +38,29 @@ class RankState:
     num_phases: int
     progress: int
     idle_s: float
-    """Since ``progress`` last grew."""
+    """Seconds since ``progress`` last grew."""
     collective: str
-    """What the main thread waits in; "" where it is not in a collective."""
+    """The collective that the main thread waits in; "" for none."""
     where: str
-    """Innermost function that is not of a library, as file:function."""
+    """Innermost function outside libraries, as file:function."""
     note: str = ""
     has_ended: bool = False
 
     @property
     def name(self) -> str:
-        """Rank and process."""
+        """Return rank and process."""
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
 
     @property
     def place(self) -> str:
-        """Phase and step."""
+        """Return phase and step."""
         if self.step == 0:
             return f"phase {self.phase}"
         return f"phase {self.phase} of step {self.step}" if self.phase else f"step {self.step}, between phases"
 
 
 def locate(frame: FrameType | None) -> tuple[str, str]:
-    """Collective and place of a thread.
+    """Find the collective and the place that a thread is in.
 
     Returns:
         Name of the collective that the innermost frames are in, or ""; and file:function of the innermost frame that is of
@@ -105,12 +105,12 @@ def _is_ours(path: str) -> bool:
 
 
 def explain(states: Sequence[RankState | None], silent_s: Mapping[int, float], limit: str) -> str:
-    """The message about a hang: who is waited for, and who waits.
+    """Compose the message about a hang: who is waited for, and who waits.
 
     Args:
-        states: of each rank, its last; None for one that never wrote any.
-        silent_s: ranks that no longer write, and since how many seconds.
-        limit: that was passed, such as ``900 s``.
+        states: the last one of each rank; None for a rank that never wrote one.
+        silent_s: ranks that stopped writing -> seconds since then.
+        limit: the time limit that was passed, such as ``900 s``.
     """
     awake = [state for state in states if state is not None and not state.has_ended and state.rank not in silent_s]
     ended = [state for state in states if state is not None and state.has_ended and state.rank not in silent_s]
@@ -155,7 +155,7 @@ def _describe_silent(rank: int, state: RankState | None, seconds: float) -> str:
 
 
 def _group(states: Iterable[RankState], describe: Callable[[RankState], str]) -> list[str]:
-    """One line for all ranks with the same description."""
+    """Put all ranks with the same description in one line."""
     groups: dict[str, list[RankState]] = {}
     for state in states:
         groups.setdefault(describe(state), []).append(state)

@@ -1,4 +1,4 @@
-"""How our programs end: when their parent does, however it ends, and with the status they mean.
+"""End of our programs: with their parent, however it ends, and with the status they mean.
 
 No orphan trains on, serves on, or holds a port.
 """
@@ -14,13 +14,13 @@ import sys
 from typing import NoReturn
 
 PARENT_VARIABLE = "MEGATRON_RL_PARENT"
-"""Process id of who started a program of ours; the program passes it to ``die_with``."""
+"""Process id of the starter of a program of ours, which passes it to ``die_with``."""
 
 
 def die_with(parent: int) -> None:
     """Ask the kernel (Linux) to end this process when ``parent`` ends, more exactly: the thread that started it.
 
-    Call it first of all: what the parent's death leaves behind before this call lives on.
+    Call it first: a process whose parent dies before this call lives on.
     """
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -29,16 +29,16 @@ def die_with(parent: int) -> None:
 
 
 def die_with_starter() -> None:
-    """``die_with`` whoever the environment names; nothing for a program that was started by hand."""
+    """Call ``die_with`` for the starter that the environment names; a program started by hand has none."""
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is not None:
         die_with(int(parent))
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with ``status``, once what is registered for its end has run and its output is out.
+    """End this process with ``status``, after its exit handlers, and with its output flushed.
 
-    The last line of every program that may hold a process group or a store. Their threads belong to C++; while the
+    Make it the last line of every program that may hold a process group or a store. Their threads belong to C++; while the
     interpreter is taken apart one of them aborts the process now and then ("terminate called without an active
     exception"), and a run that had said its error, or had ended well, then looks like a crash.
     """

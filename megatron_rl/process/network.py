@@ -1,4 +1,4 @@
-"""Ports that are held for programs we start, and the address under which others reach this machine."""
+"""Ports held for the programs we start, and the address under which others reach this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 class HeldPort:
-    """A port for a program that we start, kept from everybody else until ``close``.
+    """A port reserved for a program that we start, until ``close``.
 
     A server takes many seconds from its start to its own ``bind``, and a port that was merely free before is another
     program's by then. This one is bound and never listened on: the kernel hands it to nobody, and lets a program that asks
@@ -15,14 +15,14 @@ class HeldPort:
     """
 
     def __init__(self, host: str, number: int = 0) -> None:
-        """Take it.
+        """Reserve the port.
 
         Args:
             host: address to listen on.
             number: 0 takes any.
 
         Raises:
-            OSError: somebody listens there.
+            OSError: a program listens there.
         """
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -34,15 +34,15 @@ class HeldPort:
         self.number = int(self._socket.getsockname()[1])
 
     def close(self) -> None:
-        """Give it up. Harmless when repeated."""
+        """Release the port. Safe to call twice."""
         self._socket.close()
 
 
 def own_address(num_nodes: int, *peers: str) -> str:
-    """Under which address others reach this machine: loopback, unless there are other nodes or a peer elsewhere.
+    """Return the address under which others reach this machine: loopback if every node and peer is on it.
 
     Args:
-        num_nodes: of the trainer.
+        num_nodes: number of the trainer's nodes.
         peers: host names or addresses of servers.
     """
     elsewhere = [peer for peer in peers if peer != "localhost" and not peer.startswith("127.")]

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and says which rank waits in which phase for whom.
+"""End a run that hangs, and say which rank waits in which phase for whom.
 
 A thread of each rank writes the rank's state to ``<run>/logs/state/rank_N.json`` and reads states of others:
 
@@ -36,9 +36,9 @@ from megatron_rl.process import activity
 from megatron_rl.process.hang_report import RankState, explain, locate
 
 EXIT_STATUS = 4
-"""Of a rank that the watchdog ends."""
+"""Exit status of a rank that the watchdog ends."""
 SETUP_S = 60.0
-"""Before the first step the limit is at least this: ranks import, read and build for a while without a sign of it."""
+"""Least limit before the first step: ranks import, read and build for a while without reporting progress."""
 _watchdog: Watchdog | None = None
 
 
@@ -46,15 +46,15 @@ _watchdog: Watchdog | None = None
 
 
 class Watchdog:
-    """One rank's thread: publishes, listens, and ends the process where the run hangs."""
+    """One rank's thread: writes its state, reads others', and ends the process if the run hangs."""
 
     def __init__(self, directory: Path, *, rank: int, world_size: int, timeout_s: float) -> None:
         """Start to watch.
 
         Args:
             directory: ``<run>/logs``, the same for all ranks.
-            rank: this one.
-            world_size: all of them.
+            rank: this rank.
+            world_size: number of ranks.
             timeout_s: limit in seconds; a hang ends the run at most a quarter later.
         """
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
@@ -70,23 +70,23 @@ class Watchdog:
         self._num_written = 0
         self._ticked_s = time.monotonic()
         self._now_s = 0.0
-        """A clock that stands still while this process does: after Ctrl-Z and fg nobody has been idle or silent."""
+        """A clock that stops while this process is stopped: after Ctrl-Z and fg no rank counts as idle or silent."""
         self._progress, self._moved_s = -1, 0.0
         self._states: dict[int, RankState] = {}
         self._heard_s: dict[int, float] = {}
         self._verdict = ""
-        """This rank's own message, should it be the first or the disk be full."""
+        """This rank's own message, for when it is the first or the disk is full."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     @property
     def limit_s(self) -> float:
-        """Of this moment, in seconds."""
+        """Return the current limit, in seconds."""
         return self.timeout_s if activity.current().step > 0 else max(self.timeout_s, SETUP_S)
 
     def stop(self) -> None:
-        """This rank's work is over, and the others need not wonder about it."""
+        """Report that this rank's work is over, and stop watching."""
         self._stopping.set()
         self._thread.join()
         self._write_state(has_ended=True)
@@ -138,12 +138,12 @@ class Watchdog:
             _write_whole(self._state_file(self.rank), json.dumps(asdict(state)))
 
     def _whom_to_watch(self) -> Iterable[int]:
-        """The right neighbour; everybody once there is a doubt, in time to know by the end of the limit who is silent."""
+        """Return the right neighbour; or all ranks, once there is a doubt: early enough to know who is silent at the limit."""
         neighbour = (self.rank + 1) % self.world_size
         is_idle = self.rank == 0 and self._now_s - self._moved_s > self.limit_s / 2
         if is_idle or self._silent_s(neighbour) > self.limit_s / 2:
             return range(self.world_size)
-        for rank in self._heard_s.keys() - {neighbour, self.rank}:  # what was heard is old when the next doubt comes
+        for rank in self._heard_s.keys() - {neighbour, self.rank}:  # states read by then are old at the next doubt
             del self._heard_s[rank]
         return [neighbour]
 
@@ -166,7 +166,7 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------------ the end
 
     def _is_hang(self) -> bool:
-        """Whether a rank is silent for the limit, or no rank that still speaks has moved for it (rank 0 looks at all)."""
+        """Return True if a rank was silent for the limit, or if none of the others made progress (rank 0 looks at all)."""
         if any(self._silent_s(rank) >= self.limit_s for rank in self._heard_s):
             return True
         if self._heard_s.keys() != set(range(self.world_size)):
@@ -179,7 +179,7 @@ class Watchdog:
         return min(moving) >= self.limit_s
 
     def _silent(self) -> dict[int, float]:
-        """Ranks that missed five states in a row."""
+        """Return the ranks that missed five states in a row."""
         seconds = {rank: self._silent_s(rank) for rank in self._heard_s}
         return {rank: silent for rank, silent in seconds.items() if silent >= self.limit_s / 4}
 
@@ -208,17 +208,17 @@ class Watchdog:
             os.write(2, f"error: {text}\n".encode())  # not sys.stderr: the main thread may hold its lock
         stopped = [state for state in map(self._read_sibling, range(self.world_size)) if state is not None]
         for error_file in {self._error_file, *(state.error_file for state in stopped)} - {""}:
-            # Whose end the launcher sees first is chance, so that all of them carry the message.
+            # Any rank may exit first, so every rank's error file carries the message.
             write_error_file(Path(error_file), text)
-        time.sleep(2 * self.interval_s)  # so long do the others need to see the file: then their stacks are there too
+        time.sleep(2 * self.interval_s)  # the others need this long to see the file and write their stacks
         for state in stopped:
-            # The launcher would ask it to end, which a stopped process does not hear, and wait for half a minute.
+            # A stopped process ignores the launcher's SIGTERM, and the launcher would wait for half a minute.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(state.pid, signal.SIGKILL)
         os._exit(EXIT_STATUS)
 
     def _read_sibling(self, rank: int) -> RankState | None:
-        """The state of another rank of our launcher whose process is stopped (SIGSTOP)."""
+        """Find another rank of this launcher whose process is stopped (SIGSTOP), and return its state."""
         state = _read_state(self._state_file(rank))
         if state is None or rank == self.rank or (state.host, state.parent) != (self._host, self._parent):
             return None
@@ -246,7 +246,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def start(directory: Path, *, rank: int, world_size: int, timeout_s: float | None) -> None:
-    """Watch this process until ``stop``; see ``Watchdog``. ``timeout_s`` None watches nothing."""
+    """Start a ``Watchdog`` of this process, until ``stop``; none if ``timeout_s`` is None."""
     global _watchdog
     assert _watchdog is None, "this process is watched already"
     activity.forget()
@@ -255,7 +255,7 @@ def start(directory: Path, *, rank: int, world_size: int, timeout_s: float | Non
 
 
 def stop() -> None:
-    """End the watch, where there is one."""
+    """Stop the watchdog, if there is one."""
     global _watchdog
     if _watchdog is not None:
         _watchdog.stop()
@@ -263,7 +263,7 @@ def stop() -> None:
 
 
 def report_failure(error: BaseException, rank: int) -> None:
-    """Tell the launcher why this rank ends, where there is a launcher to tell."""
+    """Tell the launcher, if there is one, why this rank ends."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         notes = [

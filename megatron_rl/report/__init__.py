@@ -1,1 +1,1 @@
-"""What a run looks like afterwards: curves, the summary, and trees of rollouts as a page for the browser."""
+"""Reports of a finished run: curves, the summary, and trees of rollouts as a page for the browser."""

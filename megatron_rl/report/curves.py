@@ -13,14 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD, Row, read_metrics, write_atomic
+from megatron_rl.files import write_atomic
+from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD, Row, read_metrics
 
 LINE, NOTE = "#2563a8", "#6b7280"
 EVAL_STYLES = (
     ("#c2410c", "o"), ("#15803d", "s"), ("#7e22ce", "^"), ("#a16207", "D"), ("#0e7490", "v"),
     ("#be185d", "P"), ("#475569", "X"),
 )  # fmt: skip
-"""Colour and marker of greedy, then of each pass@k: told apart in print and by the colour-blind as well."""
+"""Colour and marker of greedy, then of each pass@k; they differ in print and to the colour-blind as well."""
 DIVERSITY = {
     "keep_rate_greedy": "still solved (greedy)",
     "explore_rate_greedy": "newly solved (greedy)",
@@ -28,7 +29,7 @@ DIVERSITY = {
     "explore_rate_any": "newly solved (any sample)",
     "styles_ge_3": "3 styles or more",
 }
-"""What the diversity panel shows, and its legend; a run with none of these has no third row."""
+"""Metrics of the diversity panel, with their legend; a run without any of them has no third row."""
 
 
 def plot_curves(metrics_jsonl: Path, png: Path, *, title: str | None = None) -> None:
@@ -69,7 +70,7 @@ def plot_curves(metrics_jsonl: Path, png: Path, *, title: str | None = None) -> 
 
 
 def smooth(values: Sequence[float], width: float) -> np.ndarray:
-    """Running mean with Gaussian weights of standard deviation ``width`` points.
+    """Return the running mean with Gaussian weights of standard deviation ``width`` points.
 
     Centred, so that a rise is drawn where it happens (an exponential average lags behind), and normalised by the
     weights that fall inside, so that the ends are not pulled towards zero.
@@ -82,7 +83,7 @@ def smooth(values: Sequence[float], width: float) -> np.ndarray:
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it is there and finite."""
+    """Return steps and values of one metric, where it is finite."""
     points = [(row["step"], row[key]) for row in rows if _is_finite(row.get(key))]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -102,7 +103,7 @@ def _dress(panel: Axes, title: str, unit: str) -> None:
 def _line(panel: Axes, rows: Sequence[Row], key: str, title: str, unit: str, *, label: str | None = None) -> None:
     _dress(panel, title, unit)
     steps, values = _series(rows, key)
-    if len(steps) >= 5:  # with fewer points a mean says nothing that the points do not
+    if len(steps) >= 5:  # with fewer points a mean adds nothing
         panel.plot(steps, values, color=LINE, alpha=0.3, linewidth=1)
         panel.plot(steps, smooth(values, max(1.0, len(values) / 40)), color=LINE, linewidth=2.2, label=label)
     elif steps:
@@ -129,7 +130,7 @@ def _legend(panel: Axes) -> None:
 
 
 def _pass_at_k(panel: Axes, rows: Sequence[Row]) -> None:
-    """One line an evaluation with two k or more: the first and the last stand out, those between are faint."""
+    """Draw a line for each evaluation with two k or more: the first and last stand out, others are faint."""
     _dress(panel, "pass@k", "solved")
     lines = [(row["step"], line) for row in rows if len(line := _pass_at_k_of(row)) > 1]
     for i, (step, line) in enumerate(lines):
@@ -148,13 +149,13 @@ def _pass_at_k(panel: Axes, rows: Sequence[Row]) -> None:
 
 
 def _pass_at_k_of(row: Row) -> dict[int, float]:
-    """By k, ascending."""
+    """Return pass@k by k, ascending."""
     found = [(re.fullmatch(rf"{EVAL_PREFIX}pass@(\d+)", key), value) for key, value in row.items()]
     return dict(sorted((int(match[1]), value) for match, value in found if match and _is_finite(value)))
 
 
 def _diversity(panel: Axes, rows: Sequence[Row]) -> None:
-    """Only of evaluations with the most samples a problem: fewer find fewer styles, whatever the weights."""
+    """Draw diversity of the evaluations with most samples a problem: fewer samples find fewer styles, whatever the weights."""
     _dress(panel, "Diversity", "share of problems")
     drawn = [key for row in rows for key in row if re.fullmatch(rf"{EVAL_PREFIX}avg@\d+", key)]
     most = max(drawn, key=lambda key: int(key.split("@")[1]), default=None)

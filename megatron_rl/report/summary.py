@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.metrics.rows import EVAL_PREFIX, json_safe, write_atomic
+from megatron_rl.files import write_atomic
+from megatron_rl.metrics.rows import EVAL_PREFIX, json_safe
 
 RATES = {
     "keep_rate_greedy": "solved before, still (greedy)",
@@ -19,12 +21,46 @@ RATES = {
     "styles_ge_3": "problems with 3 styles or more",
 }
 COUNTS = {"distinct_answers": "distinct answers a problem", "distinct_styles": "distinct styles a problem"}
-"""Lines of the table that not every run has."""
+"""Lines of the table that only some runs have."""
+
+
+def sum_up(
+    directory: Path,
+    rows: Sequence[Mapping[str, float]],
+    *,
+    engine: str,
+    k_values: Sequence[int],
+    seconds: float,
+) -> None:
+    """Write ``summary.json`` of a run, and print its accuracy before and after training.
+
+    Args:
+        directory: of the run.
+        rows: of ``metrics.jsonl``.
+        engine: name of the rollout engine.
+        k_values: of pass@k.
+        seconds: that this start of the run took.
+    """
+    by_step = {int(row["step"]): row for row in rows}
+    last = max(by_step, default=0)
+    before, after = by_step.get(0, {}), by_step.get(last, {}) if last else {}
+    names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in k_values}
+    kept = ("eval/keep_rate", "eval/explore_rate", "eval/distinct", "eval/style")
+    names |= {key.removeprefix("eval/"): key for key in after if key.startswith(kept)}
+    summary: dict[str, Any] = {"engine": engine, "steps": last}
+    for when, row in (("before", before), ("after", after)):
+        summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}
+    phases = sorted({key for row in rows for key in row if key.startswith("time/")} | {"eval/seconds"})
+    summary["seconds_by_phase"] = {key: round(sum(row.get(key, 0.0) for row in rows), 3) for key in phases}
+    summary["seconds"] = round(seconds, 3)
+    write_summary(directory / "summary.json", summary)
+    if before and after:
+        print_before_after(before, after, k_values)
 
 
 def write_summary(path: Path, summary: Mapping[str, object]) -> None:
     """Write JSON atomically; NaN and infinities become strings, as in ``metrics.jsonl``."""
-    write_atomic(path, json.dumps(json_safe(summary), indent=2, allow_nan=False).encode() + b"\n")
+    write_atomic(path, json.dumps(json_safe(summary), indent=2, allow_nan=False) + "\n")
 
 
 def print_before_after(

@@ -1,4 +1,4 @@
-"""One HTML file of a recorded step, with everything in it: to be opened, sent, or kept beside a result."""
+"""One self-contained HTML file of a recorded step: to open, to send, or to keep beside a result."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from importlib.resources import files
 from pathlib import Path
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors
 
 PLACE = "/*RECORD*/null"
 
 
 def write_page(record: Path, page: Path) -> None:
-    """Make the page of a file that ``write_record`` has written.
+    """Write the HTML page of a file that ``write_record`` made.
 
     Raises:
-        UserError: it is none, or the page cannot be written.
+        UserError: the file is no record, or the page cannot be written.
     """
     try:
         found = json.loads(record.read_text())
@@ -27,12 +28,8 @@ def write_page(record: Path, page: Path) -> None:
             f"is no record of a step ({type(error).__name__} {error})",
             "name a file of <run>/trees/, which a run with algorithm.save_every_n_steps writes",
         ) from error
-    # What a model writes may hold anything, also the end of a script.
+    # A response may hold anything, even the tag that ends a script.
     data = json.dumps(found).replace("<", "\\u003c")
     template = files("megatron_rl.report").joinpath("page.html").read_text()
-    try:
+    with disk_errors(page, field="HTML", fix="name a file in a folder that exists"):
         page.write_text(template.replace(PLACE, data))
-    except OSError as error:
-        raise UserError(
-            "HTML", str(page), f"cannot be written ({error})", "name a file in a folder that exists"
-        ) from error

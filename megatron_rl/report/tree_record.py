@@ -1,4 +1,4 @@
-"""What a step's trees or chains were, as one JSON file: the text, and what each piece of it was worth.
+"""A step's trees or chains as one JSON file: the text, with value and advantage of each piece.
 
     {"step": 3, "threshold": 0.9, "prompts": [{"problem_id", "prompt", "answer", "tree": [piece, ...]}, ...]}
     piece = {"tokens": [[text, probability], ...], "value": before it or null, "advantage", "end": why it ended,
@@ -19,11 +19,31 @@ from torch import Tensor
 
 from megatron_rl.advantages.segment import segment_advantages
 from megatron_rl.advantages.tree import edges
-from megatron_rl.config.algorithms import EdgeAdvantage
-from megatron_rl.errors import UserError
+from megatron_rl.config.methods.spo import EdgeAdvantage, SegmentConfig
+from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.types import Completion, Rollout, RolloutGroup, Score, TreeNode
 
 Piece = dict[str, Any]
+
+
+def record_step(
+    directory: Path,
+    groups: Sequence[RolloutGroup],
+    tokenizer: Any,
+    settings: SegmentConfig,
+    *,
+    step: int,
+    shaped: Callable[[float, int], float],
+    advantage: EdgeAdvantage = "raw",
+) -> None:
+    """Write the record of a step into a run's folder, where ``algorithm.save_every_n_steps`` asks for it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if settings.save_every_n_steps and step % settings.save_every_n_steps == 0:
+        path, threshold = directory / "trees" / f"step_{step:08d}.json", settings.sure_from
+        write_record(path, groups, tokenizer, step=step, threshold=threshold, shaped=shaped, advantage=advantage)
 
 
 def write_record(
@@ -36,19 +56,19 @@ def write_record(
     shaped: Callable[[float, int], float] = lambda reward, _num_tokens: reward,
     advantage: EdgeAdvantage = "raw",
 ) -> None:
-    """Write the groups of one step; complete or not at all.
+    """Write the groups of one step atomically.
 
     Args:
-        path: of the file; its folder is made.
+        path: the file; its folder is made.
         groups: with trees, or with rollouts that have states.
-        tokenizer: of the run.
+        tokenizer: the run's.
         step: counted from 1.
-        threshold: of the mask, or of the cut points where there is no mask.
-        shaped: what a reward is worth after so many tokens: values are of that.
-        advantage: which the edges of trees have.
+        threshold: probability of the mask, or of the cut points if there is no mask.
+        shaped: maps (reward, number of tokens) to the shaped reward, which values are means of.
+        advantage: kind of advantage of a tree's edges.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     texts: dict[int, str] = {}
 
@@ -70,19 +90,9 @@ def write_record(
         )
         for group in groups
     ]
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"step": step, "threshold": threshold, "prompts": prompts}))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            "algorithm.save_every_n_steps",
-            str(path),
-            f"could not be written ({error})",
-            "free some disk space and give the same command again, or set algorithm.save_every_n_steps=0",
-        ) from error
+    fix = f"{SAME_COMMAND}, or set algorithm.save_every_n_steps=0"
+    with disk_errors(path, field="algorithm.save_every_n_steps", fix=fix):
+        write_atomic(path, json.dumps({"step": step, "threshold": threshold, "prompts": prompts}))
 
 
 def _of_tree(root: TreeNode, advantage: EdgeAdvantage, text_of: Callable[[int], str]) -> list[Piece]:

@@ -1,1 +1,1 @@
-"""From prompts to scored groups: the engine protocol, its implementations, and collection. Never imports ``model``."""
+"""Rollouts: the engine protocol, its implementations, and collection of scored groups. Never imports ``model``."""

@@ -1,19 +1,32 @@
-"""The rollout engine that a config asks for."""
+"""Construction of the rollout engine that a config names."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from megatron_rl import plugins
 from megatron_rl.config import Config
+from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.rollout.engine import RolloutEngine, ServedModel
 from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
 from megatron_rl.rollout.sglang.flags import check_kv_pool
 from megatron_rl.rollout.transformers_engine import TransformersEngine
+
+
+class EngineBuilder(Protocol):
+    """A function or class that makes an engine; ``rollout.engine: package.module:NAME`` names one from outside."""
+
+    def __call__(
+        self, config: Config, model: ServedModel, *, device: torch.device, cpu_group: dist.ProcessGroup
+    ) -> RolloutEngine:
+        """Start the engine; every rank calls. Arguments as ``build_engine``."""
+        ...
 
 
 def build_engine(
@@ -26,16 +39,32 @@ def build_engine(
         model: what the engine generates from.
         device: of this rank.
         cpu_group: all ranks, over gloo.
+
+    Raises:
+        UserError: ``rollout.engine`` names no engine.
     """
-    if config.rollout.recorded_dir is not None:
-        return RecordedEngine(Path(config.rollout.recorded_dir))
-    build = _sglang if config.rollout.engine == "sglang" else _transformers
+    name = config.rollout.engine
+    build: EngineBuilder = plugins.find(name, BUILDERS, field="rollout.engine", what="an engine")
     engine = build(config, model, device=device, cpu_group=cpu_group)
-    if not config.rollout.record:
+    if not isinstance(engine, RolloutEngine):
+        raise UserError(
+            "rollout.engine",
+            name,
+            f"built a {type(engine).__name__}, which is no engine",
+            "give it the methods of megatron_rl.rollout.engine.RolloutEngine",
+        )
+    if not config.rollout.record or isinstance(engine, RecordedEngine):
         return engine
     agree = partial(all_ranks_agree, cpu_group)
     is_writer = dist.get_rank(cpu_group) == 0
     return RecordingEngine(engine, config.exp_manager.run_dir / "rollouts", is_writer=is_writer, agree=agree)
+
+
+def _recorded(
+    config: Config, model: ServedModel, *, device: torch.device, cpu_group: dist.ProcessGroup
+) -> RolloutEngine:
+    assert config.rollout.recorded_dir is not None
+    return RecordedEngine(Path(config.rollout.recorded_dir))
 
 
 def _sglang(config: Config, model: ServedModel, *, device: torch.device, cpu_group: dist.ProcessGroup) -> RolloutEngine:
@@ -58,3 +87,6 @@ def _transformers(
         max_batch_size=config.rollout.max_batch_size,
         cpu_group=cpu_group,
     )
+
+
+BUILDERS: dict[str, EngineBuilder] = {"transformers": _transformers, "sglang": _sglang, "recorded": _recorded}

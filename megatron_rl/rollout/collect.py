@@ -1,4 +1,4 @@
-"""Prompts -> scored groups."""
+"""Collection: prompts -> scored groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_rl.types import Completion, Prompt, Request, Rollout, RolloutGroup
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn."""
+    """Sampling settings of responses."""
 
     temperature: float
     top_p: float
@@ -28,17 +28,17 @@ class Sampling:
 
 @dataclass
 class Collector:
-    """Everything that turns prompts into scored groups. A collective: all ranks call it with equal arguments."""
+    """Turns prompts into scored groups. A collective: all ranks call it with equal arguments."""
 
     engine: RolloutEngine
     scorer: Scorer
     seed: int
     timer: Any
-    """``PhaseTimer``: ``generation`` and ``scoring``."""
+    """A ``PhaseTimer`` for the phases ``generation`` and ``scoring``."""
     policy_log_probs: Callable[[Sequence[Prompt], Sequence[Tensor]], list[Tensor]] | None = None
-    """The trainer's own log p [R] of each token of responses (ids) to prompts; for methods that ask while they collect."""
+    """Returns the trainer's log-probs [R] of responses (ids) to prompts, for methods that need them during collection."""
     num_generated_tokens: int = 0
-    """Of all that was sampled, whatever for, since the start of this program."""
+    """Tokens sampled since this program started, for training, evaluation or anything else."""
 
     def collect(
         self, prompts: Sequence[Prompt], *, num_generations: int, sampling: Sampling, purpose: str
@@ -62,9 +62,9 @@ class Collector:
     def collect_first(
         self, num_groups: int, prompts: Sequence[Prompt], *, num_generations: int, sampling: Sampling, purpose: str
     ) -> list[RolloutGroup | None]:
-        """``collect`` until ``num_groups`` are whole; the others are None.
+        """Do as ``collect`` until ``num_groups`` are whole; the others are None.
 
-        What is whole first is short, so this leans towards short responses.
+        Short groups are whole first, so this favours short responses.
         """
         repeated = [prompt for prompt in prompts for _ in range(num_generations)]
         requests = [
@@ -84,7 +84,7 @@ class Collector:
         return groups
 
     def request(self, prompt_ids: Tensor, sampling: Sampling, max_new_tokens: int, draw: str) -> Request:
-        """One request; ``draw`` names its random numbers."""
+        """Return one request; ``draw`` names its random numbers."""
         digest = hashlib.blake2b(f"{self.seed}/{draw}".encode(), digest_size=8).digest()
         return Request(
             prompt_ids=prompt_ids,
@@ -97,13 +97,13 @@ class Collector:
         )
 
     def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """Sample branches and all that follows from them; nothing is scored."""
+        """Sample branches and all their descendants; nothing is scored."""
         with self.timer("generation"):
             grown = self.engine.grow(seeds, expand)
         self.num_generated_tokens += sum(len(completion.response_ids) for completion in grown.values())
         return grown
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
-        """Judge whole responses."""
+        """Score whole responses."""
         with self.timer("scoring"):
             return self.scorer.score(prompts, completions)

@@ -1,7 +1,7 @@
 """Token-by-token decoding of a transformers model, for batches whose rows end at very different lengths.
 
-What ``generate`` of transformers does not do: a prompt that several rows share is computed once; rows that have ended leave
-the batch; keys and values are written in place, and a group of query heads reads those of its key-value head where they are.
+It saves work that ``generate`` of transformers does: a prompt that several rows share is computed once; rows that have ended
+leave the batch; keys and values are written in place, and a group of query heads reads its key-value head without a copy.
 
 Legend: U distinct prompts, B rows still in the batch, N all rows, R most new tokens, g key-value heads, d head size, S keys.
 """
@@ -20,30 +20,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "sdpa_grouped_decode"
-"""What ``attn_implementation`` of a model has to be for the last of the savings above."""
+"""Value of a model's ``attn_implementation`` that gives the last of the savings above."""
 _DROP_SHARE = 1 / 16
-"""Dropping rows copies the cache, so it waits for so many of them."""
+"""Share of ended rows at which they are dropped; dropping copies the KV cache, so single rows wait."""
 _GROW = 64
-"""Tokens, at least, that the cache grows by."""
+"""Least growth of the KV cache, in tokens."""
 
 
 class Choose(Protocol):
     """Chooses every row's next token."""
 
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """[B, V] logits of the given rows [B] -> chosen tokens [B] int64, their log-probs [B] float32."""
+        """Map logits [B, V] of the given rows [B] to chosen tokens [B] int64 and their log-probs [B] float32."""
         ...
 
 
 class Decoded(NamedTuple):
-    """One row, on the CPU."""
+    """One decoded row, on the CPU."""
 
     tokens: Tensor
     """[R] int64."""
     log_probs: Tensor
     """[R] float32."""
     experts: Tensor | None
-    """[P + R - 1, layers, k] int16: what the routers chose at each position that was computed."""
+    """[P + R - 1, layers, k] int16: experts that the routers chose at each position that was computed."""
 
 
 @torch.inference_mode()
@@ -67,8 +67,8 @@ def decode(
         max_new_tokens: R, of all rows or of each.
         stop_ids: tokens that end a row, and belong to it.
         pad_id: fills batches.
-        on_progress: told how many rows are done.
-        record_experts: of a model of experts, say which it chose.
+        on_progress: is called with the number of rows that are done.
+        record_experts: return the chosen experts of an MoE model.
     """
     with ExitStack() as hooks:
         routes = _Routes(model, hooks) if record_experts else None
@@ -126,14 +126,14 @@ def decode(
 
 
 def _distinct(prompts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """The different prompts, and which of them each row has."""
+    """Return the distinct prompts, and the index of each row's prompt among them."""
     places: dict[tuple[int, ...], int] = {}
     prompt_of_row = [places.setdefault(tuple(prompt.tolist()), len(places)) for prompt in prompts]
     return [torch.tensor(prompt) for prompt in places], prompt_of_row
 
 
 def _left_padded(prompts: Sequence[Tensor], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[U, longest] ids, and the mask of those that are real."""
+    """Return ids [U, longest], padded on the left, and the mask of real tokens."""
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), pad_id)
     mask = torch.zeros_like(input_ids)
@@ -144,7 +144,7 @@ def _left_padded(prompts: Sequence[Tensor], pad_id: int, device: torch.device) -
 
 
 class _Routes:
-    """Which experts the routers of a model choose, while it decodes."""
+    """The experts that a model's routers choose while it decodes."""
 
     def __init__(self, model: PreTrainedModel, hooks: ExitStack) -> None:
         self._last: list[Tensor] = []
@@ -154,18 +154,18 @@ class _Routes:
             hooks.callback(router.register_forward_hook(lambda *args: self._last.append(args[2][2])).remove)
 
     def of_prompts(self, mask: Tensor, which: Tensor, max_new_tokens: int) -> None:
-        """After the forward of the [U, S] left-padded prompts, which the given ones of are the rows'."""
+        """Record the forward of the left-padded prompts [U, S]; ``which`` is the prompt of each row."""
         chosen = self._take(mask.shape)
         self._prompts = [row[keep.bool()] for row, keep in zip(chosen.cpu(), mask.cpu())]
         self._which = which.tolist()
         self._steps = torch.full((len(which), max_new_tokens, *chosen.shape[2:]), -1, dtype=torch.int16)
 
     def of_step(self, rows: Tensor, step: int) -> None:
-        """After the forward of the tokens that were chosen in a step."""
+        """Record the forward of the tokens that were chosen in a step."""
         self._steps[rows.cpu(), step] = self._take((len(rows), 1))[:, 0].cpu()
 
     def per_row(self, lengths: Tensor) -> list[Tensor]:
-        """[P + R - 1, layers, k] each; the last token was never computed."""
+        """Return [P + R - 1, layers, k] for each row; the last token was never computed."""
         ends = zip(self._which, self._steps, lengths.tolist())
         return [torch.cat([self._prompts[prompt], steps[: length - 1]]) for prompt, steps, length in ends]
 
@@ -176,7 +176,7 @@ class _Routes:
 
 
 class _RowLayer(DynamicLayer):
-    """Keys and values of one layer, the front parts of buffers."""
+    """Keys and values of one layer, views of the front of larger buffers."""
 
     keys: Tensor
     values: Tensor
@@ -188,7 +188,7 @@ class _RowLayer(DynamicLayer):
         self._hold(keys, values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, g, n, d] each; all so far."""
+        """Append keys and values, [B, g, n, d] each, and return all so far."""
         length, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         if end > self._buffers[0].shape[2]:
             self._hold(self.keys, self.values)
@@ -198,11 +198,11 @@ class _RowLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
+        """Keep these rows and drop the others."""
         self._hold(self.keys[indices], self.values[indices])
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
-        """Move into buffers with room for more."""
+        """Move keys and values into buffers with room for more."""
         length = keys.shape[2]
         room = min(self._most, length + max(_GROW, length // 2))
         self._buffers = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values)]
@@ -212,7 +212,7 @@ class _RowLayer(DynamicLayer):
 
 
 class _RowCache(Cache):
-    """The cache of the prompts, spread over the rows."""
+    """The KV cache of the prompts, repeated for the rows."""
 
     def __init__(self, prompts: Cache, which: Tensor, most: int) -> None:
         filled: Any = prompts.layers
@@ -228,7 +228,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """One query a row: its group of heads is one small product with keys that stay where they are. Others go to torch's."""
+    """Attend with one query a row on the CPU, without a copy of the keys; other shapes use torch's SDPA."""
     if query.shape[2] > 1 or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,101 +1,130 @@
-"""What every rollout engine does: token ids in, token ids and log-probs out, under a stated version of the weights."""
+"""The rollout engine protocol: token ids in, token ids and log-probs out, under a stated version of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
-from megatron_rl.rollout.growth import Branch, Expand, Key
+from megatron_rl.errors import UserError
+from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
 from megatron_rl.types import Completion, Request
-
-WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Gives all current weights, Hugging Face names and full tensors, each time it is called. A collective; every rank
-consumes it to the end. Valid until the next optimizer update."""
-
-
-CheckpointSource = Callable[[], str]
-"""Writes the current weights as a Hugging Face checkpoint, once for each version, and says where. A collective."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What an engine generates from: a model's config, and how its tokens are read."""
+    """The model that an engine generates from: its config and its special tokens."""
 
     path: Path
     """Directory with config.json."""
     shape: ModelShape
     dtype: torch.dtype
-    """Of weights and activations."""
+    """Type of weights and activations."""
     stop_ids: tuple[int, ...]
     """Token ids that end a response (they are part of it)."""
     pad_id: int = 0
-    """Fills batches; never part of a response."""
+    """Id that fills batches; never part of a response."""
     longest_request: int = 0
-    """Tokens of the longest prompt and response that will be asked for; 0 where nobody knows."""
+    """Most tokens of a prompt with its response; 0 if unknown."""
     records_experts: bool = False
-    """Completions say which experts were chosen."""
+    """True if completions carry the chosen experts."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of config.json that servers read otherwise than they stand there, such as ``quantization_config``."""
+    """Fields of config.json that servers must read differently, such as ``quantization_config``."""
 
     @property
     def experts(self) -> tuple[int, int] | None:
-        """Layers, and experts of each that a token is sent to, where completions tell them."""
+        """(layers, experts per token) if completions carry the chosen experts, else None."""
         return (self.shape.num_layers, self.shape.num_experts_per_tok) if self.records_experts else None
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """What became of an update of one server's weights, shard to shard."""
+class ServerInfo:
+    """One server, as weight delivery sees it."""
 
-    state: Literal["proven", "mismatch", "failed", "unfit"]
-    """``proven``: both ends have the same digests. ``unfit``: the server's parameters are not cut as the plan says, and
-    nothing was sent."""
-    detail: str
-    """For people; empty if proven."""
+    number: int
+    is_up: bool
+    """False while the server does not answer: nothing is sent to it."""
+    tp_size: int
+    ep_size: int
+    """Groups among the ``tp_size`` ranks that divide the experts between them."""
+    takes_payloads: bool
+    """True if its ranks run our weight loader, which ``ServerPort.post`` needs."""
 
 
-class ShardSource(Protocol):
-    """Sends this trainer's shards straight to the ranks of servers."""
+class ServerPort(Protocol):
+    """One update of an engine's servers, open to whatever transport brings the weights.
+
+    Methods are collectives that raise the same ``UserError`` on all ranks, except those that only rank 0 calls. Servers that
+    go down during the update are skipped; the engine asks for another update when they are back.
+    """
 
     @property
-    def metrics(self) -> Mapping[str, float]:
-        """Of the last ``send``, by full name."""
+    def targets(self) -> Sequence[int]:
+        """Numbers of the servers that need the current weights, the same on every rank."""
         ...
 
-    def send(
-        self,
-        servers: Sequence[int],
-        *,
-        num_servers: int,
-        tp_size: int,
-        ep_size: int,
-        post: Callable[[int, bytes], Future[str | None]] | None,
-    ) -> dict[int, Delivery]:
-        """Send the current weights to some servers and compare digests. A collective.
+    def servers(self) -> list[ServerInfo]:
+        """Return all servers of the engine, by number."""
+        ...
 
-        Args:
-            servers: numbers, the same on every rank.
-            num_servers: all there are.
-            tp_size: ranks of each.
-            ep_size: of these, groups that share the experts out.
-            post: on rank 0, hands a payload to all ranks of a server; resolves to None once they are done with it, or to
-                what the server said instead. None on other ranks.
+    def begin_update(self) -> None:
+        """Pause the targets and stamp their weights as neither old nor new."""
+        ...
+
+    def post(self, server: int, payload: bytes) -> Future[str | None]:
+        """Hand a payload to our weight loader in all ranks of a server; only rank 0 calls this.
 
         Returns:
-            How it went, by server, the same on every rank.
+            None once all ranks are done with it, or what the server said instead.
+        """
+        ...
+
+    def send_bucket(self, servers: Sequence[int], bucket: Sequence[tuple[str, Tensor]]) -> UserError | None:
+        """Load whole tensors on servers; only rank 0 calls this. A refusal is returned, because other ranks cannot raise it."""
+        ...
+
+    def load_checkpoint(self, servers: Sequence[int], path: str) -> None:
+        """Let servers load a Hugging Face checkpoint that they find under this path."""
+        ...
+
+    def count(self, name: str) -> None:
+        """Count a failure as ``rollout/<name>`` of the engine's metrics; only rank 0 calls this."""
+        ...
+
+    def end_update(self) -> None:
+        """Stamp the targets with the current version and put them into service."""
+        ...
+
+
+class WeightSource(Protocol):
+    """The current weights. An engine in the trainer's process reads ``tensors``; one with servers calls ``deliver``.
+
+    Both are collectives, valid until the next optimizer update, and may be called again for the same version.
+    """
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Yield all weights as full tensors under their Hugging Face names; every rank consumes them to the end."""
+        ...
+
+    def deliver(self, port: ServerPort, version: int) -> None:
+        """Bring the weights to ``port.targets`` and put those into service.
+
+        Raises:
+            UserError: on all ranks; a server refused the weights, or has others than were sent.
         """
         ...
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
-    """Every method is a collective: all ranks call it, in the same order, with equal arguments."""
+    """The source of completions. Every method is a collective: all ranks call it in the same order with equal arguments."""
 
     @property
     def weight_version(self) -> int:
@@ -118,51 +147,76 @@ class RolloutEngine(Protocol):
         ...
 
     def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """Complete branches, and all that follows from them.
+        """Complete branches and all their descendants.
 
         Args:
-            seeds: where to start.
-            expand: what follows from a completion; asked on any rank, in any order.
+            seeds: the first branches.
+            expand: gives the children of a completed branch; any rank may call it, in any order.
 
         Returns:
-            Every branch's completion, the same on every rank.
+            The completion of every branch, the same on every rank.
         """
         ...
 
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
+    def update_weights(self, source: WeightSource, version: int) -> None:
         """Replace all weights.
 
         Args:
-            weights: the engine may call it again, before the next update, for a server that had to be restarted.
+            source: kept until the next update, because a server that had to be restarted needs the weights again.
             version: the publish counter that completions will carry from now on.
-            shards: sends them without ever making them whole, to engines that can take them so.
-            checkpoint: writes them where servers can load them; servers then get them that way.
         """
         ...
 
     def release_memory(self) -> None:
-        """Give up what generation alone needs (caches), until ``resume_memory``."""
+        """Release memory that only generation needs (KV caches), until ``resume_memory``."""
         ...
 
     def resume_memory(self) -> None:
-        """Undo ``release_memory``."""
-        ...
-
-    def health(self) -> str | None:
-        """None when the engine can serve, else what is wrong."""
+        """Take back the memory of ``release_memory``."""
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What went wrong and was mended since the last call, as ``rollout/<what>``: retries, restarts."""
+        """Return counts of mended failures since the last call, as ``rollout/<name>``: retries, restarts."""
         ...
 
     def close(self) -> None:
         """Stop what the engine has started. Safe to call twice."""
         ...
+
+
+class InProcessEngine(ABC):
+    """An engine in the trainer's own processes: a ``RolloutEngine`` as soon as it completes requests and takes weights."""
+
+    weight_version: int = -1
+    """Publish counter of the weights; ``update_weights`` sets it."""
+
+    @abstractmethod
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete all requests, in order; a collective, with the same result on every rank."""
+
+    @abstractmethod
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Load ``source.tensors()`` and set ``weight_version``; a collective."""
+
+    def generate(
+        self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
+    ) -> list[Completion | None]:
+        """Complete all requests, more than ``num_groups`` asks for."""
+        return [*self.complete(requests)]
+
+    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
+        """Complete branches and all their descendants, level by level."""
+        return grow_by_level(seeds, expand, self.complete)
+
+    def release_memory(self) -> None:
+        """Keep everything: memory that generation needs lives only inside ``complete``."""
+
+    def resume_memory(self) -> None:
+        """Take nothing back: nothing was released."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing: nothing is mended here."""
+        return {}
+
+    def close(self) -> None:
+        """Stop nothing: nothing was started."""

@@ -1,7 +1,7 @@
-"""Requests that lead to further requests: trees of rollouts, and rollouts continued from places within others.
+"""Requests that lead to further requests: trees of rollouts, and rollouts continued from points within others.
 
-A method says what it starts with and, by a pure function, what follows from each completion. Who generates what when is the
-engine's affair: the in-process one goes level by level, servers get a branch the moment its parent is complete.
+A method gives the first branches and a pure function that maps a completion to its children. The engine schedules them: the
+in-process one goes level by level, servers get a branch the moment its parent is complete.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ class Branch:
     """One request and its place among the others."""
 
     key: Key
-    """Begins with the number of the prompt. Equal keys are one branch: what several places lead to is generated once."""
+    """Number of the prompt, then the path. Branches with the same key are generated once and shared."""
     request: Request
     tokens_to_come: int
-    """At most so many are still generated one after another from here on, this request's own included."""
+    """Upper bound on sequential tokens from here to the end of the deepest child (scheduling priority)."""
 
 
 Expand = Callable[[Branch, Completion], Sequence[Branch]]
-"""What follows from a completed branch. A pure function: every rank may ask it, in any order."""
+"""Maps a completed branch to its children. A pure function: any rank may call it, in any order."""
 
 
 def grow_by_level(
     seeds: Sequence[Branch], expand: Expand, generate: Callable[[Sequence[Request]], Sequence[Completion]]
 ) -> dict[Key, Completion]:
-    """All that grows from the seeds, a ``generate`` for each level.
+    """Grow a tree level by level, with one ``generate`` for each level.
 
     Args:
         seeds: the first level.
-        expand: what follows.
-        generate: completes requests; a collective, if this is one.
+        expand: gives the children of a completed branch.
+        generate: completes requests; if it is a collective, so is this function.
 
     Returns:
-        Every branch's completion, in the order of ``in_order``.
+        The completion of every branch, in the order of ``in_order``.
     """
     grown: dict[Key, Completion] = {}
     level = _new(seeds, grown)
@@ -52,12 +52,12 @@ def grow_by_level(
 
 
 def in_order(seeds: Sequence[Branch], expand: Expand, completion_of: Callable[[Branch], Completion]) -> Iterator[Key]:
-    """The keys of all branches, level by level: the order in which completions are sent and stored without their keys.
+    """Yield the keys of all branches, level by level: the order in which completions are sent and stored without keys.
 
     Args:
         seeds: the first level.
-        expand: what follows.
-        completion_of: is asked for each branch once, in this order.
+        expand: gives the children of a completed branch.
+        completion_of: is called once for each branch, in this order.
     """
     seen: dict[Key, Completion] = {}
     level = _new(seeds, seen)
@@ -69,10 +69,10 @@ def in_order(seeds: Sequence[Branch], expand: Expand, completion_of: Callable[[B
 
 
 def from_list(seeds: Sequence[Branch], expand: Expand, completions: Sequence[Completion]) -> dict[Key, Completion]:
-    """The completions of ``in_order`` with their keys again.
+    """Give the completions of ``in_order`` their keys again.
 
     Raises:
-        ValueError: these did not grow from these seeds by this function.
+        ValueError: the completions did not grow from these seeds by this function.
     """
     remaining = iter(completions)
     grown: dict[Key, Completion] = {}
@@ -92,5 +92,5 @@ def from_list(seeds: Sequence[Branch], expand: Expand, completions: Sequence[Com
 
 
 def _new(branches: Sequence[Branch], known: dict[Key, Completion]) -> list[Branch]:
-    """Those that are not known, each once."""
+    """Return the branches that are not known yet, each once."""
     return list({branch.key: branch for branch in branches if branch.key not in known}.values())

@@ -1,13 +1,13 @@
-"""Engine ``recorded``: replays the completions that another run has kept. And the file format of both sides.
+"""Engine ``recorded``: replays completions that another run has recorded, and the file format of both.
 
-The same rollouts under another layout, another code version or a debugger: what differs afterwards is the trainer's doing.
+With the same rollouts under another layout, another code version or a debugger, any difference comes from the trainer.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,17 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.engine import CheckpointSource, RolloutEngine, ShardSource, WeightSource
+from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors
+from megatron_rl.rollout.engine import RolloutEngine, WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
 from megatron_rl.rollout.share import flatten, unflatten
 from megatron_rl.types import Completion, Request
 
 GROWN = "grown"
-_NOTHING = Completion(torch.empty(0, dtype=torch.int64), torch.empty(0), "abort", -1)
+_NOTHING = Completion(torch.empty(0, dtype=torch.int32), torch.empty(0), "abort", -1)
 
 
 class RecordingEngine:
-    """Wraps an engine and writes what it returns: one file a ``generate``, named by its requests."""
+    """An engine that records another: one file for each ``generate``, named by its requests."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class RecordingEngine:
         """Wrap an engine.
 
         Args:
-            engine: what generates.
+            engine: generates the completions.
             directory: for the files; made if missing.
             is_writer: True on one rank.
             agree: ``all_ranks_agree`` over all ranks, so that a full disk ends the others too.
@@ -48,20 +49,20 @@ class RecordingEngine:
 
     @property
     def weight_version(self) -> int:
-        """See ``RolloutEngine``."""
+        """Publish counter of the wrapped engine's weights."""
         return self._engine.weight_version
 
     def generate(
         self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
     ) -> list[Completion | None]:
-        """See ``RolloutEngine``."""
+        """Complete requests with the wrapped engine, and record the completions."""
         completions = self._engine.generate(requests, group_size=group_size, num_groups=num_groups)
         with self._agree():
             self._write(requests, completions)
         return completions
 
     def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """See ``RolloutEngine``."""
+        """Complete branches with the wrapped engine, and record all of them."""
         grown = self._engine.grow(seeds, expand)
         with self._agree():
             requests, completions = _all_of(seeds, expand, grown)
@@ -78,56 +79,39 @@ class RecordingEngine:
         if not self._is_writer:
             return
         path = self._directory / file_name(requests, prefix)
-        temporary = path.with_suffix(".tmp")
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            # What was not completed is recorded as a completion without tokens, which no engine ever returns.
-            save_file({**flatten([c or _NOTHING for c in completions]), **(more or {})}, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise UserError(
-                "rollout.record",
-                str(path),
-                f"the rollouts could not be written ({error})",
-                "free some disk space and give the same command again, or set rollout.record=false",
-            ) from error
+        # A request without completion is recorded as a completion without tokens, which no engine ever returns.
+        tensors = {**flatten([c or _NOTHING for c in completions]), **(more or {})}
+        fix = f"{SAME_COMMAND}, or set rollout.record=false"
+        # safetensors wraps the system's error.
+        with (
+            disk_errors(path, field="rollout.record", fix=fix, also=(SafetensorError,)),
+            atomic_file(path) as temporary,
+        ):
+            save_file(tensors, temporary)
 
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
-        """See ``RolloutEngine``."""
-        self._engine.update_weights(weights, version, shards=shards, checkpoint=checkpoint)
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Update the wrapped engine."""
+        self._engine.update_weights(source, version)
 
     def release_memory(self) -> None:
-        """See ``RolloutEngine``."""
+        """Release the wrapped engine's memory."""
         self._engine.release_memory()
 
     def resume_memory(self) -> None:
-        """See ``RolloutEngine``."""
+        """Take the wrapped engine's memory back."""
         self._engine.resume_memory()
 
-    def health(self) -> str | None:
-        """See ``RolloutEngine``."""
-        return self._engine.health()
-
     def metrics(self) -> dict[str, float]:
-        """See ``RolloutEngine``."""
+        """Return the wrapped engine's metrics."""
         return self._engine.metrics()
 
     def close(self) -> None:
-        """See ``RolloutEngine``."""
+        """Close the wrapped engine."""
         self._engine.close()
 
 
 class RecordedEngine:
-    """Returns recorded completions; weights are accepted and ignored."""
+    """An engine that returns recorded completions; weights are accepted and ignored."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -136,7 +120,7 @@ class RecordedEngine:
     def generate(
         self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
     ) -> list[Completion | None]:
-        """See ``RolloutEngine``; returns what the recorded run got.
+        """Return the recorded completions of these requests.
 
         Raises:
             UserError: these requests were never recorded.
@@ -144,7 +128,7 @@ class RecordedEngine:
         return [c if len(c.response_ids) else None for c in unflatten(self._read(requests, "rollouts"))]
 
     def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """See ``RolloutEngine``; returns what the recorded run got.
+        """Return the recorded completions of this growth.
 
         Raises:
             UserError: this growth was never recorded.
@@ -180,44 +164,33 @@ class RecordedEngine:
             )
         return flat
 
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
-        """See ``RolloutEngine``."""
-        for _ in weights():
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Read the weights to the end, as other ranks expect, and drop them."""
+        for _ in source.tensors():
             pass
         self.weight_version = version
 
     def release_memory(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no memory is held."""
 
     def resume_memory(self) -> None:
-        """Nothing is held."""
-
-    def health(self) -> str | None:
-        """See ``RolloutEngine``."""
-        return None
+        """Do nothing: no memory is held."""
 
     def metrics(self) -> dict[str, float]:
-        """See ``RolloutEngine``: nothing goes wrong here."""
+        """Return no metrics: a replay mends no failures."""
         return {}
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: no process was started."""
 
 
 def file_name(requests: Sequence[Request], prefix: str = "rollouts") -> str:
-    """Named by a digest of the requests (ids, limits, seeds), so that a replay finds its own and no other's."""
+    """Return a name made of a digest of the requests (ids, limits, seeds), so that a replay finds only its own file."""
     return f"{prefix}_{_digest(requests).numpy().tobytes().hex()}.safetensors"
 
 
 def _digest(requests: Sequence[Request]) -> Tensor:
-    """[12] uint8."""
+    """Return a digest of requests, [12] uint8."""
     digest = hashlib.blake2b(digest_size=12)
     for r in requests:
         digest.update(r.prompt_ids.numpy().tobytes())
@@ -228,7 +201,7 @@ def _digest(requests: Sequence[Request]) -> Tensor:
 def _all_of(
     seeds: Sequence[Branch], expand: Expand, grown: Mapping[Key, Completion]
 ) -> tuple[list[Request], list[Completion]]:
-    """The requests and completions of a growth, in its order."""
+    """Return the requests and completions of a growth, in the order of ``in_order``."""
     requests: list[Request] = []
 
     def known(branch: Branch) -> Completion:

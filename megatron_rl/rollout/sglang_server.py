@@ -1,7 +1,7 @@
 """One SGLang server: ``python -m megatron_rl.rollout.sglang_server <flags of sglang's own server>``.
 
-SGLang spawns its scheduler and detokenizer, and ``spawn`` imports this module in each of them before anything else; so
-what the body does holds for every process of the server. Nothing but the patches may happen here on import.
+SGLang spawns its scheduler and detokenizer, and ``spawn`` imports this module in each of them before anything else, so the
+module body runs in every process of the server. Only the patches may happen here on import.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter
 
 
 def _prepare() -> None:
-    """For every process of the server: end with the parent, and make SGLang importable."""
+    """Make this process of the server end with its parent, and make SGLang importable."""
     die_with_starter()
     # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
     os.environ[PARENT_VARIABLE] = str(os.getpid())
@@ -28,7 +28,7 @@ def _prepare() -> None:
 
 
 def main() -> None:
-    """Serve until told to stop. SGLang's own children end with this process."""
+    """Serve until stopped. SGLang's own children end with this process."""
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

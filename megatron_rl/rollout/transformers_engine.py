@@ -1,8 +1,7 @@
 """Engine ``transformers``: an in-process Hugging Face model on every rank, each generating its share of the requests.
 
-The sampler sees every step's logits, so it can return log-probs without keeping ``[tokens, vocabulary]`` scores, and it
-draws from numbers that belong to the request, so that a completion does not depend on which rank or batch it was generated
-in (up to rounding).
+The sampler sees every step's logits, so it can return log-probs without keeping ``[tokens, vocabulary]`` scores. It draws
+from random numbers that belong to the request, so that a completion does not depend on its rank or batch (up to rounding).
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from megatron_rl.convert.hf.in_memory import ROUTER_BIAS, checkpoint_views
 from megatron_rl.metrics import progress
-from megatron_rl.rollout.engine import CheckpointSource, ShardSource, WeightSource
-from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
+from megatron_rl.rollout.engine import InProcessEngine, WeightSource
 from megatron_rl.rollout.share import gather_completions
 from megatron_rl.types import Completion, FinishReason, Request
 
 
-class TransformersEngine:
-    """Embedded generation; needs the whole model in the memory of every rank."""
+class TransformersEngine(InProcessEngine):
+    """Generation in the trainer's process; needs the whole model in the memory of every rank."""
 
     def __init__(
         self,
@@ -60,28 +58,8 @@ class TransformersEngine:
         self.stop_ids, self.pad_id = list(stop_ids), pad_id
         self.weight_version = -1
 
-    def generate(
-        self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
-    ) -> list[Completion | None]:
-        """See ``RolloutEngine``; completes all.
-
-        Rank r takes requests r, r + world size, ...: long and short prompts spread evenly.
-        """
-        return list(self._complete(requests))
-
-    def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """See ``RolloutEngine``; level by level, each dealt out to the ranks anew."""
-        return grow_by_level(seeds, expand, self._complete)
-
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
-        """See ``RolloutEngine``.
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Copy all weights into the model.
 
         Raises:
             RuntimeError: a tensor is missing, unknown, or of another shape.
@@ -90,7 +68,7 @@ class TransformersEngine:
         held |= {name: buffer for name, buffer in self.model.named_buffers() if name.endswith(ROUTER_BIAS)}
         targets = checkpoint_views(held, self.model.config.model_type)
         with torch.no_grad():
-            for name, tensor in weights():
+            for name, tensor in source.tensors():
                 target = targets.pop(name, None)
                 if target is None or target.shape != tensor.shape:
                     raise RuntimeError(f"weight sync: {name} {tuple(tensor.shape)} does not fit the rollout model")
@@ -99,24 +77,11 @@ class TransformersEngine:
             raise RuntimeError(f"weight sync: nothing was sent for {sorted(targets)}")
         self.weight_version = version
 
-    def release_memory(self) -> None:
-        """Key-value caches live only inside ``generate``; there is nothing to give up."""
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete all requests.
 
-    def resume_memory(self) -> None:
-        """See ``release_memory``."""
-
-    def health(self) -> str | None:
-        """See ``RolloutEngine``."""
-        return None if self.weight_version >= 0 else "no weights yet"
-
-    def metrics(self) -> dict[str, float]:
-        """See ``RolloutEngine``: nothing is ever mended here."""
-        return {}
-
-    def close(self) -> None:
-        """See ``RolloutEngine``."""
-
-    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        Rank r takes requests r, r + world size, ...: long and short prompts spread evenly.
+        """
         assert self.weight_version >= 0, "generate before the first update_weights"
         rank, world_size = dist.get_rank(self.cpu_group), dist.get_world_size(self.cpu_group)
         mine = self._generate_share(requests[rank::world_size])
@@ -167,7 +132,7 @@ def _settings(request: Request) -> tuple[float, float, int, bool]:
 
 
 class _Sampler:
-    """Chooses every row's next token; see ``decode.Choose``."""
+    """Sampler of every row's next token. A ``decode.Choose``."""
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
         first = requests[0]
@@ -186,7 +151,7 @@ class _Sampler:
         return chosen, log_probs.gather(1, chosen[:, None])[:, 0]
 
     def _draw(self, probabilities: Tensor, uniform: Tensor) -> Tensor:
-        """[B] tokens by inverse transform: the first whose cumulative probability exceeds the row's number."""
+        """Return tokens [B] by inverse transform: the first whose cumulative probability exceeds the row's number."""
         if self.top_k == 0 and self.top_p == 1.0:
             cumulative = probabilities.double().cumsum(-1)
             return _first_above(cumulative, uniform)
@@ -205,5 +170,5 @@ def _first_above(cumulative: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
-    """[count] float64 in [0, 1) that belong to one request."""
+    """Return the random numbers of one request, [count] float64 in [0, 1)."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

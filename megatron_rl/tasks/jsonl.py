@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors
 from megatron_rl.types import Problem
 
 
@@ -65,17 +66,15 @@ def copy_rows(problems: Sequence[Problem], target: Path) -> None:
     for problem in problems:
         path, _, line = problem.source.rpartition(":")
         wanted.setdefault(path, set()).add(int(line))
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for path, numbers in wanted.items():
-                for number, line in enumerate(_lines(Path(path)), start=1):
-                    if number in numbers:
-                        file.write(line.rstrip("\r\n") + "\n")
-        temporary.replace(target)
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        raise UserError(str(target), None, rule, "free some disk space and give the same command again") from error
+    with (
+        disk_errors(target, fix=SAME_COMMAND),
+        atomic_file(target) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        for path, numbers in wanted.items():
+            for number, line in enumerate(_lines(Path(path)), start=1):
+                if number in numbers:
+                    file.write(line.rstrip("\r\n") + "\n")
 
 
 def shorten(value: object, limit: int = 80) -> str:

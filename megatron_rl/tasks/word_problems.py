@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors
 from megatron_rl.tasks.base import check_template, fill_template, problem_id, unique_problems
 from megatron_rl.tasks.jsonl import read_rows
 from megatron_rl.types import Problem, Score
@@ -267,14 +268,15 @@ def _check(
 
 def write_rows(path: Path, rows: Iterable[GeneratedProblem]) -> int:
     """Write a ``.jsonl`` or ``.jsonl.gz`` file, complete or not at all; return the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
     num_rows = 0
-    with gzip.open(unfinished, "wt") if path.name.endswith(".gz") else unfinished.open("w") as file:
+    with (
+        disk_errors(path, fix=SAME_COMMAND),
+        atomic_file(path) as temporary,
+        gzip.open(temporary, "wt") if path.name.endswith(".gz") else temporary.open("w") as file,
+    ):
         for row in rows:
             file.write(json.dumps(row) + "\n")
             num_rows += 1
-    unfinished.replace(path)
     return num_rows
 
 

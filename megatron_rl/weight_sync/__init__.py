@@ -1,1 +1,1 @@
-"""The only place where ``model`` and ``rollout`` meet: trained weights become the weights that sample."""
+"""Weight sync: trained weights become the weights that sample. Only here do ``model`` and ``rollout`` meet."""

@@ -1,4 +1,4 @@
-"""The two layouts of a run, from its config."""
+"""The training and the rollout layout of a run, from its config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_rl.weight_sync.served import RolloutLayout
 
 
 def training_layout(config: Config, shape: ModelShape) -> TrainingLayout:
-    """Of the trainer."""
+    """Return the layout of the trainer."""
     policy = config.policy
     return TrainingLayout(
         tp_size=policy.tensor_parallel_size,
@@ -22,7 +22,7 @@ def training_layout(config: Config, shape: ModelShape) -> TrainingLayout:
 
 
 def rollout_layout(config: Config) -> RolloutLayout:
-    """Of the servers."""
+    """Return the layout of the servers."""
     servers, passed = config.rollout.servers, config.rollout.sglang_cfg
     count = len(servers.urls) if servers.urls is not None else servers.num_per_node * config.trainer.num_nodes
     return RolloutLayout(count, int(passed.get("tp_size", 1)), int(passed.get("ep_size", 1)))

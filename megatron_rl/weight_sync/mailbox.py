@@ -1,13 +1,13 @@
-"""Messages between processes of one machine without a process group: for servers on the trainer's own GPUs.
+"""Messages between processes of one machine without a process group, for servers on the trainer's own GPUs.
 
-NCCL refuses two members on one GPU. Here the sender leaves word in the store where the data lies (on a GPU a CUDA IPC handle
-of the very memory, parameters included; on a CPU a file in shared memory), the receiver copies it to where it belongs, and says
-so; only then may the sender change it.
+NCCL refuses two members on one GPU. Here the sender puts a handle of the data into the store (on a GPU a CUDA IPC handle of
+the memory itself, parameters included; on a CPU a file in shared memory). The receiver copies the data and acknowledges it;
+only then may the sender change it.
 
     sender      handle  -> NAME/sender/receiver/tag        wait for NAME/sender/receiver/tag/done
     receiver    NAME/sender/receiver/tag -> copy           -> NAME/sender/receiver/tag/done
 
-Every process sees all GPUs under the same numbers: servers are told by ``base_gpu_id`` which to take.
+Every process sees all GPUs under the same numbers: ``base_gpu_id`` tells a server which to use.
 """
 
 from __future__ import annotations
@@ -31,21 +31,25 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 BROKEN = "broken"
-"""Key under which somebody who knows says that a member is gone."""
+"""Key that is set when a member has died."""
 _LOOK_S = 0.0005
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 class Mailbox:
-    """A ``receiver.Channel``: as a process group's ``send`` and ``recv``."""
+    """A ``receiver.Channel`` with the ``send`` and ``recv`` of a process group."""
 
     def __init__(self, store: dist.Store, rank: int, timeout_s: float) -> None:
-        """Args: a store that all members share, under a prefix of their own; this member; how long to wait for another."""
+        """Args:
+        store: shared by all members, under a prefix of their own.
+        rank: of this member.
+        timeout_s: limit of a wait for another member.
+        """
         self._store, self._rank, self._timeout = store, rank, timedelta(seconds=timeout_s)
         self._counts: dict[tuple[int, int, int], int] = {}
 
     def send(self, tensors: list[Tensor], destination: int, tag: int, /) -> _Errand:
-        """Leave word of one contiguous tensor; it must not change before ``wait`` returns."""
+        """Publish the handle of one contiguous tensor, which must not change before ``wait`` returns."""
         (tensor,) = tensors
         key, handle = self._key(self._rank, destination, tag), _handle(tensor)
         self._store.set(key, base64.b64encode(pickle.dumps(handle)).decode())
@@ -53,11 +57,11 @@ class Mailbox:
         def finish(timeout: timedelta) -> None:
             self._wait(f"{key}/done", timeout)
             self._store.delete_key(f"{key}/done")
-            del tensors[:]  # kept alive until here
+            del tensors[:]  # alive until here
 
         errand = _Errand(finish, self._timeout)
         if isinstance(handle, str):
-            weakref.finalize(errand, Path(handle).unlink, missing_ok=True)  # also where nobody waits any more
+            weakref.finalize(errand, Path(handle).unlink, missing_ok=True)  # also if nothing waits any more
         return errand
 
     def recv(self, tensors: list[Tensor], source: int, tag: int, /) -> _Errand:
@@ -74,14 +78,14 @@ class Mailbox:
         return _Errand(finish, self._timeout)
 
     def _key(self, source: int, destination: int, tag: int) -> str:
-        """The same on both sides: each counts how often it has used the three numbers."""
+        """Return a message's key, equal on both sides: each counts how often it has used the three numbers."""
         number = self._counts.get((source, destination, tag), 0)
         self._counts[source, destination, tag] = number + 1
         return f"{source}/{destination}/{tag}/{number}"
 
     def _wait(self, key: str, timeout: timedelta) -> None:
         deadline = time.monotonic() + timeout.total_seconds()
-        while not self._store.check([key]):  # its own ``wait`` writes a warning whenever it runs out of time
+        while not self._store.check([key]):  # the store's own ``wait`` writes a warning at each time-out
             if self._store.check([BROKEN]):
                 raise RuntimeError(f"the other end is gone: {self._store.get(BROKEN).decode()}")
             if time.monotonic() > deadline:
@@ -90,18 +94,18 @@ class Mailbox:
 
 
 class _Errand:
-    """A message under way."""
+    """A message in transit."""
 
     def __init__(self, finish: Callable[[timedelta], None], timeout: timedelta) -> None:
         self._finish, self._timeout = finish, timeout
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Until it is done; raises RuntimeError when the other end takes too long."""
+        """Wait for the other end; raises RuntimeError if it takes too long."""
         self._finish(timeout or self._timeout)
 
 
 def _handle(tensor: Tensor) -> object:
-    """What another process of this machine needs to get at a tensor."""
+    """Return what another process of this machine needs to read a tensor."""
     if tensor.device.type == "cpu":
         folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
         path = folder / f"megatron_rl_{os.getpid()}_{uuid.uuid4().hex}"

@@ -1,7 +1,7 @@
-"""A plan's copies as messages between one sender and one receiver, and both ends of carrying them out.
+"""Messages of a transfer plan between one sender and one receiver, and both ends of their transfer.
 
-Both ends walk through the same list in the same order, some messages ahead of the wire: while one is under way, the next is
-gathered into a buffer, or scattered from one. A large piece that lies in one run of memory goes without any buffer.
+Both ends go through the same list in the same order, some messages ahead of the wire: while one is in transit, the next is
+gathered into a buffer, or scattered from one. A large overlap that is contiguous in memory needs no buffer.
 """
 
 from __future__ import annotations
@@ -17,81 +17,81 @@ from torch import Tensor
 
 from megatron_rl.convert.tables.digest import digest
 from megatron_rl.convert.tables.kinds import Extent
-from megatron_rl.weight_sync.plan import Piece, Plan, rounds
+from megatron_rl.weight_sync.plan import Overlap, Plan, rounds
 
 T = TypeVar("T")
 
 ALONE_ELEMENTS = 2**18
-"""A piece of this size or more is a message of its own: worth no copy where none is needed."""
+"""An overlap of this size or more is a message of its own, so that it needs no copy if it is contiguous."""
 NUM_BUFFERS = 2
-"""Gathered or scattered while one is under way."""
+"""Buffers at each end: one is gathered or scattered while another is in transit."""
 AHEAD = 16
-"""Messages under way at each end, with and without a buffer."""
+"""Most messages in transit at each end, with and without a buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Pieces that travel together, one after the other, each row by row."""
+    """Overlaps that travel together, one after the other, each row by row."""
 
     sender: int
     receiver: int
-    """As in ``plan.Copy``."""
+    """Numbers of both ends, as in ``plan.Copy``."""
     tag: int
-    """Counts the messages of the pair."""
-    pieces: tuple[Piece, ...]
+    """Number of the message among those of the pair."""
+    overlaps: tuple[Overlap, ...]
 
     @property
     def num_elements(self) -> int:
-        """Of all pieces."""
-        return sum(prod(piece.size) for piece in self.pieces)
+        """Elements of all overlaps."""
+        return sum(prod(overlap.size) for overlap in self.overlaps)
 
 
-class Work(Protocol):
-    """A send or a receive under way."""
+class PendingMessage(Protocol):
+    """A send or a receive in transit."""
 
     def wait(self) -> object:
-        """Until it is done; raises RuntimeError when the other end is gone or too slow."""
+        """Wait for the end of the transfer; raises RuntimeError if the other end is gone or too slow."""
         ...
 
 
 def make_messages(plan: Plan, *, bucket_elements: int) -> list[Message]:
-    """All messages in the order of the plan's rounds.
+    """Return all messages in the order of the plan's rounds.
 
     Args:
         plan: of all servers.
-        bucket_elements: most elements of pieces that share a message.
+        bucket_elements: most elements of overlaps that share a message.
     """
     found: list[Message] = []
     for copies in rounds(plan):
-        pairs: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+        pairs: dict[tuple[int, int], list[Overlap]] = defaultdict(list)
         for copy in copies:
-            pairs[copy.sender, copy.receiver].append(copy.piece)
-        for pair, pieces in pairs.items():
-            buckets = enumerate(_buckets(pieces, bucket_elements))
+            pairs[copy.sender, copy.receiver].append(copy.overlap)
+        for pair, overlaps in pairs.items():
+            buckets = enumerate(_buckets(overlaps, bucket_elements))
             found += [Message(*pair, tag, tuple(bucket)) for tag, bucket in buckets]
     return found
 
 
-def _buckets(pieces: Iterable[Piece], bucket_elements: int) -> Iterator[list[Piece]]:
-    """Large pieces one by one, and small ones together as they come."""
-    bucket: list[Piece] = []
+def _buckets(overlaps: Iterable[Overlap], bucket_elements: int) -> Iterator[list[Overlap]]:
+    """Yield large overlaps alone, and small ones together as they come."""
+    bucket: list[Overlap] = []
     total = 0
-    for piece in pieces:
-        size = prod(piece.size)
+    for overlap in overlaps:
+        size = prod(overlap.size)
         if size >= ALONE_ELEMENTS:
-            yield [piece]
+            yield [overlap]
             continue
         if bucket and total + size > bucket_elements:
             yield bucket
             bucket, total = [], 0
-        bucket.append(piece)
+        bucket.append(overlap)
         total += size
     if bucket:
         yield bucket
 
 
 def box(start: Extent, size: Extent) -> tuple[int | slice, ...]:
-    """Indexes a rectangle. ``start`` may have dimensions in front of those of ``size``: they are indices."""
+    """Return the index of a rectangle. ``start`` may have more dimensions in front than ``size``: they are indices."""
     front = len(start) - len(size)
     return (*start[:front], *(slice(a, a + n) for a, n in zip(start[front:], size)))
 
@@ -101,7 +101,7 @@ def send_messages(
     parameters: Mapping[str, Tensor],
     *,
     dtype: torch.dtype,
-    send: Callable[[Tensor, Message], Work | None],
+    send: Callable[[Tensor, Message], PendingMessage | None],
 ) -> Iterator[Message]:
     """Send messages in order; yields each once it has arrived.
 
@@ -113,7 +113,7 @@ def send_messages(
     """
     window = _Window[Message](dtype)
     for message in messages:
-        views = [parameters[piece.source][box(piece.source_start, piece.size)] for piece in message.pieces]
+        views = [parameters[overlap.source][box(overlap.source_start, overlap.size)] for overlap in message.overlaps]
         flat, buffer = _run_of_memory(views, dtype), None
         yield from window.make_room(needs_buffer=flat is None)
         if flat is None:
@@ -128,9 +128,9 @@ def receive_messages(
     parameters: Mapping[str, Tensor],
     *,
     dtype: torch.dtype,
-    receive: Callable[[Tensor, Message], Work],
+    receive: Callable[[Tensor, Message], PendingMessage],
 ) -> None:
-    """Receive messages in order, each piece into its place.
+    """Receive messages in order, each overlap into its place.
 
     Args:
         messages: this rank's.
@@ -140,7 +140,7 @@ def receive_messages(
     """
     window = _Window[list[Tensor]](dtype, arrived=_scatter)
     for message in messages:
-        views = [parameters[piece.target][box(piece.target_start, piece.size)] for piece in message.pieces]
+        views = [parameters[overlap.target][box(overlap.target_start, overlap.size)] for overlap in message.overlaps]
         flat, buffer = _run_of_memory(views, dtype), None
         deque(window.make_room(needs_buffer=flat is None), maxlen=0)
         if flat is None:
@@ -150,57 +150,57 @@ def receive_messages(
     deque(window.drain(), maxlen=0)
 
 
-def digest_pieces(
-    pieces: Iterable[Piece],
+def digest_overlaps(
+    overlaps: Iterable[Overlap],
     parameters: Mapping[str, Tensor],
     extents: Mapping[str, Extent],
     *,
     dtype: torch.dtype,
     is_sender: bool,
 ) -> list[int]:
-    """The digest of each piece, from the parameters of one end.
+    """Return the digest of each overlap, from the parameters of one end.
 
     Args:
-        pieces: that this end has.
+        overlaps: those that this end holds.
         parameters: by the name of that end.
         extents: shapes of the Hugging Face tensors.
         dtype: on the wire.
         is_sender: which end.
     """
     found = []
-    for piece in pieces:
-        name, start = (piece.source, piece.source_start) if is_sender else (piece.target, piece.target_start)
-        block = parameters[name][box(start, piece.size)].to(dtype)
-        found.append(digest(piece.hf_name, block, piece.hf_start, extents[piece.hf_name]))
+    for overlap in overlaps:
+        name, start = (overlap.source, overlap.source_start) if is_sender else (overlap.target, overlap.target_start)
+        block = parameters[name][box(start, overlap.size)].to(dtype)
+        found.append(digest(overlap.hf_name, block, overlap.hf_start, extents[overlap.hf_name]))
     return found
 
 
 class _Window(Generic[T]):
-    """Messages under way, oldest first, and the buffers that they use."""
+    """Messages in transit, oldest first, and the buffers that they use."""
 
     def __init__(self, dtype: torch.dtype, arrived: Callable[[Tensor, T], None] | None = None) -> None:
         self._dtype, self._arrived = dtype, arrived
         self._free = [torch.empty(0, dtype=dtype)] * NUM_BUFFERS
-        self._pending: deque[tuple[T, Work | None, Tensor | None]] = deque()
+        self._pending: deque[tuple[T, PendingMessage | None, Tensor | None]] = deque()
 
     def make_room(self, *, needs_buffer: bool) -> Iterator[T]:
-        """Wait for the oldest until there is a place, and a buffer if one is needed."""
+        """Wait for the oldest messages until there is room, and a buffer if one is needed."""
         while len(self._pending) >= AHEAD or (needs_buffer and not self._free):
             yield self._finish()
 
     def take_buffer(self, size: int, device: torch.device) -> Tensor:
-        """At least [size]."""
+        """Return a free buffer of at least [size]."""
         buffer = self._free.pop()
         if buffer.numel() >= size and buffer.device == device:
             return buffer
         return torch.empty(size, dtype=self._dtype, device=device)
 
-    def add(self, item: T, work: Work | None, buffer: Tensor | None) -> None:
-        """A message was started."""
+    def add(self, item: T, work: PendingMessage | None, buffer: Tensor | None) -> None:
+        """Add a message whose transfer has started."""
         self._pending.append((item, work, buffer))
 
     def drain(self) -> Iterator[T]:
-        """Wait for all."""
+        """Wait for all messages."""
         while self._pending:
             yield self._finish()
 
@@ -216,7 +216,7 @@ class _Window(Generic[T]):
 
 
 def _run_of_memory(views: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """The only view as [n], where that needs no copy."""
+    """Return the only view as [n] if that needs no copy, else None."""
     if len(views) == 1 and views[0].is_contiguous() and views[0].dtype == dtype:
         return views[0].view(-1)
     return None

@@ -1,8 +1,8 @@
-"""Who sends what to whom: the copies that turn a trainer's shards into a server's, each byte once and no byte in vain.
+"""The transfer plan: the copies that turn a trainer's shards into a server's, each byte once and no byte in vain.
 
-A plan is a function of the model's shape and both layouts alone, so every rank computes the same one without asking, and a
-laptop computes it for any cluster. Both sides are described as boxes of Hugging Face tensors (``convert.tables.kinds`` for
-Megatron, ``served`` for SGLang); a copy is where two boxes meet.
+A plan is a function of the model's shape and both layouts alone. So every rank computes the same one without communication,
+and a laptop computes it for any cluster. Both sides are boxes of Hugging Face tensors (``convert.tables.kinds`` for
+Megatron, ``served`` for SGLang); a copy is the overlap of two boxes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class TrainingLayout:
     tp_size: int = 1
     pp_size: int = 1
     dp_size: int = 1
-    """Ranks with the same weights, experts apart: data times context parallel."""
+    """Ranks with the same weights, except for experts: data times context parallel size."""
     vpp_size: int = 1
     ep_size: int = 1
     etp_size: int | None = None
-    """Of each expert; as many as each layer unless given."""
+    """Tensor-parallel size of each expert; ``tp_size`` unless given."""
 
     @property
     def num_ranks(self) -> int:
@@ -39,11 +39,11 @@ class TrainingLayout:
 
     @property
     def expert_tp_size(self) -> int:
-        """Ranks that share each expert."""
+        """Ranks that each expert is cut over."""
         return self.tp_size if self.etp_size is None else self.etp_size
 
     def stage_of(self, entry: Entry, num_layers: int) -> int:
-        """Pipeline rank that holds a parameter."""
+        """Return the pipeline rank that holds a parameter."""
         name = entry.name
         if name.startswith("decoder.layers."):
             chunk = int(name.split(".", 3)[2]) // (num_layers // (self.pp_size * self.vpp_size))
@@ -51,7 +51,7 @@ class TrainingLayout:
         return 0 if name.startswith("embedding.") else self.pp_size - 1
 
     def holders(self, entry: Entry, shape: ModelShape) -> list[tuple[int, int, list[int]]]:
-        """(rank in the cut, its size, world ranks with that shard) of each shard of a parameter."""
+        """Return (rank in the cut, its size, world ranks with that shard) for each shard of a parameter."""
         per_stage = self.tp_size * self.dp_size
         first = self.stage_of(entry, shape.num_layers) * per_stage
         if entry.expert is None:
@@ -65,64 +65,64 @@ class TrainingLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A rectangle that a trainer's parameter and a server rank's have in common; the same for every server."""
+class Overlap:
+    """A rectangle that a trainer's parameter and a server rank's parameter share; the same for every server."""
 
     index: int
     hf_name: str
     hf_start: Extent
     size: Extent
-    """In the Hugging Face tensor's dimensions, as ``hf_start``."""
+    """Size in the dimensions of the Hugging Face tensor, as ``hf_start``."""
     source: str
     """Global Megatron name of the parameter."""
     source_start: Extent
     target: str
     """SGLang's name of the parameter."""
     target_start: Extent
-    """May have one dimension more, in front: the expert's place."""
+    """Corner in that parameter; may have one more dimension in front, the expert's place."""
     tp_rank: int
-    """Of the server's rank."""
+    """Rank in the server."""
     holders: tuple[int, ...]
     """World ranks of the trainer that have it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One piece, from a trainer's rank to a server's."""
+    """One overlap, from a trainer's rank to a server's."""
 
     sender: int
     """World rank of the trainer."""
     receiver: int
     """Server number times its tensor-parallel size, plus the rank in it."""
-    piece: Piece
+    overlap: Overlap
 
 
 @dataclass
 class Plan:
-    """All copies, server by server, piece by piece."""
+    """All copies, server by server, overlap by overlap."""
 
-    pieces: list[Piece]
+    overlaps: list[Overlap]
     copies: list[Copy]
     sent: dict[int, int] = field(default_factory=dict)
     """Elements that each trainer rank sends."""
     received: dict[int, int] = field(default_factory=dict)
     """Elements that each server rank gets."""
     held: int = 0
-    """Elements of all server ranks' parameters, padding of the vocabulary left out."""
+    """Elements of all server ranks' parameters, without padding of the vocabulary."""
 
     @property
     def received_ratio(self) -> float:
-        """Received over held: 1.0 when nothing is sent in vain or missing."""
+        """Received over held: 1.0 if nothing is missing or sent in vain."""
         return sum(self.received.values()) / self.held
 
     @property
     def balance(self) -> float:
-        """The busiest sender's load over the mean of those that hold something of the model."""
+        """The busiest sender's load over the mean load of all ranks that send."""
         return max(self.sent.values()) * len(self.sent) / sum(self.sent.values())
 
 
 def make_plan(shape: ModelShape, training: TrainingLayout, rollout: RolloutLayout) -> Plan:
-    """The plan.
+    """Return the plan.
 
     Args:
         shape: of the model.
@@ -133,49 +133,49 @@ def make_plan(shape: ModelShape, training: TrainingLayout, rollout: RolloutLayou
         UserError: a layout does not fit the model.
     """
     served = [served_parameters(shape, rollout, tp_rank) for tp_rank in range(rollout.tp_size)]
-    pieces = list(_pieces(_sources(shape, training), served))
-    count = len(pieces)
+    overlaps = list(_overlaps(_sources(shape, training), served))
+    count = len(overlaps)
     loads: dict[int, int] = dict.fromkeys(range(training.num_ranks), 0)
     received: dict[int, int] = defaultdict(int)
     senders = [0] * (count * rollout.num_servers)
-    # Largest first, each to the holder that has sent least: what is left in the end is small enough to level it.
-    for index in sorted(range(len(senders)), key=lambda i: -prod(pieces[i % count].size)):
-        piece = pieces[index % count]
-        senders[index] = min(piece.holders, key=loads.__getitem__)
-        loads[senders[index]] += prod(piece.size)
+    # Largest first, each to the holder that has sent least: the last ones are small enough to level the loads.
+    for index in sorted(range(len(senders)), key=lambda i: -prod(overlaps[i % count].size)):
+        overlap = overlaps[index % count]
+        senders[index] = min(overlap.holders, key=loads.__getitem__)
+        loads[senders[index]] += prod(overlap.size)
     copies = []
     for index, sender in enumerate(senders):
         server, number = divmod(index, count)
-        piece = pieces[number]
-        receiver = server * rollout.tp_size + piece.tp_rank
-        received[receiver] += prod(piece.size)
-        copies.append(Copy(sender, receiver, piece))
-    parts = (part for of_rank in served for parameter in of_rank for part in parameter.parts)
-    held = sum(prod(part.size) for part in parts) * rollout.num_servers
-    return Plan(pieces, copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
+        overlap = overlaps[number]
+        receiver = server * rollout.tp_size + overlap.tp_rank
+        received[receiver] += prod(overlap.size)
+        copies.append(Copy(sender, receiver, overlap))
+    served_boxes = (box for of_rank in served for parameter in of_rank for box in parameter.boxes)
+    held = sum(prod(box.size) for box in served_boxes) * rollout.num_servers
+    return Plan(overlaps, copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
 
 
-def _pieces(sources: dict[str, list[_Source]], served: list[list[ServedParameter]]) -> Iterator[Piece]:
+def _overlaps(sources: dict[str, list[_TrainerBox]], served: list[list[ServedParameter]]) -> Iterator[Overlap]:
     count = 0
     for tp_rank, parameters in enumerate(served):
         for parameter in parameters:
-            for part in parameter.parts:
-                for source in sources[part.hf_name]:
-                    shared = _meet(part.hf_start, part.size, source.hf_start, source.size)
+            for box in parameter.boxes:
+                for source in sources[box.hf_name]:
+                    shared = _meet(box.hf_start, box.size, source.hf_start, source.size)
                     if shared is None:
                         continue
                     start, size = shared
                     source_start = _shift(start, source.hf_start, source.start)
-                    target_start = _shift(start, part.hf_start, part.start)
-                    yield Piece(
-                        count, part.hf_name, start, size, source.name, source_start, parameter.name, target_start, tp_rank,
+                    target_start = _shift(start, box.hf_start, box.start)
+                    yield Overlap(
+                        count, box.hf_name, start, size, source.name, source_start, parameter.name, target_start, tp_rank,
                         tuple(source.ranks),
                     )  # fmt: skip
                     count += 1
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _TrainerBox:
     """A box of a Hugging Face tensor, and the ranks that hold it."""
 
     name: str
@@ -185,14 +185,14 @@ class _Source:
     ranks: list[int]
 
 
-def _sources(shape: ModelShape, training: TrainingLayout) -> dict[str, list[_Source]]:
-    found: dict[str, list[_Source]] = defaultdict(list)
+def _sources(shape: ModelShape, training: TrainingLayout) -> dict[str, list[_TrainerBox]]:
+    found: dict[str, list[_TrainerBox]] = defaultdict(list)
     for entry in entries(shape).values():
         if entry.is_copy:
             continue
         for rank, size, ranks in training.holders(entry, shape):
             for box in boxes(entry.kind, shape, rank, size):
-                source = _Source(entry.name, box.shard_start, box.hf_start, box.size, ranks)
+                source = _TrainerBox(entry.name, box.shard_start, box.hf_start, box.size, ranks)
                 found[entry.hf_names[box.tensor]].append(source)
             if entry.kind.name == "replicated":  # every rank of the cut has all of it
                 found[entry.hf_names[0]][-1].ranks.extend(
@@ -203,24 +203,24 @@ def _sources(shape: ModelShape, training: TrainingLayout) -> dict[str, list[_Sou
 
 
 def _meet(a_start: Extent, a_size: Extent, b_start: Extent, b_size: Extent) -> tuple[Extent, Extent] | None:
-    """Start and size of what two rectangles share."""
+    """Return start and size of the overlap of two rectangles, or None."""
     start = tuple(map(max, a_start, b_start))
     size = tuple(min(a + n, b + m) - s for a, n, b, m, s in zip(a_start, a_size, b_start, b_size, start, strict=True))
     return (start, size) if min(size) > 0 else None
 
 
 def _shift(start: Extent, origin: Extent, place: Extent) -> Extent:
-    """Where a corner lies once its rectangle's origin lies at ``place``, which may have dimensions in front."""
+    """Move a corner with its rectangle from ``origin`` to ``place``, which may have more dimensions in front."""
     front = len(place) - len(origin)
     return (*place[:front], *(p + s - o for p, s, o in zip(place[front:], start, origin, strict=True)))
 
 
 def rounds(plan: Plan) -> Iterator[list[Copy]]:
-    """Copies in rounds in which every rank sends to one rank at most, and gets from one at most; big pairs first."""
+    """Yield copies in rounds: each rank sends to at most one rank and receives from at most one; big pairs first."""
     pairs: dict[tuple[int, int], list[Copy]] = defaultdict(list)
     for copy in plan.copies:
         pairs[copy.sender, copy.receiver].append(copy)
-    heap = [(-sum(prod(c.piece.size) for c in of_pair), pair) for pair, of_pair in pairs.items()]
+    heap = [(-sum(prod(c.overlap.size) for c in of_pair), pair) for pair, of_pair in pairs.items()]
     heapq.heapify(heap)
     while heap:
         busy_senders: set[int] = set()

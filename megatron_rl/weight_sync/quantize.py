@@ -1,4 +1,4 @@
-"""FP8 weights for rollout servers: on whole tensors, or on any rectangle of one.
+"""FP8 weights for rollout servers: quantisation of whole tensors, or of any rectangle of one.
 
     q = e4m3(x / scale),  x' = q * scale,  scale = max |x| / 448 over a block
 
@@ -6,15 +6,15 @@
     block         128 x 128 of the tensor       NAME_scale_inv [R, C]   SGLang, transformers (DeepSeek-V3's format)
     tensor        all parts of a fused layer    NAME_scale []           SGLang
 
-Quantised are the linear layers of the decoder. Embedding, output layer, router, norms and biases keep their type.
+Only the linear layers of the decoder are quantised. Embedding, output layer, router, norms and biases keep their type.
 
 e4m3 has three bits of mantissa, and steps of 2^-9 below 2^-6. So with v = |x| / scale, half a step is
 
     |x - x'| <= scale * 2^(max(floor(log2 v), -6) - 4) + |x| * 2^-22
 
-at most max|x| / 28 of a block; the last term is float32's rounding and not there where scales are powers of two.
+at most max|x| / 28 of a block. The last term is float32's rounding; it is zero if scales are powers of two.
 
-Why one scale for all parts of a fused layer: with a scale a part SGLang takes the largest and rounds the other parts again.
+All parts of a fused layer share one scale, because SGLang would take the largest of several and round the other parts again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_rl.convert.architecture.shape import Dtype, ModelShape
-from megatron_rl.convert.hf.writer import Layout, LayoutWriter
+from megatron_rl.convert.hf.writer import HFLayout, LayoutWriter
 from megatron_rl.convert.tables.digest import digest
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import hf_tensors
@@ -42,43 +42,43 @@ LARGEST = 448.0
 BLOCK = 128
 
 _SMALLEST_SCALE = 2.0**-126
-"""The least normal float32: a quotient by less could overflow, and GPUs may take less for zero."""
+"""The least normal float32: a quotient by less could overflow, and GPUs may flush less to zero."""
 _BAND_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
-"""Widened to float32 at a time: what a core's cache holds, or what keeps a GPU busy."""
+"""Elements widened to float32 at a time: they fit a core's cache, or keep a GPU busy."""
 _KEPT = ("embed_tokens", "lm_head", "gate", "router")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Layers that SGLang stacks into one; the third as Mixtral's experts name them, the last is DeepSeek's."""
 
 
 Padding = tuple[int, int, int, int]
-"""Left, right, top, bottom."""
+"""(left, right, top, bottom)."""
 
 
 @dataclass(frozen=True)
 class Fp8Format:
-    """How weights are stored in eight bits."""
+    """The storage format of weights in eight bits."""
 
     granularity: Literal["block", "tensor"] = "block"
     power_of_two: bool = False
-    """Scales are rounded up to powers of two: what e8m0 can hold. SGLang then also quantises activations that way."""
+    """Scales are rounded up to powers of two, which e8m0 can hold. SGLang then also quantises activations that way."""
 
     def scale_name(self, name: str) -> str:
-        """Name of the tensor with the scales of ``name``."""
+        """Return the name of the tensor with the scales of ``name``."""
         return name + ("_scale_inv" if self.granularity == "block" else "_scale")
 
     def scale_shape(self, extent: Extent) -> Extent:
-        """Shape of that tensor: one number a block, or none."""
+        """Return the shape of that tensor: one number for each block, or a scalar."""
         return _grid(extent) if self.granularity == "block" else ()
 
 
 def is_quantized(name: str, extent: Extent) -> bool:
-    """Whether a Hugging Face tensor is the weight of one of the decoder's linear layers, its router apart."""
+    """Check whether a Hugging Face tensor is the weight of a linear layer of the decoder, routers excluded."""
     layer = name.split(".")[-2] if "." in name else ""
     return name.startswith("model.layers.") and name.endswith(".weight") and len(extent) == 2 and layer not in _KEPT
 
 
 def parts_of_fused(name: str) -> tuple[str, ...]:
-    """All weights that SGLang keeps as one layer together with this one, itself included."""
+    """Return all weights that SGLang fuses into one layer with this one, itself included."""
     prefix, layer, last = name.rsplit(".", 2)
     for parts in _FUSED:
         if layer in parts:
@@ -87,14 +87,14 @@ def parts_of_fused(name: str) -> tuple[str, ...]:
 
 
 def block_amax(name: str, piece: Tensor, start: Extent = (0, 0)) -> Tensor:
-    """The largest |x| of each block that a rectangle of a tensor touches.
+    """Return the largest |x| of each block that a rectangle of a tensor touches.
 
-    Where ranks hold parts of one block, the maximum over the ranks is the block's.
+    If ranks hold parts of one block, the maximum over the ranks is the block's.
 
     Args:
         name: of the tensor, for messages.
         piece: [rows, columns] of any floating type.
-        start: where in the tensor it lies.
+        start: its corner in the tensor.
 
     Returns:
         [block rows, block columns] float32; the first is the block of ``start``.
@@ -115,11 +115,11 @@ def block_amax(name: str, piece: Tensor, start: Extent = (0, 0)) -> Tensor:
 
 
 def scales(amax: Tensor, fmt: Fp8Format) -> Tensor:
-    """Scales of blocks with these largest values; 1 for a block of zeros.
+    """Return the scales of blocks with these largest values; 1 for a block of zeros.
 
     Args:
         amax: float32 of any shape, finite and not negative.
-        fmt: whether they are powers of two.
+        fmt: says whether they are powers of two.
     """
     if fmt.power_of_two:
         mantissa, exponent = torch.frexp(amax)  # 448 is 0.875 * 2^9: whole numbers, so nothing is rounded
@@ -135,7 +135,7 @@ def cast(piece: Tensor, scale: Tensor, start: Extent = (0, 0)) -> Tensor:
     Args:
         piece: [rows, columns] of any floating type, finite.
         scale: one number for all of it ([]), or one for each block that it touches, as ``block_amax`` returns them.
-        start: where in the tensor the piece lies.
+        start: corner of the piece in the tensor.
 
     Returns:
         [rows, columns] float8_e4m3fn.
@@ -180,7 +180,7 @@ def quantize(name: str, tensor: Tensor, fmt: Fp8Format, *, amax: Tensor | None =
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that a quantised tensor stands for: the slow reference.
+    """Return the values that a quantised tensor stands for: the slow reference.
 
     Args:
         weight: [rows, columns] float8_e4m3fn.
@@ -196,12 +196,12 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
 def quantized(
     tensors: Iterable[tuple[str, Tensor]], fmt: Fp8Format, *, digests: dict[str, int] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """What to send to a server of the FP8 checkpoint, from the tensors of the trained model.
+    """Quantise the trained model's tensors for servers that hold FP8 weights.
 
     Args:
         tensors: (Hugging Face name, tensor), any order, any device. With ``granularity="tensor"`` the parts of a fused
-            layer are held until all are there: they must not change until then.
-        fmt: what the server was started with.
+            layer are held until all have come: they must not change until then.
+        fmt: the server's format.
         digests: receives the digest of each tensor that is yielded, by name. One of no dimensions counts as [1].
 
     Yields:
@@ -230,7 +230,7 @@ def _quantized(tensors: Iterable[tuple[str, Tensor]], fmt: Fp8Format) -> Iterato
             group[name] = tensor
             if len(group) == len(parts):
                 yield from _with_one_scale(waiting.pop(parts), fmt)
-    for group in waiting.values():  # a model need not have all parts: some DeepSeek models have no q_a_proj
+    for group in waiting.values():  # some DeepSeek models have no q_a_proj
         yield from _with_one_scale(group, fmt)
 
 
@@ -245,13 +245,13 @@ def _named(name: str, found: tuple[Tensor, Tensor], fmt: Fp8Format) -> Iterator[
     yield fmt.scale_name(name), found[1]
 
 
-def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch.dtype) -> Layout:
-    """Shape and dtype of each tensor that ``quantized`` yields.
+def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch.dtype) -> HFLayout:
+    """Return shape and dtype of each tensor that ``quantized`` yields.
 
     Args:
         extents: of the model's own tensors (``convert.tables.table.hf_tensors``).
         fmt: the format.
-        dtype: of those that stay as they are.
+        dtype: of those that are not quantised.
     """
     layout: dict[str, tuple[Extent, torch.dtype]] = {}
     for name, extent in extents.items():
@@ -264,12 +264,12 @@ def quantized_layout(extents: Mapping[str, Extent], fmt: Fp8Format, dtype: torch
 
 
 def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """A router's correction bias decides by small differences: it is stored in float32, whatever the weights are in."""
+    """Return the dtype of a tensor that is not quantised; small differences of a correction bias need float32."""
     return torch.float32 if name.endswith(".e_score_correction_bias") else dtype
 
 
 def quantization_config(names: Iterable[str], fmt: Fp8Format) -> dict[str, object]:
-    """``quantization_config`` of config.json, as SGLang and transformers read it.
+    """Return ``quantization_config`` of config.json, as SGLang and transformers read it.
 
     Args:
         names: of the model's tensors.
@@ -290,20 +290,19 @@ def quantization_config(names: Iterable[str], fmt: Fp8Format) -> dict[str, objec
 
 
 def check_served(shape: ModelShape, fmt: Fp8Format, layout: RolloutLayout) -> None:
-    """Raises ``UserError`` where SGLang would refuse the format: a rank's part of a layer must consist of whole blocks.
+    """Raise ``UserError`` if SGLang would refuse the format: a rank's part of a layer must consist of whole blocks.
 
     Args:
         shape: of the model.
         fmt: the format; scales of whole tensors fit any layout.
         layout: of the servers.
     """
-    if (
-        fmt.granularity == "tensor" or shape.latent is not None
-    ):  # latent attention is not cut in ``served``: SGLang says
+    # ``served`` does not cut latent attention: there SGLang itself refuses.
+    if fmt.granularity == "tensor" or shape.latent is not None:
         return
     extents = hf_tensors(shape)
     for parameter in served_parameters(shape, layout, tp_rank=0):
-        for part in parameter.parts:
+        for part in parameter.boxes:
             extent = extents[part.hf_name]
             if not is_quantized(part.hf_name, extent):
                 continue
@@ -322,7 +321,7 @@ def export_fp8(
     tensors: Iterable[tuple[str, Tensor]], directory: str | Path, shape: ModelShape, fmt: Fp8Format, *,
     source: str | Path, dtype: Dtype | None = None,
 ) -> dict[str, int]:  # fmt: skip
-    """Write a Hugging Face checkpoint in FP8, as a whole or not at all.
+    """Write a Hugging Face checkpoint in FP8, whole or not at all, for a server given by URL to start from.
 
     Args:
         tensors: (Hugging Face name, tensor): all of the model's, in any order.
@@ -330,7 +329,7 @@ def export_fp8(
         shape: of the model.
         fmt: the format.
         source: the checkpoint that the model came from.
-        dtype: of what is not quantised; by default the source's.
+        dtype: of tensors that are not quantised; by default the source's.
 
     Returns:
         Digest of each written tensor.
@@ -356,11 +355,11 @@ def _grid(extent: Extent) -> Extent:
 
 
 def _padded(band: Tensor, padding: Padding) -> Tensor:
-    return pad(band, padding) if any(padding) else band  # torch would copy
+    return pad(band, padding) if any(padding) else band  # torch copies even without padding
 
 
 def _bands(piece: Tensor, start: Extent) -> tuple[Extent, Iterator[tuple[slice, slice, Padding]]]:
-    """A rectangle cut into bands of whole block rows.
+    """Cut a rectangle into bands of whole block rows.
 
     Returns:
         (number of blocks touched along each dimension; of each band: its rows in the piece, its block rows, and the padding

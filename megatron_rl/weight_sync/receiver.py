@@ -1,17 +1,17 @@
-"""The server's end: runs inside each tensor-parallel rank of an SGLang server, as its custom weight loader.
+"""The server's end of a transfer: the custom weight loader inside each tensor-parallel rank of an SGLang server.
 
     server --custom-weight-loader megatron_rl.weight_sync.receiver.load
-    POST /update_weights_from_tensor {"load_format": the same name, one tensor: a recipe}
+    POST /update_weights_from_tensor {"load_format": the same name, one tensor: a spec}
 
-The recipe holds no weights but what the rank needs to work the plan out by itself and to meet the trainer. The rank takes
-part in three exchanges through the trainer's store, and may be told to give up at any of them:
+The spec holds no weights, only what the rank needs to compute the plan and to meet the trainer. The rank takes part in three
+exchanges through the trainer's store, and any of them may tell it to give up:
 
-    ready       ->  which process group it still has, and whether its parameters are those of the table
+    ready       ->  the process group it still has, and whether its parameters are those of the table
     group       <-  the group to receive over; empty: without this server
-    report      ->  the digests of what it now holds, read back from the parameters, or what went wrong
+    report      ->  the digests of its parameters after the transfer, or the error
 
-An exception that left the loader would end the server, so none does; what stays behind is told in the report, and the
-trainer does not let the server serve.
+An exception that left the loader would end the server, so none does: errors go into the report, and the trainer does not let
+the server serve.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from torch import Tensor
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.weight_sync.mailbox import Mailbox
-from megatron_rl.weight_sync.messages import Message, digest_pieces, make_messages, receive_messages
-from megatron_rl.weight_sync.plan import Piece, TrainingLayout, make_plan
+from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, receive_messages
+from megatron_rl.weight_sync.plan import Overlap, TrainingLayout, make_plan
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 
 
 class TimedWork(Protocol):
-    """A message under way."""
+    """A message in transit."""
 
     def wait(self, timeout: timedelta = ..., /) -> object:
-        """Until it is done; raises RuntimeError when the other end is gone or too slow."""
+        """Wait for the end of the transfer; raises RuntimeError if the other end is gone or too slow."""
         ...
 
 
 class Channel(Protocol):
-    """A process group as both ends use it."""
+    """The part of a process group that both ends use."""
 
     def send(self, tensors: list[Tensor], destination: int, tag: int, /) -> TimedWork:
         """Start to send one tensor."""
@@ -61,16 +61,16 @@ class Channel(Protocol):
 
 
 JOIN_S = 20.0
-"""All members of a group have said that they are ready: then it takes moments, or one of them has died."""
+"""Limit of joining a group. All members have said that they are ready, so it takes moments unless one has died."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a server rank is told. Travels as a pickle, as everything to this endpoint does."""
+class TransferSpec:
+    """Description of a transfer for a server rank. It travels as a pickle, as everything to this endpoint does."""
 
     host: str
     port: int
-    """Of the trainer's store."""
+    """Port of the trainer's store."""
     attempt: str
     """Prefix of this transfer's keys."""
     server: int
@@ -84,12 +84,12 @@ class Recipe:
     timeout_s: float
 
     def key(self, what: str, tp_rank: int | None = None) -> str:
-        """In the store."""
+        """Return a key of this transfer in the store."""
         return f"{self.attempt}/{self.server}/{what}" + ("" if tp_rank is None else f"/{tp_rank}")
 
 
 def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout_s: float) -> Channel:
-    """A process group of its own, apart from the default one, or what stands for one; every member calls this."""
+    """Make a process group apart from the default one, or a ``Mailbox`` in its place; every member calls this."""
     own = dist.PrefixStore(name, store)
     if backend == "ipc":
         return Mailbox(own, rank, timeout_s)
@@ -101,7 +101,7 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
 
 
 def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """What SGLang calls in every rank, with one tensor: a recipe. Never raises."""
+    """Load weights: SGLang calls this in every rank with one tensor, a pickled ``TransferSpec``. Never raises."""
     try:
         from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
@@ -116,72 +116,72 @@ def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:
 
     Args:
         model: its parameters have SGLang's names and this rank's shapes.
-        payload: a pickled ``Recipe``.
+        payload: a pickled ``TransferSpec``.
         tp_rank: of the rank in its server.
     """
     try:
-        recipe: Recipe = pickle.loads(payload)
-        store = dist.TCPStore(recipe.host, recipe.port, is_master=False, timeout=timedelta(seconds=recipe.timeout_s))
-        report = _receive(model, recipe, store, tp_rank)
+        spec: TransferSpec = pickle.loads(payload)
+        store = dist.TCPStore(spec.host, spec.port, is_master=False, timeout=timedelta(seconds=spec.timeout_s))
+        report = _receive(model, spec, store, tp_rank)
     except Exception as error:
         traceback.print_exc()
         _groups.clear()
         report = {"error": f"{type(error).__name__}: {error}"[:2000]}
     try:
-        store.set(recipe.key("report", tp_rank), json.dumps(report))
-    except Exception:  # nobody to report to: the trainer sees that no report came
+        store.set(spec.key("report", tp_rank), json.dumps(report))
+    except Exception:  # the trainer notices that no report came
         traceback.print_exc()
 
 
 _groups: dict[str, Channel] = {}
-"""At most one: the group of the last transfer."""
+"""Group of the last transfer; at most one."""
 
 
-def _receive(model: torch.nn.Module, recipe: Recipe, store: dist.Store, tp_rank: int) -> dict[str, Any]:
+def _receive(model: torch.nn.Module, spec: TransferSpec, store: dist.Store, tp_rank: int) -> dict[str, Any]:
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    ready = {"groups": list(_groups), "unfit": unfitness(parameters, recipe.shape, recipe.rollout, tp_rank)}
-    store.set(recipe.key("ready", tp_rank), json.dumps(ready))
-    name = store.get(recipe.key("group")).decode()
+    ready = {"groups": list(_groups), "unfit": unfitness(parameters, spec.shape, spec.rollout, tp_rank)}
+    store.set(spec.key("ready", tp_rank), json.dumps(ready))
+    name = store.get(spec.key("group")).decode()
     if not name:
         return {"error": "told to give up"}
-    rank = recipe.training.num_ranks + tp_rank
+    rank = spec.training.num_ranks + tp_rank
     if name not in _groups:
         _groups.clear()
-        size = recipe.training.num_ranks + recipe.rollout.tp_size
-        _groups[name] = make_group(recipe.backend, store, name, rank, size, min(JOIN_S, recipe.timeout_s))
+        size = spec.training.num_ranks + spec.rollout.tp_size
+        _groups[name] = make_group(spec.backend, store, name, rank, size, min(JOIN_S, spec.timeout_s))
     group = _groups[name]
-    messages, pieces = _mine(recipe, tp_rank)
+    messages, overlaps = _mine(spec, tp_rank)
     started = time.monotonic()
-    limit = timedelta(seconds=recipe.timeout_s)
+    limit = timedelta(seconds=spec.timeout_s)
 
     def receive(flat: Tensor, message: Message) -> _Receipt:
         return _Receipt(group.recv([flat], message.sender, message.tag), limit)
 
-    receive_messages(messages, parameters, dtype=recipe.dtype, receive=receive)
+    receive_messages(messages, parameters, dtype=spec.dtype, receive=receive)
     received = time.monotonic()
-    digests = digest_pieces(pieces, parameters, hf_tensors(recipe.shape), dtype=recipe.dtype, is_sender=False)
+    digests = digest_overlaps(overlaps, parameters, hf_tensors(spec.shape), dtype=spec.dtype, is_sender=False)
     return {
         "digests": encode(digests),
         "receive_s": received - started,
         "digest_s": time.monotonic() - received,
-        "bytes": sum(message.num_elements for message in messages) * recipe.dtype.itemsize,
+        "bytes": sum(message.num_elements for message in messages) * spec.dtype.itemsize,
     }
 
 
 @dataclass(frozen=True)
 class _Receipt:
-    """A message on its way here. The group's own limit is that for joining; a transfer may take longer."""
+    """A message to this rank. The group's own limit is that for joining; a transfer may take longer."""
 
     work: TimedWork
     limit: timedelta
 
     def wait(self) -> None:
-        """Until it is here; raises RuntimeError when the sender is gone or too slow."""
+        """Wait for the message; raises RuntimeError if the sender is gone or too slow."""
         self.work.wait(self.limit)
 
 
 def unfitness(parameters: dict[str, Tensor], shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> str | None:
-    """Why the parameters of a server rank are not those that the plan fills, or None."""
+    """Return why a server rank's parameters are not those that the plan fills, or None."""
     expected = {parameter.name: parameter.shape for parameter in served_parameters(shape, layout, tp_rank)}
     if shape.tied:  # the output layer's parameter is the embedding's, under its first name
         expected.pop("lm_head.weight", None)
@@ -193,24 +193,24 @@ def unfitness(parameters: dict[str, Tensor], shape: ModelShape, layout: RolloutL
 
 
 def encode(digests: list[int]) -> str:
-    """As text: little-endian 64-bit numbers in base64."""
+    """Encode digests as text: little-endian 64-bit numbers in base64."""
     return base64.b64encode(numpy.array(digests, dtype="<u8").tobytes()).decode()
 
 
 def decode(text: str) -> list[int]:
-    """The inverse of ``encode``."""
+    """Decode the text of ``encode``."""
     return numpy.frombuffer(base64.b64decode(text), dtype="<u8").tolist()
 
 
-def _mine(recipe: Recipe, tp_rank: int) -> tuple[list[Message], list[Piece]]:
-    me = recipe.server * recipe.rollout.tp_size + tp_rank
-    return _of_receiver(recipe.shape, recipe.training, recipe.rollout, recipe.bucket_elements, me)
+def _mine(spec: TransferSpec, tp_rank: int) -> tuple[list[Message], list[Overlap]]:
+    me = spec.server * spec.rollout.tp_size + tp_rank
+    return _of_receiver(spec.shape, spec.training, spec.rollout, spec.bucket_elements, me)
 
 
 @lru_cache(maxsize=1)
 def _of_receiver(
     shape: ModelShape, training: TrainingLayout, rollout: RolloutLayout, bucket_elements: int, me: int
-) -> tuple[list[Message], list[Piece]]:
+) -> tuple[list[Message], list[Overlap]]:
     plan = make_plan(shape, training, rollout)
     messages = [m for m in make_messages(plan, bucket_elements=bucket_elements) if m.receiver == me]
-    return messages, [piece for piece in plan.pieces if piece.tp_rank == me % rollout.tp_size]
+    return messages, [overlap for overlap in plan.overlaps if overlap.tp_rank == me % rollout.tp_size]

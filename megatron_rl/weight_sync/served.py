@@ -1,6 +1,6 @@
-"""What each rank of an SGLang server holds: its parameters, and the boxes of Hugging Face tensors that they are made of.
+"""Parameters of each rank of an SGLang server, and the boxes of Hugging Face tensors that they are made of.
 
-Read from SGLang 0.5.23's layers (QKVParallelLinear, MergedColumnParallelLinear, VocabParallelEmbedding, FusedMoE):
+From SGLang 0.5.23's layers (QKVParallelLinear, MergedColumnParallelLinear, VocabParallelEmbedding, FusedMoE):
 
     qkv_proj, gate_up_proj     the rank's rows of q, k, v (of gate, up), stacked; fewer key-value heads than ranks: repeated
     o_proj, down_proj          the rank's columns
@@ -28,15 +28,15 @@ class RolloutLayout:
     num_servers: int = 1
     tp_size: int = 1
     ep_size: int = 1
-    """Of the ``tp_size`` ranks, groups that share the experts out; within a group each expert is cut."""
+    """Groups among the ``tp_size`` ranks that divide the experts between them; within a group each expert is cut."""
 
     @property
     def num_ranks(self) -> int:
-        """Over all servers."""
+        """Ranks of all servers."""
         return self.num_servers * self.tp_size
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ``UserError`` where SGLang could not serve the model this way, or we do not know how it would."""
+        """Raise ``UserError`` if SGLang could not serve the model this way, or its way is unknown here."""
         _check_family(shape)
         tp_size, heads, kv_heads = self.tp_size, shape.num_attention_heads, shape.num_key_value_heads
         if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
@@ -63,15 +63,15 @@ def _check_family(shape: ModelShape) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class ServedBox:
     """A rectangle of a Hugging Face tensor, and where it lies in a server rank's parameter."""
 
     hf_name: str
     hf_start: Extent
     start: Extent
-    """In the parameter. An expert's part has one dimension more than its tensor: the expert's place comes first."""
+    """Corner in the parameter. An expert's box has one more dimension than its tensor: the expert's place comes first."""
     size: Extent
-    """In the tensor."""
+    """Size in the tensor."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class ServedParameter:
 
     name: str
     shape: Extent
-    parts: tuple[Part, ...]
-    """They cover it without overlap; what none covers is padding of the vocabulary."""
+    boxes: tuple[ServedBox, ...]
+    """Boxes that cover the parameter without overlap, except for padding of the vocabulary."""
 
 
 _STACKED = {
@@ -91,13 +91,13 @@ _STACKED = {
 """Hugging Face layer -> SGLang's fused one, and the place in it."""
 _BY_COLUMNS = ("o_proj", "down_proj")
 _EXPERT_LAYERS = {"mixtral": ("w1", "w3", "w2")}
-"""Gate, up and down projection of an expert, where a family has other names than most."""
+"""Gate, up and down projection of an expert, for families with other names than most."""
 _USUAL_EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj")
 _VOCABULARY = ("embed_tokens", "lm_head")
 
 
 def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> list[ServedParameter]:
-    """All parameters of one rank of a server, in the order of the model.
+    """Return all parameters of one rank of a server, in the order of the model.
 
     Raises:
         UserError: the layout does not fit the model.
@@ -118,25 +118,25 @@ def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) ->
             rows = -(-shape.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE // layout.tp_size
             start = tp_rank * rows
             count = max(0, min(rows, shape.vocab_size - start))
-            parts = (Part(name, (start, 0), (0, 0), (count, extent[1])),) if count else ()
-            found.append(ServedParameter(target, (rows, extent[1]), parts))
+            boxes = (ServedBox(name, (start, 0), (0, 0), (count, extent[1])),) if count else ()
+            found.append(ServedParameter(target, (rows, extent[1]), boxes))
         elif layer in _BY_COLUMNS and len(extent) == 2:
             columns = extent[1] // layout.tp_size
             size = (extent[0], columns)
-            found.append(ServedParameter(target, size, (Part(name, (0, tp_rank * columns), (0, 0), size),)))
+            found.append(ServedParameter(target, size, (ServedBox(name, (0, tp_rank * columns), (0, 0), size),)))
         else:
             corner = tuple(0 for _ in extent)
-            found.append(ServedParameter(target, extent, (Part(name, corner, corner, extent),)))
+            found.append(ServedParameter(target, extent, (ServedBox(name, corner, corner, extent),)))
     return found
 
 
 def _layer(name: str) -> str:
-    """``model.layers.0.mlp.up_proj.weight`` -> ``up_proj``."""
+    """Return the layer of a name: ``model.layers.0.mlp.up_proj.weight`` -> ``up_proj``."""
     return name.rsplit(".", 2)[-2]
 
 
 def _target(name: str, shape: ModelShape) -> str:
-    """The parameter that a tensor is part of."""
+    """Return the parameter that a tensor is part of."""
     if ".experts." in name:
         prefix, rest = name.split(".experts.")
         down = _EXPERT_LAYERS.get(shape.family, _USUAL_EXPERT_LAYERS)[2]
@@ -146,7 +146,7 @@ def _target(name: str, shape: ModelShape) -> str:
 
 
 def _rows(layer: str, rows: int, shape: ModelShape, tp_size: int, tp_rank: int) -> tuple[int, int]:
-    """First row and number of rows of a rank."""
+    """Return the first row and the number of rows of a rank."""
     if layer in ("k_proj", "v_proj") and tp_size > shape.num_key_value_heads:
         repeats = tp_size // shape.num_key_value_heads
         return tp_rank // repeats * shape.head_dim, shape.head_dim
@@ -156,14 +156,14 @@ def _rows(layer: str, rows: int, shape: ModelShape, tp_size: int, tp_rank: int) 
 def _stacked(
     target: str, name: str, tensors: dict[str, Extent], shape: ModelShape, tp_size: int, tp_rank: int
 ) -> ServedParameter:
-    layer, position, parts = _layer(name), 0, []
+    layer, position, boxes = _layer(name), 0, []
     for other in sorted((key for key, (fused, _) in _STACKED.items() if fused == _STACKED[layer][0]), key=_place):
         extent = tensors[name.replace(layer, other)]
         start, count = _rows(other, extent[0], shape, tp_size, tp_rank)
         rest, corner = extent[1:], tuple(0 for _ in extent[1:])
-        parts.append(Part(name.replace(layer, other), (start, *corner), (position, *corner), (count, *rest)))
+        boxes.append(ServedBox(name.replace(layer, other), (start, *corner), (position, *corner), (count, *rest)))
         position += count
-    return ServedParameter(target, (position, *tensors[name][1:]), tuple(parts))
+    return ServedParameter(target, (position, *tensors[name][1:]), tuple(boxes))
 
 
 def _place(layer: str) -> int:
@@ -178,17 +178,17 @@ def _experts(target: str, name: str, shape: ModelShape, layout: RolloutLayout, t
     first = rank_in_expert * width
     prefix = name.split(".experts.")[0]
     gate, up, down = _EXPERT_LAYERS.get(shape.family, _USUAL_EXPERT_LAYERS)
-    parts: list[Part] = []
+    boxes: list[ServedBox] = []
     for place in range(held):
         expert = f"{prefix}.experts.{group * held + place}."
         if target.endswith("w2_weight"):
             size = (shape.hidden_size, width)
-            parts.append(Part(f"{expert}{down}.weight", (0, first), (place, 0, 0), size))
+            boxes.append(ServedBox(f"{expert}{down}.weight", (0, first), (place, 0, 0), size))
         else:
             size = (width, shape.hidden_size)
-            parts += [
-                Part(f"{expert}{half}.weight", (first, 0), (place, number * width, 0), size)
+            boxes += [
+                ServedBox(f"{expert}{half}.weight", (first, 0), (place, number * width, 0), size)
                 for number, half in enumerate((gate, up))
             ]
     whole = (held, shape.hidden_size, width) if target.endswith("w2_weight") else (held, 2 * width, shape.hidden_size)
-    return ServedParameter(target, whole, tuple(parts))
+    return ServedParameter(target, whole, tuple(boxes))

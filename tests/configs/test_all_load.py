@@ -20,7 +20,8 @@ GIVEN = ["policy.model_path=m", "data.train=t.jsonl", "data.task=gsm8k", "presam
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_loads(path: Path) -> None:
+def test_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(path.parent)  # examples are started in their folder, where modules of their own lie
     load_config(path, GIVEN)
 
 

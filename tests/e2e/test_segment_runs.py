@@ -19,7 +19,8 @@ TREE = (
     "overlong: {buffer: 12}}"
 )
 MASKED = (
-    "{name: grpo, num_prompts_per_step: 2, num_generations_per_prompt: 4, mask_threshold: 0.05, overlong: {buffer: 12}}"
+    "{name: grpo, num_prompts_per_step: 2, num_generations_per_prompt: 4, "
+    "selection: {max_probability: 0.05}, overlong: {buffer: 12}}"
 )
 
 
@@ -76,7 +77,9 @@ def test_two_ranks_give_the_result_of_one(case: Case, algorithm: str, layout: st
 def test_the_policy_can_be_asked_for_cut_points(case: Case) -> None:
     spo = case.with_algorithm(CHAIN)
     assert spo.run("exp_manager.name=rollout", "trainer.max_steps=1") == [0]
-    assert spo.run("exp_manager.name=policy", "trainer.max_steps=1", "algorithm.probabilities=policy", ranks=2) == [
+    assert spo.run(
+        "exp_manager.name=policy", "trainer.max_steps=1", "algorithm.selection.probabilities=policy", ranks=2
+    ) == [
         0,
         0,
     ]

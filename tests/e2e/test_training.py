@@ -77,7 +77,7 @@ def _megatron_log_probs(case: Case) -> list[torch.Tensor]:
     checkpoints = Checkpoints(case.root / "tiny/checkpoints", keep_last=1, groups=policy.groups, say=print)
     path = checkpoints.find(None)
     assert path is not None
-    checkpoints.load(path, policy)
+    checkpoints.load(path, policy.trainable)
     samples = random_samples()
     policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs")
     return [row.old_log_probs for row in samples]

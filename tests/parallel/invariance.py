@@ -73,16 +73,16 @@ def outside(outcome: Outcome, true: Outcome) -> dict[str, float]:
 
 def mutate_packs(change: Callable[[MicroBatch, list[TrainingSample], list[int]], None]) -> None:
     """Change every micro-batch once it is packed; for ``mutate``. ``change(batch, samples, its rows)``."""
-    from megatron_rl.model import step
+    from megatron_rl.model import trainable
 
-    pack = step.pack
+    pack = trainable.pack
 
     def wrong(samples, rows, layout):  # type: ignore[no-untyped-def]
         batch = pack(samples, rows, layout)
         change(batch, samples, rows)
         return batch
 
-    step.pack = wrong
+    trainable.pack = wrong
 
 
 def one_update(
@@ -101,12 +101,12 @@ def one_update(
 
 def never_pack() -> None:
     """Each row goes alone."""
-    from megatron_rl.model import step
+    from megatron_rl.model import trainable
 
     def alone(num_tokens, *, num_ranks, **_options):  # type: ignore[no-untyped-def]
         return [[[row] for row in range(rank, len(num_tokens), num_ranks)] for rank in range(num_ranks)]
 
-    step.plan_micro_batches = alone
+    trainable.plan_micro_batches = alone
 
 
 def entropies(
@@ -117,8 +117,8 @@ def entropies(
     config = config_of(model, *overrides, **layout)
     policy, algorithm = build_policy(config), build_algorithm(config)
     samples = [replace(row, old_log_probs=None) for row in samples]
-    policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs", with_entropy=True)
-    policy.optimizer.step = lambda: (True, 0.0, None)
+    policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs", "entropy")
+    policy.trainable.optimizer.step = lambda: (True, 0.0, None)
     assert policy.train_step(samples, algorithm.loss)["ratio/max_abs_log_ratio"] == 0.0
     fresh = [replace(row, old_log_probs=None) for row in samples]
     policy.train_step(fresh, algorithm.loss)

@@ -29,9 +29,9 @@ def go_on(
     policy = build_policy(config)
     checkpoints = Checkpoints(directory, keep_last=9, groups=policy.groups, say=print)
     if step:
-        checkpoints.load(directory / f"step_{step:08d}", policy)
+        checkpoints.load(directory / f"step_{step:08d}", policy.trainable)
     metrics = policy.train_step(samples, GRPO(config).loss)
-    checkpoints.save(step + 1, policy, {"step": step + 1})
+    checkpoints.save(step + 1, policy.trainable, {"step": step + 1})
     return metrics
 
 

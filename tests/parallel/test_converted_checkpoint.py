@@ -84,7 +84,7 @@ def save_step(model: Path, layout: dict, directory: Path) -> None:
     from megatron_rl.model.checkpoint import Checkpoints
 
     policy = build_policy(tiny_config(model, **layout))
-    Checkpoints(directory, keep_last=1, groups=policy.groups, say=print).save(1, policy, {"step": 1})
+    Checkpoints(directory, keep_last=1, groups=policy.groups, say=print).save(1, policy.trainable, {"step": 1})
 
 
 def save_apart(model: Path, layout: dict, directory: Path) -> None:

@@ -124,13 +124,13 @@ def test_auxiliary_losses_when_layers_are_recomputed(model: Path, batch: list, b
 
 
 def count_padding() -> None:
-    from megatron_rl.model.experts import Router
+    from megatron_rl.model.experts import ExpertRouter
 
     def wrong(self, num_tokens: int):  # type: ignore[no-untyped-def]
         sequence = self._mine(self.pack.sequence, num_tokens).clamp(min=0)
         return sequence, torch.ones_like(sequence, dtype=torch.bool)
 
-    Router._sequences = wrong
+    ExpertRouter._sequences = wrong
 
 
 def count_local_tokens() -> None:

@@ -24,7 +24,7 @@ from megatron_rl.doctor import exactness
 from megatron_rl.doctor.exactness import LENGTHS, errors, load_reference, naive_log_probs
 from megatron_rl.doctor.small_model import write_small_model
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 from tests.forked import run_ranks
 from tests.parallel.invariance import config_of, num_ranks
 from tests.policy_case import build_policy
@@ -103,7 +103,7 @@ def rows_that_name_themselves(network: Any) -> list[TrainingSample]:
     generator, samples = torch.Generator().manual_seed(3), []
     for number, (prompt, response) in enumerate(LENGTHS):
         ids = torch.randint(0, 131 // len(LENGTHS), (prompt + response,), generator=generator) * len(LENGTHS) + number
-        row = TrainingSample(ids[:prompt], ids[prompt:], Kind.RL)
+        row = TrainingSample(ids[:prompt], ids[prompt:], RowKind.RL)
         row.advantages = torch.randn(1, generator=generator).expand(response).clone()
         row.weights = torch.full((response,), 1 / sum(length for _, length in LENGTHS))
         with torch.no_grad():

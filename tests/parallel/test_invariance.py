@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_rl.doctor.exactness import load_reference, naive_log_probs
-from megatron_rl.parallel.statistics import top_k_mask
+from megatron_rl.losses.selection import top_k_mask
 from tests.forked import run_ranks
 from tests.parallel.invariance import (
     assert_exact,
@@ -79,10 +79,10 @@ def test_selected_tokens_are_the_same(models: dict, recorded: dict, layout: dict
     network = load_reference(models[MODELS[0]])
     true = torch.cat([naive_log_probs(network, row)[1] for row in batch]).detach()
     count = len(true) // 5
-    wanted = top_k_mask(true.float(), torch.arange(len(true)), count)
+    wanted = top_k_mask(true.float(), count)
     threshold = float(true[wanted].min())
     for result in run_ranks(entropies, num_ranks(layout), models[MODELS[0]], batch, layout):
-        found = top_k_mask(torch.cat(result), torch.arange(len(true)), count)
+        found = top_k_mask(torch.cat(result), count)
         assert found.sum() == count
         assert ((true - threshold).abs()[found != wanted] < 1e-5).all()
 
@@ -91,9 +91,9 @@ def test_selected_tokens_are_the_same(models: dict, recorded: dict, layout: dict
 
 
 def divide_by_local_count() -> None:
-    from megatron_rl.model.step import Policy
+    from megatron_rl.model.trainable import Trainable
 
-    run = Policy._run
+    run = Trainable._run
 
     def wrong(self, micro_batches, loss_function, **options):  # type: ignore[no-untyped-def]
         total = sum(LENGTHS_OF_RESPONSES)
@@ -105,7 +105,7 @@ def divide_by_local_count() -> None:
 
         return run(self, micro_batches, local, **options)
 
-    Policy._run = wrong
+    Trainable._run = wrong
 
 
 def forget_the_other_ranks_queries() -> None:
@@ -120,7 +120,7 @@ def select_per_micro_batch() -> None:
 
     def select(batch, _samples, _rows):  # type: ignore[no-untyped-def]
         values = batch.vectors["old_log_probs"][batch.loss_mask]
-        batch.vectors["weights"][batch.loss_mask] *= top_k_mask(values, torch.arange(len(values)), len(values) // 5)
+        batch.vectors["weights"][batch.loss_mask] *= top_k_mask(values, len(values) // 5)
 
     mutate_packs(select)
 
@@ -128,7 +128,7 @@ def select_per_micro_batch() -> None:
 def _zero_all_but_top(samples: list) -> None:
     """Weights of the fifth of the tokens with the largest old log-probs stay."""
     values = torch.cat([row.old_log_probs for row in samples])
-    mask = top_k_mask(values, torch.arange(len(values)), len(values) // 5)
+    mask = top_k_mask(values, len(values) // 5)
     for row, chosen in zip(samples, mask.split([row.num_response_tokens for row in samples])):
         row.weights = row.weights * chosen
 

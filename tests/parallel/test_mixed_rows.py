@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 from tests.parallel.invariance import assert_exact, mutate_packs, outcomes, outside, recorded_batch, reference
 from tests.tiny_models import make_tiny_model
 
@@ -81,15 +81,15 @@ def route_by_the_first_row() -> None:
 
 
 def forget_who_is_stored() -> None:
-    from megatron_rl.algorithms import dph_rl
+    from megatron_rl.algorithms.parts import rehearsal
 
-    dph_rl.Kind = type("Kind", (), {"REHEARSAL": Kind.EDGE, "RL": Kind.RL})
+    rehearsal.RowKind = type("RowKind", (), {"REHEARSAL": RowKind.EDGE, "RL": RowKind.RL})
 
 
-@pytest.mark.parametrize("first", [Kind.RL, Kind.REHEARSAL], ids=lambda kind: kind.name)
-def test_routing_by_the_first_row_is_noticed(model: Path, first: Kind) -> None:
+@pytest.mark.parametrize("first", [RowKind.RL, RowKind.REHEARSAL], ids=lambda kind: kind.name)
+def test_routing_by_the_first_row_is_noticed(model: Path, first: RowKind) -> None:
     """Whichever kind the first row of the only micro-batch, the longest of all, is of."""
-    batch = recorded_batch(model, *JS, is_stored=lambda number: (number % 2 == 1) == (first == Kind.REHEARSAL))
+    batch = recorded_batch(model, *JS, is_stored=lambda number: (number % 2 == 1) == (first == RowKind.REHEARSAL))
     assert max(batch, key=lambda row: row.num_tokens).kind == first
     found = outcomes(model, batch, {"tp": 1}, JS, tokens=10_000, mutate=route_by_the_first_row)
     assert outside(found[0], reference(model, batch, *JS))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import build_algorithm
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 from tests.parallel.invariance import (
     assert_exact,
     config_of,
@@ -21,13 +21,16 @@ from tests.parallel.invariance import (
 )
 from tests.tiny_models import make_tiny_model
 
-CHAIN = ("algorithm.name=spo_chain", "algorithm.mask_threshold=0.01")
-TREE = ("algorithm={name: spo_tree, num_prompts_per_step: 4, mask_threshold: 0.01, kl: {coef: 0.01, estimator: k2}}",)
+CHAIN = ("algorithm.name=spo_chain", "algorithm.selection.max_probability=0.01")
+TREE = (
+    "algorithm={name: spo_tree, num_prompts_per_step: 4, selection: {max_probability: 0.01}}",
+    "algorithm.kl={coef: 0.01, estimator: k2}",
+)
 OTHERS = {
     "tree": TREE,
     "tree, constant divisor": (*TREE, "algorithm.loss_aggregation=seq-mean-token-sum-norm", "algorithm.kl.coef=0"),
     "chain, mean of rows": (*CHAIN, "algorithm.loss_aggregation=seq-mean-token-mean", "algorithm.kl.coef=0"),
-    "grpo": ("algorithm.mask_threshold=0.01",),
+    "grpo": ("algorithm.selection.max_probability=0.01",),
 }
 LAYOUTS = [
     {"tp": 2, "sp": True}, {"pp": 2, "vpp": 2}, {"cp": 2}, {"dp": 2}, {"cp": 2, "dp": 2},
@@ -45,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def edges_of(model: Path, settings: tuple[str, ...]) -> list[TrainingSample]:
     batch = recorded_batch(model, *settings, lengths=EDGES)
-    batch = [replace(row, kind=Kind.EDGE) for row in batch]
+    batch = [replace(row, kind=RowKind.EDGE) for row in batch]
     # One row without any token to learn from, as an edge has of which the policy was sure throughout.
     batch[2] = replace(batch[2], loss_mask=torch.zeros(1, dtype=torch.bool), weights=None)
     build_algorithm(config_of(model, *settings)).assign_weights(batch)

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import read_shape
-from megatron_rl.rollout.engine import Delivery
 from megatron_rl.weight_sync.messages import box
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
+from megatron_rl.weight_sync.shards import Delivery
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, tiny_config
 from tests.tiny_models import make_tiny_model
@@ -143,17 +143,17 @@ def as_trainer(model: Path, training: dict, servers: Servers, script: Script, ba
 
     from megatron_rl.weight_sync.layouts import training_layout
     from megatron_rl.weight_sync.publish import shards_of
-    from megatron_rl.weight_sync.shards import Meeting, ShardSender
+    from megatron_rl.weight_sync.shards import Rendezvous, ShardSender
 
     config = tiny_config(
         model, *training.get("overrides", ()), **{k: v for k, v in training.items() if k != "overrides"}
     )
     policy = build_policy(config)
     sender = ShardSender(
-        lambda: shards_of(policy),
+        lambda: shards_of(policy.trainable),
         policy.shape,
         training_layout(config, policy.shape),
-        Meeting("127.0.0.1", backend, timeout_s=20.0, bucket_bytes=BUCKET_BYTES),
+        Rendezvous("127.0.0.1", backend, timeout_s=20.0, bucket_bytes=BUCKET_BYTES),
         dtype=torch.float32,
         cpu_group=policy.groups.cpu_group,
     )
@@ -161,9 +161,7 @@ def as_trainer(model: Path, training: dict, servers: Servers, script: Script, ba
     post = servers.poster() if dist.get_rank() == 0 else None
 
     def send(*numbers: int) -> dict[int, Delivery]:
-        return sender.send(
-            numbers, num_servers=layout.num_servers, tp_size=layout.tp_size, ep_size=layout.ep_size, post=post
-        )
+        return sender.send(numbers, layout, post=post)
 
     return script(policy, sender, send, servers)
 
@@ -236,7 +234,7 @@ def test_servers_hold_what_the_checkpoint_says(
             for tp_rank in range(rollout.tp_size):
                 held = receivers.held(server, number, tp_rank)
                 for parameter in served_parameters(receivers.shape, rollout, tp_rank):
-                    for part in parameter.parts:
+                    for part in parameter.boxes:
                         mine = held[parameter.name][box(part.start, part.size)]
                         assert torch.equal(mine, factor * checkpoint[part.hf_name][box(part.hf_start, part.size)])
 
@@ -275,7 +273,7 @@ def with_a_flipped_bit(policy, sender, send, servers) -> list:  # type: ignore[n
     """One bit of one message of rank 1 is another on the wire, once."""
     from megatron_rl.weight_sync import shards
 
-    honest, count = shards._Link.send, [0]
+    honest, count = shards._Connection.send, [0]
 
     def flip(link: object, flat: Tensor, *rest: object) -> object:
         count[0] += 1
@@ -284,7 +282,7 @@ def with_a_flipped_bit(policy, sender, send, servers) -> list:  # type: ignore[n
             flat.view(torch.int32)[flat.numel() // 2] ^= 1 << 12
         return honest(link, flat, *rest)  # type: ignore[arg-type]
 
-    shards._Link.send = flip  # type: ignore[method-assign, assignment]
+    shards._Connection.send = flip  # type: ignore[method-assign, assignment]
     return [send(0)[0], send(0)[0]]
 
 
@@ -303,7 +301,7 @@ def with_a_dead_rank(policy, sender, send, servers) -> list:  # type: ignore[no-
     """A rank of server 0 dies once the others are sending; server 1 is none the worse."""
     from megatron_rl.weight_sync import shards
 
-    honest, count = shards._Link.send, [0]
+    honest, count = shards._Connection.send, [0]
 
     def kill(link: object, *rest: object) -> object:
         count[0] += 1
@@ -312,7 +310,7 @@ def with_a_dead_rank(policy, sender, send, servers) -> list:  # type: ignore[no-
             time.sleep(0.2)
         return honest(link, *rest)  # type: ignore[arg-type]
 
-    shards._Link.send = kill  # type: ignore[method-assign, assignment]
+    shards._Connection.send = kill  # type: ignore[method-assign, assignment]
     started = time.monotonic()
     first = send(0, 1)
     seconds = time.monotonic() - started

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megatron_rl.config import load_config
 from megatron_rl.convert.architecture.shape import read_shape
-from megatron_rl.rollout.engine import ServedModel, WeightSource
+from megatron_rl.rollout.engine import ServedModel
 from megatron_rl.rollout.sglang.engine import SGLangEngine
 from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.weight_sync.delivery import WeightDelivery, WholeTensors
 from tests.e2e.conftest import Case
 
 
@@ -37,7 +38,7 @@ def build_in_process(case: Case) -> TransformersEngine:
     )
 
 
-def weights_of(model_path: object) -> WeightSource:
+def weights_of(model_path: object) -> WeightDelivery:
     """The checkpoint's own weights, as often as they are asked for."""
     from transformers import AutoModelForCausalLM
 
@@ -46,4 +47,5 @@ def weights_of(model_path: object) -> WeightSource:
     def weights() -> Iterable[tuple[str, Tensor]]:
         return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
-    return weights
+    assert dist.group.WORLD is not None
+    return WeightDelivery(weights, [WholeTensors(weights, bucket_bytes=2**29, cpu_group=dist.group.WORLD)])

@@ -33,7 +33,7 @@ def plant() -> None:
 
     armed: list[str] = []
     honest = {
-        "publish": Run.publish, "join": shards.ShardSender._join, "send": shards._Link.send,
+        "publish": Run.publish, "join": shards.ShardSender._join, "send": shards._Connection.send,
         "conclude": shards.ShardSender._conclude,
     }  # fmt: skip
 
@@ -63,7 +63,7 @@ def plant() -> None:
 
     Run.publish = publish  # type: ignore[method-assign, assignment]
     shards.ShardSender._join = join  # type: ignore[method-assign, assignment]
-    shards._Link.send = send  # type: ignore[method-assign, assignment]
+    shards._Connection.send = send  # type: ignore[method-assign, assignment]
     shards.ShardSender._conclude = conclude  # type: ignore[method-assign, assignment]
 
 

@@ -63,7 +63,7 @@ def test_the_server_says_which_experts_it_chose(tmp_path: Path) -> None:
         ids = torch.cat([request.prompt_ids, completion.response_ids])
         with torch.no_grad():
             logits = model(ids[None]).logits[0, len(request.prompt_ids) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, completion.response_ids[:, None])[:, 0]
+        expected = logits.log_softmax(-1).gather(1, completion.response_ids.long()[:, None])[:, 0]
         torch.testing.assert_close(completion.log_probs, expected, atol=1e-3, rtol=0)
         assert completion.experts is not None and completion.experts.shape == (len(ids) - 1, LAYERS, CHOSEN)
         told, own = completion.experts.sort(-1).values, torch.stack(chosen, dim=1)[:-1].short().sort(-1).values

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, Request, TrainingSample
+from megatron_rl.types import Request, RowKind, TrainingSample
 from tests.e2e.conftest import Case
 from tests.forked import run_ranks
 from tests.servers.conftest import start_server, wait_until_ready
@@ -91,8 +91,8 @@ def publish_once(case: Case, url: str, is_fatal: bool) -> float:
     overrides = ["policy.megatron_cfg.tensor_model_parallel_size=2", "trainer.devices=2", *SMALL_MESSAGES]
     engine = build_engine(case, url, overrides=overrides)
     policy = build_policy(engine._config)
-    sync = WeightSync(engine._config, policy)
-    honest, count = shards._Link.send, [0]
+    sync = WeightSync(engine._config, policy.trainable)
+    honest, count = shards._Connection.send, [0]
 
     def die(link: Any, *rest: Any) -> Any:
         count[0] += 1
@@ -100,9 +100,9 @@ def publish_once(case: Case, url: str, is_fatal: bool) -> float:
             os.kill(os.getpid(), signal.SIGKILL)
         return honest(link, *rest)
 
-    shards._Link.send = die  # type: ignore[method-assign]
+    shards._Connection.send = die  # type: ignore[method-assign]
     sync.publish(engine, version=1)
-    proven = engine.metrics()["weight_sync/servers_proven"]
+    proven = sync.metrics["weight_sync/servers_proven"]
     engine.close()
     return proven
 
@@ -124,7 +124,7 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
     engine = build_engine(case, url, overrides=overrides)
     config = engine._config
     policy = build_policy(config)
-    sync = WeightSync(config, policy)
+    sync = WeightSync(config, policy.trainable)
     generator = torch.Generator().manual_seed(5)
     requests = [
         Request(torch.randint(5, 100, (length,), generator=generator), max_new_tokens=24, temperature=1.0)
@@ -144,17 +144,19 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
             time.sleep(0.7)  # some tokens are sampled from version 1
         flips.left = 1 if version == 3 and dist.get_rank() == 1 else 0
         sync.publish(engine, version=version)
-        metrics = engine.metrics()
+        metrics = engine.metrics() | dict(sync.metrics)
         found["mended"] += metrics.get("rollout/sync_mismatch", 0.0)
         assert not {"rollout/sync_failed", "rollout/sync_unfit"} & metrics.keys()
         found["proven"].append(metrics["weight_sync/servers_proven"])
         rows = [c for c in engine.generate(requests) if c is not None]
-        samples = [TrainingSample(r.prompt_ids, c.response_ids, Kind.RL) for r, c in zip(requests, rows, strict=True)]
+        samples = [
+            TrainingSample(r.prompt_ids, c.response_ids, RowKind.RL) for r, c in zip(requests, rows, strict=True)
+        ]
         policy.fill_log_probs(samples, [range(len(samples))], "old_log_probs")
         found["log_prob_errors"].append(
             max(float((s.old_log_probs - c.log_probs).abs().max()) for s, c in zip(samples, rows))
         )
-        probe = [TrainingSample(requests[3].prompt_ids, requests[2].prompt_ids, Kind.RL)]
+        probe = [TrainingSample(requests[3].prompt_ids, requests[2].prompt_ids, RowKind.RL)]
         policy.fill_log_probs(probe, [range(1)], "old_log_probs")
         found["moved"].append(float((probe[0].old_log_probs - last[-1]).abs().max()) if last else 1.0)
         last.append(probe[0].old_log_probs)
@@ -174,7 +176,7 @@ class FlippedBits:
     def __init__(self) -> None:
         from megatron_rl.weight_sync import shards
 
-        self.left, honest = 0, shards._Link.send
+        self.left, honest = 0, shards._Connection.send
 
         def send(link: Any, flat: torch.Tensor, *rest: Any) -> Any:
             if self.left:
@@ -183,7 +185,7 @@ class FlippedBits:
                 flat.view(torch.int32)[flat.numel() // 3] ^= 1
             return honest(link, flat, *rest)
 
-        shards._Link.send = send  # type: ignore[method-assign]
+        shards._Connection.send = send  # type: ignore[method-assign]
 
 
 def perturb(policy: Any, version: int) -> None:

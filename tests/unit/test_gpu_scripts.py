@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.slow  # whole scripts
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -86,7 +90,9 @@ def test_an_interrupted_runner_ends_its_job(tmp_path: Path) -> None:
     job.write_text(
         f"import os, pathlib, time\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
     )
-    program = f"import sys; sys.path.insert(0, 'benchmarks/gpu'); import run; run.run(({str(job)!r},), 60)"
+    # A shell's background jobs ignore the keyboard's interrupt, and their children inherit that.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{listen}; import sys; sys.path.insert(0, 'benchmarks/gpu'); import run; run.run(({str(job)!r},), 60)"
     runner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while not (pid_file.exists() and pid_file.read_text()):

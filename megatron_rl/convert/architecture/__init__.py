@@ -1,1 +1,1 @@
-"""What a model is, read from its Hugging Face config.json: sizes, layers, positions. Without torch."""
+"""The architecture of a model, read from its Hugging Face config.json without torch: sizes, layers, positions."""

@@ -1,4 +1,4 @@
-"""What only DeepSeek-V3's ``config.json`` says: latent attention, its router, FP8 weights."""
+"""Fields that only DeepSeek-V3's ``config.json`` has: latent attention, its router, FP8 weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_rl.convert.architecture.fields import ConfigFields
 
 NORM_EPS = 1e-6
-"""Of the norms over latents, whatever ``rms_norm_eps`` says."""
+"""Epsilon of the norms over latents, whatever ``rms_norm_eps`` says."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class LatentShape:
     """Length of the latent that queries come from; None: they come from the hidden state."""
     kv_lora_rank: int
     qk_nope_head_dim: int
-    """Of each query and key head, the part that is not rotated. Megatron: ``qk_head_dim``."""
+    """Dimensions of each query and key head that are not rotated. Megatron: ``qk_head_dim``."""
     qk_rope_head_dim: int
     """The rotated part; all key heads share it. Megatron: ``qk_pos_emb_head_dim``."""
     v_head_dim: int
 
     @property
     def qk_head_dim(self) -> int:
-        """Of a query or key head."""
+        """Dimensions of a query or key head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
@@ -34,14 +34,14 @@ class SigmoidRouter:
     """Experts scored one by one and chosen within the best groups (arXiv 2412.19437, section 2.1.2)."""
 
     num_groups: int
-    """1: chosen among all."""
+    """1: experts are chosen among all."""
     groups_per_tok: int
     scaling_factor: float
-    """What the chosen experts' weights sum to."""
+    """Sum of the chosen experts' weights."""
 
 
 def read_latent(config: ConfigFields) -> LatentShape:
-    """Sizes of the attention; refuses what Megatron's has no place for."""
+    """Read the attention's sizes; refuse what Megatron's attention cannot express."""
     if config.boolean("attention_bias", False):
         raise config.error("attention_bias", "biases in latent attention are not implemented", "use a model without")
     if not config.boolean("rope_interleave", True):
@@ -69,7 +69,7 @@ def read_latent(config: ConfigFields) -> LatentShape:
 
 
 def read_router(config: ConfigFields, *, num_experts: int, num_chosen: int) -> SigmoidRouter:
-    """Groups and scale; refuses other ways to score, choose and weigh."""
+    """Read groups and scale; refuse other ways to score, choose and weigh."""
     for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         if config.get(key, only) != only:
             raise config.error(key, f"only {only!r} is implemented", "use a model of DeepSeek-V3's kind")
@@ -88,7 +88,7 @@ def read_router(config: ConfigFields, *, num_experts: int, num_chosen: int) -> S
 
 
 def read_fp8_block(config: ConfigFields) -> tuple[int, int] | None:
-    """(rows, columns) of weight that share a scale, in a checkpoint of 8-bit weights; None: it has ordinary ones."""
+    """Return the (rows, columns) of 8-bit weight that share a scale; None: the weights are ordinary ones."""
     section = config.get("quantization_config")
     if not section:
         return None

@@ -20,7 +20,7 @@ class ConfigFields:
 
     @staticmethod
     def read(path: Path) -> ConfigFields:
-        """Read and parse; the file must hold one json object."""
+        """Read and parse the file, which must hold one json object."""
         fix = "point model_path at a directory written by save_pretrained or downloaded from the hub"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -33,50 +33,50 @@ class ConfigFields:
         return ConfigFields(path, values)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The raw value, unchecked."""
+        """Return the raw value, unchecked."""
         value = self.values.get(key)
         return default if value is None else value
 
     def error(self, key: str, rule: str, fix: str = "correct the file, or use another model") -> UserError:
-        """The error to raise: it shows the field as the file has it."""
+        """Return the error to raise; it shows the field as the file has it."""
         value: object = self.values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return UserError(f"{self.path}: {key}", value, rule, fix)
 
     def positive_int(self, key: str, default: int | None = None) -> int:
-        """At least 1; required where ``default`` is None."""
+        """Return an integer of at least 1; it is required if ``default`` is None."""
         value = self.get(key, default)
         if type(value) is not int or value < 1:
             raise self.error(key, "must be a positive integer")
         return value
 
     def count(self, key: str, default: int) -> int:
-        """0 or more."""
+        """Return an integer of at least 0."""
         value = self.get(key, default)
         if type(value) is not int or value < 0:
             raise self.error(key, "must be 0 or a positive integer")
         return value
 
     def positive_float(self, key: str, default: float | None = None) -> float:
-        """Above 0 and finite; required where ``default`` is None."""
+        """Return a finite number above 0; it is required if ``default`` is None."""
         return self.check_positive(key, self.get(key, default))
 
     def check_positive(self, key: str, value: object) -> float:
-        """``value`` as a float; ``key`` is only for the error."""
+        """Return ``value`` as a float; ``key`` is only for the error."""
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
             raise self.error(key, "must be a positive number")
         return float(value)  # type: ignore[arg-type]
 
     def boolean(self, key: str, default: bool) -> bool:
-        """A json boolean; 0 and 1 are refused."""
+        """Return a json boolean; 0 and 1 are refused."""
         value = self.get(key, default)
         if type(value) is not bool:
             raise self.error(key, "must be true or false")
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One id or a list of ids; absent gives an empty tuple."""
+        """Return one id or a list of ids as a tuple; an absent field gives an empty one."""
         value = self.get(key, [])
         ids = value if isinstance(value, list) else [value]
         if any(type(token) is not int for token in ids):
@@ -84,7 +84,7 @@ class ConfigFields:
         return tuple(ids)
 
     def token_id(self, key: str) -> int | None:
-        """At most one id."""
+        """Return one id, or None."""
         ids = self.token_ids(key)
         if len(ids) > 1:
             raise self.error(key, "must be one token id")

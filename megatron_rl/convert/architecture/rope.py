@@ -49,7 +49,7 @@ class YarnScaling:
 def read_rope(
     config: ConfigFields, *, types: Collection[RopeType] = ("default", "llama3"), default_theta: float = 10_000.0
 ) -> tuple[float, RopeScaling | YarnScaling | None]:
-    """(rope_theta, scaling).
+    """Return (rope_theta, scaling).
 
     Args:
         config: the file.

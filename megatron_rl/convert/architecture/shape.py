@@ -1,4 +1,4 @@
-"""What a Hugging Face ``config.json`` says of a model, checked. Plain json: neither torch nor transformers is imported.
+"""The model that a ``config.json`` describes, checked. Neither torch nor transformers is imported.
 
 A field that would change the computation and that we do not implement is an error, never ignored: a model that runs
 with the wrong attention trains without complaint.
@@ -44,7 +44,7 @@ class ModelShape:
     num_key_value_heads: int
     """Megatron: ``num_query_groups``."""
     head_dim: int
-    """Megatron: ``kv_channels``. Not always hidden_size / num_attention_heads (Qwen3). Of a query, in latent attention."""
+    """Megatron: ``kv_channels``. Not always hidden_size / num_attention_heads (Qwen3). In latent attention: of a query."""
     intermediate_size: int
     vocab_size: int
     """Rows of the HF embedding, without Megatron's padding."""
@@ -63,64 +63,64 @@ class ModelShape:
     initializer_range: float
     """Standard deviation of random weights."""
     dtype: Dtype
-    """Of the stored weights, as the config states it."""
+    """Type of the stored weights, as the config states it."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    """Of ``config.json`` only; ``generation_config.json`` may list more."""
+    """Ids of ``config.json`` only; ``generation_config.json`` may list more."""
     pad_token_id: int | None
     num_experts: int = 0
-    """In each layer that has any; 0: a dense model."""
+    """Number in each layer that has any; 0: a dense model."""
     num_experts_per_tok: int = 0
     """Megatron: ``moe_router_topk``."""
     moe_intermediate_size: int = 0
-    """Of one expert."""
+    """Width of one expert."""
     norm_topk_prob: bool = False
-    """The chosen experts' weights sum to 1 (before a scaling factor)."""
+    """True: the chosen experts' weights sum to 1 (before a scaling factor)."""
     num_dense_layers: int = 0
-    """The first layers of a model of experts that have an ordinary MLP."""
+    """Number of first layers that have an ordinary MLP in a model of experts."""
     num_shared_experts: int = 0
-    """Experts that every token goes to, as one MLP of so many times the width."""
+    """Number of experts that every token goes to: one MLP of that many times the width."""
     sigmoid_router: SigmoidRouter | None = None
     """None: softmax over all experts' scores."""
     latent: LatentShape | None = None
     """Multi-head latent attention; None: grouped-query attention."""
     num_mtp_layers: int = 0
-    """Layers behind the last that predict tokens further ahead: in the checkpoint, not in the model."""
+    """Number of layers behind the last that predict tokens further ahead; they are in the checkpoint, not in the model."""
     fp8_block: tuple[int, int] | None = None
     """Rows and columns of weight that share a scale, where the checkpoint's weights are 8-bit floats."""
 
     @property
     def width_field(self) -> str:
-        """Which field has the width that the MLP, or each expert, is cut along."""
+        """Name of the field with the width along which the MLP, or each expert, is cut."""
         return "moe_intermediate_size" if self.num_experts else "intermediate_size"
 
     @property
     def width_fields(self) -> tuple[str, ...]:
-        """All such fields, of the layers of either kind."""
+        """Names of all such fields, for dense layers and layers of experts."""
         return (self.width_field, *(("intermediate_size",) if self.num_dense_layers else ()))
 
     @property
     def rotary_dim(self) -> int:
-        """How much of each query and key is rotated."""
+        """Number of dimensions of each query and key that are rotated."""
         return self.latent.qk_rope_head_dim if self.latent else self.head_dim
 
     @property
     def has_query_latent(self) -> bool:
-        """Queries come from a latent of their own."""
+        """Say whether queries come from a latent of their own."""
         return self.latent is not None and self.latent.q_lora_rank is not None
 
     @property
     def has_plain_query(self) -> bool:
-        """Latent attention in which queries come from the hidden state."""
+        """Say whether this is latent attention in which queries come from the hidden state."""
         return self.latent is not None and self.latent.q_lora_rank is None
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer (counted from 0) has experts."""
+        """Say whether a layer (counted from 0) has experts."""
         return self.num_experts > 0 and layer >= self.num_dense_layers
 
     @property
     def untied(self) -> bool:
-        """The checkpoint has an ``lm_head``."""
+        """Say whether the checkpoint has an ``lm_head``."""
         return not self.tied
 
     @property

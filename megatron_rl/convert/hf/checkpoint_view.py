@@ -1,4 +1,4 @@
-"""What of a checkpoint a model uses: without tensors that are dropped on purpose, and with 8-bit weights made whole again."""
+"""The part of a checkpoint that a model uses: some tensors are dropped on purpose, 8-bit weights are made whole again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_rl.convert.tables.table import dropped_tensors
 from megatron_rl.errors import UserError
 
 _SCALE = "_scale_inv"
-"""What the name of an 8-bit weight ends in, followed by this, names its scales: what stored values are multiplied by."""
+"""Suffix that turns an 8-bit weight's name into that of its scales, by which the stored values are multiplied."""
 
 
 class CheckpointView:
-    """Reads like the ``HFReader`` that it wraps. Blocks of an 8-bit weight are dequantised as they are read, those alone.
+    """Reads like the ``HFReader`` that it wraps. Of an 8-bit weight only the blocks that are read are dequantised.
 
     Args:
         reader: the checkpoint.
@@ -41,7 +41,7 @@ class CheckpointView:
         return self._names
 
     def summary(self) -> str:
-        """One line that says what is dropped and why; empty if nothing is."""
+        """Return one line that says what is dropped and why; empty if nothing is."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.dropped.items():
             reasons.setdefault(reason, []).append(name)
@@ -53,7 +53,7 @@ class CheckpointView:
         return self._reader.shape(name)
 
     def check(self, name: str, shape: Extent) -> None:
-        """See ``HFReader``; of an 8-bit weight also that there is a scale for each of its blocks.
+        """Check a tensor's shape and type; for an 8-bit weight also that each of its blocks has a scale.
 
         Raises:
             UserError: otherwise.
@@ -75,7 +75,7 @@ class CheckpointView:
         return None
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """One rectangle of a tensor, or all of it: as stored, or float32 where the stored weight is 8-bit."""
+        """Read one rectangle of a tensor, or all of it: as stored, or float32 if the stored weight is 8-bit."""
         if name not in self._scaled:
             return self._reader.read(name, slices)
         assert self._block is not None
@@ -91,6 +91,6 @@ class CheckpointView:
 
 
 def exported_config(fields: Mapping[str, object]) -> dict[str, object]:
-    """The fields of a ``config.json`` without what an export does not have: 8-bit weights, prediction layers."""
+    """Return a ``config.json`` without the fields of what an export lacks: 8-bit weights, prediction layers."""
     kept = {name: value for name, value in fields.items() if name != "quantization_config"}
     return kept | {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in kept}

@@ -1,4 +1,4 @@
-"""Megatron shards -> HF tensors."""
+"""From Megatron shards to HF tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_rl.convert.tables.table import find_entry
 def merge_parameter(
     name: str, shards: list[Tensor], shape: ModelShape, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
 ) -> dict[str, Tensor]:
-    """The HF tensors that one Megatron parameter is made of; the inverse of ``load_parameter`` over all ranks.
+    """Return the HF tensors of one Megatron parameter; the inverse of ``load_parameter`` over all ranks.
 
     Args:
         name: global Megatron name.
@@ -48,7 +48,7 @@ def merge_parameter(
 
 
 def _check_replicas(name: str, shards: list[Tensor]) -> None:
-    """Bit for bit, NaN included."""
+    """Check that replicas are equal bit for bit, NaN included."""
     first = shards[0].detach().contiguous().view(torch.uint8)
     for rank, shard in enumerate(shards[1:], start=1):
         if not torch.equal(first, shard.detach().contiguous().view(torch.uint8)):

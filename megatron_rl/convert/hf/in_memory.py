@@ -13,13 +13,13 @@ from torch import Tensor
 from megatron_rl.convert.architecture.shape import Family
 
 ROUTER_BIAS = ".gate.e_score_correction_bias"
-"""How the name of the one buffer that checkpoints hold ends: DeepSeek-V3's routers have it."""
+"""End of the name of the one buffer that checkpoints hold; DeepSeek-V3's routers have it."""
 
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def checkpoint_views(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Views by checkpoint name.
+    """Return views by checkpoint name.
 
     Args:
         tensors: parameters (or their gradients) and, where a checkpoint holds some, buffers, by name in memory.

@@ -1,4 +1,4 @@
-"""HF checkpoint -> one rank's Megatron parameters, reading no more than that rank's slices."""
+"""From an HF checkpoint to one rank's Megatron parameters; no more than that rank's slices is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.hf.reader import HFReader, TensorReader
-from megatron_rl.convert.tables.kinds import DEFAULT_VOCAB_MULTIPLE, Extent, Kind, boxes, hf_shapes, shard_shape
+from megatron_rl.convert.tables.kinds import DEFAULT_VOCAB_MULTIPLE, Extent, ShardKind, boxes, hf_shapes, shard_shape
 from megatron_rl.convert.tables.table import entries, find_entry, hf_tensors
 from megatron_rl.errors import UserError
 
@@ -21,7 +21,7 @@ _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Tensors that old checkpoints store although config.json determines them."""
 
 _BLOCK_ELEMENTS = 2**24
-"""Compared at a time: a few tens of MB."""
+"""Number compared at a time: a few tens of MB."""
 
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -57,7 +57,7 @@ def load_parameter(
 
 
 def check_shard(name: str, shard: Tensor, expected: Extent) -> None:
-    """A shard has the shape that the table gives it."""
+    """Check that a shard has the shape that the table gives it."""
     if tuple(shard.shape) != expected:
         raise UserError(
             f"Megatron parameter {name}",
@@ -70,7 +70,7 @@ def check_shard(name: str, shard: Tensor, expected: Extent) -> None:
 def check_coverage(
     shape: ModelShape, reader: TensorReader, *, tp_size: int = 1, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
 ) -> None:
-    """Everything in the checkpoint has a use, and every element of every shard a source, exactly once.
+    """Check that everything in the checkpoint has a use, and every element of every shard exactly one source.
 
     Call it before the first ``load_parameter``. It reads headers, and the output layer where a tied model
     stores it.
@@ -96,8 +96,10 @@ def check_coverage(
         check_tiling(kind, shape, tp_size, vocab_multiple=vocab_multiple)
 
 
-def check_tiling(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE) -> None:
-    """The boxes of all ranks cover each HF tensor once, and those of each rank its shard once, padding apart.
+def check_tiling(
+    kind: ShardKind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
+) -> None:
+    """Check that the boxes of all ranks cover each HF tensor once, and those of each rank its shard once, padding apart.
 
     Raises:
         AssertionError: the kind is wrong; no input of a user can cause it.
@@ -116,7 +118,7 @@ def check_tiling(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple:
 
 
 def _assert_tiles(rectangles: list[tuple[Extent, Extent]], extent: Extent) -> None:
-    """(start, size) rectangles lie within ``extent``, do not overlap, and have its area: so they cover it once."""
+    """Check that (start, size) rectangles cover ``extent`` once: they lie within it, do not overlap, and have its area."""
     area = 0
     for start, size in rectangles:
         assert all(a >= 0 and n > 0 and a + n <= d for a, n, d in zip(start, size, extent, strict=True)), "outside"
@@ -127,7 +129,7 @@ def _assert_tiles(rectangles: list[tuple[Extent, Extent]], extent: Extent) -> No
 
 
 def _check_stored_copy(reader: TensorReader, extent: Extent) -> None:
-    """A tied model's checkpoint may store the output layer again, if it is the embedding bit for bit."""
+    """Check that an output layer stored again by a tied model's checkpoint is the embedding bit for bit."""
     reader.check(_OUTPUT, extent)
     step = max(1, _BLOCK_ELEMENTS // extent[1])
     for start in range(0, extent[0], step):

@@ -21,19 +21,19 @@ from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.convert.tables.kinds import Extent
 
 BLOCK_BYTES = 2**22
-"""Of one tensor, handled at a time: small enough for a core's cache, large enough for the disk."""
+"""Size of the part of a tensor handled at a time: small enough for a core's cache, large enough for the disk."""
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """``"bfloat16"`` -> ``torch.bfloat16``; KeyError for any but the three types of weights."""
+    """Turn ``"bfloat16"`` into ``torch.bfloat16``; KeyError for any but the three types of weights."""
     return _NAMES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:
-    """``torch.bfloat16`` -> ``"bfloat16"``."""
+    """Turn ``torch.bfloat16`` into ``"bfloat16"``."""
     return next(name for name in get_args(Dtype) if _NAMES[name] == dtype)
 
 
@@ -47,7 +47,7 @@ class MappedFile:
             self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.num_bytes else b""
 
     def bytes(self, offset: int, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8, a view of the file.
+        """Return a view of the file, [num_bytes] uint8.
 
         Raises:
             ValueError: the file ends before.
@@ -66,14 +66,14 @@ class MappedFile:
 
 
 def as_dtype(raw: Tensor, dtype: torch.dtype, extent: Extent) -> Tensor:
-    """uint8 bytes as a tensor: a view where the address allows it, else a copy."""
+    """Return uint8 bytes as a tensor: a view if the address allows it, else a copy."""
     if not raw.is_contiguous() or raw.data_ptr() % dtype.itemsize or raw.storage_offset() % dtype.itemsize:
         raw = raw.contiguous().clone()
     return raw.reshape(-1).view(dtype).reshape(extent)
 
 
 def row_blocks(extent: Extent, itemsize: int, limit: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) rows of blocks of at most ``limit`` bytes, or of one row where a row is larger."""
+    """Yield (first, last + 1) rows of blocks of at most ``limit`` bytes, or of one row if a row is larger."""
     step = max(1, limit // max(1, prod(extent[1:]) * itemsize))
     for first in range(0, extent[0], step):
         yield first, min(first + step, extent[0])
@@ -94,22 +94,22 @@ class MappedHF:
                     self._places[name] = (mapped, start, _DTYPES[field["dtype"]], tuple(field["shape"]))
 
     def __contains__(self, name: str) -> bool:
-        """Whether the tensor can be used as it is stored: 8-bit weights cannot."""
+        """Say whether the tensor can be used as it is stored; 8-bit weights cannot."""
         return name in self._places
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """Return the stored type."""
         return self._places[name][2]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a tensor, with all its other dimensions: a view of the file."""
+        """Return rows [first, last) of a tensor, with all its other dimensions: a view of the file."""
         mapped, offset, dtype, extent = self._places[name]
         row_bytes = prod(extent[1:]) * dtype.itemsize
         raw = mapped.bytes(offset + first * row_bytes, (last - first) * row_bytes)
         return as_dtype(raw, dtype, (last - first, *extent[1:]))
 
     def announce(self, name: str, first: int, last: int) -> None:
-        """These rows will be read soon."""
+        """Ask the system to start reading these rows."""
         mapped, offset, dtype, extent = self._places[name]
         row_bytes = prod(extent[1:]) * dtype.itemsize
         mapped.announce(offset + first * row_bytes, (last - first) * row_bytes)

@@ -14,7 +14,7 @@ from megatron_rl.convert.tables.table import hf_tensors
 
 
 class RandomReader:
-    """Reads like ``HFReader``. Each tensor follows from (seed, its name), so every layout starts from the same weights.
+    """Reads like ``HFReader``. Each tensor follows from seed and name, so every layout starts from the same weights.
 
     Matrices are normal with config.json's ``initializer_range`` as standard deviation, norms one, biases zero: what
     transformers does. Another kind of device draws other numbers; a GPU draws billions in a moment.
@@ -35,11 +35,11 @@ class RandomReader:
         return self._shapes[name]
 
     def check(self, name: str, shape: Extent) -> None:
-        """Both sides come from the same table."""
+        """Check nothing: both sides come from the same table."""
         assert self._shapes[name] == shape
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """One rectangle of a tensor, or all of it, float32, on the device."""
+        """Return one rectangle of a tensor, or all of it, float32, on the device."""
         extent = self._shapes[name]
         if name.endswith("norm.weight"):
             tensor = torch.ones(extent, device=self._device)

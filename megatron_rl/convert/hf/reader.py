@@ -20,7 +20,7 @@ _DOWNLOAD_AGAIN = "download or export the checkpoint again"
 
 
 class _Slice(Protocol):
-    """What safetensors' ``get_slice`` returns; its class has no public name."""
+    """The result of safetensors' ``get_slice``, a class without a public name."""
 
     def get_shape(self) -> list[int]: ...
     def get_dtype(self) -> str: ...
@@ -28,10 +28,10 @@ class _Slice(Protocol):
 
 
 class TensorReader(Protocol):
-    """Where weights come from: a checkpoint, or what stands for one."""
+    """A source of weights: a checkpoint, or something that stands for one."""
 
     directory: Path
-    """For messages."""
+    """Name of the source in messages."""
 
     @property
     def names(self) -> set[str]:
@@ -43,7 +43,7 @@ class TensorReader(Protocol):
         ...
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """One rectangle of a tensor, or all of it."""
+        """Read one rectangle of a tensor, or all of it."""
         ...
 
 
@@ -84,13 +84,13 @@ class HFReader:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """One rectangle of a tensor, or all of it. May be a read-only view of the file: copy before writing to it."""
+        """Read one rectangle of a tensor, or all of it. The result may be a read-only view of the file."""
         if slices is None:
             slices = tuple(slice(0, n) for n in self.shape(name))
         return self._slice(name)[slices]
 
     def check(self, name: str, shape: Extent) -> None:
-        """The tensor exists, with this shape and a floating type that we read.
+        """Check that the tensor exists, with this shape and a floating type that we read.
 
         Raises:
             UserError: otherwise.
@@ -122,7 +122,7 @@ class HFReader:
         return self._files[self._file_of[name]].get_slice(name)
 
     def _read_index(self) -> dict[str, str] | None:
-        """Tensor name -> file, or None where the checkpoint is one file."""
+        """Return tensor name -> file; None if the checkpoint is one file."""
         path, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
         if path.exists() and single.exists():
             raise UserError(

@@ -7,7 +7,6 @@ place as it arrives, in any order: memory is one tensor, and nothing is buffered
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,31 +24,32 @@ from megatron_rl.convert.hf.reader import INDEX_FILE, SINGLE_FILE
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_error, publish_folder
 
-Layout = Mapping[str, tuple[Extent, torch.dtype]]
+HFLayout = Mapping[str, tuple[Extent, torch.dtype]]
 """Shape and dtype of each tensor of a checkpoint, in the order of its files."""
 
 FORMAT_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
-"""What is written, by safetensors' names."""
+"""Types that are written, and safetensors' names for them."""
 _COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "sentencepiece.bpe.model", "spiece.model", "tiktoken.model",
 )  # fmt: skip
 _SPACE_FOR_SMALL_FILES = 2**26
-"""Headers, tokenizer."""
+"""Room for headers and tokenizer."""
 
 
 CALL_BYTES = 2**18
-"""In one call of the system. For a large write, ext4 takes large runs of free memory for its cache, which a virtual machine may
-have to fetch from its host first: 4 MB a call took ten times as long as this."""
+"""Size of one call of the system. For a large write, ext4 takes large runs of free memory for its cache, which a virtual
+machine may have to fetch from its host first: 4 MB a call took ten times as long as this."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor goes."""
+    """The place of a tensor in its file."""
 
     file: str
     offset: int
@@ -73,7 +73,7 @@ class LayoutWriter:
     """
 
     def __init__(
-        self, directory: str | Path, layout: Layout, *, source: str | Path,
+        self, directory: str | Path, layout: HFLayout, *, source: str | Path,
         config: Mapping[str, object] | None = None, max_shard_bytes: int = 4 * 2**30,
     ) -> None:  # fmt: skip
         self.directory, self.source = Path(directory).absolute(), Path(source)
@@ -87,8 +87,7 @@ class LayoutWriter:
             self._create(headers)
         except OSError as error:
             self.abort()
-            rule, fix = f"could not be written ({error.strerror})", "free disk space or choose another output directory"
-            raise UserError(str(self.directory), None, rule, fix) from error
+            raise disk_error(self.directory, error) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, converted to its dtype here; it may change again as soon as this returns."""
@@ -113,11 +112,7 @@ class LayoutWriter:
         """Check that every tensor arrived, and give the checkpoint its final name."""
         if self._missing:
             raise ValueError(f"{len(self._missing)} tensors were not written, for example {min(self._missing)}")
-        for path in self._partial.iterdir():
-            sync(path)
-        sync(self._partial)
-        os.replace(self._partial, self.directory)
-        sync(self.directory.parent)
+        publish_folder(self._partial, self.directory)
 
     def abort(self) -> None:
         """Remove what was written."""
@@ -152,7 +147,7 @@ class LayoutWriter:
         (self._partial / "config.json").write_text(json.dumps(config | fields, indent=2) + "\n", encoding="utf-8")
 
     def _config_fields(self, config: Mapping[str, object]) -> dict[str, object]:
-        """Fields of config.json to change or add, given those of the source."""
+        """Return the fields of config.json to change or add, given those of the source."""
         return self._config
 
 
@@ -193,7 +188,7 @@ class HFWriter(LayoutWriter):
 
 
 def dtype_fields(config: Mapping[str, object], dtype: Dtype) -> dict[str, object]:
-    """The fields that tell the type of the weights, given those that a config.json has.
+    """Return the fields that give the type of the weights, following those that a config.json has.
 
     transformers 4 writes torch_dtype, 5 writes dtype; each reads its own, and 5 also the old one.
     """
@@ -201,7 +196,7 @@ def dtype_fields(config: Mapping[str, object], dtype: Dtype) -> dict[str, object
 
 
 def check_target(directory: Path, num_bytes: int) -> None:
-    """A new directory can be made there, and the disk has room for ``num_bytes``.
+    """Check that a new directory can be made there, and that the disk has room for ``num_bytes``.
 
     Raises:
         UserError: something is there already, or there is not enough free space.
@@ -225,7 +220,7 @@ def check_target(directory: Path, num_bytes: int) -> None:
 
 
 def check_source(source: Path) -> None:
-    """It has the config.json that the new checkpoint needs."""
+    """Check that the source has the config.json that the new checkpoint needs."""
     path = source / "config.json"
     if not path.is_file():
         raise UserError(str(path), None, "is missing", "give the checkpoint that the model came from")
@@ -239,7 +234,7 @@ def carry_companions(source: Path, target: Path) -> None:
 
 
 def write_index(directory: Path, places: Mapping[str, Place]) -> None:
-    """The index of a checkpoint of several files; nothing for one file."""
+    """Write the index of a checkpoint of several files; nothing for one file."""
     if {place.file for place in places.values()} == {SINGLE_FILE}:
         return
     index = {
@@ -249,8 +244,8 @@ def write_index(directory: Path, places: Mapping[str, Place]) -> None:
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def plan_files(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, Place], dict[str, bytes]]:
-    """Where each tensor goes, and the header of each file (8 bytes of length, then json)."""
+def plan_files(layout: HFLayout, max_shard_bytes: int) -> tuple[dict[str, Place], dict[str, bytes]]:
+    """Return the place of each tensor, and the header of each file (8 bytes of length, then json)."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, (shape, dtype) in layout.items():
@@ -277,12 +272,3 @@ def plan_files(layout: Layout, max_shard_bytes: int) -> tuple[dict[str, Place], 
         for name in names:
             places[name] = replace(places[name], offset=places[name].offset + len(headers[file]))
     return places, headers
-
-
-def sync(path: Path) -> None:
-    """To disk, so that a rename never outlives the data it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,1 +1,1 @@
-"""Whole checkpoints from one format to another, in files, resumable: what ``megatron-rl convert`` and ``verify`` run."""
+"""Resumable conversion of whole checkpoints in files, for ``megatron-rl convert``."""

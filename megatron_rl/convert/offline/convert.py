@@ -25,20 +25,19 @@ from megatron_rl.convert.architecture.shape import Dtype, ModelShape
 from megatron_rl.convert.hf.checkpoint_view import exported_config
 from megatron_rl.convert.hf.mapped import dtype_name, dtype_of, row_blocks
 from megatron_rl.convert.hf.writer import carry_companions, check_source, dtype_fields, plan_files, write_index
+from megatron_rl.convert.offline.archive import ALIGNMENT, archive_of
 from megatron_rl.convert.offline.distcp import (
-    ALIGNMENT,
     MAX_CHUNK_BYTES,
     METADATA_FILE,
-    Chunk,
+    ArchivedChunk,
     Stored,
-    archive,
     pickled_metadata,
 )
 from megatron_rl.convert.offline.manifest import MANIFEST_FILE, Fingerprint, write_manifest
-from megatron_rl.convert.offline.partial import Part, PartialDirectory, Stream, part_bytes
+from megatron_rl.convert.offline.partial import BufferedStream, FilePart, PartialDirectory, part_bytes
 from megatron_rl.convert.offline.reporter import Reporter
-from megatron_rl.convert.offline.sources import HF_FOLDER, HFSource, MegatronSource, Source
-from megatron_rl.convert.offline.torch_dist import LayerSpec, Layout, Slot, parameter_extent, runs
+from megatron_rl.convert.offline.sources import HF_FOLDER, CheckpointSource, HFSource, MegatronSource
+from megatron_rl.convert.offline.torch_dist import LayerSpec, Slot, StoredLayout, parameter_extent, runs
 from megatron_rl.convert.tables.digest import MASK, digest
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import Entry, float32_tensors
@@ -53,18 +52,18 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote."""
+    """The result of a conversion."""
 
     directory: Path
     shape: ModelShape
     tensors: dict[str, Fingerprint]
-    """By HF name: what the manifest holds."""
+    """Content of the manifest, by HF name."""
     num_bytes: int
-    """Written in all files of tensors."""
+    """Size of all files of tensors."""
 
 
 def default_threads() -> int:
-    """Enough to keep a disk busy while other threads wait for it; each needs a few MB."""
+    """Return a number that keeps the disk busy while other threads wait for it; each needs a few MB."""
     return min(8, 2 * (os.cpu_count() or 1))
 
 
@@ -72,7 +71,7 @@ def default_threads() -> int:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _ChunkRows:
     """Rows [first, last) of a parameter, which become one chunk."""
 
     entry: Entry
@@ -109,7 +108,7 @@ def import_hf(
     """
     reporter = reporter or Reporter()
     hf = HFSource(source)
-    layout = Layout(hf.shape, layer_spec)
+    layout = StoredLayout(hf.shape, layer_spec)
     layout.check()
     if hf.view.dropped:
         reporter.say(hf.view.summary())
@@ -149,8 +148,8 @@ def import_hf(
     return Converted(partial.target, hf.shape, found, total_bytes)
 
 
-def _stored_dtypes(layout: Layout, source: Source, dtype: Dtype | None) -> dict[str, torch.dtype]:
-    """Type of every parameter; those that share a stored tensor must share it.
+def _stored_dtypes(layout: StoredLayout, source: CheckpointSource, dtype: Dtype | None) -> dict[str, torch.dtype]:
+    """Return the type of every parameter; those that share a stored tensor must share it.
 
     Raises:
         UserError: tensors that become one have several types, and none was given.
@@ -176,19 +175,19 @@ def _stored_dtypes(layout: Layout, source: Source, dtype: Dtype | None) -> dict[
 
 
 def _plan_import(
-    layout: Layout, dtypes: Mapping[str, torch.dtype]
-) -> tuple[list[Part[list[_Piece]]], dict[str, Stored]]:
-    """The files, one a part, and the tensors they hold."""
-    parts: list[Part[list[_Piece]]] = []
-    pieces: list[_Piece] = []
-    chunks: dict[str, list[Chunk]] = {key: [] for key in layout.extents}
+    layout: StoredLayout, dtypes: Mapping[str, torch.dtype]
+) -> tuple[list[FilePart[list[_ChunkRows]]], dict[str, Stored]]:
+    """Plan the files, one a part, and the tensors in them."""
+    parts: list[FilePart[list[_ChunkRows]]] = []
+    pieces: list[_ChunkRows] = []
+    chunks: dict[str, list[ArchivedChunk]] = {key: [] for key in layout.extents}
     position = 0
     limit = part_bytes(sum(prod(parameter_extent(e, layout.shape)) * dtypes[e.name].itemsize for e in layout.entries))
 
     def close() -> None:
         nonlocal pieces, position
         if pieces:
-            parts.append(Part(len(parts), f"__{len(parts)}_0.distcp", pieces, position))
+            parts.append(FilePart(len(parts), f"__{len(parts)}_0.distcp", pieces, position))
             pieces, position = [], 0
 
     kinds: dict[str, torch.dtype] = {}
@@ -198,23 +197,23 @@ def _plan_import(
             kinds[slot.key] = dtype
             for first, last in row_blocks(extent, dtype.itemsize, MAX_CHUNK_BYTES):
                 size = (*(1 for _ in slot.index), last - first, *extent[1:])
-                length = archive(dtype, size).num_bytes
+                length = archive_of(dtype, size).num_bytes
                 if position and position + length > limit:
                     close()
                 start = (*slot.index, first, *(0 for _ in extent[1:]))
-                chunks[slot.key].append(Chunk(start, size, f"__{len(parts)}_0.distcp", position, length))
-                pieces.append(_Piece(entry, slot, first, last, position, number == 0))
+                chunks[slot.key].append(ArchivedChunk(start, size, f"__{len(parts)}_0.distcp", position, length))
+                pieces.append(_ChunkRows(entry, slot, first, last, position, number == 0))
                 position += length + -length % ALIGNMENT
     close()
     tensors = {key: Stored(kinds[key], extent, tuple(chunks[key])) for key, extent in layout.extents.items()}
     return parts, tensors
 
 
-def _plan_objects(layout: Layout) -> tuple[dict[str, Chunk], bytes]:
-    """Every ``_extra_state`` is None, so all may lie in the same bytes: a list of the one object a rank asks for."""
+def _plan_objects(layout: StoredLayout) -> tuple[dict[str, ArchivedChunk], bytes]:
+    """Place the ``_extra_state`` objects. Each is None, so all share the bytes of a list of the one object a rank asks for."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
-    place = Chunk((), (), _OBJECT_FILE, 0, len(buffer.getvalue()))
+    place = ArchivedChunk((), (), _OBJECT_FILE, 0, len(buffer.getvalue()))
     return dict.fromkeys(layout.objects, place), buffer.getvalue()
 
 
@@ -224,14 +223,16 @@ class _ImportFill:
     def __init__(self, source: HFSource, dtypes: Mapping[str, torch.dtype]) -> None:
         self._source, self._dtypes = source, dtypes
 
-    def __call__(self, part: Part[list[_Piece]], descriptor: int, advance: Callable[[int], None]) -> dict[str, int]:
+    def __call__(
+        self, part: FilePart[list[_ChunkRows]], descriptor: int, advance: Callable[[int], None]
+    ) -> dict[str, int]:
         found: dict[str, int] = {}
         shape = self._source.shape
-        for piece in part.work:
+        for piece in part.content:
             dtype = self._dtypes[piece.entry.name]
             extent = parameter_extent(piece.entry, shape)
-            frame = archive(dtype, (*(1 for _ in piece.slot.index), piece.last - piece.first, *extent[1:]))
-            stream = Stream(descriptor, piece.offset)
+            frame = archive_of(dtype, (*(1 for _ in piece.slot.index), piece.last - piece.first, *extent[1:]))
+            stream = BufferedStream(descriptor, piece.offset)
             stream.write(frame.head)
             for run in runs(piece.entry, shape):
                 low, high = max(piece.first, run.row), min(piece.last, run.row + run.num_rows)
@@ -330,8 +331,8 @@ def export_hf(
 
 def _plan_export(
     layout: Mapping[str, tuple[Extent, torch.dtype]], places: Mapping[str, tuple[str, int]]
-) -> list[Part[list[_Rows]]]:
-    parts: list[Part[list[_Rows]]] = []
+) -> list[FilePart[list[_Rows]]]:
+    parts: list[FilePart[list[_Rows]]] = []
     rows: list[_Rows] = []
     held, file = 0, ""
     limit = part_bytes(sum(prod(extent) * dtype.itemsize for extent, dtype in layout.values()))
@@ -339,7 +340,7 @@ def _plan_export(
     def close() -> None:
         nonlocal rows, held
         if rows:
-            parts.append(Part(len(parts), file, rows, held))
+            parts.append(FilePart(len(parts), file, rows, held))
             rows, held = [], 0
 
     for name, (extent, dtype) in sorted(layout.items(), key=lambda item: places[item[0]]):
@@ -361,11 +362,11 @@ class _ExportFill:
     def __init__(self, source: MegatronSource, dtypes: Mapping[str, torch.dtype]) -> None:
         self._source, self._dtypes = source, dtypes
 
-    def __call__(self, part: Part[list[_Rows]], descriptor: int, advance: Callable[[int], None]) -> dict[str, int]:
+    def __call__(self, part: FilePart[list[_Rows]], descriptor: int, advance: Callable[[int], None]) -> dict[str, int]:
         found: dict[str, int] = {}
-        for rows in part.work:
+        for rows in part.content:
             extent, dtype = self._source.extents[rows.name], self._dtypes[rows.name]
-            stream, num_bytes = Stream(descriptor, rows.offset), 0
+            stream, num_bytes = BufferedStream(descriptor, rows.offset), 0
             for start, block in self._source.blocks(rows.name, rows.first, rows.last):
                 block = cast(rows.name, block, dtype)
                 _add(found, rows.name, block, start, extent)
@@ -381,7 +382,7 @@ class _ExportFill:
 
 
 def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """A block in another type.
+    """Convert a block to another type.
 
     Raises:
         UserError: a finite value becomes infinite.
@@ -397,12 +398,12 @@ def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_bytes(block: Tensor) -> memoryview:
-    """The bytes of a tensor, copied only where they do not follow one another."""
+    """Return the bytes of a tensor, copied only if they do not follow one another."""
     return block.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def block_digests(source: Source, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, int]]:
-    """(digest, bytes) of each block of an HF tensor, cast to a type if one is given."""
+def block_digests(source: CheckpointSource, name: str, dtype: torch.dtype | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (digest, bytes) of each block of an HF tensor, cast to a type if one is given."""
     extent = source.extents[name]
     for start, block in source.blocks(name, 0, extent[0]):
         block = block if dtype is None else cast(name, block, dtype)
@@ -415,7 +416,7 @@ def _add(found: dict[str, int], name: str, block: Tensor, first: int, extent: Ex
 
 
 def _fingerprints(
-    source: Source, digests: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
+    source: CheckpointSource, digests: Mapping[str, int], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Fingerprint]:
     assert digests.keys() == source.extents.keys(), "a tensor was not written"
     return {
@@ -423,8 +424,8 @@ def _fingerprints(
     }
 
 
-def _carry(source: Source, target: Path, dtype: Dtype | None) -> None:
-    """config.json, as it describes what was written, and the tokenizer."""
+def _carry(source: CheckpointSource, target: Path, dtype: Dtype | None) -> None:
+    """Write config.json, adapted to the weights written, and the tokenizer."""
     carry_companions(source.hf_directory, target)
     text = (source.hf_directory / "config.json").read_text(encoding="utf-8")
     before: dict[str, Any] = json.loads(text)
@@ -437,5 +438,5 @@ def _carry(source: Source, target: Path, dtype: Dtype | None) -> None:
 
 
 def _identity(files: list[Path]) -> list[list[Any]]:
-    """What tells files from other ones, without reading them."""
+    """Return path, size and time of files, which tell them from others without reading."""
     return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -1,22 +1,14 @@
-"""The files of torch's distributed checkpoints, written and read without holding a tensor in memory.
+"""Torch's distributed checkpoints, described and read without holding a tensor in memory.
 
-A ``.distcp`` file is a row of archives, one a chunk (a rectangle of a tensor), each what ``torch.save`` writes: an uncompressed
-zip file with a pickle of a few hundred bytes and the chunk's raw bytes. ``.metadata``, a pickle, says which tensors there
-are, of which chunks, and in which bytes of which file each archive lies.
-
-    archive:  data.pkl  byteorder  version  data/0 [raw bytes, at a multiple of 64]  central directory
+A ``.distcp`` file is a row of archives (archive.py), one for each chunk (a rectangle of a tensor). ``.metadata``, a pickle,
+says which tensors there are, of which chunks, and in which bytes of which file each archive lies.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
-import struct
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -28,24 +20,19 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as torch_metadata
 
 from megatron_rl.convert.hf.mapped import MappedFile, as_dtype
+from megatron_rl.convert.offline.archive import read_archive
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.errors import UserError
 
 METADATA_FILE = ".metadata"
-ALIGNMENT = 64
 MAX_CHUNK_BYTES = 2**27
-"""Whoever loads reads whole chunks into memory; and an archive of less than 4 GiB needs no 64-bit zip fields."""
+"""A loader reads whole chunks into memory, and an archive below 4 GiB needs no 64-bit zip fields."""
 
 _SAVE_AGAIN = "copy or save the checkpoint again"
-_STORAGES = {torch.float32: "FloatStorage", torch.bfloat16: "BFloat16Storage", torch.float16: "HalfStorage"}
-_LOCAL, _DESCRIPTOR, _CENTRAL, _END = b"PK\x03\x04", b"PK\x07\x08", b"PK\x01\x02", b"PK\x05\x06"
-_END_64, _LOCATOR_64 = b"PK\x06\x06", b"PK\x06\x07"
-_FLAGS = 0x0808
-"""Checksum after the data, where it is known; names in UTF-8. What ``torch.save`` sets."""
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ArchivedChunk:
     """A rectangle of a stored tensor, and the archive that holds it."""
 
     start: Extent
@@ -53,7 +40,7 @@ class Chunk:
     file: str
     offset: int
     num_bytes: int
-    """Of the whole archive."""
+    """Size of the whole archive."""
 
 
 @dataclass(frozen=True)
@@ -62,107 +49,14 @@ class Stored:
 
     dtype: torch.dtype
     extent: Extent
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[ArchivedChunk, ...]
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-@dataclass(frozen=True)
-class Archive:
-    """What surrounds the raw bytes of one chunk."""
-
-    head: bytes
-    num_data_bytes: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole archive."""
-        return len(self.head) + self.num_data_bytes + len(self.tail)
-
-    @cached_property
-    def tail(self) -> bytes:
-        """What follows the raw bytes.
-
-        Their CRC-32 is left 0: torch does not look at it, working it out takes longer than all else but the disk, and the
-        manifest has a digest of every tensor.
-        """
-        records = [*_small_records(self.head), ("archive/data/0", self.head.rindex(_LOCAL), 0, self.num_data_bytes)]
-        sizes = struct.pack("<III", 0, self.num_data_bytes, self.num_data_bytes)
-        directory = b""
-        for name, offset, checksum, size in records:
-            directory += _CENTRAL + struct.pack(
-                "<HHHHHHIIIHHHHHII", 0, 0, _FLAGS, 0, 0, 0, checksum, size, size, len(name), 0, 0, 0, 0, 0, offset
-            ) + name.encode()  # fmt: skip
-        start = len(self.head) + self.num_data_bytes + 16
-        end = struct.pack("<HHHHIIH", 0, 0, len(records), len(records), len(directory), start, 0)
-        return _DESCRIPTOR + sizes + directory + _END + end
-
-
-def archive(dtype: torch.dtype, extent: Extent) -> Archive:
-    """The archive of a contiguous tensor; ``head`` has a length that is a multiple of ``ALIGNMENT``."""
-    return Archive(_head(dtype, extent), prod(extent) * dtype.itemsize)
-
-
-@lru_cache(maxsize=256)
-def _head(dtype: torch.dtype, extent: Extent) -> bytes:
-    head = b""
-    for name, content in (("data.pkl", _pickled(dtype, extent)), ("byteorder", b"little"), ("version", b"3\n")):
-        head += _local_header(f"archive/{name}", b"") + content
-        head += _DESCRIPTOR + struct.pack("<III", zlib.crc32(content), len(content), len(content))
-    name = "archive/data/0"
-    padding = -(len(head) + 30 + len(name) + 4) % ALIGNMENT
-    return head + _local_header(name, b"FB" + struct.pack("<H", padding) + b"Z" * padding)
-
-
-def _local_header(name: str, extra: bytes) -> bytes:
-    return (
-        _LOCAL + struct.pack("<HHHHHIIIHH", 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name.encode() + extra
-    )
-
-
-def _small_records(head: bytes) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset, checksum, size) of all records but the last, found again in the bytes of ``_head``."""
-    offset = 0
-    while (end := head.find(_DESCRIPTOR, offset)) >= 0:
-        (name_length,) = struct.unpack_from("<H", head, offset + 26)
-        checksum, size, _ = struct.unpack_from("<III", head, end + 4)
-        yield head[offset + 30 : offset + 30 + name_length].decode(), offset, checksum, size
-        offset = end + 16
-
-
-class _StorageMark:
-    """Stands for the raw bytes in the pickle of a tensor."""
-
-
-class _TensorMark:
-    def __init__(self, extent: Extent, mark: _StorageMark) -> None:
-        self.extent, self.mark = extent, mark
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        strides, size = [1] * len(self.extent), 1
-        for axis in reversed(range(len(self.extent))):
-            strides[axis], size = size, size * max(1, self.extent[axis])
-        return torch._utils._rebuild_tensor_v2, (self.mark, 0, self.extent, tuple(strides), False, OrderedDict())
-
-
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, dtype: torch.dtype, num_elements: int) -> None:
-        super().__init__(file, protocol=2)
-        self._storage = ("storage", getattr(torch, _STORAGES[dtype]), "0", "cpu", num_elements)
-
-    def persistent_id(self, value: object) -> Any:
-        return self._storage if isinstance(value, _StorageMark) else None
-
-
-def _pickled(dtype: torch.dtype, extent: Extent) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, dtype, prod(extent)).dump(_TensorMark(extent, _StorageMark()))
-    return buffer.getvalue()
-
-
-def pickled_metadata(tensors: dict[str, Stored], objects: dict[str, Chunk]) -> bytes:
-    """The content of ``.metadata``.
+def pickled_metadata(tensors: dict[str, Stored], objects: dict[str, ArchivedChunk]) -> bytes:
+    """Return the content of ``.metadata``.
 
     Args:
         tensors: by key.
@@ -215,8 +109,8 @@ class Distcp:
         except Exception as error:  # a pickle can fail in any way
             raise UserError(str(path), None, f"cannot be read ({error!r})", _SAVE_AGAIN) from error
         self._files: dict[str, MappedFile] = {}
-        self._raw: dict[Chunk, tuple[torch.dtype, int, Extent]] = {}
-        self._index: dict[tuple[str, int], dict[Extent, list[Chunk]]] = {}
+        self._raw: dict[ArchivedChunk, tuple[torch.dtype, int, Extent]] = {}
+        self._index: dict[tuple[str, int], dict[Extent, list[ArchivedChunk]]] = {}
         self._check_files()
 
     @property
@@ -225,7 +119,7 @@ class Distcp:
         return [self.directory / name for name in sorted(self._files)]
 
     def read(self, key: str, index: Extent, first: int, last: int, columns: tuple[int, int] | None = None) -> Tensor:
-        """Rows [first, last) of a parameter, as a view of the file where one chunk holds them all, else copied together.
+        """Read rows [first, last) of a parameter: a view of the file if one chunk holds them all, else a copy.
 
         Args:
             key: of the stored tensor.
@@ -260,7 +154,7 @@ class Distcp:
         return out
 
     def check_tiling(self, key: str) -> None:
-        """The chunks of a tensor cover it once.
+        """Check that the chunks of a tensor cover it once.
 
         Raises:
             UserError: they do not.
@@ -274,7 +168,7 @@ class Distcp:
             raise UserError(f"{self.directory}: {key}", None, "its chunks do not cover it exactly once", _SAVE_AGAIN)
 
     def announce(self, key: str, index: Extent) -> None:
-        """The chunks of this parameter will be read soon."""
+        """Ask the system to start reading the chunks of this parameter."""
         for chunk in self._chunks(key, index):
             self._files[chunk.file].announce(chunk.offset, chunk.num_bytes)
 
@@ -289,7 +183,9 @@ class Distcp:
                 if getattr(place, "transform_descriptors", None):
                     raise ValueError(f"{key} is compressed or encrypted")
                 chunks.append(
-                    Chunk(tuple(chunk.offsets), tuple(chunk.sizes), place.relative_path, place.offset, place.length)
+                    ArchivedChunk(
+                        tuple(chunk.offsets), tuple(chunk.sizes), place.relative_path, place.offset, place.length
+                    )
                 )
             self.tensors[key] = Stored(described.properties.dtype, tuple(described.size), tuple(chunks))
 
@@ -307,8 +203,8 @@ class Distcp:
                     rule = f"ends before {key} does: it is cut short"
                     raise UserError(str(path), self._files[chunk.file].num_bytes, rule, _SAVE_AGAIN)
 
-    def _chunks(self, key: str, index: Extent) -> list[Chunk]:
-        """The chunks that hold something of this index."""
+    def _chunks(self, key: str, index: Extent) -> list[ArchivedChunk]:
+        """Return the chunks that hold something of this index."""
         buckets = self._index.get((key, len(index)))
         if buckets is None:
             buckets = {}
@@ -322,9 +218,9 @@ class Distcp:
         return buckets.get(index, [])
 
     def _part(
-        self, key: str, dtype: torch.dtype, chunk: Chunk, index: Extent, low: list[int], high: list[int]
+        self, key: str, dtype: torch.dtype, chunk: ArchivedChunk, index: Extent, low: list[int], high: list[int]
     ) -> Tensor:
-        """The rectangle [low, high) of a chunk, in coordinates behind ``index``."""
+        """Read the rectangle [low, high) of a chunk, in coordinates behind ``index``."""
         offset, strides = self._layout(key, dtype, chunk)
         starts = [*index, *low]
         sizes = [b - a for a, b in zip(low, high, strict=True)]
@@ -337,13 +233,13 @@ class Distcp:
         raw = self._files[chunk.file].bytes(first, span * dtype.itemsize)
         return as_dtype(raw, dtype, (span,)).as_strided(sizes, kept)
 
-    def _layout(self, key: str, dtype: torch.dtype, chunk: Chunk) -> tuple[int, Extent]:
-        """(offset of the first element in the file, strides in elements) of a chunk's tensor."""
+    def _layout(self, key: str, dtype: torch.dtype, chunk: ArchivedChunk) -> tuple[int, Extent]:
+        """Return (offset of the first element in the file, strides in elements) of a chunk's tensor."""
         found = self._raw.get(chunk)
         if found is None:
             path = self._files[chunk.file].path
             try:
-                found = _read_archive(self._files[chunk.file], chunk)
+                found = read_archive(self._files[chunk.file], chunk.offset, chunk.num_bytes, chunk.size)
             except Exception as error:  # damaged bytes can fail in any way
                 raise UserError(f"{path}: {key}", None, f"its archive cannot be read ({error})", _SAVE_AGAIN) from error
             if found[0] != dtype:
@@ -353,8 +249,8 @@ class Distcp:
 
 
 def _has_overlap(stored: Stored) -> bool:
-    """Sorted by the start of each, chunks of one place in the leading dimensions are few: those are compared in pairs."""
-    groups: dict[tuple[int, int], list[Chunk]] = {}
+    """Say whether chunks overlap. Few share a place in the leading dimensions; those are sorted and compared in pairs."""
+    groups: dict[tuple[int, int], list[ArchivedChunk]] = {}
     for chunk in stored.chunks:
         if prod(chunk.size):
             groups.setdefault((chunk.start[0], chunk.size[0]) if chunk.start else (0, 1), []).append(chunk)
@@ -375,123 +271,6 @@ def _has_overlap(stored: Stored) -> bool:
     return False
 
 
-def _read_archive(file: MappedFile, chunk: Chunk) -> tuple[torch.dtype, int, Extent]:
-    """(dtype, offset of the first element in the file, strides) of an archive that ``torch.save`` wrote."""
-    records = _directory(file, chunk)
-    names = {name.partition("/")[2]: place for name, place in records.items()}
-    if "byteorder" in names and _content(file, chunk, names["byteorder"]) not in (b"", b"little"):
-        raise ValueError("big-endian")
-    tensor = _TensorUnpickler(io.BytesIO(_content(file, chunk, names["data.pkl"]))).load()
-    if not isinstance(tensor, _Described) or tensor.extent != chunk.size:
-        raise ValueError(f"holds {getattr(tensor, 'extent', 'no tensor')}, not {chunk.size}")
-    start, size = _span(file, chunk, names[f"data/{tensor.storage}"])
-    last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.extent, tensor.strides, strict=True))
-    if prod(tensor.extent) and (last + 1) * tensor.dtype.itemsize > size:
-        raise ValueError("its storage is cut short")
-    return tensor.dtype, start + tensor.offset * tensor.dtype.itemsize, tensor.strides
-
-
-def _directory(file: MappedFile, chunk: Chunk) -> dict[str, tuple[int, int]]:
-    """name -> (offset of the local header in the archive, size of the content)."""
-    tail_bytes = min(chunk.num_bytes, 2**16)
-    tail = bytes(file.bytes(chunk.offset + chunk.num_bytes - tail_bytes, tail_bytes).numpy().data)
-    end = tail.rindex(_END)
-    count, _, size, start = struct.unpack_from("<HHII", tail, end + 8)
-    if (locator := tail.rfind(_LOCATOR_64, 0, end)) == end - 20:
-        (at,) = struct.unpack_from("<Q", tail, locator + 8)
-        wide = bytes(file.bytes(chunk.offset + at, 56).numpy().data)
-        if wide[:4] != _END_64:
-            raise ValueError("no central directory")
-        count, _, size, start = struct.unpack_from("<QQQQ", wide, 24)
-    directory = bytes(file.bytes(chunk.offset + start, size).numpy().data)
-    found, at = {}, 0
-    for _ in range(count):
-        if directory[at : at + 4] != _CENTRAL:
-            raise ValueError("no central directory")
-        method, stored, real = (
-            struct.unpack_from("<H", directory, at + 10)[0], *struct.unpack_from("<II", directory, at + 20)
-        )  # fmt: skip
-        lengths = struct.unpack_from("<HHH", directory, at + 28)
-        (offset,) = struct.unpack_from("<I", directory, at + 42)
-        name = directory[at + 46 : at + 46 + lengths[0]].decode()
-        extra = directory[at + 46 + lengths[0] : at + 46 + lengths[0] + lengths[1]]
-        stored, real, offset = _widen(extra, stored, real, offset)
-        if method != 0 or stored != real:
-            raise ValueError(f"{name} is compressed")
-        found[name] = (offset, real)
-        at += 46 + sum(lengths)
-    return found
-
-
-def _widen(extra: bytes, stored: int, real: int, offset: int) -> tuple[int, int, int]:
-    """Fields of 32 bits that are full have their value in a zip64 extra field."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            wide = list(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
-            real = wide.pop(0) if real == 0xFFFFFFFF else real
-            stored = wide.pop(0) if stored == 0xFFFFFFFF else stored
-            offset = wide.pop(0) if offset == 0xFFFFFFFF else offset
-        at += 4 + length
-    return stored, real, offset
-
-
-def _span(file: MappedFile, chunk: Chunk, record: tuple[int, int]) -> tuple[int, int]:
-    """(offset in the file, size) of a record's content."""
-    offset, size = record
-    header = bytes(file.bytes(chunk.offset + offset, 30).numpy().data)
-    if header[:4] != _LOCAL:
-        raise ValueError("no record where the directory says")
-    start = chunk.offset + offset + 30 + sum(struct.unpack_from("<HH", header, 26))
-    if start + size > chunk.offset + chunk.num_bytes:
-        raise ValueError("a record ends behind the archive")
-    return start, size
-
-
-def _content(file: MappedFile, chunk: Chunk, record: tuple[int, int]) -> bytes:
-    return bytes(file.bytes(*_span(file, chunk, record)).numpy().data)
-
-
-@dataclass
-class _Described:
-    """What the pickle of a tensor says."""
-
-    dtype: torch.dtype
-    storage: str
-    offset: int
-    extent: Extent
-    strides: Extent
-
-
-def _describe(storage: tuple[torch.dtype, str], offset: int, extent: Any, strides: Any, *_: Any) -> _Described:
-    return _Described(storage[0], storage[1], offset, tuple(extent), tuple(strides))
-
-
-_DTYPE_OF_STORAGE = {name: dtype for dtype, name in _STORAGES.items()} | {
-    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads where a tensor's bytes are, not the bytes."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _describe
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if module == "torch" and name in _DTYPE_OF_STORAGE:
-            return _DTYPE_OF_STORAGE[name]
-        raise pickle.UnpicklingError(f"{module}.{name} is not expected in a tensor")
-
-    def persistent_load(self, identity: Any) -> tuple[torch.dtype, str]:
-        return identity[1], identity[2]
-
-
 class _Shell:
     """Takes the place of every class that a reader of weights does not need: it keeps nothing and does nothing."""
 
@@ -508,10 +287,10 @@ class _Shell:
         pass
 
     def append(self, _value: Any) -> None:
-        """As a list."""
+        """Drop a value, as a list would take it."""
 
     def extend(self, _values: Any) -> None:
-        """As a list."""
+        """Drop values, as a list would take them."""
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
@@ -530,7 +309,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of the format."""
+    """Reads ``.metadata``, knowing only the classes of the format."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

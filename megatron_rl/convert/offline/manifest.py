@@ -1,4 +1,4 @@
-"""``digests.json``: what a converted checkpoint holds, tensor by tensor, under Hugging Face names whatever its format."""
+"""``digests.json``: the tensors of a converted checkpoint, under Hugging Face names whatever its format."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Fingerprint:
     dtype: str
     shape: Extent
     digest: int
-    """Of ``digest``, over the whole tensor."""
+    """Result of ``digest`` over the whole tensor."""
 
     @property
     def num_bytes(self) -> int:
-        """Size."""
+        """Size of the tensor."""
         return prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
@@ -63,7 +63,7 @@ def read_manifest(path: Path) -> dict[str, Fingerprint]:
 
 
 def differences(expected: Mapping[str, Fingerprint], found: Mapping[str, Fingerprint]) -> list[str]:
-    """One line for each tensor that is not the same, in the order of ``expected``; empty: all are."""
+    """Return one line for each tensor that differs, in the order of ``expected``; empty: all are equal."""
     lines = []
     for name, one in expected.items():
         other = found.get(name)

@@ -1,4 +1,4 @@
-"""How the process hands memory back to the system."""
+"""Setting of the allocator: freed memory stays with the process."""
 
 from __future__ import annotations
 

@@ -24,28 +24,30 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from megatron_rl.convert.hf.writer import CALL_BYTES, check_target, sync
+from megatron_rl.convert.hf.writer import CALL_BYTES, check_target
 from megatron_rl.convert.offline.memory import keep_freed_memory
 from megatron_rl.convert.offline.reporter import Reporter
 from megatron_rl.convert.tables.digest import MASK, as_text
 from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, disk_error, disk_errors, publish_folder
 
 _PART_BYTES = 2**27
 _MAX_PARTS = 512
 
 _CALL_BUFFERS = 512
+_GOES_ON = f"{SAME_COMMAND}: it goes on where it stopped"
 
-Work = TypeVar("Work")
+Content = TypeVar("Content")
 
 
 def part_bytes(total_bytes: int) -> int:
-    """Of one part, roughly: what a kill can cost a thread. Small parts sync while others are written; not too many files."""
+    """Return the rough size of one part, which a kill can cost a thread. Small parts sync while others are written."""
     return max(_PART_BYTES, total_bytes // _MAX_PARTS)
 
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool for work that torch must not spread over the cores again: the threads do that already."""
+    """Open a pool whose threads use the cores, so that torch must not spread the work again."""
     keep_freed_memory()
     before = torch.get_num_threads()
     try:
@@ -56,16 +58,16 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @dataclass(frozen=True)
-class Part(Generic[Work]):
-    """What one thread writes before it syncs."""
+class FilePart(Generic[Content]):
+    """The range of a file that one thread writes before it syncs."""
 
     number: int
     file: str
-    work: Work
+    content: Content
     num_bytes: int
 
 
-class Stream:
+class BufferedStream:
     """Writes buffers one behind the other from a position on; many small ones go in one call of the system."""
 
     def __init__(self, descriptor: int, position: int) -> None:
@@ -74,7 +76,7 @@ class Stream:
         self._held = 0
 
     def write(self, data: memoryview | bytes) -> None:
-        """``data`` must stay as it is until ``flush``."""
+        """Write data, which must not change until ``flush``."""
         view = memoryview(data).cast("B")
         while len(view):
             room = CALL_BYTES - self._held
@@ -122,19 +124,16 @@ class PartialDirectory:
         self._reporter, self._lock = reporter, threading.Lock()
         there = sum(path.stat().st_blocks * 512 for path in self.path.glob("*")) if self.path.is_dir() else 0
         check_target(self.target, max(0, sum(file_bytes.values()) - there))
-        try:
+        with disk_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._journal = self._journal_path.open("a+", encoding="utf-8")
             self._take_lock()
             self._resume(json.loads(json.dumps(identity)), file_bytes)
-        except OSError as error:
-            rule, fix = f"could not be written ({error.strerror})", "choose another output directory"
-            raise UserError(str(self.target), None, rule, fix) from error
 
     def write(
         self,
-        parts: Sequence[Part[Work]],
-        fill: Callable[[Part[Work], int, Callable[[int], None]], dict[str, int]],
+        parts: Sequence[FilePart[Content]],
+        fill: Callable[[FilePart[Content], int, Callable[[int], None]], dict[str, int]],
         *,
         num_threads: int,
     ) -> None:
@@ -156,7 +155,7 @@ class PartialDirectory:
                 raise _Stopped
             self._reporter.advance(num_bytes)
 
-        def work(part: Part[Work]) -> None:
+        def work(part: FilePart[Content]) -> None:
             if stop.is_set():
                 return
             descriptor = os.open(self.path / part.file, os.O_WRONLY)
@@ -187,14 +186,8 @@ class PartialDirectory:
         Raises:
             UserError: that fails.
         """
-        try:
-            for path in sorted(self.path.rglob("*"), reverse=True):
-                sync(path)
-            sync(self.path)
-            os.replace(self.path, self.target)
-            sync(self.target.parent)
-        except OSError as error:
-            raise self.failed(error) from error
+        with disk_errors(self.target, fix=_GOES_ON):
+            publish_folder(self.path, self.target)
         self._journal_path.unlink()
         self.close()
 
@@ -203,13 +196,8 @@ class PartialDirectory:
         self._journal.close()
 
     def failed(self, error: OSError) -> UserError:
-        """An error of the system while writing, as one sentence."""
-        return UserError(
-            str(self.target),
-            None,
-            f"could not be written ({error.strerror})",
-            "free disk space and give the same command again: it goes on where it stopped",
-        )
+        """Return an error of the system while writing as a UserError."""
+        return disk_error(self.target, error, fix=_GOES_ON)
 
     def _take_lock(self) -> None:
         try:
@@ -251,7 +239,7 @@ class PartialDirectory:
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
-    def _record(self, part: Part[Work], digests: dict[str, int]) -> None:
+    def _record(self, part: FilePart[Content], digests: dict[str, int]) -> None:
         line = json.dumps({"part": part.number, "digests": {name: as_text(value) for name, value in digests.items()}})
         with self._lock:
             self._journal.write(line + "\n")
@@ -271,7 +259,7 @@ class _Stopped(Exception):
 
 
 def _whole_lines(text: str) -> list[Any]:
-    """All lines up to the first that is not whole."""
+    """Return all lines up to the first that is not whole."""
     lines = []
     for line in text.splitlines(keepends=True):
         try:

@@ -1,19 +1,19 @@
-"""What long work on files says of itself."""
+"""Progress of long work on files."""
 
 from __future__ import annotations
 
 
 class Reporter:
-    """What long work says of itself. This one says nothing."""
+    """Receives the progress of long work. This one says nothing."""
 
     def begin(self, what: str, total_bytes: int) -> None:
-        """Work of so many bytes starts."""
+        """Start work of this many bytes."""
 
     def advance(self, num_bytes: int) -> None:
-        """So many more are done; called from any thread."""
+        """Count further bytes as done; called from any thread."""
 
     def end(self) -> None:
-        """The work that began last is over."""
+        """End the work that began last."""
 
     def say(self, text: str) -> None:
-        """A line for the user."""
+        """Say one line to the user."""

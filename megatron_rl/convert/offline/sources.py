@@ -1,8 +1,7 @@
-"""A checkpoint as a source of Hugging Face tensors, block by block, whatever its format: what conversion, export and
-verification read.
+"""A checkpoint of either format as a source of Hugging Face tensors, read block by block by conversion and verification.
 
-    HFSource          a Hugging Face directory
-    MegatronSource    a torch_dist directory: written by a conversion, by the trainer (<step>/model), or by NeMo 2 (weights/)
+HFSource          a Hugging Face directory
+MegatronSource    a torch_dist directory: written by a conversion, by the trainer (<step>/model), or by NeMo 2 (weights/)
 """
 
 from __future__ import annotations
@@ -22,13 +21,21 @@ from megatron_rl.convert.hf.load import check_coverage
 from megatron_rl.convert.hf.mapped import MappedHF, row_blocks
 from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.convert.offline.distcp import METADATA_FILE, Distcp
-from megatron_rl.convert.offline.torch_dist import Layout, Run, Slot, hf_extents, parameter_extent, runs, stored_names
+from megatron_rl.convert.offline.torch_dist import (
+    RowRun,
+    Slot,
+    StoredLayout,
+    hf_extents,
+    parameter_extent,
+    runs,
+    stored_names,
+)
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import Entry, float32_tensors
 from megatron_rl.errors import UserError
 
 HF_FOLDER = "hf"
-"""In a Megatron directory of ours: config.json, tokenizer, so that an export needs nothing else."""
+"""Folder in a Megatron directory of ours with config.json and tokenizer, so that an export needs nothing else."""
 
 _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _NOT_WEIGHTS = re.compile(
@@ -38,22 +45,22 @@ _NOT_WEIGHTS = re.compile(
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
-class Source(Protocol):
-    """Where the tensors of a model come from."""
+class CheckpointSource(Protocol):
+    """A source of the tensors of a model."""
 
     directory: Path
     hf_directory: Path
-    """Where config.json and the tokenizer are."""
+    """Directory of config.json and tokenizer."""
     shape: ModelShape
     extents: dict[str, Extent]
-    """Of every HF tensor, in the order of the model."""
+    """Extent of every HF tensor, in the order of the model."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the values that ``blocks`` gives: as stored."""
+        """Return the type of the values that ``blocks`` gives: the stored one."""
         ...
 
     def blocks(self, name: str, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """(first row, whole rows) of rows [first, last) of an HF tensor, in order; views of a file where possible."""
+        """Yield (first row, whole rows) of rows [first, last) of an HF tensor, in order; views of a file if possible."""
         ...
 
 
@@ -73,16 +80,16 @@ class HFSource:
         check_coverage(self.shape, self.view)
         self._mapped = MappedHF(reader)
         self._float32 = float32_tensors(self.shape)
-        self.extents = hf_extents(Layout(self.shape))
+        self.extents = hf_extents(StoredLayout(self.shape))
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored; an 8-bit weight is made whole in the type that config.json gives."""
+        """Return the stored type; an 8-bit weight is made whole in the type that config.json gives."""
         if name in self._mapped:
             return self._mapped.dtype(name)
         return getattr(torch, self.shape.dtype)
 
     def blocks(self, name: str, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """See ``Source``."""
+        """Yield the rows of an HF tensor, block by block."""
         extent, dtype = self.extents[name], self.dtype(name)
         if name in self._mapped:
             self._mapped.announce(name, first, last)
@@ -113,12 +120,12 @@ class MegatronSource:
         self.shape = read_shape(self.hf_directory)
         self._stored = Distcp(self.directory)
         self.files = [self.directory / METADATA_FILE, *self._stored.files]
-        layout = Layout(self.shape)
+        layout = StoredLayout(self.shape)
         layout.check()
         self.extents = hf_extents(layout)
         self._prefix = self._find_prefix()
         self._places: dict[str, tuple[Entry, Slot, bool]] = {}
-        self._runs: dict[str, list[Run]] = {name: [] for name in self.extents}
+        self._runs: dict[str, list[RowRun]] = {name: [] for name in self.extents}
         used: set[str] = set()
         for entry in layout.entries:
             slot, is_split, keys = self._locate(entry)
@@ -134,12 +141,12 @@ class MegatronSource:
             found.sort(key=lambda run: run.hf_row)
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """Return the stored type."""
         entry, slot, is_split = self._places[name]
         return self._stored.tensors[self._key(entry, slot, is_split, name)].dtype
 
     def blocks(self, name: str, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """See ``Source``."""
+        """Yield the rows of an HF tensor, block by block."""
         entry, slot, is_split = self._places[name]
         key, extent, itemsize = self._key(entry, slot, is_split, name), self.extents[name], self.dtype(name).itemsize
         self._stored.announce(key, slot.index)
@@ -153,7 +160,7 @@ class MegatronSource:
                 yield start, self._stored.read(key, slot.index, start + shift, end + shift)
 
     def _find_prefix(self) -> str:
-        """What a wrapper put in front of every name, such as NeMo's ``module.``."""
+        """Find the prefix that a wrapper put before every name, such as NeMo's ``module.``."""
         found = [key for key in self._stored.tensors if key.endswith(_EMBEDDING) and not _NOT_WEIGHTS.search(key)]
         if len(found) != 1:
             rule = "holds no language model" if not found else f"holds several models: {', '.join(sorted(found))}"
@@ -165,7 +172,7 @@ class MegatronSource:
         return self._prefix + slot.key + suffix
 
     def _locate(self, entry: Entry) -> tuple[Slot, bool, set[str]]:
-        """(where a parameter lies, whether gate and up are stored apart, all keys that hold it)."""
+        """Return (slot of a parameter, whether gate and up are stored apart, all keys that hold it)."""
         extent = parameter_extent(entry, self.shape)
         found: list[tuple[Slot, bool]] = []
         for slot in stored_names(entry.name, self.shape):
@@ -233,7 +240,7 @@ class MegatronSource:
 
 
 def find_weights(directory: Path) -> Path:
-    """The torch_dist directory in a checkpoint.
+    """Find the torch_dist directory in a checkpoint.
 
     That is the directory itself, ``model/`` (a step of the trainer), ``weights/`` (NeMo 2), or the last iteration of a
     directory with ``latest_checkpointed_iteration.txt`` (Megatron-LM).
@@ -258,7 +265,7 @@ def find_weights(directory: Path) -> Path:
 
 
 def open_source(directory: str | Path, *, config_from: str | Path | None = None) -> HFSource | MegatronSource:
-    """Whichever of the two a directory is.
+    """Open a directory as whichever of the two it is.
 
     Args:
         directory: of the checkpoint.
@@ -271,8 +278,8 @@ def open_source(directory: str | Path, *, config_from: str | Path | None = None)
     return MegatronSource(directory, config_from=config_from)
 
 
-def num_bytes(source: Source) -> int:
-    """Of all tensors, as stored."""
+def num_bytes(source: CheckpointSource) -> int:
+    """Return the size of all tensors, as stored."""
     return sum(prod(extent) * source.dtype(name).itemsize for name, extent in source.extents.items())
 
 

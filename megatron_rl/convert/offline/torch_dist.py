@@ -1,4 +1,4 @@
-"""What stands in a Megatron ``torch_dist`` checkpoint of a model: keys, extents, and where each parameter lies.
+"""Content of a Megatron ``torch_dist`` checkpoint of a model: keys, extents, and the place of each parameter.
 
 Megatron stacks layers and experts: parameter ``decoder.layers.3.mlp.linear_fc2.weight`` is row 3 of the stored tensor
 ``decoder.layers.mlp.linear_fc2.weight`` [L, hidden, ffn]. Experts are stacked as well:
@@ -36,7 +36,7 @@ from megatron_rl.convert.tables.kinds import Box, Extent, boxes, hf_shapes, shar
 from megatron_rl.convert.tables.table import Entry, entries
 
 LayerSpec = Literal["both", "local", "te"]
-"""For which of Megatron's layer specs a checkpoint is written. ``both`` has the names of both, small tensors twice where they
+"""Megatron's layer spec for which a checkpoint is written. ``both`` has the names of both, and small tensors twice if they
 differ: each finds all that it asks for, and something that only the other one wants."""
 
 _LAYER = re.compile(r"^(?:module\.)*decoder\.layers\.(\d+)\.(.+)$")
@@ -47,7 +47,7 @@ _NORM = re.compile(r"(^|\.)[a-z_]*(layernorm|_norm)\.weight$")
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies: at ``index`` of the leading dimensions of the stored tensor ``key``."""
+    """The place of one parameter: ``index`` of the leading dimensions of the stored tensor ``key``."""
 
     key: str
     index: Extent
@@ -57,7 +57,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """Whole rows of one HF tensor that are whole rows of a parameter (rows: indices of dimension 0)."""
 
     hf_name: str
@@ -67,22 +67,22 @@ class Run:
 
 
 def parameter_extent(entry: Entry, shape: ModelShape) -> Extent:
-    """Shape of a parameter that is not cut: a vocabulary has no padding rows, which Megatron adds on load."""
+    """Return the shape of an uncut parameter. A vocabulary has no padding rows, which Megatron adds on load."""
     return shard_shape(entry.kind, shape, 1, vocab_multiple=1)
 
 
-def runs(entry: Entry, shape: ModelShape) -> list[Run]:
-    """What a whole parameter is made of, in the order of its rows."""
+def runs(entry: Entry, shape: ModelShape) -> list[RowRun]:
+    """Return the HF rows that make a whole parameter, in the order of its rows."""
 
-    def run(box: Box) -> Run:
+    def run(box: Box) -> RowRun:
         assert box.size[1:] == extent[1:] and not any(box.hf_start[1:]), f"{entry.name}: a part of a row"
-        return Run(entry.hf_names[box.tensor], box.hf_start[0], box.shard_start[0], box.size[0])
+        return RowRun(entry.hf_names[box.tensor], box.hf_start[0], box.shard_start[0], box.size[0])
 
     extent = parameter_extent(entry, shape)
     return [run(box) for box in boxes(entry.kind, shape, 0, 1, vocab_multiple=1)]
 
 
-class Layout:
+class StoredLayout:
     """The stored tensors and objects of a checkpoint of one model.
 
     Args:
@@ -100,9 +100,9 @@ class Layout:
             if match := _LAYER.match(entry.name):
                 self._layers.setdefault(int(match[1]), set()).add(match[2])
         self.is_stacked = len({frozenset(names) for names in self._layers.values()}) == 1
-        """Whether layers share keys: they do where all have the same parameters."""
+        """True: layers share keys, since all have the same parameters."""
         self.slots: dict[str, tuple[Slot, ...]] = {entry.name: tuple(self._slots(entry)) for entry in self.entries}
-        """Parameter -> where it lies; more than one place only under ``both``."""
+        """Parameter -> its places; more than one only under ``both``."""
         self.objects: list[str] = sorted({name for entry in self.entries for name in self._objects(entry)})
         """Unique keys of the ``_extra_state`` objects."""
 
@@ -116,7 +116,7 @@ class Layout:
         }  # fmt: skip
 
     def check(self) -> None:
-        """Every HF tensor fills parameters once, and the parameters of each stored tensor fill it once.
+        """Check that every HF tensor fills parameters once, and that the parameters of each stored tensor fill it once.
 
         Raises:
             AssertionError: the table or this module is wrong; no input of a user can cause it.
@@ -148,7 +148,7 @@ class Layout:
         return ("local", "te") if self.layer_spec == "both" else (self.layer_spec,)
 
     def _slot(self, layer: int, rest: str) -> Slot:
-        """Of a parameter or object of a layer, named without the layer."""
+        """Return the slot of a layer's parameter or object, named without the layer."""
         index: list[int] = []
         counts: list[int] = []
         prefix = f"decoder.layers.{layer}."
@@ -173,7 +173,7 @@ class Layout:
 
 
 def stored_names(name: str, shape: ModelShape) -> list[Slot]:
-    """Every place where some version or option of Megatron may have stored a parameter, likeliest first.
+    """Return every slot in which some version or option of Megatron may have stored a parameter, likeliest first.
 
     Stacked layers or not, stacked experts or not (``singleton_local_shards``), fused or plain names of norms.
     """
@@ -206,7 +206,7 @@ _FUSIONS = {
 
 
 def _name(rest: str, layer: set[str], spec: LayerSpec) -> str:
-    """A layer's parameter under the name that a spec stores it by. ``layer``: all plain names of the layer."""
+    """Return the name by which a spec stores a layer's parameter. ``layer``: all plain names of the layer."""
     has_plain_attention = "self_attention.linear_qkv.weight" in layer
     for plain, fused in _FUSIONS.items():
         if not rest.startswith(plain):
@@ -227,8 +227,8 @@ def _unique_key(slot: Slot) -> str:
     return f"{slot.key}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, counts))}"
 
 
-def hf_extents(layout: Layout) -> dict[str, Extent]:
-    """Every HF tensor and its extent, in the order of the model."""
+def hf_extents(layout: StoredLayout) -> dict[str, Extent]:
+    """Return every HF tensor and its extent, in the order of the model."""
     return {
         name: extent
         for entry in layout.entries

@@ -1,4 +1,4 @@
-"""Is a checkpoint what it should be? Digests of all its tensors against its manifest, or against another checkpoint's."""
+"""Verification of a checkpoint: digests of all its tensors against its manifest, or against another checkpoint's."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def verify(
     num_threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> list[str]:
-    """What is not as it should be, one line a tensor; empty: every bit is.
+    """Return one line for each tensor that is not as it should be; empty: every bit is.
 
     Args:
         directory: a checkpoint, Hugging Face or Megatron.

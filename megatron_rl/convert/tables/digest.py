@@ -24,12 +24,12 @@ MASK = 2**64 - 1
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORD_BYTES = 8
 _BLOCK_WORDS = 2**18
-"""At a time: what fits a core's cache."""
+"""Number handled at a time: it fits a core's cache."""
 _GPU_BLOCK_WORDS = 2**24
 
 
 def digest(name: str, block: Tensor, start: tuple[int, ...], extent: tuple[int, ...]) -> int:
-    """Digest of one rectangle of a tensor; those of a tensor's rectangles sum, mod 2^64, to that of the tensor.
+    """Return the digest of one rectangle of a tensor; those of its rectangles sum, mod 2^64, to that of the tensor.
 
     Args:
         name: of the whole tensor; equal tensors of different names have different digests.
@@ -60,7 +60,7 @@ def digest(name: str, block: Tensor, start: tuple[int, ...], extent: tuple[int, 
 
 
 def _sum_of_words(block: Tensor, rows: Tensor, columns: Tensor) -> int:
-    """Of [n, words * elements per word]; int64 arithmetic wraps, which is mod 2^64."""
+    """Sum over [n, words * elements per word]; int64 arithmetic wraps, which is mod 2^64."""
     limit = _BLOCK_WORDS if block.device.type == "cpu" else _GPU_BLOCK_WORDS
     step = max(1, limit // len(columns))
     total = torch.zeros((), dtype=torch.int64, device=block.device)
@@ -73,7 +73,7 @@ def _sum_of_words(block: Tensor, rows: Tensor, columns: Tensor) -> int:
 
 
 def _sum_of_elements(block: Tensor, start: int, rows: Tensor, columns: Tensor) -> int:
-    """The same for any columns, from the first one's place in its row."""
+    """Sum over any columns, given the first one's place in its row."""
     if block.shape[1] == 0:
         return 0
     size = block.element_size()
@@ -86,7 +86,7 @@ def _sum_of_elements(block: Tensor, start: int, rows: Tensor, columns: Tensor) -
 
 
 def _as_words(block: Tensor) -> Tensor:
-    """[n, words] int64; a copy only where memory is not in whole words."""
+    """Return [n, words] int64, copied only if memory is not in whole words."""
     size = block.element_size()
     in_place = block.stride(1) == 1 and block.data_ptr() % _WORD_BYTES == 0
     in_place &= block.storage_offset() * size % _WORD_BYTES == 0 and block.stride(0) * size % _WORD_BYTES == 0
@@ -94,13 +94,13 @@ def _as_words(block: Tensor) -> Tensor:
 
 
 def as_text(value: int) -> str:
-    """16 hexadecimal digits."""
+    """Return 16 hexadecimal digits."""
     return f"{value:016x}"
 
 
 @lru_cache(maxsize=64)
 def _weights(stream: str, count: int, device: torch.device) -> Tensor:
-    """[count] odd int64 numbers that follow from the stream's name: splitmix64 of a counter."""
+    """Return [count] odd int64 numbers that follow from the stream's name: splitmix64 of a counter."""
     seed = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little")
     with numpy.errstate(over="ignore"):
         value = (numpy.arange(1, count + 1, dtype=numpy.uint64) + numpy.uint64(seed)) * numpy.uint64(0x9E3779B97F4A7C15)

@@ -1,4 +1,4 @@
-"""How one Megatron parameter relates to its Hugging Face tensors: a kind, and the boxes that it stands for.
+"""The relation of one Megatron parameter to its Hugging Face tensors: a kind, and the boxes that it stands for.
 
 A kind is data; ``boxes`` is the one primitive. Loading, export, verification and weight-sync plans all read the same
 boxes in one direction or the other, so that what one writes the other reads back.
@@ -32,41 +32,41 @@ Extent = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How a parameter is cut. ``dims`` names the sizes (keys of ``ModelShape.dims``) of each of its HF tensors."""
+class ShardKind:
+    """The way a parameter is cut. ``dims`` names the sizes (keys of ``ModelShape.dims``) of each of its HF tensors."""
 
     name: Literal["replicated", "column", "row", "vocab", "qkv", "gated"]
     dims: tuple[str, ...]
 
 
-def replicated(*dims: str) -> Kind:
-    """Every rank holds all of it."""
-    return Kind("replicated", dims)
+def replicated(*dims: str) -> ShardKind:
+    """Kind of a parameter that every rank holds whole."""
+    return ShardKind("replicated", dims)
 
 
-def column(*dims: str) -> Kind:
-    """Cut along dimension 0, the output of the layer."""
-    return Kind("column", dims)
+def column(*dims: str) -> ShardKind:
+    """Kind that is cut along dimension 0, the output of the layer."""
+    return ShardKind("column", dims)
 
 
-def row(*dims: str) -> Kind:
-    """Cut along dimension 1, the input of the layer."""
-    return Kind("row", dims)
+def row(*dims: str) -> ShardKind:
+    """Kind that is cut along dimension 1, the input of the layer."""
+    return ShardKind("row", dims)
 
 
-def vocab(*dims: str) -> Kind:
-    """Cut along the rows of the padded vocabulary."""
-    return Kind("vocab", ("vocab", *dims))
+def vocab(*dims: str) -> ShardKind:
+    """Kind that is cut along the rows of the padded vocabulary."""
+    return ShardKind("vocab", ("vocab", *dims))
 
 
-def qkv(*dims: str) -> Kind:
-    """Queries, keys and values in one parameter, group by group; ``dims`` are those after the first."""
-    return Kind("qkv", dims)
+def qkv(*dims: str) -> ShardKind:
+    """Kind of queries, keys and values in one parameter, group by group; ``dims`` are those after the first."""
+    return ShardKind("qkv", dims)
 
 
-def gated(*dims: str) -> Kind:
-    """Gate and up projection stacked within each rank."""
-    return Kind("gated", dims)
+def gated(*dims: str) -> ShardKind:
+    """Kind of gate and up projection, stacked within each rank."""
+    return ShardKind("gated", dims)
 
 
 @dataclass(frozen=True)
@@ -81,28 +81,28 @@ class Box:
 
     @property
     def hf_slices(self) -> tuple[slice, ...]:
-        """Indexes the HF tensor."""
+        """Index into the HF tensor."""
         return tuple(slice(a, a + n) for a, n in zip(self.hf_start, self.size, strict=True))
 
     @property
     def shard_slices(self) -> tuple[slice, ...]:
-        """Indexes the shard."""
+        """Index into the shard."""
         return tuple(slice(a, a + n) for a, n in zip(self.shard_start, self.size, strict=True))
 
     @property
     def num_elements(self) -> int:
-        """Elements copied."""
+        """Number of elements copied."""
         return prod(self.size)
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE) -> int:
-    """Rows of Megatron's embedding over all ranks: the next multiple of ``vocab_multiple * tp_size``."""
+    """Return the rows of Megatron's embedding over all ranks: the next multiple of ``vocab_multiple * tp_size``."""
     step = vocab_multiple * tp_size
     return -(-vocab_size // step) * step
 
 
 def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
-    """Whole query groups and equal parts of the MLP on each rank.
+    """Check that each rank gets whole query groups and an equal part of the MLP.
 
     Megatron itself could split one group's heads over ranks; its shards would then hold no whole group.
 
@@ -118,8 +118,8 @@ def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
             )  # fmt: skip
 
 
-def hf_shapes(kind: Kind, shape: ModelShape) -> list[Extent]:
-    """Shapes of the HF tensors, in the order of the entry's ``hf_names``."""
+def hf_shapes(kind: ShardKind, shape: ModelShape) -> list[Extent]:
+    """Return the shapes of the HF tensors, in the order of the entry's ``hf_names``."""
     rest = tuple(shape.dims[dim] for dim in kind.dims)
     match kind.name:
         case "qkv":
@@ -130,8 +130,10 @@ def hf_shapes(kind: Kind, shape: ModelShape) -> list[Extent]:
             return [rest]
 
 
-def shard_shape(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE) -> Extent:
-    """Shape of each rank's parameter."""
+def shard_shape(
+    kind: ShardKind, shape: ModelShape, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
+) -> Extent:
+    """Return the shape of each rank's parameter."""
     check_tensor_parallel(shape, tp_size)
     tensors = hf_shapes(kind, shape)
     first, rest = sum(tensor[0] for tensor in tensors), tensors[0][1:]
@@ -147,9 +149,9 @@ def shard_shape(kind: Kind, shape: ModelShape, tp_size: int, *, vocab_multiple: 
 
 
 def boxes(
-    kind: Kind, shape: ModelShape, tp_rank: int, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
+    kind: ShardKind, shape: ModelShape, tp_rank: int, tp_size: int, *, vocab_multiple: int = DEFAULT_VOCAB_MULTIPLE
 ) -> list[Box]:
-    """The boxes that fill the shard of ``tp_rank``, in the order of its rows.
+    """Return the boxes that fill the shard of ``tp_rank``, in the order of its rows.
 
     Args:
         kind: of the parameter.
@@ -183,7 +185,7 @@ def boxes(
 
 
 def _qkv_pieces(shape: ModelShape, tp_rank: int, tp_size: int) -> list[tuple[int, int, int]]:
-    """As ``get_query_key_value_tensors`` of megatron.core's SelfAttention splits them."""
+    """Return the pieces as ``get_query_key_value_tensors`` of megatron.core's SelfAttention splits them."""
     num_groups = shape.num_key_value_heads // tp_size
     key_rows = shape.head_dim
     query_rows = shape.num_attention_heads // shape.num_key_value_heads * shape.head_dim
@@ -195,7 +197,7 @@ def _qkv_pieces(shape: ModelShape, tp_rank: int, tp_size: int) -> list[tuple[int
 
 
 def _stack(pieces: Iterable[tuple[int, int, int]], rest: Extent) -> list[Box]:
-    """Boxes of whole rows, one below the other. A piece is (tensor, first row of the HF tensor, number of rows)."""
+    """Stack boxes of whole rows. A piece is (tensor, first row of the HF tensor, number of rows)."""
     result, position, corner = [], 0, tuple(0 for _ in rest)
     for tensor, start, num_rows in pieces:
         if num_rows > 0:  # a rank may hold nothing but padding rows of the vocabulary
@@ -211,12 +213,12 @@ class Rule:
     megatron: str
     """``{layer}`` stands for the global layer number, ``{expert}`` for that of an expert among the layer's."""
     hf: tuple[str, ...]
-    kind: Kind
+    kind: ShardKind
     needs: str = ""
     """A boolean of ``ModelShape`` that must hold for the line to apply."""
     is_copy: bool = False
     """Another line owns these HF tensors: loaded here too, exported from there only."""
     layers: Literal["all", "dense", "experts"] = "all"
-    """Which layers have it, in a model whose first layers are dense and whose others have experts."""
+    """Layers that have it, in a model whose first layers are dense and whose others have experts."""
     is_float32: bool = False
     """Kept in float32 by checkpoints and by Megatron, whatever the type of the model."""

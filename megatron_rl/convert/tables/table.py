@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from megatron_rl.convert.architecture.shape import Family, ModelShape
 from megatron_rl.convert.tables import deepseek_v3, llama, mixtral, qwen2, qwen3, qwen3_moe
-from megatron_rl.convert.tables.kinds import Extent, Kind, Rule, hf_shapes
+from megatron_rl.convert.tables.kinds import Extent, Rule, ShardKind, hf_shapes
 from megatron_rl.errors import UserError
 
 TABLES: dict[Family, tuple[Rule, ...]] = {
@@ -46,24 +46,24 @@ class Entry:
     """One Megatron parameter of one model."""
 
     name: str
-    """Global, with the plain name of a fused norm."""
+    """Global name, with the plain name of a fused norm."""
     hf_names: tuple[str, ...]
-    kind: Kind
+    kind: ShardKind
     is_copy: bool
     """Another entry owns the HF tensors: this one is loaded, never exported (tied output layer)."""
     expert: int | None = None
-    """Which of the layer's experts it belongs to; such a parameter lives on one expert-parallel rank."""
+    """Number of the layer's expert that it belongs to; such a parameter lives on one expert-parallel rank."""
     is_float32: bool = False
     """Kept in float32 by checkpoints and by Megatron, whatever the type of the model."""
 
 
 def entries(shape: ModelShape) -> dict[str, Entry]:
-    """All parameters, layer by layer in the order of the model: embedding, layers, final norm, output layer."""
+    """Return all parameters in the order of the model: embedding, layers, final norm, output layer."""
     return dict(_entries(TABLES[shape.family], shape))
 
 
 def find_entry(name: str, shape: ModelShape) -> Entry:
-    """The entry of a global name, plain, fused or grouped.
+    """Return the entry of a global name, plain, fused or grouped.
 
     Raises:
         UserError: the checkpoint has nothing for this parameter.
@@ -83,12 +83,12 @@ def find_entry(name: str, shape: ModelShape) -> Entry:
 
 
 def is_extra_state(name: str) -> bool:
-    """Whether a state dict's entry is a module's own bookkeeping (scales of FP8 products), which no checkpoint fills."""
+    """Say whether a state dict's entry is a module's bookkeeping (scales of FP8 products), which no checkpoint fills."""
     return name.endswith(_EXTRA_STATE)
 
 
 def plain_name(name: str) -> str:
-    """The table's name: ``...linear_qkv.layer_norm_weight`` -> ``...input_layernorm.weight``; see above."""
+    """Return the table's name: ``...linear_qkv.layer_norm_weight`` -> ``...input_layernorm.weight``."""
     match = _LAYER.match(name)
     if match is None:
         return name
@@ -98,7 +98,7 @@ def plain_name(name: str) -> str:
 
 
 def dropped_tensors(names: Iterable[str], shape: ModelShape) -> dict[str, str]:
-    """Which tensors of a checkpoint are left out of the model on purpose, and why.
+    """Return the tensors of a checkpoint that are left out of the model on purpose, and why.
 
     Args:
         names: of all tensors in the checkpoint.
@@ -114,7 +114,7 @@ def dropped_tensors(names: Iterable[str], shape: ModelShape) -> dict[str, str]:
 
 
 def global_name(local_name: str, layer_offset: int, expert_offset: int = 0) -> str:
-    """The global name of a parameter of one pipeline stage or chunk.
+    """Return the global name of a parameter of one pipeline stage or chunk.
 
     Args:
         local_name: as ``named_parameters`` gives it, with or without the ``module.`` of wrappers.
@@ -135,14 +135,14 @@ def global_name(local_name: str, layer_offset: int, expert_offset: int = 0) -> s
 
 
 def names_of_all_experts(name: str, shape: ModelShape) -> list[str]:
-    """The same parameter of every expert of the layer; of what belongs to no expert, the name itself."""
+    """Return the same parameter of every expert of the layer; without an expert, the name itself."""
     if _EXPERT.search(name) is None:
         return [name]
     return [_EXPERT.sub(rf"\g<1>{expert}", name) for expert in range(shape.num_experts)]
 
 
 def hf_tensors(shape: ModelShape) -> dict[str, Extent]:
-    """Every tensor of the HF checkpoint and its shape, in the order of ``entries``."""
+    """Return every tensor of the HF checkpoint and its shape, in the order of ``entries``."""
     return {
         name: extent
         for entry in entries(shape).values()
@@ -151,7 +151,7 @@ def hf_tensors(shape: ModelShape) -> dict[str, Extent]:
 
 
 def float32_tensors(shape: ModelShape) -> frozenset[str]:
-    """HF tensors that a checkpoint stores in float32, whatever the type of the others."""
+    """Return the HF tensors that a checkpoint stores in float32, whatever the type of the others."""
     return frozenset(name for entry in entries(shape).values() if entry.is_float32 for name in entry.hf_names)
 
 

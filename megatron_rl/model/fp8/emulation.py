@@ -38,10 +38,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_rl.model.fp8.recipe import Recipe
+from megatron_rl.model.fp8.recipe import Fp8Recipe
 
 EMULATED = "emulated_fp8"
-"""Attribute of Megatron's config with the ``Recipe``. Its own field ``fp8`` stays empty: it stands for Transformer Engine."""
+"""Attribute of Megatron's config with the ``Fp8Recipe``. The field ``fp8`` stays empty: it would ask for Transformer Engine."""
 Tile = tuple[int, int]
 """Rows and columns that share a scale."""
 Operand = tuple[Tensor, Tensor | None]
@@ -49,14 +49,14 @@ Operand = tuple[Tensor, Tensor | None]
 
 WEIGHT_TILES: dict[str, Tile] = {"blockwise": (128, 128), "mxfp8": (1, 32)}
 ROW_TILES: dict[str, Tile] = {"blockwise": (1, 128), "mxfp8": (1, 32)}
-"""Of inputs and gradients, as a product sees them that sums over their columns."""
+"""Tiles of inputs and gradients, for a product that sums over their columns."""
 
 
 # ---------------------------------------------------------------------------------------------------- rounding
 
 
 def round_tiles(x: Tensor, dtype: torch.dtype, tile: Tile) -> Tensor:
-    """What is left of ``x`` in eight bits with a power of two for each tile.
+    """Round ``x`` to eight bits with a power of two as the scale of each tile.
 
     The scale of a tile is the least power of two that brings its largest value into range, so nothing overflows.
 
@@ -110,11 +110,11 @@ def round_tensor(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Operand:
 
 
 class Quantizers:
-    """How one layer rounds its input, its weight and the gradient of its output; delayed scaling remembers here."""
+    """The rounding of one layer's input, weight and output gradient, with the memory of delayed scaling."""
 
     ROLES = ("input", "weight", "gradient")
 
-    def __init__(self, recipe: Recipe, amax_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, recipe: Fp8Recipe, amax_group: dist.ProcessGroup | None = None) -> None:
         """Args: the recipe; ranks that share the scales of delayed scaling, as Megatron has it: TP x CP x DP."""
         self.recipe, self._amax_group = recipe, amax_group
         self.history = torch.zeros(len(self.ROLES), recipe.history_len)
@@ -181,7 +181,7 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(a: Operand, b: Operand) -> Tensor:
-    """As the hardware does: sums and scales in float32, rounded once to the type of the operands."""
+    """Multiply as the hardware does: sums and scales in float32, rounded once to the type of the operands."""
     product = a[0].float() @ b[0].float()
     for factor in (a[1], b[1]):
         if factor is not None:
@@ -193,7 +193,7 @@ def _multiply(a: Operand, b: Operand) -> Tensor:
 
 
 class Fp8Layer:
-    """What Megatron's two parallel linear layers have in common in eight bits."""
+    """The part that Megatron's two parallel linear layers share in eight bits."""
 
     is_quantized = True
     """False where Megatron keeps first and last layers in the higher precision."""
@@ -223,13 +223,13 @@ class Fp8Layer:
         return product if bias is None else product + bias
 
     def get_extra_state(self) -> dict[str, Tensor] | None:
-        """What a checkpoint needs beside the weight: the memory of delayed scaling."""
+        """Return the memory of delayed scaling, which a checkpoint needs beside the weight."""
         if self.quantizers.recipe.kind != "delayed":
             return None
         return {"history": self.quantizers.history.clone(), "scale": self.quantizers.scale.clone()}
 
     def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
-        """None, and a history of another length, leave a new memory: its scales adapt within a pass."""
+        """Take over a saved memory. None, or a history of another length, leaves a new one: its scales adapt within a pass."""
         if (
             state
             and self.quantizers.recipe.kind == "delayed"
@@ -258,7 +258,7 @@ class Fp8RowParallelLinear(Fp8Layer, RowParallelLinear):
 
 _EMULATED = {ColumnParallelLinear: Fp8ColumnParallelLinear, RowParallelLinear: Fp8RowParallelLinear}
 _BUILT_OTHERWISE = {"linear_q_down_proj", "linear_kv_down_proj"}
-"""By ``LatentAttention``; Megatron refuses classes that it does not know for them."""
+"""Layers that ``LatentAttention`` builds itself: Megatron refuses classes that it does not know for them."""
 
 
 def emulated(spec: Any) -> Any:
@@ -278,7 +278,7 @@ def emulated(spec: Any) -> Any:
 
 
 def finish_layers(layers: Iterable[Any], config: TransformerConfig) -> None:
-    """For a model that has been built: eight bits off where Megatron's ``first_last_layers_bf16`` says so, on everywhere else.
+    """Turn eight bits off in a built model where ``first_last_layers_bf16`` says so; on everywhere else.
 
     Raises:
         RuntimeError: this version of Megatron builds a linear layer in a way that ``emulated`` does not know.

@@ -27,21 +27,21 @@ import torch
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 
-Kind = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+RecipeName = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Version = tuple[int, ...]
 
 _FIELD = "policy.megatron_cfg.fp8_recipe"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What becomes of the three products of a linear layer."""
+class Fp8Recipe:
+    """The types and scales of the three products of a linear layer."""
 
-    kind: Kind
+    kind: RecipeName
     forward: torch.dtype
-    """Of inputs and weights."""
+    """Type of inputs and weights."""
     backward: torch.dtype
-    """Of the gradient of the output."""
+    """Type of the gradient of the output."""
     margin: int = 0
     """Delayed scaling: powers of two left free above the largest value."""
     history_len: int = 1
@@ -51,12 +51,12 @@ class Recipe:
     quantizes_weight_gradient: bool = True
 
 
-def recipe_of(passed: Mapping[str, Any]) -> Recipe | None:
-    """What fields of Megatron's config ask for, with Megatron's defaults; None without ``fp8``."""
+def recipe_of(passed: Mapping[str, Any]) -> Fp8Recipe | None:
+    """Read the recipe from fields of Megatron's config, with Megatron's defaults; None without ``fp8``."""
     if not passed.get("fp8"):
         return None
-    kind: Kind = passed.get("fp8_recipe") or "delayed"
-    return Recipe(
+    kind: RecipeName = passed.get("fp8_recipe") or "delayed"
+    return Fp8Recipe(
         kind=kind,
         forward=torch.float8_e4m3fn,
         backward=torch.float8_e5m2 if passed["fp8"] == "hybrid" else torch.float8_e4m3fn,
@@ -78,7 +78,7 @@ class _Needs:
     instead: str = "tensorwise"
 
 
-_NEEDS: dict[Kind, _Needs] = {
+_NEEDS: dict[RecipeName, _Needs] = {
     "delayed": _Needs((8, 9), (1, 0), (12, 1), instead="no fp8 at all"),
     "tensorwise": _Needs((8, 9), (2, 2), (12, 1), instead="delayed"),
     "blockwise": _Needs((9, 0), (2, 3), (12, 9), below=(10, 0)),
@@ -92,7 +92,7 @@ _NOT_EMULATED = {
 }
 
 
-def check_fp8(config: Config, recipe: Recipe, device: torch.device, *, is_local: bool) -> None:
+def check_fp8(config: Config, recipe: Fp8Recipe, device: torch.device, *, is_local: bool) -> None:
     """A config's recipe can run where its model is to live.
 
     Args:
@@ -116,13 +116,13 @@ def check_fp8(config: Config, recipe: Recipe, device: torch.device, *, is_local:
         check_here(recipe.kind, device)
 
 
-def check_here(kind: Kind, device: torch.device) -> None:
+def check_here(kind: RecipeName, device: torch.device) -> None:
     """``check_gpu`` of a GPU of this machine, and what is installed."""
     capability, cuda = torch.cuda.get_device_capability(device), _version(torch.version.cuda or "0")
     check_gpu(kind, capability=capability, engine=_engine_version(), cuda=cuda)
 
 
-def _check_emulated(passed: Mapping[str, Any], recipe: Recipe) -> None:
+def _check_emulated(passed: Mapping[str, Any], recipe: Fp8Recipe) -> None:
     for field, why in _NOT_EMULATED.items():
         if passed.get(field):
             raise UserError(f"policy.megatron_cfg.{field}", True, why + "; this is a CPU", "leave it out, or use a GPU")
@@ -154,7 +154,7 @@ def _version(text: str) -> Version:
     return tuple(int(number[0]) for number in numbers if number)
 
 
-def check_gpu(kind: Kind, *, capability: Version, engine: Version | None, cuda: Version) -> None:
+def check_gpu(kind: RecipeName, *, capability: Version, engine: Version | None, cuda: Version) -> None:
     """A GPU and its software can run a recipe.
 
     Args:

@@ -1,4 +1,4 @@
-"""One SGLang server over HTTP: its field names and its errors, translated here and nowhere else."""
+"""Client of one SGLang server over HTTP. Only this module knows the server's field names and errors."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from megatron_rl.rollout.sglang.versions import Adapter
 from megatron_rl.types import Completion, FinishReason, Request
 
 UPDATING = "updating"
-"""Stamp of a server whose weights are being replaced: no completion with it is ever accepted."""
+"""Version stamp of a server whose weights are being replaced; no completion with it is ever accepted."""
 
 
 class Unavailable(Exception):
-    """No usable answer: the server is gone, does not answer in time, or failed inside. Another attempt may work."""
+    """No usable reply: the server is gone, late, or failed inside. A retry may work."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
-        """A word for the metrics: ``connection``, ``timeout``, ``server_error``, ``cut``, ``bad_reply``, ``stale``."""
+        """Name for the metrics: ``connection``, ``timeout``, ``server_error``, ``cut``, ``bad_reply``, ``stale``."""
 
 
 class Refused(Exception):
-    """The server understood and said no (HTTP 4xx): asking again is of no use."""
+    """A refusal by the server (HTTP 4xx); a retry is of no use."""
 
 
 class SGLangClient:
-    """Methods raise ``Unavailable`` or ``Refused`` and nothing else."""
+    """Client of one server. Methods raise ``Unavailable`` or ``Refused`` and nothing else."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, *, admin_key: str | None) -> None:
         self.url = url.rstrip("/")
         self._session = session
         self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
         self.num_prompt_tokens = 0
-        """Of the completions so far."""
+        """Prompt tokens of the completions so far."""
         self.num_cached_tokens = 0
-        """Of these, not computed again: the server had them in its prefix cache."""
+        """Prompt tokens among these that the server had in its prefix cache."""
 
     # ------------------------------------------------------------------------------------------------ generation
 
@@ -61,7 +61,7 @@ class SGLangClient:
     ) -> Completion:
         """Complete one request, and check that the reply is whole and from the wanted weights.
 
-        ``experts`` (layers, experts chosen in each) asks to be told which they were.
+        ``experts`` (layers, experts per token) asks the server to return the chosen experts.
         """
         body = {
             "input_ids": request.prompt_ids.tolist(),
@@ -87,33 +87,33 @@ class SGLangClient:
     # ------------------------------------------------------------------------------------------------ state
 
     async def weight_version(self, timeout_s: float) -> str:
-        """What the server calls its weights."""
+        """Return the server's version stamp of its weights."""
         return str((await self._get("/model_info", timeout_s)).get("weight_version"))
 
     async def info(self, timeout_s: float) -> dict[str, Any]:
-        """Version of SGLang, arguments, model: what to check before the first request."""
+        """Return SGLang's version, arguments and model, to be checked before the first request."""
         return {**await self._get("/server_info", timeout_s), **await self._get("/model_info", timeout_s)}
 
     async def check_health(self, timeout_s: float) -> None:
-        """Make the scheduler, not only the HTTP process, give a sign of life."""
+        """Check that the scheduler responds, not only the HTTP process."""
         await self._call("GET", "/health", None, timeout_s)
 
     async def release_memory(self, timeout_s: float) -> None:
-        """Give up weights and cache until ``resume_memory``; the weights must be sent again.
+        """Release weights and KV cache until ``resume_memory``; the weights must be sent again.
 
-        A server that is not idle dies of this, so nobody else may ask it for anything meanwhile, not even for its health.
+        A server that is not idle dies of this, so nothing else may be requested meanwhile, not even its health.
         """
         await self._flush_cache(timeout_s, patience_s=timeout_s)
         await self._post("/release_memory_occupation", {}, timeout_s)
 
     async def resume_memory(self, timeout_s: float) -> None:
-        """Undo ``release_memory``."""
+        """Take back the memory of ``release_memory``."""
         await self._post("/resume_memory_occupation", {}, timeout_s)
 
     # ------------------------------------------------------------------------------------------------ weights
 
     async def begin_update(self, version: int, *, pause_mode: str, adapter: Adapter, timeout_s: float) -> None:
-        """Stop generating, and stamp the weights as neither old nor new."""
+        """Pause generation, and stamp the weights as neither old nor new."""
         await self._post("/pause_generation", {"mode": pause_mode}, timeout_s)
         await self._stamp(f"{UPDATING}:{version}", timeout_s)
         if not adapter.has_update_session:
@@ -132,7 +132,7 @@ class SGLangClient:
         Args:
             bucket: as ``serialize`` makes it.
             tensor_parallel_size: of the server.
-            loader: function that takes it inside the ranks; None: whole tensors, of which each rank loads its part.
+            loader: function that takes the bucket inside the ranks; None means whole tensors, and each rank loads its part.
             timeout_s: deadline.
         """
         # The cache is flushed once, in end_update.
@@ -145,20 +145,18 @@ class SGLangClient:
 
     async def load_checkpoint(self, path: str, *, timeout_s: float) -> None:
         """Load a Hugging Face checkpoint that the server finds under this path."""
-        # Our servers start with load_format dummy, which would hold here too.
+        # Our servers start with load_format dummy, which would be the default here, too.
         body = {"model_path": path, "load_format": "auto", "flush_cache": False}
         await self._post("/update_weights_from_disk", body, timeout_s)
 
     async def end_update(self, version: int, *, pause_mode: str, adapter: Adapter, timeout_s: float) -> None:
-        """Drop what the old weights have cached, stamp the new version, go on, and see that the stamp holds."""
+        """Drop the prefix cache of the old weights, stamp the new version, resume, and check the stamp."""
         if adapter.has_update_session:
             await self._post("/end_weight_update", {}, timeout_s)
         try:
             await self._flush_cache(timeout_s, patience_s=0.0 if pause_mode == "in_place" else timeout_s)
         except Refused:
-            if (
-                pause_mode != "in_place"
-            ):  # there, requests paused under way still need the cache, and the server keeps it
+            if pause_mode != "in_place":  # in_place: paused requests still need the cache, and the server keeps it
                 raise
         await self._stamp(str(version), timeout_s)
         await self._post("/continue_generation", {}, timeout_s)
@@ -166,7 +164,7 @@ class SGLangClient:
             raise Refused(f"{self.url} says its weights are version {stamp} after an update to {version}")
 
     async def _flush_cache(self, timeout_s: float, *, patience_s: float) -> None:
-        """Drop all cached prefixes. A server refuses while something is under way, so this waits until it is idle."""
+        """Drop the prefix cache. A server refuses this while requests are running, so wait until it is idle."""
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -208,17 +206,17 @@ class SGLangClient:
 
 
 def serialize(named_tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """A bucket as SGLang reads it: a plain pickle in base64. Its own shared-memory pickles kill a CPU server."""
+    """Return a bucket as SGLang reads it: a plain pickle in base64. Its own shared-memory pickles kill a CPU server."""
     return base64.b64encode(pickle.dumps([(name, tensor.cpu()) for name, tensor in named_tensors], protocol=4)).decode()
 
 
 def _experts(reply: Any, request: Request, shape: tuple[int, int]) -> Tensor:
-    """[P + R - 1, layers, k] int16, from int32 in base64."""
-    told = torch.frombuffer(bytearray(base64.b64decode(reply["meta_info"]["routed_experts"])), dtype=torch.int32)
+    """Decode the chosen experts, [P + R - 1, layers, k] int16, from int32 in base64."""
+    flat = torch.frombuffer(bytearray(base64.b64decode(reply["meta_info"]["routed_experts"])), dtype=torch.int32)
     whole = (len(request.prompt_ids) + len(reply["output_ids"]) - 1, *shape)
-    if told.numel() != math.prod(whole):
-        raise ValueError(f"{told.numel()} numbers of experts instead of {whole}")
-    return told.view(whole).to(torch.int16)
+    if flat.numel() != math.prod(whole):
+        raise ValueError(f"{flat.numel()} numbers of experts instead of {whole}")
+    return flat.view(whole).to(torch.int16)
 
 
 async def _text(response: aiohttp.ClientResponse) -> str:
@@ -235,10 +233,10 @@ def _completion(reply: Any, request: Request, adapter: Adapter, version: int, st
         versions |= {span["version"] for span in meta["weight_versions"]}
     if versions != {str(version)}:
         raise Unavailable("stale", f"a completion comes from weights {sorted(versions)} instead of {version}")
-    response_ids = torch.tensor(reply["output_ids"], dtype=torch.int64)
+    response_ids = torch.tensor(reply["output_ids"], dtype=torch.int32)
     pairs = meta["output_token_logprobs"]
-    # "stop" is a stop token, which is part of the ids. Before 0.5.23 a response that ends with one just at the limit is told
-    # as "length"; it is whole, and nothing may be asked to continue it.
+    # "stop" is a stop token, which is part of the ids. Before 0.5.23 a response that ends with one exactly at the limit is
+    # reported as "length"; it is whole, and nothing may continue it.
     is_ended = kind == "stop" or (len(response_ids) > 0 and int(response_ids[-1]) in stop_ids)
     finish_reason: FinishReason = "stop" if is_ended else "length"
     counts = {len(response_ids), len(pairs), int(meta["completion_tokens"])}

@@ -1,7 +1,7 @@
-"""Requests -> completions, on rank 0's event loop: bounded in flight, a deadline and a bounded retry for each.
+"""Dispatch of requests on rank 0's event loop: bounded in flight, with a deadline and bounded retries for each.
 
-Every request has one slot in the result, and a slot is filled once: whatever dies in between, no prompt is lost and none
-is counted twice.
+Every request has one slot in the result, and a slot is filled once. So when a server dies, no prompt is lost and none is
+counted twice.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_rl.types import Completion, Request
 What = TypeVar("What")
 
 
-class _Running(Generic[What]):
-    """Requests under way, told one at a time as they end. (``asyncio.wait`` would go through all of them each time.)"""
+class _InFlight(Generic[What]):
+    """Requests in flight, returned one at a time as they end. (``asyncio.wait`` would scan all of them each time.)"""
 
     def __init__(self) -> None:
         self._of: dict[asyncio.Task[Completion], What] = {}
@@ -31,18 +31,18 @@ class _Running(Generic[What]):
         return len(self._of)
 
     def start(self, work: Coroutine[Any, Any, Completion], what: What) -> None:
-        """Begin; ``next_done`` will tell ``what`` it was."""
+        """Start a request; ``next_done`` returns ``what`` with its completion."""
         task = asyncio.create_task(work)
         self._of[task] = what
         task.add_done_callback(self._ended.put_nowait)
 
     async def next_done(self) -> tuple[What, Completion]:
-        """The next that ends; raises what it raised."""
+        """Wait for the next request that ends; an error of it is raised here."""
         task = await self._ended.get()
         return self._of.pop(task), task.result()
 
     async def cancel(self) -> None:
-        """End the rest, and wait until it has ended."""
+        """Cancel the remaining requests, and wait until they have ended."""
         for task in self._of:
             task.cancel()
         await asyncio.gather(*self._of, return_exceptions=True)
@@ -63,7 +63,7 @@ class Dispatch:
         fleet: the servers.
         stop_ids: token ids that end a response.
         router: the way in, where there is one; else requests go to the servers themselves.
-        experts: layers, and experts chosen in each, where completions shall tell them.
+        experts: (layers, experts per token) if completions carry the chosen experts.
         """
         self.fleet, self.stop_ids, self._router = fleet, list(stop_ids), router
         self.experts = experts
@@ -71,7 +71,7 @@ class Dispatch:
         """Requests done in the current ``run``."""
 
     async def run(self, requests: Sequence[Request], *, group_size: int, num_groups: int) -> list[Completion | None]:
-        """Complete requests until enough groups are whole; the rest is stopped.
+        """Complete requests until enough groups are whole; cancel the rest.
 
         Args:
             requests: consecutive ``group_size`` ones are a group.
@@ -88,29 +88,29 @@ class Dispatch:
         results: list[Completion | None] = [None] * len(requests)
         missing = [group_size] * (len(requests) // group_size)
         num_whole = 0
-        running: _Running[int] = _Running()
+        in_flight: _InFlight[int] = _InFlight()
         try:
             for index, request in enumerate(requests):
-                running.start(self._complete(request), index)
-            while len(running) and num_whole < num_groups:
-                index, results[index] = await running.next_done()
+                in_flight.start(self._complete(request), index)
+            while len(in_flight) and num_whole < num_groups:
+                index, results[index] = await in_flight.next_done()
                 self.num_done += 1
                 missing[index // group_size] -= 1
                 num_whole += missing[index // group_size] == 0
-        finally:  # closing its connection is how SGLang learns that nobody waits any more
-            await running.cancel()
+        finally:  # SGLang stops a request once its connection is closed
+            await in_flight.cancel()
         whole = [count == 0 for count in missing]
         return [result if whole[i // group_size] else None for i, result in enumerate(results)]
 
     async def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """Complete branches and all that follows from them, each the moment its parent is complete.
+        """Complete branches and all their descendants, each the moment its parent is complete.
 
-        Where there are more than the servers take at once, those with most still to come go first: they decide when all is
-        done. Branches of one prompt prefer one server, past the router: it has their common beginnings in its cache.
+        If there are more than the servers take at once, those with the most tokens still to come go first: they decide when
+        all is done. Branches of one prompt prefer one server, past the router: it has their common beginnings in its cache.
 
         Args:
-            seeds: where to start.
-            expand: what follows from a completion.
+            seeds: the first branches.
+            expand: gives the children of a completed branch.
 
         Raises:
             UserError: as ``run``.
@@ -119,7 +119,7 @@ class Dispatch:
         grown: dict[Key, Completion] = {}
         known: set[Key] = set()
         waiting: list[tuple[int, int, Branch]] = []
-        running: _Running[Branch] = _Running()
+        in_flight: _InFlight[Branch] = _InFlight()
 
         def add(branches: Sequence[Branch]) -> None:
             for branch in branches:
@@ -129,16 +129,16 @@ class Dispatch:
 
         try:
             add(seeds)
-            while waiting or len(running):
-                while waiting and len(running) < self.fleet.capacity:
+            while waiting or len(in_flight):
+                while waiting and len(in_flight) < self.fleet.capacity:
                     branch = heapq.heappop(waiting)[2]
-                    running.start(self._complete(branch.request, home=branch.key[0]), branch)
-                branch, completion = await running.next_done()
+                    in_flight.start(self._complete(branch.request, home=branch.key[0]), branch)
+                branch, completion = await in_flight.next_done()
                 grown[branch.key] = completion
                 self.num_done += 1
                 add(expand(branch, completion))
         finally:
-            await running.cancel()
+            await in_flight.cancel()
         return grown
 
     async def _complete(self, request: Request, home: int | None = None) -> Completion:
@@ -192,7 +192,7 @@ class Dispatch:
                 wait.cancel()
 
     async def _look_after(self, server: Server, error: Unavailable) -> None:
-        """After a failure: find out who is gone, so that the next try goes elsewhere."""
+        """Find out after a failure which servers are gone, so that the retry goes elsewhere."""
         if error.reason in ("connection", "stale", "timeout", "server_error"):
             await self.fleet.probe()
         await asyncio.sleep(0.05)  # not a storm while a server that looks alive fails at once

@@ -2,54 +2,48 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ARCHITECTURES, read_shape
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.agree import error_to_json
-from megatron_rl.rollout.engine import Delivery, ServedModel
-from megatron_rl.rollout.growth import Branch, Expand, Key
-from megatron_rl.rollout.sglang.client import Refused, SGLangClient, serialize
+from megatron_rl.parallel.agree import broadcast_json, error_to_json, raise_first
+from megatron_rl.rollout.engine import ServedModel
+from megatron_rl.rollout.sglang.client import Refused, SGLangClient
 from megatron_rl.rollout.sglang.dispatch import Dispatch
 from megatron_rl.rollout.sglang.fleet import Fleet, Server
 from megatron_rl.rollout.sglang.loop import LoopThread
 from megatron_rl.rollout.sglang.router import Router
-from megatron_rl.types import Completion, Request
 
 MEET_S = 1.0
-"""How often the ranks meet while the servers work."""
+"""Seconds between two meetings of the ranks while the servers work."""
 IDLE_CONNECTION_S = 2.0
-"""A server hangs up after 5 s without a request. A connection that we take for open and it has just closed costs a retry, and
-in a weight update the server's place; so ours are given up well before."""
-
-logger = logging.getLogger(__name__)
+"""Idle connections are closed after this. A server hangs up after 5 s without a request; a connection that it has just closed
+costs a retry, and in a weight update the server's place, so ours are closed well before."""
 
 
 def open_session() -> aiohttp.ClientSession:
-    """What all servers are asked through. The limits are ours: in flight per server in the fleet, deadlines per request."""
+    """Open the HTTP session for all servers. It sets no limits: the fleet bounds requests in flight, each has a deadline."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
 class Driver:
-    """Rank 0's side: the event loop and what lives in it. Its methods are called from the rank's main thread."""
+    """Rank 0's side of the engine: the event loop and what lives in it. The rank's main thread calls its methods."""
 
     def __init__(
         self, config: Config, model: ServedModel, urls: Sequence[str], logs: Sequence[str], *, admin_key: str | None
     ) -> None:
         self._config, self._model = config, model
         servers = config.rollout.servers
-        self._loop = LoopThread()
+        self.loop = LoopThread()
         self._router: Router | None = None
         if servers.use_router and len(urls) > 1:
             log = config.exp_manager.run_dir / "logs" / "router.log"
@@ -57,7 +51,7 @@ class Driver:
                 log, request_timeout_s=servers.request_timeout_s, health_timeout_s=servers.health_timeout_s
             )
         try:
-            self.fleet, self.dispatch = self._loop.run(self._build(urls, logs, admin_key))
+            self.fleet, self.dispatch = self.loop.run(self._build(urls, logs, admin_key))
         except UserError:
             self.close()
             raise
@@ -123,20 +117,8 @@ class Driver:
                 f"start the server with --dtype {dtype}",
             )
 
-    # ---- generation
-
-    def start(
-        self, requests: Sequence[Request], *, group_size: int, num_groups: int
-    ) -> Future[list[Completion | None]]:
-        """Begin to complete requests."""
-        return self._loop.submit(self.dispatch.run(requests, group_size=group_size, num_groups=num_groups))
-
-    def start_growth(self, seeds: Sequence[Branch], expand: Expand) -> Future[dict[Key, Completion]]:
-        """Begin to complete branches and what follows from them."""
-        return self._loop.submit(self.dispatch.grow(seeds, expand))
-
     def verdict(self, future: Future[Any] | None) -> dict[str, Any]:
-        """What rank 0 brings to a meeting, after waiting a little for something to tell."""
+        """Return rank 0's news for a meeting, after waiting up to ``MEET_S`` for some."""
         deadline = time.monotonic() + MEET_S
         while True:
             error = self.fleet.failure
@@ -145,8 +127,8 @@ class Driver:
                 if not isinstance(failure, UserError):
                     raise RuntimeError("generation failed") from failure
                 error = error or failure
-            stale = [server.index for server in self._loop.call(self.fleet.stale)]
-            is_serving = bool(self._loop.call(self.fleet.serving))
+            stale = [server.index for server in self.loop.call(self.fleet.stale)]
+            is_serving = bool(self.loop.call(self.fleet.serving))
             is_done = future.done() if future is not None else is_serving and not self._is_one_still_starting()
             if error or stale or is_done or time.monotonic() > deadline:
                 state = "wait" if not is_done else "done" if future is not None else "serving"
@@ -157,76 +139,13 @@ class Driver:
                 time.sleep(0.1)
 
     def _is_one_still_starting(self) -> bool:
-        """At the very start, all servers are waited for: a run that begins with a part of them hides a mistake."""
+        """Check whether a server has never answered: a run that began with only some servers would hide a mistake."""
         return not all(server.is_known for server in self.fleet.servers)
 
-    # ---- weights
-
-    def withdraw(self, version: int) -> None:
-        """See ``Fleet``."""
-        self._loop.run(self.fleet.withdraw(version))
-
-    def begin_update(self, targets: Sequence[int]) -> UserError | None:
-        """See ``Fleet``; a refusal comes back as an error."""
-        return self._attempt(self.fleet.begin_update(self._servers(targets)))
-
-    def send(self, targets: Sequence[int], bucket: Sequence[tuple[str, Tensor]]) -> UserError | None:
-        """See ``Fleet``."""
-        return self._attempt(self.fleet.send(self._servers(targets), serialize(bucket)))
-
-    def load_checkpoint(self, targets: Sequence[int], path: str) -> UserError | None:
-        """See ``Fleet``."""
-        return self._attempt(self.fleet.load_checkpoint(self._servers(targets), path))
-
-    def choose(self, targets: Sequence[int]) -> dict[str, Any]:
-        """See ``SGLangEngine._choose``."""
-        servers = self.fleet.servers
-        sizes = {(s.tensor_parallel_size, s.expert_parallel_size) for s in servers if s.takes_shards}
-        tp_size, ep_size = min(sizes, default=(1, 1))
-        there = [server for server in self._servers(targets) if server.state != "down"]
-        fit = [
-            s.index
-            for s in there
-            if s.takes_shards and (s.tensor_parallel_size, s.expert_parallel_size) == (tp_size, ep_size)
-        ]
-        return {
-            "fit": fit,
-            "whole": [server.index for server in there if server.index not in fit],
-            "sizes": {"num_servers": len(servers), "tp_size": tp_size, "ep_size": ep_size},
-        }
-
-    def hand_over(self, target: int, payload: bytes) -> Future[str | None]:
-        """See ``Fleet``."""
-        tensor = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        return self._loop.submit(self.fleet.hand_over(self.fleet.servers[target], serialize([("recipe", tensor)])))
-
-    def note_deliveries(self, deliveries: Mapping[int, Delivery]) -> None:
-        """Count and remember what did not go well."""
-        for server, delivery in deliveries.items():
-            if delivery.state == "unfit":
-                self.fleet.servers[server].takes_shards = False
-            if delivery.state != "proven":
-                self.fleet.counts[f"sync_{delivery.state}"] += 1
-                logger.warning("weights to server %d: %s (%s)", server, delivery.state, delivery.detail)
-
-    def end_update(self, targets: Sequence[int]) -> UserError | None:
-        """See ``Fleet``."""
-        return self._attempt(self.fleet.end_update(self._servers(targets)))
-
-    def release_memory(self) -> UserError | None:
-        """See ``Fleet``."""
-        return self._attempt(self.fleet.release_memory(), "release of memory")
-
-    def resume_memory(self) -> UserError | None:
-        """See ``Fleet``."""
-        return self._attempt(self.fleet.resume_memory(), "resumption of memory")
-
-    def _servers(self, indices: Sequence[int]) -> list[Server]:
-        return [self.fleet.servers[index] for index in indices]
-
-    def _attempt(self, work: Any, what: str = "a weight update") -> UserError | None:
+    def attempt(self, work: Coroutine[Any, Any, None], what: str = "a weight update") -> UserError | None:
+        """Run a coroutine of the fleet to its end; a server's refusal is returned."""
         try:
-            self._loop.run(work)
+            self.loop.run(work)
         except Refused as error:
             return UserError(
                 "rollout.engine",
@@ -236,20 +155,18 @@ class Driver:
             )
         return None
 
-    # ---- the rest
-
     def take_counts(self) -> dict[str, int]:
-        """Mended failures since the last call."""
+        """Return the counts of mended failures since the last call."""
 
         def take() -> dict[str, int]:
             counts = dict(self.fleet.counts)
             self.fleet.counts.clear()
             return counts
 
-        return self._loop.call(take)
+        return self.loop.call(take)
 
     def take_cached_share(self) -> float | None:
-        """Of the prompt tokens since the last call, those that a prefix cache had; None without any."""
+        """Return the share of prompt tokens since the last call that a prefix cache had; None without any."""
 
         def take() -> float | None:
             clients = [server.client for server in self.fleet.servers]
@@ -261,16 +178,38 @@ class Driver:
                 client.num_prompt_tokens = client.num_cached_tokens = 0
             return num_cached / num_tokens if num_tokens else None
 
-        return self._loop.call(take)
+        return self.loop.call(take)
 
     def close(self) -> None:
         """Stop the router and the loop. Harmless when repeated."""
         if self._router is not None:
             self._router.close()
-        if self._loop.is_running:
+        if self.loop.is_running:
             if self._router is not None:
-                self._loop.run(self._router.stop_watching())
+                self.loop.run(self._router.stop_watching())
             if hasattr(self, "fleet"):
-                self._loop.run(self.fleet.stop())
-            self._loop.run(self._session.close())
-            self._loop.close()
+                self.loop.run(self.fleet.stop())
+            self.loop.run(self._session.close())
+            self.loop.close()
+
+
+def together(
+    driver: Driver | None,
+    work: Callable[[Driver], Coroutine[Any, Any, None]],
+    cpu_group: dist.ProcessGroup,
+    *,
+    what: str = "a weight update",
+) -> None:
+    """Run a coroutine of rank 0's fleet and wait for it on all ranks; a collective.
+
+    Args:
+        driver: on rank 0; None on other ranks.
+        work: makes the coroutine.
+        cpu_group: all ranks, over gloo.
+        what: names the request in the error.
+
+    Raises:
+        UserError: on all ranks; a server refused.
+    """
+    error = driver.attempt(work(driver), what) if driver is not None else None
+    raise_first([broadcast_json(error_to_json(error), cpu_group)])

@@ -1,8 +1,8 @@
 """Engine ``sglang``: every rank calls, rank 0 drives the servers, every rank gets the result.
 
 rank 0        requests -> Dispatch (event loop) -> completions --broadcast--> all ranks
-other ranks   meet rank 0 once a second; so nobody waits longer than that without a word, and when a server has come
-              back without weights, all ranks can gather the current ones for it and go on
+other ranks   meet rank 0 once a second, so that an error reaches them soon, and so that all ranks can deliver the
+              current weights to a server that came back without them
 first rank of each node   Supervisor (thread): starts, watches and restarts the servers of the node
 """
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_rl.config import Config
 from megatron_rl.errors import UserError
@@ -25,16 +24,14 @@ from megatron_rl.parallel.agree import broadcast_json, error_to_json, gather_jso
 from megatron_rl.process import activity
 from megatron_rl.process.child import ChildProcess
 from megatron_rl.process.network import HeldPort, own_address
-from megatron_rl.rollout.engine import CheckpointSource, Delivery, ServedModel, ShardSource, WeightSource
+from megatron_rl.rollout.engine import ServedModel, WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
-from megatron_rl.rollout.sglang.driver import Driver
-from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER, server_command, server_environment
+from megatron_rl.rollout.sglang.driver import Driver, together
+from megatron_rl.rollout.sglang.flags import server_command, server_environment
+from megatron_rl.rollout.sglang.port import SGLangPort
 from megatron_rl.rollout.sglang.supervisor import Managed, Supervisor
 from megatron_rl.rollout.share import broadcast_completions
 from megatron_rl.types import Completion, Request
-
-NUM_RESENDS = 1
-"""Shards that did not arrive as sent are sent again so often."""
 
 
 class SGLangEngine:
@@ -58,9 +55,7 @@ class SGLangEngine:
         self._config, self._model, self._group = config, model, cpu_group
         self._rank, self._is_first = dist.get_rank(cpu_group), dist.get_rank(cpu_group) == 0
         self._is_cpu = device.type == "cpu"
-        self._weights: WeightSource | None = None
-        self._shards: ShardSource | None = None
-        self._checkpoint: CheckpointSource | None = None
+        self._source: WeightSource | None = None
         self._supervisor: Supervisor | None = None
         self._ports: list[HeldPort] = []
         self._driver: Driver | None = None
@@ -86,16 +81,17 @@ class SGLangEngine:
     def generate(
         self, requests: Sequence[Request], *, group_size: int = 1, num_groups: int | None = None
     ) -> list[Completion | None]:
-        """See ``RolloutEngine``. Sampling is SGLang's own: request seeds have no effect.
+        """Complete requests on the servers. Sampling is SGLang's own: request seeds have no effect.
 
         Raises:
             UserError: on all ranks; no server can be had, or a request failed too often.
         """
-        assert self._weights is not None, "generate before the first update_weights"
+        assert self._source is not None, "generate before the first update_weights"
         future: Future[list[Completion | None]] | None = None
         if self._driver is not None:
             wanted = len(requests) // group_size if num_groups is None else num_groups
-            future = self._driver.start(requests, group_size=group_size, num_groups=wanted)
+            work = self._driver.dispatch.run(requests, group_size=group_size, num_groups=wanted)
+            future = self._driver.loop.submit(work)
         self._wait(future, len(requests))
         results = future.result() if future is not None else None
         whole = None if results is None else [index for index, result in enumerate(results) if result is not None]
@@ -107,13 +103,15 @@ class SGLangEngine:
         return completions
 
     def grow(self, seeds: Sequence[Branch], expand: Expand) -> dict[Key, Completion]:
-        """See ``RolloutEngine``. Rank 0 alone expands while servers work; the others do so again with what it got.
+        """Complete branches and their descendants. Only rank 0 expands while servers work; other ranks repeat it afterwards.
 
         Raises:
             UserError: as ``generate``.
         """
-        assert self._weights is not None, "grow before the first update_weights"
-        future = None if self._driver is None else self._driver.start_growth(seeds, expand)
+        assert self._source is not None, "grow before the first update_weights"
+        future = None
+        if self._driver is not None:
+            future = self._driver.loop.submit(self._driver.dispatch.grow(seeds, expand))
         self._wait(future, None)
         mine = None
         if future is not None:
@@ -122,7 +120,7 @@ class SGLangEngine:
         return from_list(seeds, expand, broadcast_completions(mine, self._group))
 
     def _wait(self, future: Future[Any] | None, total: int | None) -> None:
-        """Meet until the servers are done."""
+        """Meet the other ranks until the servers are done."""
         with progress(total, "generation") as bar:
             while self._meet(future) != "done":
                 if self._driver is not None:
@@ -130,56 +128,43 @@ class SGLangEngine:
                     activity.note(self._driver.fleet.describe())
         activity.note("")
 
-    def update_weights(
-        self,
-        weights: WeightSource,
-        version: int,
-        *,
-        shards: ShardSource | None = None,
-        checkpoint: CheckpointSource | None = None,
-    ) -> None:
-        """See ``RolloutEngine``.
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Withdraw all servers from service, and return once servers with the new weights serve.
 
         Raises:
             UserError: on all ranks; no server answers in time, one refuses the weights, or has others than were sent.
         """
-        self._weights, self._shards, self._checkpoint, self.weight_version = weights, shards, checkpoint, version
+        self._source, self.weight_version = source, version
         if self._driver is not None:
-            self._driver.withdraw(version)
+            self._driver.loop.run(self._driver.fleet.withdraw(version))
         with progress(None, "waiting for servers"):
             while self._meet(None) != "serving":
                 activity.beat()  # servers have deadlines of their own
 
     def release_memory(self) -> None:
-        """See ``RolloutEngine``. Separate servers keep theirs: nobody else wants it."""
+        """Release the memory of colocated servers; separate ones keep theirs."""
         if self._config.rollout.servers.placement != "colocated":
             return
         if self._supervisor is not None:
             self._supervisor.set_busy(True)  # until new weights are in
         dist.barrier(self._group)
-        error = self._driver.release_memory() if self._driver is not None else None
-        raise_first([broadcast_json(error_to_json(error), self._group)])
+        together(self._driver, lambda driver: driver.fleet.release_memory(), self._group, what="release of memory")
 
     def resume_memory(self) -> None:
-        """See ``RolloutEngine``."""
+        """Give colocated servers their memory back."""
         if self._config.rollout.servers.placement != "colocated":
             return
-        error = self._driver.resume_memory() if self._driver is not None else None
-        raise_first([broadcast_json(error_to_json(error), self._group)])
-
-    def health(self) -> str | None:
-        """See ``RolloutEngine``; on rank 0 what the fleet knows, elsewhere nothing."""
-        return (self._driver.fleet.describe() or None) if self._driver is not None else None
+        together(self._driver, lambda driver: driver.fleet.resume_memory(), self._group, what="resumption of memory")
 
     def metrics(self) -> dict[str, float]:
-        """See ``RolloutEngine``: ``rollout/<what went wrong and was mended>`` since the last call."""
+        """Return counts of mended failures since the last call, and the share of prompt tokens from prefix caches."""
         restarts = sum(gather_json(self._supervisor.take_restarts() if self._supervisor else 0, self._group))
         counts = broadcast_json(self._driver.take_counts() if self._driver else None, self._group)
         mended = {f"rollout/{name}": float(count) for name, count in {**counts, "server_restarts": restarts}.items()}
         share = broadcast_json(self._driver.take_cached_share() if self._driver else None, self._group)
         if share is not None:
             mended["rollout/cached_prompt_frac"] = share
-        return mended | dict(self._shards.metrics if self._shards is not None else {})
+        return mended
 
     def close(self) -> None:
         """Stop router and servers. Safe to call twice, and by one rank alone."""
@@ -193,10 +178,10 @@ class SGLangEngine:
     # ------------------------------------------------------------------------------------------------ the meeting
 
     def _meet(self, future: Future[Any] | None) -> str:
-        """One meeting of all ranks: bad news stops everybody alike, stale servers get weights.
+        """Hold one meeting of all ranks: an error is raised on all of them, stale servers get weights.
 
         Returns:
-            ``done`` (the future is), ``serving`` (no future, and servers serve) or ``wait``.
+            ``done`` (the future is done), ``serving`` (no future, and servers serve) or ``wait``.
         """
         verdict: dict[str, Any] = {}
         if self._driver is not None:
@@ -207,82 +192,20 @@ class SGLangEngine:
         verdict = reports[0][1]
         raise_first([verdict["error"]])
         if verdict["stale"]:
-            self._send_weights(verdict["stale"])
+            self._deliver(verdict["stale"])
             return "wait"
         return str(verdict["state"])
 
-    def _send_weights(self, targets: Sequence[int]) -> None:
-        if self._supervisor is not None:
-            self._supervisor.set_busy(True)
-        error = self._driver.begin_update(targets) if self._driver is not None else None
-        raise_first([broadcast_json(error_to_json(error), self._group)])
-        if self._checkpoint is not None:
-            self._load_checkpoint(targets, self._checkpoint())
-        elif whole := self._send_shards(targets):
-            self._send_tensors(whole)
-        error = self._driver.end_update(targets) if self._driver is not None else None
-        if self._supervisor is not None:
-            self._supervisor.set_busy(False)
-        raise_first([broadcast_json(error_to_json(error), self._group)])
-
-    def _load_checkpoint(self, targets: Sequence[int], path: str) -> None:
-        error = self._driver.load_checkpoint(targets, path) if self._driver is not None else None
-        raise_first([broadcast_json(error_to_json(error), self._group)])
-
-    def _send_tensors(self, targets: Sequence[int]) -> None:
-        """Give each target every tensor, whole."""
-        assert self._weights is not None
-        error: UserError | None = None
-        for bucket in _buckets(self._weights(), self._config.weight_sync.bucket_bytes):
-            # After an error the tensors are still gathered to the end: the other ranks are in those collectives.
-            if self._driver is not None and error is None:
-                error = self._driver.send(targets, bucket)
-        raise_first([broadcast_json(error_to_json(error), self._group)])
-
-    def _send_shards(self, targets: Sequence[int]) -> list[int]:
-        """Give targets their shards, with proof; those that must get whole tensors instead are returned."""
-        if self._shards is None:
-            return list(targets)
-        whole: list[int] = []
-        failed, deliveries = list(targets), dict[int, Delivery]()
-        for _ in range(1 + NUM_RESENDS):
-            choice = self._choose(failed)
-            whole += choice["whole"]
-            if not choice["fit"]:
-                break
-            post = self._driver.hand_over if self._driver is not None else None
-            deliveries = self._shards.send(choice.pop("fit"), **choice["sizes"], post=post)
-            if self._driver is not None:
-                self._driver.note_deliveries(deliveries)
-            whole += [server for server, delivery in deliveries.items() if delivery.state == "unfit"]
-            failed = [server for server, delivery in deliveries.items() if delivery.state in ("failed", "mismatch")]
-        details = [f"server {server}: {deliveries[server].detail}" for server in self._choose(failed)["fit"]]
-        if details:
-            raise UserError(
-                "weight_sync.transport",
-                "shards",
-                f"weights did not arrive as they were sent, {1 + NUM_RESENDS} times over; nothing is sampled from them "
-                f"({'; '.join(details)})",
-                "see the servers' logs; weight_sync.transport=tensors sends whole tensors",
-            )
-        if whole and self._config.weight_sync.transport == "shards":
-            reasons = "; ".join(f"server {s}: {deliveries[s].detail}" for s in whole if s in deliveries)
-            raise UserError(
-                "weight_sync.transport",
-                "shards",
-                f"a server cannot take shards ({reasons or 'it was started without our weight loader'})",
-                f"start it with --custom-weight-loader {WEIGHT_LOADER}, or use weight_sync.transport=auto",
-            )
-        return whole
-
-    def _choose(self, targets: Sequence[int]) -> dict[str, Any]:
-        """Of those targets that are there, which take shards (``fit``, all of the same ``sizes``) and which ``whole``."""
-        return broadcast_json(self._driver.choose(targets) if self._driver is not None else None, self._group)
+    def _deliver(self, targets: Sequence[int]) -> None:
+        """Bring the current weights to servers that came up without them."""
+        assert self._source is not None
+        port = SGLangPort(targets, driver=self._driver, supervisor=self._supervisor, cpu_group=self._group)
+        self._source.deliver(port, self.weight_version)
 
     # ------------------------------------------------------------------------------------------------ starting
 
     def _start_servers(self) -> tuple[list[tuple[str, str]], list[str] | None]:
-        """On the first rank of a node: (url and log of each server, error). Nothing on other ranks."""
+        """Start a node's servers on its first rank: (url and log of each server, error). Other ranks start none."""
         config, servers = self._config, self._config.rollout.servers
         node, local_rank = divmod(self._rank, config.trainer.devices)
         if local_rank != 0:
@@ -344,17 +267,3 @@ class SGLangEngine:
     def _hold_port(self, host: str, number: int = 0) -> int:
         self._ports.append(HeldPort(host, number))
         return self._ports[-1].number
-
-
-def _buckets(tensors: Any, num_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors of up to ``num_bytes`` together; a larger one goes alone."""
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if bucket and size + tensor.nbytes > num_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket

@@ -1,4 +1,4 @@
-"""The command line of one server: what this project always sets, then what the config passes through."""
+"""Command line of one server: the settings of this project, then those that the config passes through."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU_KV_TOKENS = 65_536
 """KV pool of a CPU server unless the config says otherwise: SGLang's own default is most of the machine's memory."""
 
 WEIGHT_LOADER = "megatron_rl.weight_sync.receiver.load"
-"""What takes shards of weights inside a server's ranks. A name only: it is imported there."""
+"""Our weight loader inside a server's ranks. Only the server imports it."""
 
 _CPU = {
     "device": "cpu",
@@ -42,19 +42,19 @@ def server_command(
     admin_key: str,
     seed: int,
 ) -> list[str]:
-    """Program and arguments.
+    """Return program and arguments of a server.
 
     Args:
         passed: ``rollout.sglang_cfg``; wins over our defaults.
         model_path: Hugging Face directory with config.json and tokenizer.
-        dtype: of the trainer's weights; SGLang's ``auto`` would take float16 for a float32 model.
-        records_experts: completions say which experts were chosen.
+        dtype: of the trainer's weights; SGLang's ``auto`` would choose float16 for a float32 model.
+        records_experts: completions carry the chosen experts.
         overrides: fields of config.json.
         is_cpu: no GPU here.
         host, port, nccl_port: where to listen; tensor-parallel ranks meet at the last.
         base_gpu_id: first GPU.
         releases_memory: the trainer wants the memory between rollouts.
-        admin_key: without it weights cannot be changed: those requests unpickle what they get.
+        admin_key: requests that change weights need it, because they unpickle their payload.
         seed: of this server.
     """
     settings: dict[str, Any] = {
@@ -63,7 +63,7 @@ def server_command(
         "port": port,
         "nccl_port": nccl_port,
         "dtype": str(dtype).removeprefix("torch."),
-        # Weights come from the trainer before the first request; reading others from disk would only cost time.
+        # Weights come from the trainer before the first request; reading them from disk would only cost time.
         "load_format": "dummy",
         "weight_version": "none",
         "custom_weight_loader": [WEIGHT_LOADER],
@@ -84,11 +84,11 @@ def server_command(
 
 
 def server_environment(*, is_cpu: bool, tensor_parallel_size: int, num_servers: int, num_cores: int) -> dict[str, str]:
-    """Variables of one server's processes."""
+    """Return the environment variables of one server's processes."""
     if not is_cpu:
         return {}
-    # One core of a server's share is for its HTTP process. Waiting threads sleep: spinning ones would take the cores from
-    # those that they wait for wherever the machine has other work too.
+    # One core of a server's share is for its HTTP process. Waiting threads sleep, because spinning ones would take cores
+    # from the threads that they wait for.
     threads = (num_cores // num_servers - 1) // tensor_parallel_size
     environment = {"OMP_NUM_THREADS": str(max(1, threads)), "OMP_WAIT_POLICY": "passive"}
     if tensor_parallel_size > 1:  # by default SGLang wants a NUMA node a rank
@@ -98,7 +98,7 @@ def server_environment(*, is_cpu: bool, tensor_parallel_size: int, num_servers: 
 
 
 def check_kv_pool(passed: Mapping[str, Any], *, is_cpu: bool, longest_request: int) -> None:
-    """Raises ``UserError`` where a prompt with its response could never fit the KV pool."""
+    """Raise ``UserError`` if a prompt with its response could never fit the KV pool."""
     tokens = passed.get("max_total_tokens", CPU_KV_TOKENS if is_cpu else None)
     if tokens is not None and int(tokens) <= longest_request:
         raise UserError(
@@ -110,7 +110,7 @@ def check_kv_pool(passed: Mapping[str, Any], *, is_cpu: bool, longest_request: i
 
 
 def _arguments(settings: Mapping[str, Any]) -> list[str]:
-    """``{"tp_size": 2, "sleep_on_idle": True}`` -> ``--tp-size 2 --sleep-on-idle``; False and None leave a flag out."""
+    """Turn ``{"tp_size": 2, "sleep_on_idle": True}`` into ``--tp-size 2 --sleep-on-idle``; False and None give no flag."""
     arguments: list[str] = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""The servers as rank 0 sees them: which may serve now, which have to be brought up to date first.
+"""State of the servers on rank 0: which may serve now, and which need the current weights first.
 
     unknown --answers--> stale --weights sent--> serving --gives no sign of life--> down --answers--> stale (or serving,
                                                                                      if its weights are still current)
@@ -24,42 +24,42 @@ from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER
 from megatron_rl.rollout.sglang.versions import Adapter, adapter_for
 
 POLL_S = 0.5
-"""How often a server that is down is asked whether it is back."""
+"""Seconds between two questions to a server that is down."""
 HOME_SLACK = 16
-"""So many requests, and twice those of the idlest server, may be under way at a server that still attracts its own."""
+"""A server keeps its home requests while it has at most 2 x the least loaded server + this in flight."""
 STATE_TIMEOUT_S = 10.0
-"""Deadline of questions that a living server answers at once."""
+"""Deadline of questions that a healthy server answers at once."""
 
 
 @dataclass
 class Server:
-    """One server and what is known of it."""
+    """One server and its state."""
 
     index: int
     client: SGLangClient
     log: Path | None = None
-    """Where a server of ours writes."""
+    """Log file of a server of ours."""
     state: Literal["down", "stale", "serving"] = "down"
     is_known: bool = False
-    """It has answered and passed the checks; its adapter and size are known."""
+    """True once it has answered and passed the checks; its adapter and sizes are known."""
     adapter: Adapter | None = None
     tensor_parallel_size: int = 1
     expert_parallel_size: int = 1
-    takes_shards: bool = False
-    """It was started with our weight loader."""
+    takes_payloads: bool = False
+    """True if it was started with our weight loader, and its ranks are one tensor-parallel group."""
     in_flight: int = 0
     last_sign_s: float = field(default_factory=time.monotonic)
     reason: str = "has not answered yet"
     has_released: bool = False
-    """Its memory is the trainer's for now."""
+    """True while its memory belongs to the trainer."""
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while it is asked for its health: SGLang answers by generating a token, which some calls do not survive."""
+    """Lock of health checks: SGLang answers one by generating a token, which some calls do not survive."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while the server is down: whoever waits for a reply of it stops waiting."""
+    """Set while the server is down, so that requests to it stop waiting for a reply."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Number and URL, for messages."""
         return f"server {self.index} ({self.client.url})"
 
 
@@ -74,35 +74,35 @@ class Fleet:
         *,
         check: Callable[[Server, dict[str, Any]], None],
     ) -> None:
-        """Nothing is asked before ``start``.
+        """Take the servers; no request is made before ``start``.
 
         Args:
             servers: at least one.
             config: deadlines.
-            sync: how updates go.
+            sync: pause mode and deadline of updates.
             check: raises ``UserError`` for a server (with its info) that cannot serve this run.
         """
         self.servers, self.config, self.sync = list(servers), config, sync
         self.version = -1
         self.counts: Counter[str] = Counter()
-        """What went wrong and was mended since the last look, by reason."""
+        """Mended failures since the last look, by reason."""
         self.failure: UserError | None = None
-        """Why the run cannot go on."""
+        """Error that ends the run, if any."""
         self._check = check
         self._changed = asyncio.Condition()
         self._watchers: list[asyncio.Task[None]] = []
         self._probe: asyncio.Task[None] | None = None
         self._is_quiet = False
-        """Weights are loading, or memory is released: nobody is asked for its health."""
+        """True while weights are loading or memory is released; health checks are off."""
         self.on_serving: list[Callable[[Server], Awaitable[None]]] = []
         self.on_down: list[Callable[[Server], Awaitable[None]]] = []
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start to watch the servers."""
         self._watchers = [asyncio.create_task(self._watch(server)) for server in self.servers]
 
     async def stop(self) -> None:
-        """Stop watching."""
+        """Stop watching the servers."""
         for task in self._watchers:
             task.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
@@ -110,24 +110,24 @@ class Fleet:
     # ------------------------------------------------------------------------------------------------ who serves
 
     def serving(self) -> list[Server]:
-        """Servers whose weights are current and that answer."""
+        """Return the servers that answer and have the current weights."""
         return [server for server in self.servers if server.state == "serving"]
 
     def stale(self) -> list[Server]:
-        """Servers that answer and need the current weights."""
+        """Return the servers that answer and need the current weights."""
         return [server for server in self.servers if server.state == "stale"]
 
     @property
     def capacity(self) -> int:
-        """Requests that may be under way at all servers together; at least one server's, so that work waits for it."""
+        """Most requests in flight at all serving servers; at least one server's, so that work waits for it."""
         return self.config.max_in_flight * max(1, len(self.serving()))
 
     async def choose(self, home: int | None = None) -> Server:
-        """A serving server with room; waits for one.
+        """Wait for a serving server with room, and count a request in flight there.
 
         Args:
-            home: requests with the same number go to the same server, which has their common beginning in its cache, unless
-                it is much busier than another; then, and without it, to the one with the fewest under way.
+            home: requests with the same number prefer the same server, which has their common prefix in its cache. If that
+                server is much busier than another, and without a number, the one with the fewest in flight is chosen.
         """
         async with self._changed:
             while True:
@@ -142,7 +142,7 @@ class Fleet:
                 await self._changed.wait()
 
     async def give_back(self, server: Server) -> None:
-        """A request that ``choose`` placed is over."""
+        """Count the end of a request that ``choose`` placed."""
         async with self._changed:
             server.in_flight -= 1
             self._changed.notify_all()
@@ -160,9 +160,9 @@ class Fleet:
             await callback(server)
 
     async def probe(self) -> None:
-        """Ask every serving server for its state: a request failed, and it is not known whose fault it was.
+        """Ask every serving server for its state after a request failed for an unknown reason.
 
-        Many requests fail together; one question answers them all.
+        Many requests fail together, so they share one probe.
         """
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._ask_all())
@@ -180,7 +180,7 @@ class Fleet:
         await asyncio.gather(*(one(server) for server in self.serving()))
 
     def describe(self) -> str:
-        """One line on every server that does not serve."""
+        """Return one line about the servers that do not serve."""
         return "; ".join(
             f"{s.name} is {s.state}: {s.reason}{f', see {s.log}' if s.log else ''}"
             for s in self.servers
@@ -236,7 +236,7 @@ class Fleet:
         server.adapter = adapter_for(str(info.get("version")), server.client.url)
         server.tensor_parallel_size, server.expert_parallel_size = int(info["tp_size"]), int(info.get("ep_size", 1))
         is_plain = all(int(info.get(name) or 1) == 1 for name in ("pp_size", "dp_size"))
-        server.takes_shards = is_plain and WEIGHT_LOADER in (info.get("custom_weight_loader") or [])
+        server.takes_payloads = is_plain and WEIGHT_LOADER in (info.get("custom_weight_loader") or [])
         self._check(server, info)
         server.is_known = True
 
@@ -263,15 +263,15 @@ class Fleet:
     # ------------------------------------------------------------------------------------------------ weights
 
     async def withdraw(self, version: int) -> None:
-        """New weights are coming: no server serves until it got them."""
+        """Take all servers out of service until they have the weights of this version."""
         self.version = version
         for server in self.serving():
             await self._set_state(server, "stale")
 
     async def begin_update(self, targets: Iterable[Server]) -> None:
-        """Prepare the targets for the weights of the current version; those that fail to answer are down from now on.
+        """Pause the targets and stamp them; those that do not answer are down from now on.
 
-        Where a late or restarted server catches up, the others go on serving.
+        While a late or restarted server catches up, the others go on serving.
         """
         self._is_quiet = True
         version = self.version
@@ -283,7 +283,7 @@ class Fleet:
         )
 
     async def send(self, targets: Iterable[Server], bucket: str) -> None:
-        """Load a bucket on every target that is still there."""
+        """Load a bucket on every target that is not down."""
         await self._each(
             targets,
             lambda s, _: s.client.send(
@@ -292,10 +292,10 @@ class Fleet:
         )
 
     async def load_checkpoint(self, targets: Iterable[Server], path: str) -> None:
-        """Let every target that is still there load a checkpoint from its file system."""
+        """Let every target that is not down load a checkpoint from its file system."""
         await self._each(targets, lambda s, _: s.client.load_checkpoint(path, timeout_s=self.sync.timeout_s))
 
-    async def hand_over(self, server: Server, payload: str) -> str | None:
+    async def post(self, server: Server, payload: str) -> str | None:
         """Give a payload to our weight loader in the server's ranks, and wait until they are done with it.
 
         Returns:
@@ -344,18 +344,18 @@ class Fleet:
                 raise outcome
 
     async def release_memory(self) -> None:
-        """Let every server that is there give its memory up; nobody is asked for its health until new weights are in."""
+        """Release the memory of all servers that are up; health checks are off until new weights are in."""
         self._is_quiet = True
 
         async def release(server: Server, _: Adapter) -> None:
-            async with server.asking:  # a question under way is answered first
+            async with server.asking:  # a running health check ends first
                 await server.client.release_memory(self.sync.timeout_s)
             server.has_released = True
 
         await self._each(self.servers, release)
 
     async def resume_memory(self) -> None:
-        """Undo ``release_memory``, where it was done: a server that was restarted meanwhile has its memory."""
+        """Give released memory back; a server that was restarted meanwhile has its memory already."""
 
         async def resume(server: Server, _: Adapter) -> None:
             await server.client.resume_memory(self.sync.timeout_s)

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, so that rank 0 can take part in collectives while requests are under way."""
+"""An event loop in a thread of its own, so that rank 0 can take part in collectives while requests are in flight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Started with the object; ``close`` ends it."""
+    """An event loop in its own thread, from construction to ``close``."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -20,7 +20,7 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a coroutine. RuntimeError once closed: nobody would ever run it."""
+        """Start a coroutine. Raises RuntimeError once the loop is closed, since nothing would run it."""
         if not self.is_running:
             work.close()
             raise RuntimeError("the engine is closed")
@@ -31,7 +31,7 @@ class LoopThread:
         return self.submit(work).result()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call a plain function there."""
+        """Call a plain function in the loop's thread."""
 
         async def work() -> T:
             return function()

@@ -1,8 +1,8 @@
 """The server processes of one node: started, watched, restarted and stopped by the node's first rank.
 
-A thread, because starting and restarting must go on while the rank trains or waits in a collective. It knows processes,
-not weights: a restarted server comes back with weights that nobody should sample from (``load_format: dummy``), says so,
-and rank 0 (fleet.py) brings it up to date before it serves.
+A thread does this, because restarts must go on while the rank trains or waits in a collective. It knows processes, not
+weights: a restarted server comes back with random weights (``load_format: dummy``), its stamp says so, and rank 0
+(fleet.py) has the current weights delivered before it serves.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class Managed:
     start: Callable[[], ChildProcess]
     process: ChildProcess | None = None
     has_been_up: bool = False
-    """It has answered at least once since the run began."""
+    """True once it has answered since the run began."""
     is_up: bool = False
-    """It has answered since its last start."""
+    """True once it has answered since its last start."""
     started_s: float = 0.0
     last_sign_s: float = 0.0
     log_start: int = 0
-    """Bytes in the log before the last start."""
+    """Size of the log before the last start, in bytes."""
     num_restarts: int = 0
     reasons: list[str] = field(default_factory=list)
 
 
 class Supervisor:
-    """Owns the processes; ``close`` ends them."""
+    """Owner of the server processes; ``close`` ends them."""
 
     def __init__(self, servers: list[Managed], config: ServersConfig) -> None:
         """Start every server and the thread that watches them.
@@ -64,19 +64,19 @@ class Supervisor:
 
     @property
     def failure(self) -> UserError | None:
-        """Why a server of this node cannot be had any more."""
+        """The error of a server that cannot be started any more, or None."""
         return self._failure
 
     def take_restarts(self) -> int:
-        """Restarts of servers of this node since the last call."""
+        """Return the number of restarts on this node since the last call."""
         total = sum(server.num_restarts for server in self._servers)
         taken, self._num_taken = total - self._num_taken, total
         return taken
 
     def set_busy(self, is_busy: bool) -> None:
-        """While servers load weights or have released their memory, nobody may ask for their health, and silence is no failure.
+        """Switch health checks off while servers load weights or have released their memory; silence is no failure then.
 
-        Returns when a question under way is answered.
+        Returns once a running health check is answered.
         """
         if is_busy:
             self._is_busy.set()

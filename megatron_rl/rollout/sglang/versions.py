@@ -1,4 +1,4 @@
-"""What differs between SGLang releases, one entry a range. The server says its version; an unknown one is refused."""
+"""Differences between SGLang releases, one entry a range. A server reports its version; an unknown one is refused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megatron_rl.errors import UserError
 
 @dataclass(frozen=True)
 class Adapter:
-    """How to speak to the servers of one range of releases."""
+    """The protocol of one range of releases."""
 
     first: tuple[int, int, int]
     last: tuple[int, int, int]
     has_update_session: bool
-    """Weight updates stand between begin_weight_update and end_weight_update."""
+    """True if weight updates need begin_weight_update and end_weight_update around them."""
     has_token_versions: bool
-    """Replies say which version sampled which tokens; else the request's version holds for all of them."""
+    """True if replies carry the version of each token; else the request's version holds for all tokens."""
 
 
 ADAPTERS = (
@@ -27,7 +27,7 @@ ADAPTERS = (
 
 
 def adapter_for(version: str, url: str) -> Adapter:
-    """The adapter of a server that reports this version.
+    """Return the adapter for a server that reports this version.
 
     Raises:
         UserError: no adapter knows it.

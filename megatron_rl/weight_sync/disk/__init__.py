@@ -6,8 +6,8 @@
 
 A link is a directory with ``data`` and ``manifest.json``, whole or not there. A full link holds the bits of every tensor; a
 delta holds the exclusive or with those of the version before (frames.py), a few hundredths of the size. The manifest has
-each tensor's digest before and after, so that a chain of links proves itself: whatever is missing, damaged or out of order is
-found before anything is put in place.
+each tensor's digest before and after, so that a chain of links proves itself: a missing, damaged or misplaced link is found
+before anything is put in place.
 """
 
 from megatron_rl.weight_sync.disk.links import remove_newer, remove_older

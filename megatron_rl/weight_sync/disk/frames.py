@@ -1,12 +1,12 @@
-"""What changed between two versions of some bits, in few bytes.
+"""Frames: the difference of two versions of some bits, in few bytes.
 
-A frame is up to 2^21 elements. Of their exclusive or,
+A frame is up to 2^21 elements. It stores of their exclusive or
 
     few changed     the gaps between the changed places, then the changed values
     many changed    all values
 
 each with its bytes regrouped by significance (the lowest of all elements, then the next, ...), then compressed by zstd.
-After a step of lr 1e-6 about 1 % of bfloat16 weights change, by their last bit: little but the gaps is left to store.
+After a step of lr 1e-6 about 1 % of bfloat16 weights change, by their last bit, so the gaps are most of what is stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_rl.convert.tables.digest import MASK, as_text, digest
 
 FRAME_ELEMENTS = 2**21
 LEVEL = 1
-"""Of zstd; 3 and 9 are slower and hardly smaller (docs/weights.md)."""
+"""Level of zstd; 3 and 9 are slower and hardly smaller (docs/weights.md)."""
 
 Bits = NDArray[np.unsignedinteger]
 
@@ -35,38 +35,38 @@ _GAP = np.dtype(np.uint32)
 
 
 class Damaged(ValueError):
-    """A frame is not what was written."""
+    """A frame that differs from what was written."""
 
 
 class Frame(NamedTuple):
-    """What a manifest says of a frame."""
+    """A frame's entry in the manifest."""
 
     size: int
-    """In bytes."""
+    """Size in bytes."""
     changed: int
-    """Elements."""
+    """Number of changed elements."""
     checksum: int
-    """crc32 of its bytes: zstd's own would not cover its headers."""
+    """crc32 of its bytes; zstd's own checksum would not cover its headers."""
 
 
 def bits_of(tensor: Tensor) -> Bits:
-    """[number of elements] unsigned integers of the elements' width, in memory that a contiguous CPU tensor shares."""
+    """Return [number of elements] unsigned integers of the elements' width; a contiguous CPU tensor shares their memory."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(_TORCH[flat.itemsize]).numpy().view(UNSIGNED[flat.itemsize])
 
 
 def tensor_of(bits: Bits, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The inverse, in shared memory."""
+    """Return a tensor that shares the memory of these bits."""
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
 
 
 def tensor_digest(name: str, tensor: Tensor, pool: Executor) -> str:
-    """In hexadecimal; of more than two dimensions those behind the first count as one, of none as [1].
+    """Return a tensor's digest in hexadecimal; dimensions after the first count as one, a scalar as [1].
 
     Args:
         name: of the tensor.
         tensor: contiguous, on the CPU.
-        pool: its threads share the rows out.
+        pool: its threads divide the rows between them.
     """
     if tensor.dim() not in (1, 2):
         tensor = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1)
@@ -78,14 +78,14 @@ def tensor_digest(name: str, tensor: Tensor, pool: Executor) -> str:
 
 
 def encode(new: Bits, old: Bits) -> tuple[bytes, Frame]:
-    """The frame that turns ``old`` into ``new``. No bytes where nothing differs."""
+    """Return the frame that turns ``old`` into ``new``; no bytes if nothing differs."""
     difference = np.bitwise_xor(new, old)
     is_changed = difference != 0
     changed = int(np.count_nonzero(is_changed))
     if changed == 0:
         return b"", Frame(0, 0, 0)
     if _is_sparse(changed, len(new)):
-        places = np.flatnonzero(is_changed)  # five times as fast as of the numbers themselves
+        places = np.flatnonzero(is_changed)  # five times as fast as on the numbers themselves
         content = _planes(np.diff(places, prepend=0).astype(_GAP)) + _planes(difference[places])
     else:
         content = _planes(difference)
@@ -97,7 +97,7 @@ def decode_onto(data: bytes | bytearray, frame: Frame, bits: Bits) -> None:
     """Turn old bits into new ones, in place; the same again turns them back.
 
     Raises:
-        Damaged: the bytes are not those that were written; nothing has changed then.
+        Damaged: the bytes are not those that were written; ``bits`` are unchanged then.
     """
     if frame.changed == 0:
         return

@@ -1,4 +1,4 @@
-"""Links on disk: their manifests, read and checked; and the removal of those that nobody needs."""
+"""Links of a delta chain on disk: their manifests, and the removal of links that are no longer needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.errors import UserError
 from megatron_rl.weight_sync.disk.frames import Frame
 
-Kind = Literal["full", "delta"]
+LinkKind = Literal["full", "delta"]
 MANIFEST, DATA = "manifest.json", "data"
 FORMAT = 1
 
@@ -29,7 +29,7 @@ class StoredTensor:
     """One tensor of a link."""
 
     dtype: str
-    """As torch names it, without ``torch.``."""
+    """Torch's name without ``torch.``."""
     shape: Extent
     before: str | None
     """Digest of the version that a delta starts from, in hexadecimal."""
@@ -38,15 +38,15 @@ class StoredTensor:
     offset: int
     """First byte in ``data``."""
     frames: tuple[Frame, ...]
-    """Of a delta, one behind the other; a full link has the tensor's bytes."""
+    """Frames of a delta, one behind the other; a full link has the tensor's bytes."""
 
 
 @dataclass(frozen=True)
-class Link:
-    """What a manifest says."""
+class ChainLink:
+    """The manifest of one link."""
 
     path: Path
-    kind: Kind
+    kind: LinkKind
     version: int
     previous: int | None
     """Version that a delta starts from."""
@@ -58,19 +58,19 @@ class Link:
     tensors: dict[str, StoredTensor]
 
 
-def link_name(version: int, kind: Kind) -> str:
-    """Name of a link's directory."""
+def link_name(version: int, kind: LinkKind) -> str:
+    """Return the name of a link's directory."""
     return f"{version:08d}.{kind}"
 
 
 def state_of(digests: Mapping[str, str]) -> str:
-    """One number for all tensors of a version: equal names and digests give equal states."""
+    """Return one number for all tensors of a version: equal names and digests give equal states."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
-def find_links(directory: Path) -> dict[tuple[int, Kind], Path]:
-    """Paths of all links, none of which has been opened.
+def find_links(directory: Path) -> dict[tuple[int, LinkKind], Path]:
+    """Return the paths of all links; none of them is opened.
 
     Raises:
         UserError: the directory cannot be read.
@@ -85,23 +85,23 @@ def find_links(directory: Path) -> dict[tuple[int, Kind], Path]:
 
 
 def newest_version(directory: Path) -> int | None:
-    """Of the links; None without any."""
+    """Return the newest version of the links; None without any."""
     return max((version for version, _ in find_links(directory)), default=None)
 
 
-def write_manifest(directory: Path, link: Link) -> None:
-    """Into the link's directory, wherever that is for now. Not synced to disk."""
+def write_manifest(directory: Path, link: ChainLink) -> None:
+    """Write a manifest into the link's current directory. Not synced to disk."""
     content = {key: value for key, value in asdict(link).items() if key != "path"} | {"format": FORMAT}
     # One line a tensor would be nicer to look at, and ten times as slow to read.
     text = json.dumps({"checksum": _checksum(content), "content": content})
     (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def read_link(path: Path) -> Link:
+def read_link(path: Path) -> ChainLink:
     """Read and check a manifest, and that the data has its size.
 
     Raises:
-        UserError: the link is missing, damaged, or not where its name says that it belongs.
+        UserError: the link is missing, damaged, or not that of its name.
     """
     try:
         document = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def read_link(path: Path) -> Link:
             str(path), None, "was written in another format", "use one release for the trainer and the servers"
         )
     tensors = {name: _stored(fields) for name, fields in content.pop("tensors").items()}
-    link = Link(path=path, tensors=tensors, **content)
+    link = ChainLink(path=path, tensors=tensors, **content)
     if path.name != link_name(link.version, link.kind):
         raise broken(path, f"holds {link_name(link.version, link.kind)}: links were renamed or are out of order")
     if data_bytes != link.data_bytes:
@@ -129,29 +129,28 @@ def read_link(path: Path) -> Link:
 
 
 def broken(path: Path, rule: str) -> UserError:
-    """The error about a link that cannot be used."""
+    """Return the error about a link that cannot be used."""
     return UserError(str(path), None, rule, "let the trainer write a full link, or copy the directory again")
 
 
 def remove_older(directory: str | Path, oldest: int | None = None) -> list[Path]:
-    """Remove links that nobody needs who wants version ``oldest`` or a later one, and what killed writers left behind.
+    """Remove links that version ``oldest`` and later ones do not need, and remains of killed writers.
 
-    What is needed starts with the newest full link up to ``oldest``: everybody can go through it. Call it where the trainer
-    writes, between two writes.
+    The needed links start with the newest full link up to ``oldest``. The trainer's writer calls this between two writes.
 
     Args:
         directory: of the links.
         oldest: by default the newest version.
 
     Returns:
-        What was removed.
+        The removed paths.
     """
     directory = Path(directory)
     links = find_links(directory)
     newest = max((version for version, _ in links), default=0)
     limit = newest if oldest is None else oldest
     first = max((version for version, kind in links if kind == "full" and version <= limit), default=0)
-    # Of what leads to the full link's version, its own delta is for those who have the version before.
+    # A delta of the full link's own version goes, too: only servers that have the version before could use it.
     unneeded = [links[key] for key in sorted(links) if key < (first, "full")]
     left_over = [path for path in directory.iterdir() if _LEFT_OVER.fullmatch(path.name)]
     return _remove(unneeded) + _remove(left_over)
@@ -161,7 +160,7 @@ def remove_newer(directory: str | Path, version: int) -> list[Path]:
     """Remove links of this version and later ones: a run that is resumed before them writes them anew.
 
     Returns:
-        What was removed, newest first: whatever interrupts it, the rest is a chain.
+        The removed paths, newest first, so that after an interruption the rest is still a chain.
     """
     links = find_links(Path(directory))
     return _remove(links[key] for key in sorted(links, reverse=True) if key[0] >= version)
@@ -172,7 +171,7 @@ def _remove(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         doomed = path
         if not path.name.startswith("."):
-            # At once for whoever looks for links; those that have opened its files keep them.
+            # The rename hides it from readers at once; readers that have opened its files keep them.
             doomed = path.with_name(f".{path.name}.removed")
             shutil.rmtree(doomed, ignore_errors=True)
             os.rename(path, doomed)

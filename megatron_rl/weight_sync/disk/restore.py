@@ -1,4 +1,4 @@
-"""The servers' side: a checkpoint of any version, from what a server has and the links that lead there."""
+"""The servers' side: a checkpoint of any version, from a server's own checkpoint and the links that lead there."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.convert.hf.writer import LayoutWriter
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors
 from megatron_rl.weight_sync.disk.frames import (
     FRAME_ELEMENTS,
     UNSIGNED,
@@ -33,7 +34,7 @@ from megatron_rl.weight_sync.disk.frames import (
 )
 from megatron_rl.weight_sync.disk.links import (
     DATA,
-    Link,
+    ChainLink,
     StoredTensor,
     broken,
     find_links,
@@ -46,29 +47,29 @@ from megatron_rl.weight_sync.disk.write import NUM_THREADS
 _OTHER_BASE = "apply with another base: the checkpoint that the servers started from, or an earlier result"
 
 STAMP = "weights_version.json"
-"""Beside the weights of a checkpoint that ``apply`` wrote: its version and state, so that the next need not read it twice."""
+"""File in a checkpoint that ``apply`` wrote: its version and state, so that the next call need not read the weights."""
 
 
 def apply(
     directory: str | Path, base: str | Path, version: int, into: str | Path | None = None, *,
     num_threads: int = NUM_THREADS,
 ) -> Path:  # fmt: skip
-    """Write the Hugging Face checkpoint of a version: what SGLang's ``/update_weights_from_disk`` loads.
+    """Write the Hugging Face checkpoint of a version, for SGLang's ``/update_weights_from_disk``.
 
-    It takes the deltas from the version of ``base``, or, where they do not lead there, the newest full link and the deltas
+    It takes the deltas from the version of ``base``, or, if they do not lead there, the newest full link and the deltas
     after it. Every tensor is checked against the digest that the trainer wrote, before the checkpoint gets its name.
 
     Args:
         directory: of the links.
         base: a checkpoint of the same model: one that this function wrote, or any other, then read once to recognise its
             version. Its config.json and tokenizer are copied. It is not changed.
-        version: wanted.
+        version: the wanted one.
         into: the new checkpoint; must not exist, or be empty. By default beside ``base``, with the version in its name.
-        num_threads: that decompress.
+        num_threads: for decompression.
 
     Returns:
-        The checkpoint; ``base`` itself where it is of this version already, and what an earlier call wrote. Removing old ones
-        is the caller's, as is that no two calls write the same one at a time.
+        The checkpoint; ``base`` itself if it is of this version already, or the one that an earlier call wrote. The caller
+        removes old ones, and makes sure that no two calls write the same one at a time.
 
     Raises:
         UserError: a link is missing, damaged or out of order, or ``base`` is no checkpoint; it is named, and nothing was
@@ -84,44 +85,41 @@ def apply(
     if _stamped_state(target) == last.after:
         return target
     layout = {name: (stored.shape, getattr(torch, stored.dtype)) for name, stored in last.tensors.items()}
-    try:
-        with (
-            ExitStack() as stack,
-            LayoutWriter(target, layout, source=base) as writer,
-            ThreadPoolExecutor(num_threads) as pool,  # ends first: its threads read the links
-        ):
-            opened = [stack.enter_context(_OpenLink(link)) for link in route.links]
-            for name, stored in last.tensors.items():
-                bits = _start(name, stored, route.reader)
-                for each in opened:
-                    each.apply_onto(name, bits, pool)
-                tensor = tensor_of(bits, getattr(torch, stored.dtype), stored.shape)
-                # A delta is its own inverse: the right result proves what it started from, too.
-                if tensor_digest(name, tensor, pool) != stored.after:
-                    raise _find_fault(name, opened, route.reader, pool)
-                writer.add(name, tensor)
-            writer.add_file(STAMP, json.dumps({"version": version, "state": last.after}) + "\n")
-    except OSError as error:
-        rule = f"could not be written ({error.strerror})"
-        raise UserError(str(target), None, rule, "free disk space or choose another directory") from error
+    with (
+        disk_errors(target),
+        ExitStack() as stack,
+        LayoutWriter(target, layout, source=base) as writer,
+        ThreadPoolExecutor(num_threads) as pool,  # ends first: its threads read the links
+    ):
+        opened = [stack.enter_context(_OpenLink(link)) for link in route.links]
+        for name, stored in last.tensors.items():
+            bits = _start(name, stored, route.reader)
+            for each in opened:
+                each.apply_onto(name, bits, pool)
+            tensor = tensor_of(bits, getattr(torch, stored.dtype), stored.shape)
+            # A delta is its own inverse: the right result proves the start, too.
+            if tensor_digest(name, tensor, pool) != stored.after:
+                raise _find_fault(name, opened, route.reader, pool)
+            writer.add(name, tensor)
+        writer.add_file(STAMP, json.dumps({"version": version, "state": last.after}) + "\n")
     return target
 
 
 @dataclass(frozen=True)
 class _Route:
-    """How to get to a version: from ``reader``'s tensors through ``links``, or from the first of those alone."""
+    """The way to a version: from ``reader``'s tensors through ``links``, or from the first link without a reader."""
 
     reader: HFReader | None
-    links: tuple[Link, ...]
+    links: tuple[ChainLink, ...]
 
 
 def _find_route(directory: Path, base: Path, version: int, pool: Executor) -> _Route:
-    """The deltas that lead there from the base, else the newest full link and the deltas after it. Reads no data of links."""
+    """Return the deltas that lead there from the base, else the newest full link and the deltas after it. Reads no data."""
     paths = find_links(directory)
     reader, base_state = HFReader(base), _stamped_state(base)
-    deltas: list[Link] = []  # newest first
+    deltas: list[ChainLink] = []  # newest first
     from_full: _Route | None = None
-    state: str | None = None  # of the version that the walk has come back to
+    state: str | None = None  # of version ``at``
     at = version
     while True:
         if from_full is None and (at, "full") in paths:
@@ -155,15 +153,15 @@ def _find_route(directory: Path, base: Path, version: int, pool: Executor) -> _R
     return from_full
 
 
-def _expect(link: Link, state: str | None) -> Link:
-    """The link leads to what the one after it starts from."""
+def _expect(link: ChainLink, state: str | None) -> ChainLink:
+    """Check that a link leads to the state that the one after it starts from."""
     if state is not None and link.after != state:
         raise broken(link.path, "does not lead to what the next link starts from: they are of different runs")
     return link
 
 
 def _stamped_state(base: Path) -> str | None:
-    """What an earlier ``apply`` wrote into the checkpoint."""
+    """Return the state that an earlier ``apply`` wrote into the checkpoint, or None."""
     try:
         stamp = json.loads((base / STAMP).read_text(encoding="utf-8"))
         return str(stamp["state"])
@@ -171,8 +169,8 @@ def _stamped_state(base: Path) -> str | None:
         return None
 
 
-def _state(reader: HFReader, link: Link, pool: Executor) -> str | None:
-    """State of a checkpoint, from its tensors; None where they are not those of the link at all."""
+def _state(reader: HFReader, link: ChainLink, pool: Executor) -> str | None:
+    """Return the state of a checkpoint, from its tensors; None if they are not those of the link at all."""
     digests = {}
     for name, stored in link.tensors.items():
         if name not in reader.names or reader.shape(name) != stored.shape:
@@ -189,7 +187,7 @@ def _beside(base: Path, version: int) -> Path:
 class _OpenLink:
     """A link whose data stays readable even if the trainer removes it meanwhile."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ChainLink) -> None:
         self.link = link
 
     def __enter__(self) -> Self:
@@ -237,7 +235,7 @@ class _OpenLink:
 
 
 def _start(name: str, stored: StoredTensor, reader: HFReader | None) -> Bits:
-    """The bits that the first link is applied onto, in memory of their own."""
+    """Return a copy of the bits that the first link is applied onto."""
     if reader is None:
         return np.empty(prod(stored.shape), UNSIGNED[getattr(torch, stored.dtype).itemsize])
     found = reader.read(name) if name in reader.names else torch.empty(0)
@@ -247,7 +245,7 @@ def _start(name: str, stored: StoredTensor, reader: HFReader | None) -> Bits:
 
 
 def _find_fault(name: str, opened: Sequence[_OpenLink], reader: HFReader | None, pool: Executor) -> UserError:
-    """Who is to blame for a tensor that has not got the digest it should have."""
+    """Return the error that names the link or base that gave a tensor a wrong digest."""
     first = opened[0].link.tensors[name]
     dtype, shape = getattr(torch, first.dtype), first.shape
     bits = _start(name, first, reader)

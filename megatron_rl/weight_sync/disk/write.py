@@ -1,4 +1,4 @@
-"""The trainer's side: links are written tensor by tensor, under a temporary name until they are on disk."""
+"""The trainer's side: links, written tensor by tensor, under a temporary name until they are on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_rl.convert.hf.writer import FORMAT_NAMES, write_in_calls
 from megatron_rl.errors import UserError
+from megatron_rl.files import disk_errors, publish_folder
 from megatron_rl.weight_sync.disk.frames import FRAME_ELEMENTS, Bits, Frame, bits_of, encode, tensor_digest
 from megatron_rl.weight_sync.disk.links import (
     DATA,
-    Kind,
-    Link,
+    ChainLink,
+    LinkKind,
     StoredTensor,
     find_links,
     link_name,
@@ -31,7 +32,7 @@ from megatron_rl.weight_sync.disk.links import (
 )
 
 ReadTensor = Callable[[str], Tensor]
-"""Name -> tensor of the version before: ``kept.__getitem__``, or ``HFReader(directory).read``."""
+"""Maps a name to the tensor of the version before: ``kept.__getitem__``, or ``HFReader(directory).read``."""
 
 NUM_THREADS = min(8, os.cpu_count() or 1)
 
@@ -43,10 +44,10 @@ def write_full(
 
     Args:
         tensors: (Hugging Face name, tensor of any type of one, two or four bytes, on any device), consumed to the end even
-            where writing fails: collectives may stand behind it. Memory is that of the largest on a CPU.
-        directory: shared with the servers; created where it does not exist.
+            if writing fails: collectives may stand behind it. Memory is that of the largest on a CPU.
+        directory: shared with the servers; created if it does not exist.
         version: higher than that of all links there.
-        num_threads: that compress.
+        num_threads: for compression.
 
     Returns:
         The link.
@@ -61,7 +62,7 @@ def write_delta(
     previous: ReadTensor, tensors: Iterable[tuple[str, Tensor]], directory: str | Path, version: int, *,
     num_threads: int = NUM_THREADS,
 ) -> Path:  # fmt: skip
-    """Write a link that holds what changed since the newest version there.
+    """Write a link that holds the changes since the newest version there.
 
     Args:
         previous: gives the tensors of that version, which the digests prove.
@@ -79,15 +80,15 @@ def write_delta(
 
 
 class DiskPublisher:
-    """A delta for each version and a full link every so many; links that no server needs any more are removed.
+    """Publisher of a delta for each version and a full link every few; it removes links that no server needs.
 
     It keeps the last published version in memory (the model's size, on the CPU), hence the process that writes is one.
 
     Args:
         directory: shared with the servers.
         full_every: versions from one full link to the next. More saves disk writes, and costs newcomers more deltas.
-        keep_versions: how far behind a server may be without having to read a full link.
-        num_threads: that compress.
+        keep_versions: versions that a server may be behind without having to read a full link.
+        num_threads: for compression.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ def _write_all(
     makers: Sequence[Callable[[], LinkWriter]], tensors: Iterable[tuple[str, Tensor]],
     then: Callable[[str, Tensor], None] = lambda name, tensor: None,
 ) -> list[Path]:  # fmt: skip
-    """Write the same tensors by several writers; ``then`` is called with each that all have written."""
+    """Write the same tensors with several writers; ``then`` is called with each tensor that all have written."""
     with ExitStack() as stack:
         writers: list[LinkWriter] = []
         failure: Exception | None = None
@@ -150,7 +151,7 @@ def _write_all(
             failure = error
         for name, tensor in tensors:
             if failure is not None:
-                continue  # other ranks wait for us in the collectives behind the iterator
+                continue  # other ranks wait in the collectives behind the iterator
             try:
                 for writer in writers:
                     writer.add(name, tensor)
@@ -163,18 +164,18 @@ def _write_all(
 
 
 class LinkWriter:
-    """Writes one link; see ``write_full`` and ``write_delta``. End with ``finish``, and call ``abort`` in any case."""
+    """Writer of one link, for ``write_full`` and ``write_delta``. End with ``finish``, and call ``abort`` in any case."""
 
     def __init__(
         self, directory: str | Path, version: int, *, previous: ReadTensor | None = None, num_threads: int = NUM_THREADS
     ) -> None:
         self._directory, self._version, self._previous = Path(directory), version, previous
-        self._kind: Kind = "full" if previous is None else "delta"
+        self._kind: LinkKind = "full" if previous is None else "delta"
         self._path = self._directory / link_name(version, self._kind)
         self._partial = self._path.with_name(f".{self._path.name}.partial")
         self._stored: dict[str, StoredTensor] = {}
         self._offset = 0
-        with _disk_errors(self._directory):
+        with disk_errors(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             self._since = self._check_version()
             shutil.rmtree(self._partial, ignore_errors=True)  # left by a writer that was killed
@@ -207,37 +208,34 @@ class LinkWriter:
             pieces = [job.result() for job in jobs]
         frames = tuple(frame for _, frame in pieces if frame is not None)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        with _disk_errors(self._directory):
+        with disk_errors(self._directory):
             for data, _ in pieces:
                 write_in_calls(self._file, memoryview(data))
         self._stored[name] = StoredTensor(dtype, tuple(tensor.shape), before, after, self._offset, frames)
         self._offset += sum(memoryview(data).nbytes for data, _ in pieces)
 
     def finish(self) -> Path:
-        """Bring it to disk and give it its name."""
+        """Sync the link to disk and give it its name."""
         if self._since is not None and (missing := set(self._since.tensors) - set(self._stored)):
             raise ValueError(f"{len(missing)} tensors were not written, for example {min(missing)}")
         before = None if self._since is None else self._since.after
         after = state_of({name: stored.after for name, stored in self._stored.items()})
         previous = None if self._since is None else self._since.version
-        link = Link(self._path, self._kind, self._version, previous, before, after, self._offset, self._stored)
-        with _disk_errors(self._directory):
+        link = ChainLink(self._path, self._kind, self._version, previous, before, after, self._offset, self._stored)
+        with disk_errors(self._directory):
             self._file.close()
             write_manifest(self._partial, link)
-            for path in (*self._partial.iterdir(), self._partial):
-                _sync(path)
-            os.rename(self._partial, self._path)
-            _sync(self._directory)
+            publish_folder(self._partial, self._path)
         return self._path
 
     def abort(self) -> None:
-        """Remove what has no name yet."""
+        """Remove a link that has no name yet."""
         self._pool.shutdown(cancel_futures=True)
         self._file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _check_version(self) -> Link | None:
-        """The link that a delta goes on from."""
+    def _check_version(self) -> ChainLink | None:
+        """Return the link that a delta continues; None for a full link."""
         newest = newest_version(self._directory)
         if self._version < 0 or (newest is not None and self._version <= newest):
             rule = (
@@ -256,7 +254,7 @@ class LinkWriter:
         return read_link(links.get((newest, "full")) or links[newest, "delta"])
 
     def _old(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor of the version before, once it fits."""
+        """Return the tensor of the version before, after a check of type and shape."""
         assert self._since is not None and self._previous is not None
         stored = self._since.tensors.get(name)
         found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -274,25 +272,3 @@ class LinkWriter:
 def _frames(new: Bits, old: Bits) -> Iterator[tuple[Bits, Bits]]:
     for start in range(0, len(new), FRAME_ELEMENTS):
         yield new[start : start + FRAME_ELEMENTS], old[start : start + FRAME_ELEMENTS]
-
-
-def _sync(path: Path) -> None:
-    """To disk, so that a rename never outlives the data it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            str(directory),
-            None,
-            f"could not be written ({error.strerror})",
-            "free disk space or choose another directory",
-        ) from error

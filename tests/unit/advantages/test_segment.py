@@ -17,8 +17,10 @@ from megatron_rl.advantages.segment import (
     is_uncertain,
     segment_advantages,
 )
-from megatron_rl.algorithms.clipped import probability_mask
-from megatron_rl.types import State
+from megatron_rl.algorithms.parts.selection import TokenSelection
+from megatron_rl.config.methods.shared import SelectionConfig
+from megatron_rl.config.rollout import RolloutConfig
+from megatron_rl.types import SegmentStart
 
 EXAMPLE = torch.tensor([0.99, 0.5, 0.95, 0.4, 0.3, 0.99, 0.2]).log()
 
@@ -27,10 +29,10 @@ def test_the_worked_example() -> None:
     assert cut_points(EXAMPLE, 0.9) == [1, 3, 4, 6]
     borders = every_nth_cut_point(EXAMPLE, 0.9, 2)
     assert borders == [1, 4]  # the states after tokens 0 and 3
-    states = [State(border, value) for border, value in zip(borders, (0.25, 0.75))]
+    states = [SegmentStart(border, value) for border, value in zip(borders, (0.25, 0.75))]
     advantages = segment_advantages(states, 1.0, 7)
     assert advantages.tolist() == [0, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
-    mask = probability_mask(EXAMPLE, 0.9)
+    mask = TokenSelection(SelectionConfig(max_probability=0.9), RolloutConfig()).mask_of(EXAMPLE)
     assert mask is not None and mask.nonzero()[:, 0].tolist() == [1, 3, 4, 6]
 
 
@@ -41,7 +43,7 @@ def test_the_threshold_itself_is_certain_for_both_uses() -> None:
 
 
 def test_no_mask_without_a_threshold() -> None:
-    assert probability_mask(EXAMPLE, None) is None
+    assert TokenSelection(SelectionConfig(), RolloutConfig()).mask_of(EXAMPLE) is None
 
 
 def test_partitions() -> None:
@@ -59,7 +61,7 @@ def test_an_end_that_the_policy_was_not_sure_of_is_a_segment_of_its_own() -> Non
     """The end token is a token like others: what follows the border before it is one more try of coming to an end there."""
     borders = every_nth_cut_point(torch.tensor([0.5, 0.99, 0.6]).log(), 0.9, 1)
     assert borders == [0, 2]
-    states = [State(border, value) for border, value in zip(borders, (0.5, 0.25))]
+    states = [SegmentStart(border, value) for border, value in zip(borders, (0.5, 0.25))]
     assert segment_advantages(states, 1.0, 3).tolist() == [-0.25, -0.25, 0.75]
 
 
@@ -73,7 +75,7 @@ def test_segments_add_up_to_the_reward_less_the_first_value(seed: int) -> None:
     draw = random.Random(seed)
     num_tokens = draw.randint(1, 40)
     borders = sorted({0, *draw.sample(range(num_tokens), draw.randint(0, num_tokens - 1))})
-    states = [State(border, draw.random()) for border in borders]
+    states = [SegmentStart(border, draw.random()) for border in borders]
     reward = draw.choice([0.0, 1.0])
     advantages = segment_advantages(states, reward, num_tokens)
     of_segments = advantages[borders].double().sum()
@@ -84,9 +86,9 @@ def test_segments_add_up_to_the_reward_less_the_first_value(seed: int) -> None:
 
 def test_a_border_without_a_value_is_none() -> None:
     """Its two segments are one; and where the reward is not known, the last segment teaches nothing."""
-    states = [State(0, 0.5), State(2, None), State(4, 0.75)]
+    states = [SegmentStart(0, 0.5), SegmentStart(2, None), SegmentStart(4, 0.75)]
     assert segment_advantages(states, 1.0, 5).tolist() == [0.25, 0.25, 0.25, 0.25, 0.25]
     assert segment_advantages(states, None, 5).tolist() == [0.25, 0.25, 0.25, 0.25, 0.0]
     assert has_credit(states, None, 5).tolist() == [True, True, True, True, False]
-    assert has_credit([State(2, 0.5)], 1.0, 4).tolist() == [False, False, True, True]
-    assert not has_credit([], 1.0, 2).any() and not has_credit([State(0, None)], 1.0, 2).any()
+    assert has_credit([SegmentStart(2, 0.5)], 1.0, 4).tolist() == [False, False, True, True]
+    assert not has_credit([], 1.0, 2).any() and not has_credit([SegmentStart(0, None)], 1.0, 2).any()

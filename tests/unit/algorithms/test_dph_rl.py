@@ -13,7 +13,7 @@ from megatron_rl.data.pack import pack
 from megatron_rl.data.pool import Pool, PoolWriter, Provenance, Trajectory, merge
 from megatron_rl.errors import UserError
 from megatron_rl.losses.f_divergence import f_divergence
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score, TrainingSample
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score, TrainingSample
 from tests.tiny_models import make_tiny_model
 
 TINY = Path(__file__).parents[2] / "tiny.yaml"
@@ -55,7 +55,7 @@ def groups() -> list[RolloutGroup]:
 
 def with_rows(model: Path, tmp_path: Path, *overrides: str) -> tuple[DPHRL, list[TrainingSample]]:
     algorithm = dph_rl(model, *overrides)
-    algorithm.use_pool(make_pool(tmp_path / "pool", [2, 3, 4, 5, 6]), [])
+    algorithm.stored.use_pool(make_pool(tmp_path / "pool", [2, 3, 4, 5, 6]), [])
     return algorithm, algorithm.samples(groups(), 0)
 
 
@@ -64,7 +64,7 @@ def test_every_update_has_its_share_of_stored_rows(model: Path, tmp_path: Path) 
     batches = algorithm.mini_batches(samples)
     assert [row for batch in batches for row in batch] == list(range(14))
     for batch in batches:
-        assert [samples[row].kind for row in batch] == [Kind.RL] * 4 + [Kind.REHEARSAL] * 3
+        assert [samples[row].kind for row in batch] == [RowKind.RL] * 4 + [RowKind.REHEARSAL] * 3
     assert algorithm.step_metrics()["rehearsal/rows_frac"] == pytest.approx(6 / 14)
 
 
@@ -72,28 +72,28 @@ def test_every_row_comes_once_before_any_comes_again_and_the_order_follows_from_
     model: Path, tmp_path: Path
 ) -> None:
     algorithm, _ = with_rows(model, tmp_path)
-    assert algorithm.rehearsal is not None
+    assert algorithm.stored.rehearsal is not None
 
     def rows(update: int) -> list[int]:
-        return [int(sample.response_ids[0]) for sample in algorithm.rehearsal.rows(update=update)]  # type: ignore[union-attr]
+        return [int(sample.response_ids[0]) for sample in algorithm.stored.rehearsal.rows(update=update)]  # type: ignore[union-attr]
 
     seen = [row for update in range(5) for row in rows(update)]
     assert sorted(seen[:5]) == sorted(seen[5:10]) == sorted(seen[10:]) == [0, 1, 2, 3, 4]
     assert rows(3) == seen[9:12] and seen[:5] != seen[5:10]
     other = dph_rl(model, "trainer.seed=8")
-    other.use_pool(Pool(tmp_path / "pool"), [])
-    assert [int(s.response_ids[0]) for u in range(5) for s in other.rehearsal.rows(update=u)] != seen  # type: ignore[union-attr]
+    other.stored.use_pool(Pool(tmp_path / "pool"), [])
+    assert [int(s.response_ids[0]) for u in range(5) for s in other.stored.rehearsal.rows(update=u)] != seen  # type: ignore[union-attr]
 
 
 def test_stored_rows_enter_no_group_mean_and_get_no_advantage(model: Path, tmp_path: Path) -> None:
     """The released code gave them rewards and groups of one."""
     algorithm, samples = with_rows(model, tmp_path, "algorithm.normalize_rewards=false")
     for row in samples:
-        if row.kind is Kind.REHEARSAL:
+        if row.kind is RowKind.REHEARSAL:
             row.reward, row.group_index = 100.0, 0
     algorithm.assign_advantages(samples)
     for row in samples:
-        if row.kind is Kind.REHEARSAL:
+        if row.kind is RowKind.REHEARSAL:
             assert row.advantages is None
         else:
             assert row.advantages is not None and row.advantages.tolist() == [0.5 if row.reward else -0.5] * len(
@@ -106,7 +106,7 @@ def test_the_two_means_are_separate(model: Path, tmp_path: Path) -> None:
     for rows in algorithm.mini_batches(samples):
         batch = [samples[row] for row in rows]
         algorithm.assign_weights(batch)
-        for kind, total in ((Kind.RL, 1.0), (Kind.REHEARSAL, 0.5)):
+        for kind, total in ((RowKind.RL, 1.0), (RowKind.REHEARSAL, 0.5)):
             weights = torch.cat([row.weights for row in batch if row.kind is kind])  # type: ignore[misc]
             assert weights.sum().item() == pytest.approx(total) and len(set(weights.tolist())) == 1
 
@@ -121,12 +121,12 @@ def test_each_row_of_a_pack_gets_the_loss_of_its_kind(model: Path, tmp_path: Pat
     mini_batch = [samples[row] for row in rows]
     algorithm.assign_weights(mini_batch)
     for row in mini_batch:
-        if row.kind is Kind.RL:
+        if row.kind is RowKind.RL:
             row.old_log_probs = torch.full((row.num_response_tokens,), -2.0)
     batch = pack(mini_batch, [5, 0, 6, 1])
     log_probs = torch.where(batch.loss_mask, torch.linspace(-2, -1, len(batch.labels)), 0.0).requires_grad_()
     terms = algorithm.loss(log_probs, torch.zeros_like(log_probs), batch)
-    is_stored = batch.kind == Kind.REHEARSAL
+    is_stored = batch.kind == RowKind.REHEARSAL
     stored = f_divergence(log_probs, batch.vectors["ref_log_probs"], divergence, alpha=0.3)  # type: ignore[arg-type]
     ratio = (log_probs - batch.vectors["old_log_probs"]).exp()
     advantages = batch.vectors["advantages"]
@@ -146,18 +146,18 @@ def test_definition_form_keeps_the_reference_and_acts_on_rollouts(model: Path) -
 
 def test_rows_that_are_too_long_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
     algorithm = dph_rl(model, "policy.train_micro_batch_tokens=40")
-    line = algorithm.use_pool(make_pool(tmp_path / "pool", [2, 60, 3]), [])
+    line = algorithm.stored.use_pool(make_pool(tmp_path / "pool", [2, 60, 3]), [])
     assert "2 rows" in line and "1 left out as too long" in line
     with pytest.raises(UserError, match="has no row of at most 40 tokens"):
-        algorithm.use_pool(make_pool(tmp_path / "long", [60]), [])
+        algorithm.stored.use_pool(make_pool(tmp_path / "long", [60]), [])
 
 
 def test_other_pools_are_refused(model: Path, tmp_path: Path) -> None:
     algorithm = dph_rl(model)
     with pytest.raises(UserError, match=r"log-probs at temperature 0\.5"):
-        algorithm.use_pool(make_pool(tmp_path / "cold", [2], temperature=0.5), [])
+        algorithm.stored.use_pool(make_pool(tmp_path / "cold", [2], temperature=0.5), [])
     with pytest.raises(UserError, match="3 of 3 rows have no log-probs of the reference"):
-        algorithm.use_pool(make_pool(tmp_path / "bare", [2, 3, 4], ref=False), [])
+        algorithm.stored.use_pool(make_pool(tmp_path / "bare", [2, 3, 4], ref=False), [])
 
 
 def test_every_shard_of_a_merged_pool_must_fit(model: Path, tmp_path: Path) -> None:
@@ -165,4 +165,4 @@ def test_every_shard_of_a_merged_pool_must_fit(model: Path, tmp_path: Path) -> N
     make_pool(tmp_path / "cold", [4, 5], temperature=0.5)
     merge([tmp_path / "warm", tmp_path / "cold"], tmp_path / "both")
     with pytest.raises(UserError, match=r"log-probs at temperature 0\.5"):
-        dph_rl(model).use_pool(Pool(tmp_path / "both"), [])
+        dph_rl(model).stored.use_pool(Pool(tmp_path / "both"), [])

@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 import torch
 
-from megatron_rl.algorithms import grpo as grpo_module
 from megatron_rl.algorithms.grpo import GRPO
+from megatron_rl.algorithms.parts.groups import _has_contrast
 from megatron_rl.config import load_config
 from megatron_rl.data.stream import Stream
 from megatron_rl.metrics.step import MAXIMA
@@ -104,6 +104,6 @@ def test_dynamic_sampling_sees_no_contrast_in_a_failed_score() -> None:
     algorithm = grpo("algorithm.use_dynamic_sampling=true")
     kept = collect(algorithm, [[1, 0], [1, 0]])
     failed = Score(0.0, reason="crash", is_failure=True)
-    assert grpo_module._has_contrast(kept[0])
+    assert _has_contrast(kept[0])
     kept[0].rollouts[1] = Rollout(kept[0].rollouts[1].completion, failed)
-    assert not grpo_module._has_contrast(kept[0])
+    assert not _has_contrast(kept[0])

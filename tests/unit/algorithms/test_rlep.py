@@ -12,7 +12,7 @@ from megatron_rl.config import load_config
 from megatron_rl.data.pool import Pool, PoolWriter, Provenance, Trajectory
 from megatron_rl.data.replay import FoundSuccesses
 from megatron_rl.errors import UserError
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score
 from tests.tiny_models import make_tiny_model
 
 TINY = Path(__file__).parents[2] / "tiny.yaml"
@@ -75,11 +75,10 @@ def test_advantages_of_a_mixed_group(
     """The exact numbers of the method's notes: 16 fresh rollouts, so many right, and so many replays."""
     algorithm = rlep(model)
     if num_replays:
-        algorithm.successes = None
-        algorithm.replay = rlep(model, "algorithm.replay.source=pool", f"algorithm.replay.pool={tmp_path}").replay
-        algorithm.use_pool(make_pool(tmp_path / "pool", {3: num_replays}), PROMPTS)
+        algorithm = rlep(model, "algorithm.replay.source=pool", f"algorithm.replay.pool={tmp_path}")
+        algorithm.stored.use_pool(make_pool(tmp_path / "pool", {3: num_replays}), PROMPTS)
     samples = algorithm.samples([group(3, [1.0] * num_correct + [0.0] * (16 - num_correct))], 0)
-    assert [sample.kind for sample in samples] == [Kind.RL] * 16 + [Kind.REPLAY] * num_replays
+    assert [sample.kind for sample in samples] == [RowKind.RL] * 16 + [RowKind.REPLAY] * num_replays
     algorithm.assign_advantages(samples)
     for sample in samples:
         expected = right if sample.reward else wrong
@@ -89,12 +88,24 @@ def test_advantages_of_a_mixed_group(
 
 def test_a_question_with_fewer_successes_gets_fewer_replays(model: Path, tmp_path: Path) -> None:
     algorithm = rlep(model, "algorithm.num_prompts_per_step=3", "algorithm.num_generations_per_prompt=2", size=2)
-    algorithm.use_pool(make_pool(tmp_path / "pool", {1: 5, 2: 1}), PROMPTS)
+    algorithm.stored.use_pool(make_pool(tmp_path / "pool", {1: 5, 2: 1}), PROMPTS)
     groups = [group(number, [1.0, 0.0]) for number in (1, 2, 3)]
     samples = algorithm.samples(groups, 0)
-    kinds = [Kind.RL, Kind.RL, Kind.REPLAY, Kind.REPLAY, Kind.RL, Kind.RL, Kind.REPLAY, Kind.RL, Kind.RL]
+    kinds = [
+        RowKind.RL,
+        RowKind.RL,
+        RowKind.REPLAY,
+        RowKind.REPLAY,
+        RowKind.RL,
+        RowKind.RL,
+        RowKind.REPLAY,
+        RowKind.RL,
+        RowKind.RL,
+    ]
     assert [sample.kind for sample in samples] == kinds
-    assert len({tuple(s.response_ids.tolist()) for s in samples if s.kind is Kind.REPLAY and s.group_index == 0}) == 2
+    assert (
+        len({tuple(s.response_ids.tolist()) for s in samples if s.kind is RowKind.REPLAY and s.group_index == 0}) == 2
+    )
     assert algorithm.mini_batches(samples) == [[0, 1, 2, 3], [4, 5, 6], [7, 8]]
     metrics = algorithm.step_metrics()
     assert metrics["replay/rows_frac"] == pytest.approx(3 / 9)
@@ -103,11 +114,11 @@ def test_a_question_with_fewer_successes_gets_fewer_replays(model: Path, tmp_pat
 
 def test_the_choice_follows_from_seed_problem_and_step(model: Path, tmp_path: Path) -> None:
     algorithm = rlep(model)
-    algorithm.use_pool(make_pool(tmp_path / "pool", {1: 20}), PROMPTS)
-    assert algorithm.successes is not None
+    algorithm.stored.use_pool(make_pool(tmp_path / "pool", {1: 20}), PROMPTS)
+    assert algorithm.stored.successes is not None
 
     def draw(step: int, seed: int = 1) -> list[int]:
-        return [int(s.response_ids[0]) for s in algorithm.successes.draw(prompt(1), 4, seed=seed, step=step)]  # type: ignore[union-attr]
+        return [int(s.response_ids[0]) for s in algorithm.stored.successes.draw(prompt(1), 4, seed=seed, step=step)]  # type: ignore[union-attr]
 
     assert draw(0) == draw(0)
     assert len({tuple(draw(step, seed)) for step in range(3) for seed in (1, 2)}) == 6
@@ -118,7 +129,7 @@ def test_what_cannot_be_replayed_is_counted_and_said(model: Path, tmp_path: Path
     make_pool(tmp_path / "pool", {1: 2}, length=3)
     make_pool(tmp_path / "pool", {2: 3}, length=13)  # above rollout.max_new_tokens
     make_pool(tmp_path / "pool", {3: 4}, reward=0.0)
-    line = algorithm.use_pool(Pool(tmp_path / "pool"), PROMPTS)
+    line = algorithm.stored.use_pool(Pool(tmp_path / "pool"), PROMPTS)
     assert (
         "2 successes of" in line
         and "for 1 of 4 training problems" in line
@@ -126,7 +137,7 @@ def test_what_cannot_be_replayed_is_counted_and_said(model: Path, tmp_path: Path
         and "4 left out: not a success" in line
     )
     with pytest.raises(UserError, match="no row to replay: 4 not a success, 0 too long"):
-        algorithm.use_pool(make_pool(tmp_path / "other", {3: 4}, reward=0.0), PROMPTS)
+        algorithm.stored.use_pool(make_pool(tmp_path / "other", {3: 4}, reward=0.0), PROMPTS)
 
 
 def test_successes_of_another_prompt_are_refused(model: Path, tmp_path: Path) -> None:
@@ -134,14 +145,16 @@ def test_successes_of_another_prompt_are_refused(model: Path, tmp_path: Path) ->
     with PoolWriter(tmp_path / "pool", Provenance("t", "m", "k")) as writer:
         writer.add(Trajectory("p1", torch.tensor([5, 5, 5]), torch.tensor([1]), 1.0))
     with pytest.raises(UserError, match="answers another prompt of the same problem"):
-        algorithm.use_pool(Pool(tmp_path / "pool"), PROMPTS)
+        algorithm.stored.use_pool(Pool(tmp_path / "pool"), PROMPTS)
 
 
 def test_a_pool_of_other_problems_is_refused(model: Path, tmp_path: Path) -> None:
     """Else the run would be plain GRPO, in silence."""
     with pytest.raises(UserError, match="knows none of the 4 problems"):
-        rlep(model).use_pool(make_pool(tmp_path / "pool", {9: 3}), PROMPTS)
-    assert "for 2 of 4 training problems" in rlep(model).use_pool(make_pool(tmp_path / "some", {1: 3, 4: 1}), PROMPTS)
+        rlep(model).stored.use_pool(make_pool(tmp_path / "pool", {9: 3}), PROMPTS)
+    assert "for 2 of 4 training problems" in rlep(model).stored.use_pool(
+        make_pool(tmp_path / "some", {1: 3, 4: 1}), PROMPTS
+    )
 
 
 @pytest.mark.parametrize("override", ["algorithm.kl.coef=0.1", "algorithm.use_dynamic_sampling=true"])
@@ -152,12 +165,12 @@ def test_what_replay_would_spoil_is_refused(model: Path, override: str) -> None:
 
 def test_online_replays_are_of_earlier_steps_whole_and_bounded(model: Path) -> None:
     algorithm = rlep(model, "algorithm.replay.max_stored_per_prompt=3")
-    assert all(sample.kind is Kind.RL for sample in algorithm.samples([group(1, [1.0] * 4 + [0.0] * 12)], 0))
-    assert len(algorithm.found.by_problem["p1"]) == 3
+    assert all(sample.kind is RowKind.RL for sample in algorithm.samples([group(1, [1.0] * 4 + [0.0] * 12)], 0))
+    assert len(algorithm.stored.found.by_problem["p1"]) == 3
     later = algorithm.samples([group(1, [0.0] * 16)], 1)
-    assert [sample.kind for sample in later[16:]] == [Kind.REPLAY] * 2
-    algorithm.found.add([group(2, [1.0] * 16, finish="length")])
-    assert "p2" not in algorithm.found.by_problem
+    assert [sample.kind for sample in later[16:]] == [RowKind.REPLAY] * 2
+    algorithm.stored.found.add([group(2, [1.0] * 16, finish="length")])
+    assert "p2" not in algorithm.stored.found.by_problem
 
 
 def test_found_successes_survive_a_checkpoint() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.algorithms.spo import whiten
+from megatron_rl.algorithms.parts.credit import whiten
 from megatron_rl.algorithms.spo_chain import SPOChain
 from megatron_rl.algorithms.spo_tree import SPOTree
 from megatron_rl.config import Config, load_config
@@ -19,7 +19,7 @@ from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.growth import Branch, Expand, Key, grow_by_level
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Request, RolloutGroup, Score, TrainingSample
+from megatron_rl.types import Completion, Problem, Prompt, Request, RolloutGroup, RowKind, Score, TrainingSample
 from tests.policy_case import tiny_yaml
 from tests.tiny_models import make_tiny_model
 
@@ -107,6 +107,10 @@ def chain(model: Path, *overrides: str) -> SPOChain:
     return SPOChain(load(model, "spo_chain", *overrides))
 
 
+def asks_policy(algorithm: SPOChain) -> bool:
+    return algorithm.config.algorithm.asks_policy(algorithm.config)
+
+
 def tree(model: Path, *overrides: str) -> SPOTree:
     shape = ("algorithm.branch_factors=[3,3]", "algorithm.tokens_per_level=4", "algorithm.num_edges_per_step=16")
     return SPOTree(load(model, "spo_tree", *shape, *overrides))
@@ -115,6 +119,7 @@ def tree(model: Path, *overrides: str) -> SPOTree:
 # ------------------------------------------------------------------------------------------------ chain
 
 
+@pytest.mark.slow
 def test_monte_carlo_converges_at_the_rate_of_one_over_the_root_of_n(model: Path) -> None:
     errors = []
     for count in (4, 64, 1024):
@@ -169,7 +174,7 @@ def test_rows_carry_segments_and_mask(model: Path) -> None:
         expected = [0, *[v4 - v1] * 3, *[v7 - v4] * 3, *[reward - v7] * 2]
         assert row.advantages.tolist() == pytest.approx(expected)
         assert row.loss_mask.tolist() == [False, *[True] * 7, False]
-        assert row.kind is Kind.RL
+        assert row.kind is RowKind.RL
     algorithm.assign_weights(rows)
     weights = torch.cat([row.weights for row in rows])
     assert float(weights.sum()) == pytest.approx(1) and set(weights.tolist()) == {0.0, weights.max().item()}
@@ -207,12 +212,12 @@ def test_a_limit_leaves_continuations_what_is_left(model: Path) -> None:
 
 
 def test_the_policy_is_asked_where_sampling_is_cut_off(model: Path) -> None:
-    assert not chain(model).asks_policy
-    assert chain(model, "rollout.top_p=0.9").asks_policy
-    assert not chain(model, "rollout.top_p=0.9", "algorithm.probabilities=rollout").asks_policy
+    assert not asks_policy(chain(model))
+    assert asks_policy(chain(model, "rollout.top_p=0.9"))
+    assert not asks_policy(chain(model, "rollout.top_p=0.9", "algorithm.selection.probabilities=rollout"))
     for kind in ("equal", "newlines", "tokens"):  # without a mask these look at no probability
-        unmasked = (f"algorithm.partition.kind={kind}", "algorithm.mask_threshold=null")
-        assert not chain(model, "rollout.top_p=0.9", *unmasked).asks_policy
+        unmasked = (f"algorithm.partition.kind={kind}", "algorithm.selection.max_probability=null")
+        assert not asks_policy(chain(model, "rollout.top_p=0.9", *unmasked))
         load(model, "spo_chain", *COLOCATED, *unmasked)
     algorithm = chain(model, "rollout.top_k=3", "algorithm.partition.size=1", "algorithm.num_continuations=2")
     prompts = Stream([Prompt(Problem(f"p{n}", "?", "1"), torch.tensor([10 + n])) for n in range(2)], 1, False)
@@ -236,7 +241,10 @@ def test_continuations_do_not_record_experts(model: Path) -> None:
 
 def test_no_cut_point_no_update(model: Path) -> None:
     """With the threshold below every probability nothing is continued, and there is no mini-batch to train on."""
-    algorithm, engine = chain(model, "algorithm.partition.threshold=0.1", "algorithm.mask_threshold=0.1"), Coins()
+    algorithm, engine = (
+        chain(model, "algorithm.partition.threshold=0.1", "algorithm.selection.max_probability=0.1"),
+        Coins(),
+    )
     groups, _ = collect(algorithm, engine)
     assert engine.num_requests == 16
     assert algorithm.step_metrics()["spo/without_border_frac"] == 1
@@ -246,12 +254,12 @@ def test_no_cut_point_no_update(model: Path) -> None:
 
 
 def test_naive_segments_and_vineppo_are_settings(model: Path) -> None:
-    naive = chain(model, "algorithm.partition.kind=equal", "algorithm.mask_threshold=null")
+    naive = chain(model, "algorithm.partition.kind=equal", "algorithm.selection.max_probability=null")
     groups, _ = collect(naive)
     assert all([s.num_tokens for s in r.states] == [0, 2, 4, 6] for g in groups for r in g.rollouts)
     assert all(row.loss_mask is None for row in naive.samples(groups, 0))
     lines = chain(model, "algorithm.partition.kind=newlines")
-    lines.newline_ids = torch.tensor([2])
+    lines.rollouts.newline_ids = torch.tensor([2])
     groups, _ = collect(lines)
     for group in groups:
         for rollout in group.rollouts:
@@ -315,7 +323,7 @@ def test_rows_are_edges_with_an_advantage(model: Path) -> None:
             of_first_level.setdefault(place, []).append(round(child.value - group.tree.value, 5))
     assert 0 < len(rows) < 24
     for row in rows:
-        assert row.kind is Kind.EDGE and bool(row.advantages.any())
+        assert row.kind is RowKind.EDGE and bool(row.advantages.any())
         context = row.prompt_ids.tolist()
         assert len(context) in (1, 5) and len(row.response_ids) == (4 if len(context) == 1 else 5)
         if len(context) == 1:
@@ -379,7 +387,7 @@ def test_whitening_is_over_loss_tokens(model: Path) -> None:
     def row(values: list[float], mask: list[bool] | None) -> TrainingSample:
         given = None if mask is None else torch.tensor(mask)
         ids = torch.zeros(len(values), dtype=torch.int64)
-        return TrainingSample(ids, ids, Kind.RL, advantages=torch.tensor(values), loss_mask=given)
+        return TrainingSample(ids, ids, RowKind.RL, advantages=torch.tensor(values), loss_mask=given)
 
     rows = [row([5.0, 1.0], [False, True]), row([3.0], None)]
     whiten(rows, subtract_mean=True)
@@ -401,10 +409,10 @@ COLOCATED = ("rollout.engine=sglang", "rollout.top_p=0.9", "rollout.servers.plac
     [
         ("spo_chain", ("algorithm.kl={coef: 0.1, placement: reward, estimator: k1}",), "algorithm.kl.placement"),
         ("spo_chain", ("rollout.engine=sglang", "rollout.over_sampling=1.5"), "rollout.over_sampling"),
-        ("spo_chain", COLOCATED, "algorithm.probabilities"),
+        ("spo_chain", COLOCATED, "algorithm.selection.probabilities"),
         ("spo_chain", ("algorithm.partition={kind: tokens, threshold: 0.5}",), "algorithm.partition.threshold"),
         ("spo_chain", ("algorithm.partition={kind: newlines, size: 5}",), "algorithm.partition.size"),
-        ("spo_chain", ("rollout.top_k=5", "policy.router_replay=true"), "algorithm.probabilities"),
+        ("spo_chain", ("rollout.top_k=5", "policy.router_replay=true"), "algorithm.selection.probabilities"),
         ("spo_tree", ("algorithm.branch_factors=[1,1]",), "algorithm.branch_factors"),
         ("spo_tree", ("policy.router_replay=true",), "policy.router_replay"),
         ("spo_tree", ("algorithm.num_edges_per_step=10",), "policy.train_global_batch_size"),

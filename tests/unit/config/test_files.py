@@ -49,6 +49,17 @@ def test_an_unknown_task_is_refused_without_torch(arguments: list[str]) -> None:
     assert "data.task = 'gsm8'" in output and "word_problems" in output
 
 
+def test_a_metric_sink_that_is_not_there_is_refused_unimported(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "never_imported.py").write_text("raise RuntimeError\nclass Sink: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_files(config(arguments, "exp_manager.sinks=[never_imported:Sink]"))
+    with pytest.raises(UserError, match="did you mean Sink") as caught:
+        check_files(config(arguments, "exp_manager.sinks=[never_imported:Sinc]"))
+    assert caught.value.field == "exp_manager.sinks"
+
+
 def test_a_folder_that_is_a_file_is_refused(arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.jsonl is a file") as caught:
         check_files(config(arguments, f"exp_manager.exp_dir={tmp_path}/train.jsonl/runs"))

@@ -29,7 +29,7 @@ def load(*overrides: str):
         (
             ["algorithm.name=gpro"],
             "algorithm.name",
-            "must be one of 'grpo', 'dph_rl', 'rlep', 'spo_chain', 'spo_tree', 'sft'",
+            "did you mean grpo?",
         ),
         (["trainer.max_steps=many"], "trainer.max_steps", "valid integer"),
         (["trainer.max_steps=0"], "trainer.max_steps", "greater than 0"),

@@ -12,7 +12,7 @@ from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.hf import load
 from megatron_rl.convert.tables.kinds import (
     Box,
-    Kind,
+    ShardKind,
     boxes,
     check_tensor_parallel,
     column,
@@ -95,7 +95,7 @@ def random_shape(source: random.Random, tp_size: int) -> ModelShape:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.name}-{len(kind.dims)}")
-def test_random_shapes_are_tiled_exactly_once_on_both_sides(kind: Kind) -> None:
+def test_random_shapes_are_tiled_exactly_once_on_both_sides(kind: ShardKind) -> None:
     source = random.Random(repr(kind))
     for _ in range(40):
         tp_size, multiple = source.choice([1, 2, 4, 8]), source.choice([1, 3, 16])
@@ -128,7 +128,7 @@ def broken(pieces: list[Box], how: str) -> list[Box]:
 
 @pytest.mark.parametrize("how", ["gap", "twice", "outside", "swapped source"])
 @pytest.mark.parametrize("kind", [qkv("hidden"), gated("ffn", "hidden")], ids=lambda kind: kind.name)
-def test_check_tiling_finds_wrong_boxes(kind: Kind, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_tiling_finds_wrong_boxes(kind: ShardKind, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "boxes", lambda *args, **kwargs: broken(boxes(*args, **kwargs), how))
     with pytest.raises(AssertionError):
         load.check_tiling(kind, SHAPE, 2)

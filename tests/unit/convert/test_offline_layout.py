@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.convert.architecture.shape import read_shape
-from megatron_rl.convert.offline.torch_dist import Layout, stored_names
+from megatron_rl.convert.offline.torch_dist import StoredLayout, stored_names
 from tests.tiny_models import make_tiny_model
 
 LINEAR = {"self_attention.linear_qkv", "self_attention.linear_proj"}
@@ -15,7 +15,7 @@ LINEAR = {"self_attention.linear_qkv", "self_attention.linear_proj"}
 
 def names(directory: Path, family: str, spec: str) -> tuple[set[str], set[str]]:
     """(tensors, objects without their shard) of the layers, named from there."""
-    layout = Layout(read_shape(make_tiny_model(directory, family, tied=False, seed=0)), spec)
+    layout = StoredLayout(read_shape(make_tiny_model(directory, family, tied=False, seed=0)), spec)
     layout.check()
     start = "decoder.layers."
     objects = {key.partition("/")[0].removesuffix("._extra_state") for key in layout.objects}
@@ -71,7 +71,7 @@ def test_layers_that_differ_have_keys_of_their_own(tmp_path: Path) -> None:
 
 
 def test_objects_count_layers_and_experts(tmp_path: Path) -> None:
-    objects = Layout(read_shape(make_tiny_model(tmp_path, "qwen3_moe", tied=False, seed=0)), "te").objects
+    objects = StoredLayout(read_shape(make_tiny_model(tmp_path, "qwen3_moe", tied=False, seed=0)), "te").objects
     assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_1_2" in objects
     assert "decoder.layers.mlp.experts.experts.linear_fc2._extra_state/shard_1.3_2.4" in objects
     assert "decoder.final_layernorm._extra_state/shard_0_1" in objects

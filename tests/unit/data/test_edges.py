@@ -7,7 +7,7 @@ import torch
 
 from megatron_rl.data.edges import EdgeStore
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 
 
 def rows(tree: int, count: int, *, masked: bool = True) -> list[TrainingSample]:
@@ -18,7 +18,7 @@ def rows(tree: int, count: int, *, masked: bool = True) -> list[TrainingSample]:
             TrainingSample(
                 torch.arange(2 + number % 3),
                 torch.full((size,), 100 * tree + number),
-                Kind.EDGE,
+                RowKind.EDGE,
                 reward=0.1 * number,
                 finish_reason="length" if number % 2 else "stop",
                 weight_version=tree,
@@ -81,7 +81,7 @@ def test_as_many_wait_as_may() -> None:
 
 
 def test_a_store_with_and_without_masks_is_kept_whole() -> None:
-    """As after a resume with another mask_threshold: no mask is a mask of ones."""
+    """As after a resume with another selection.max_probability: no mask is a mask of ones."""
     store, other = EdgeStore(8, 100), EdgeStore(8, 100)
     store.add([rows(1, 3, masked=False), rows(2, 3)], step=0)
     other.load_state(store.state())

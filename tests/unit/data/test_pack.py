@@ -5,11 +5,11 @@ import torch
 
 from megatron_rl.data.pack import PackLayout, pack, plan_micro_batches, unpack
 from megatron_rl.errors import UserError
-from megatron_rl.types import Kind, TrainingSample
+from megatron_rl.types import RowKind, TrainingSample
 
 
 def sample(prompt: list[int], response: list[int]) -> TrainingSample:
-    row = TrainingSample(torch.tensor(prompt), torch.tensor(response), Kind.RL)
+    row = TrainingSample(torch.tensor(prompt), torch.tensor(response), RowKind.RL)
     row.weights = torch.arange(1.0, len(response) + 1) + 10 * prompt[0]
     return row
 
@@ -102,3 +102,51 @@ def test_the_count_of_micro_batches_is_a_multiple() -> None:
     assert {len(rank) % 4 for rank in plan} == {0} and all(batch for rank in plan for batch in rank)
     with pytest.raises(UserError, match="use at least 8"):
         plan_micro_batches([5] * 7, num_ranks=2, max_tokens=9000, count_multiple=4)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("max_tokens", [190, 400, 5000])
+def test_rows_of_a_unit_stay_in_one_micro_batch(num_ranks: int, max_tokens: int) -> None:
+    lengths = [random.Random(seed).randint(1, 90) for seed in range(48)]
+    units = [row % 16 if row < 32 else None for row in range(48)]  # 16 pairs, far apart; 16 rows alone
+    plan = plan_micro_batches(lengths, num_ranks=num_ranks, max_tokens=max_tokens, units=units)
+    batches = [batch for rank in plan for batch in rank]
+    assert sorted(row for batch in batches for row in batch) == list(range(48))
+    assert len({len(rank) for rank in plan}) == 1 and all(batches)
+    assert all(row + 16 in batch for batch in batches for row in batch if row < 16)
+    assert all(sum(lengths[row] for row in batch) <= max_tokens for batch in batches)
+    loads = [sum(lengths[row] for batch in rank for row in batch) for rank in plan]
+    assert max(loads) <= 4 / 3 * sum(lengths) / num_ranks + 180
+    assert plan == plan_micro_batches(lengths, num_ranks=num_ranks, max_tokens=max_tokens, units=units)
+
+
+def test_units_of_one_row_change_nothing() -> None:
+    lengths = [random.Random(seed).randint(1, 90) for seed in range(48)]
+    for options in ({"num_ranks": 2, "max_tokens": 150}, {"num_ranks": 3, "max_tokens": 400, "quadratic_length": 64}):
+        alone = plan_micro_batches(lengths, **options)
+        assert alone == plan_micro_batches(lengths, **options, units=[None] * 48)
+        assert alone == plan_micro_batches(lengths, **options, units=range(100, 148))
+
+
+def test_units_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match=r"longest unit of rows.*has 2 rows and 120 tokens.*use 120 or more"):
+        plan_micro_batches([60, 60, 10], num_ranks=1, max_tokens=100, units=[7, 7, None])
+    with pytest.raises(UserError, match=r"use at least 2 units of rows"):
+        plan_micro_batches([10, 10], num_ranks=2, max_tokens=100, units=[7, 7])
+
+
+def test_a_methods_own_vectors_travel_with_the_tokens() -> None:
+    samples = [sample([1, 2, 3], [4, 5]), sample([6], [7, 8, 9])]
+    samples[0].extra["margins"] = torch.tensor([0.5, -0.5])
+    assert pack(samples, [0, 1]).vectors["margins"].tolist() == [0, 0, 0.5, -0.5, 0, 0, 0, 0, 0]
+    alone = pack(samples, [1]).vectors  # the names do not depend on who shares a pack
+    assert set(alone) == {"weights", "margins"} and alone["margins"].tolist() == [0, 0, 0, 0]
+    moved = pack(samples, [0]).to(torch.device("cpu")).vectors["margins"]
+    assert moved.dtype == torch.float32 and moved.tolist() == [0, 0, 0.5, -0.5, 0]
+
+
+def test_an_own_vector_with_the_name_of_a_field_is_refused() -> None:
+    row = sample([1], [2])
+    row.extra["advantages"] = torch.zeros(1)
+    with pytest.raises(AssertionError, match="advantages"):
+        pack([row], [0])

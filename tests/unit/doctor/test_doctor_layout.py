@@ -66,12 +66,14 @@ def test_any_number_of_rows_will_do(model: Path) -> None:
     assert scale_down(config, model).config.policy.train_global_batch_size == 8
 
 
+@pytest.mark.slow
 def test_a_layout_is_checked(model: Path) -> None:
     done = doctor(*overrides(model, *LARGE))
     assert done.returncode == 0, done.stderr
     assert "8 processes" in done.stdout and "WRONG" not in done.stdout and "fp8" in done.stdout
 
 
+@pytest.mark.slow
 def test_experts_with_their_auxiliary_loss_are_checked(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(SHAPE | EXPERTS))
     balance = "policy.megatron_cfg.moe_router_load_balancing_type=seq_aux_loss"
@@ -81,6 +83,7 @@ def test_experts_with_their_auxiliary_loss_are_checked(model: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_is_found_and_named(model: Path) -> None:
     wrong = """
 import megatron_rl.patches; megatron_rl.patches.apply("cpu")

@@ -31,10 +31,10 @@ def allocated(model: Path, layout: dict[str, Any], overrides: tuple[str, ...]) -
     policy = build_policy(config)
     rows = random_samples()
     policy.train_step(rows, GRPO(config).loss)
-    freed_state = sum(tensor.nbytes for tensor in policy.update_memory._state())
-    parameters = list(policy._parameters())
+    freed_state = sum(tensor.nbytes for tensor in policy.trainable.update_memory._state())
+    parameters = list(policy.trainable.parameters())
     weights = sum(parameter.nbytes for parameter in parameters)
-    gradients = sum(buffer.grad_data.nbytes for buffer in policy._gradient_buffers())
+    gradients = sum(buffer.grad_data.nbytes for buffer in policy.trainable.gradient_buffers())
     return policy.groups.pp_rank, sum(p.numel() for p in parameters), weights, gradients, freed_state
 
 
@@ -78,7 +78,7 @@ def saved_for_backward(model: Path, *overrides: str) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         policy.train_step(rows, GRPO(config).loss)
-    tokens = sum(len(batch.input_ids) for batch in policy._micro_batches(rows))
+    tokens = sum(len(batch.input_ids) for batch in policy.trainable.micro_batches(rows))
     return sum({storage.data_ptr(): storage.nbytes() for storage in saved}.values()), tokens
 
 

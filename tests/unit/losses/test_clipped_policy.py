@@ -41,7 +41,7 @@ def test_dual_clip_bounds_bad_tokens_only() -> None:
 
 
 def test_a_capped_token_is_not_a_clipped_one() -> None:
-    """The clip fraction is of the two sides of PPO's maximum alone (ALGORITHMS 0.3)."""
+    """The clip fraction is of the two sides of PPO's maximum alone."""
     terms = clipped_policy_loss(
         torch.tensor([5.0, 0.5, 2.0]).log(), torch.zeros(3), -torch.ones(3), clip_min=0.2, clip_max=0.28, dual_clip=3.0
     )

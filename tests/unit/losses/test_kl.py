@@ -1,4 +1,4 @@
-"""Values, and what the gradients really are: ALGORITHMS 0.5, on an exact categorical distribution."""
+"""Values, and what the gradients really are, on an exact categorical distribution."""
 
 import pytest
 import torch

@@ -24,7 +24,6 @@ from megatron_rl.metrics import (
     progress,
     read_metrics,
     use_console,
-    write_atomic,
 )
 from megatron_rl.metrics import terminal as display_module
 
@@ -92,6 +91,7 @@ def exp_manager(**fields):
         "wandb_logger_kwargs": {},
         "create_mlflow_logger": False,
         "mlflow_logger_kwargs": {},
+        "sinks": [],
     }
     return SimpleNamespace(**off | fields)
 
@@ -224,19 +224,6 @@ def test_rows_survive_a_kill(tmp_path):
     assert [row["a"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.5, 1.0, 1.5]
 
 
-def test_failed_atomic_write_leaves_the_old_content(tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
-    write_atomic(path, b"old")
-
-    def no_space(descriptor):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-
-
 def test_ranks_that_do_not_write_leave_no_trace(open_logger, tmp_path):
     with open_logger(is_writer=False, console=None) as log:
         log.log(1, {"a": 1.0})
@@ -278,6 +265,89 @@ def test_failing_sink_warns_once_rests_is_counted_and_recovers(open_logger, capl
     assert [row.get("dropped/sink_list", 0) for row in log.rows()] == [0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 8]
     log.close()
     assert "missed 8 rows" in caplog.records[-1].getMessage()
+
+
+OUTSIDE = """
+class Lines:
+    name = "lines"
+
+    def __init__(self, directory, run_config):
+        self.path = directory / "lines.txt"
+        self.path.write_text(str(run_config["trainer"]["seed"]))
+
+    def resume_at(self, step):
+        pass
+
+    def log(self, step, metrics):
+        if step == 2:
+            raise OSError("away")
+        self.path.write_text(self.path.read_text() + f" {step}:{metrics['a']}")
+
+    def close(self):
+        raise OSError("still away")
+
+
+class NoLog:
+    resume_at = close = print
+
+    def __init__(self, directory, run_config):
+        pass
+
+
+class NoArguments:
+    name = "no_arguments"
+
+
+class Refuses:
+    def __init__(self, directory, run_config):
+        raise KeyError("token")
+
+
+class Stuck(Lines):
+    def resume_at(self, step):
+        raise OSError("no such project")
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    (tmp_path / "my_sinks.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_sinks", None)
+
+
+def test_a_sink_from_outside_gets_the_rows_and_cannot_end_a_run(outside, open_logger, tmp_path, caplog):
+    (sink,) = build_sinks(exp_manager(sinks=["my_sinks:Lines"]), tmp_path, run_config={"trainer": {"seed": 7}})
+    with open_logger(sinks=[sink]) as log:
+        log.resume_at(-1)
+        for step in (1, 2, 3, 4):
+            log.log(step, {"a": step / 2})
+        assert log.rows()[-1]["dropped/sink_lines"] == 2  # 2 failed, 3 was left out for it
+    assert (tmp_path / "lines.txt").read_text() == "7 1:0.5 4:2.0"
+    assert "lines failed to close" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("NoLog", "is no metric sink: it lacks log, name"),
+        ("NoArguments", r"could not be built as CLASS\(directory, run_config\) \(TypeError"),
+        ("Refuses", r"could not be built .* \(KeyError: 'token'\)"),
+        ("Line", "did you mean Lines"),
+        ("name", "has no name"),
+    ],
+)
+def test_an_outside_class_that_is_no_sink_is_one_error(name, rule, outside, tmp_path):
+    with pytest.raises(UserError, match=rule) as caught:
+        build_sinks(exp_manager(sinks=[f"my_sinks:{name}"]), tmp_path, run_config={"trainer": {"seed": 7}})
+    assert (caught.value.field, caught.value.value) == ("exp_manager.sinks", f"my_sinks:{name}")
+
+
+def test_a_sink_that_fails_before_the_first_step_is_one_error(outside, open_logger, tmp_path):
+    sinks = build_sinks(exp_manager(sinks=["my_sinks:Stuck"]), tmp_path, run_config={"trainer": {"seed": 7}})
+    with pytest.raises(UserError, match="failed before the first step"):
+        open_logger(sinks=sinks).resume_at(0)
 
 
 def test_tensorboard_is_written_and_a_resume_replaces_the_lost_steps(open_logger, tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_rl.metrics import step
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
-from megatron_rl.types import Completion, Kind, Problem, Prompt, Rollout, RolloutGroup, Score, TrainingSample
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score, TrainingSample
+from tests.forked import run_ranks
 
 
 def rollout(correct: float, tokens: int, *, version: int = 5, reason: str = "", cut: bool = False) -> Rollout:
@@ -36,7 +39,7 @@ def test_rollout_metrics() -> None:
 
 
 def test_sample_metrics() -> None:
-    sample = TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), Kind.RL)
+    sample = TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), RowKind.RL)
     sample.old_log_probs, sample.rollout_log_probs = torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, -3.0])
     sample.advantages = torch.tensor([1.0, -1.0])
     metrics = sample_metrics([sample])
@@ -45,8 +48,52 @@ def test_sample_metrics() -> None:
     assert metrics["num_tokens"] == 3 and metrics["num_response_tokens"] == 2
 
 
+def rows_of_all_kinds(masked: bool) -> list[TrainingSample]:
+    torch.manual_seed(3)
+    rows = []
+    for number in range(40):
+        kind, size = RowKind(number % 5), number % 7
+        row = TrainingSample(torch.zeros(3, dtype=torch.int64), torch.zeros(size, dtype=torch.int32), kind)
+        if kind in (RowKind.RL, RowKind.EDGE):
+            row.old_log_probs, row.rollout_log_probs = -5 - torch.rand(size), -5 - torch.rand(size)
+            row.advantages = 100 + torch.randn(size)  # far from 0: raw sums would lose digits
+            row.loss_mask = torch.rand(size) < 0.5 if masked and number % 2 else None
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_shares_of_the_rows_give_what_all_rows_give(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of_all_kinds(masked)
+    sampled = [row for row in rows if row.kind in (RowKind.RL, RowKind.EDGE)]
+    old, rollout, advantages = (
+        torch.cat([getattr(row, name) for row in sampled]).double()
+        for name in ("old_log_probs", "rollout_log_probs", "advantages")
+    )
+    in_loss = torch.cat(
+        [torch.ones(len(row.response_ids)).bool() if row.loss_mask is None else row.loss_mask for row in sampled]
+    )
+    old_in_loss, advantages = old[in_loss], advantages[in_loss]
+    covariance = (old_in_loss - old_in_loss.mean()) * (advantages - advantages.mean())
+    expected = {
+        "num_tokens": float(sum(row.num_tokens for row in rows)),
+        "num_response_tokens": float(sum(row.num_response_tokens for row in rows)),
+        "mismatch/log_prob_abs_diff": float((old - rollout).abs().mean()),
+        "mismatch/log_prob_abs_diff_max": float((old - rollout).abs().max()),
+        "cov/mean": float(covariance.mean()),
+        "advantages/abs_mean": float(advantages.abs().mean()),
+    }
+    assert sample_metrics(rows) == expected  # one block on one rank: the same operations
+    monkeypatch.setattr(step, "BLOCK_TOKENS", 10)
+    assert sample_metrics(rows) == pytest.approx(expected, rel=1e-12)
+    by_rank = run_ranks(lambda: sample_metrics(rows, dist.group.WORLD), 3)
+    assert by_rank[0] == by_rank[1] == by_rank[2] == pytest.approx(expected, rel=1e-12)
+    of_few = run_ranks(lambda: sample_metrics(rows[1:4], dist.group.WORLD), 4)[0]  # one row for rank 2, none for rank 3
+    assert of_few == pytest.approx(sample_metrics(rows[1:4]), rel=1e-12)
+
+
 def test_rows_without_any_response_token_have_sizes_only() -> None:
-    sample = TrainingSample(torch.tensor([1]), torch.tensor([], dtype=torch.int64), Kind.RL)
+    sample = TrainingSample(torch.tensor([1]), torch.tensor([], dtype=torch.int64), RowKind.RL)
     sample.old_log_probs = sample.rollout_log_probs = sample.advantages = torch.zeros(0)
     assert sample_metrics([sample]) == {"num_tokens": 1.0, "num_response_tokens": 0.0}
 

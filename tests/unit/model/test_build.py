@@ -13,8 +13,9 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.errors import UserError
-from megatron_rl.model import build, specs, step
+from megatron_rl.model import build, optimizer, specs
 from megatron_rl.model.attention import AsSpecified, PackedCausalAttention
+from megatron_rl.model.trainable import Trainable
 from tests.policy_case import tiny_config
 from tests.tiny_models import make_tiny_model
 
@@ -101,18 +102,23 @@ def test_what_this_model_or_machine_has_not_is_refused(
 def test_optimizers_that_cannot_run_here_are_refused(
     model: Path, field: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "has_transformer_engine", lambda: False)
+    monkeypatch.setattr(optimizer, "has_transformer_engine", lambda: False)
     names = dict.fromkeys((field, "use_precision_aware_optimizer"))
     config = tiny_config(
         model, "trainer.precision=bf16", *(f"policy.optim.optimizer_cfg.{name}=true" for name in names)
     )
     refused = field if device == "cpu" else "use_precision_aware_optimizer"
     with pytest.raises(UserError, match=f"optimizer_cfg.{refused} = True"):
-        step.Policy(
-            config, read_shape(model), SimpleNamespace(device=torch.device(device)), fill_weights=None, timer=None
+        Trainable(
+            config,
+            read_shape(model),
+            SimpleNamespace(device=torch.device(device)),
+            optim=config.policy.optim,
+            fill_weights=None,
+            timer=None,
         )
-    monkeypatch.setattr(step, "has_transformer_engine", lambda: True)
-    step.check_optimizer(config, torch.device("cuda"))
+    monkeypatch.setattr(optimizer, "has_transformer_engine", lambda: True)
+    optimizer.check_optimizer(config.policy.optim, torch.device("cuda"))
 
 
 def test_transformer_engine_serves_gpus_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def saved(directory: Path, model: Path, step: int) -> list[str]:
     from tests.policy_case import build_policy, tiny_config
 
     policy = build_policy(tiny_config(model))
-    Checkpoints(directory, keep_last=2, groups=policy.groups, say=print).save(step, policy, {"step": step})
+    Checkpoints(directory, keep_last=2, groups=policy.groups, say=print).save(step, policy.trainable, {"step": step})
     return sorted(path.name for path in directory.glob("step_*"))
 
 

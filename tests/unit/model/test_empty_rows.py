@@ -20,9 +20,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def update(model: Path, empty: list[int]) -> dict[str, float]:
     from megatron_rl.algorithms.grpo import GRPO
-    from megatron_rl.model import step
+    from megatron_rl.model import trainable
 
-    step.plan_micro_batches = lambda *_args, **_options: [[[row] for row in range(4)]]
+    trainable.plan_micro_batches = lambda *_args, **_options: [[[row] for row in range(4)]]
     config = tiny_config(model, "algorithm.kl.coef=0")
     policy, samples = build_policy(config), random_samples(count=4)
     for row in empty:
@@ -61,7 +61,7 @@ def refused(model: Path, spoil: str) -> tuple[str, bool]:
         policy.chunks[0].decoder.layers[0].register_forward_hook(
             lambda _module, _args, out: (out[0] * math.inf, out[1])
         )
-    before = policy.snapshot()
+    before = policy.trainable.snapshot()
     try:
         for sample in samples if spoil in ("rows", "hidden") else ():
             sample.old_log_probs = torch.zeros(sample.num_response_tokens)
@@ -69,7 +69,7 @@ def refused(model: Path, spoil: str) -> tuple[str, bool]:
             policy.fill_log_probs(samples, [range(8)], "old_log_probs")
         policy.train_step(samples, GRPO(config).loss)
     except UserError as error:
-        return str(error), all(map(torch.equal, before, policy.snapshot()))
+        return str(error), all(map(torch.equal, before, policy.trainable.snapshot()))
     return "accepted", False
 
 

@@ -21,8 +21,8 @@ from megatron_rl.model.fp8.emulation import (
     round_tiles,
     tensor_scale,
 )
-from megatron_rl.model.fp8.recipe import Recipe, check_gpu, recipe_of
-from megatron_rl.model.step import Policy
+from megatron_rl.model.fp8.recipe import Fp8Recipe, check_gpu, recipe_of
+from megatron_rl.model.policy import Policy
 from megatron_rl.weight_sync.quantize import Fp8Format, dequantize, quantize
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, random_samples, tiny_config
@@ -34,7 +34,7 @@ close = pytest.approx
 FP8 = "policy.megatron_cfg.fp8=hybrid"
 
 
-def recipe(kind: str, **fields: Any) -> Recipe:
+def recipe(kind: str, **fields: Any) -> Fp8Recipe:
     found = recipe_of({"fp8": "hybrid", "fp8_recipe": kind, **fields})
     assert found is not None
     return found

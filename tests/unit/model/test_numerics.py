@@ -13,7 +13,7 @@ import torch
 
 from megatron_rl.config import NumericsConfig
 from megatron_rl.model.numerics import NumericsMonitor, _range, summary
-from megatron_rl.model.step import Policy
+from megatron_rl.model.policy import Policy
 from tests.forked import run_ranks
 from tests.parallel.invariance import config_of, num_ranks, recorded_batch
 from tests.policy_case import build_policy

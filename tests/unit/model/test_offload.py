@@ -31,18 +31,20 @@ def steps(model: Path, samples: list, layout: dict, overrides: tuple[str, ...], 
     found, freed = [], []
     for step in range(3):
         if directory is not None:
-            freed.append(policy.update_memory.release())
-            assert policy.update_memory.is_released and policy.update_memory.release() == 0
-            assert all(buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in policy._gradient_buffers())
+            freed.append(policy.trainable.update_memory.release())
+            assert policy.trainable.update_memory.is_released and policy.trainable.update_memory.release() == 0
+            assert all(
+                buffer.grad_data.untyped_storage().nbytes() == 0 for buffer in policy.trainable.gradient_buffers()
+            )
             policy.fill_log_probs(samples, [range(len(samples))], "ref_log_probs")
-            assert policy.update_memory.is_released, "a forward pass needs none of it"
+            assert policy.trainable.update_memory.is_released, "a forward pass needs none of it"
             if step == 2:
-                Checkpoints(directory, keep_last=1, groups=policy.groups, say=print).save(step, policy, {})
-                assert policy.update_memory.is_released, "gradients are not needed for it"
-                assert all(tensor.untyped_storage().nbytes() for tensor in policy.update_memory._state())
-                policy.update_memory.release()
+                Checkpoints(directory, keep_last=1, groups=policy.groups, say=print).save(step, policy.trainable, {})
+                assert policy.trainable.update_memory.is_released, "gradients are not needed for it"
+                assert all(tensor.untyped_storage().nbytes() for tensor in policy.trainable.update_memory._state())
+                policy.trainable.update_memory.release()
         found.append(policy.train_step(samples, GRPO(config).loss))
-    sizes = sum(parameter.numel() for parameter in policy._parameters())
+    sizes = sum(parameter.numel() for parameter in policy.trainable.parameters())
     return found, freed, sizes
 
 
@@ -56,9 +58,11 @@ def test_gradients_in_sixteen_bits_leave_nothing_behind(model: Path) -> None:
         config = config_of(model, "trainer.precision=bf16", "policy.ddp_cfg.grad_reduce_in_fp32=false")
         policy = build_policy(config)
         policy.train_step(samples, GRPO(config).loss)
-        policy.update_memory.release()
+        policy.trainable.update_memory.release()
         groups = (
-            group for part in policy.optimizer.chained_optimizers for group in part.shard_fp32_from_float16_groups
+            group
+            for part in policy.trainable.optimizer.chained_optimizers
+            for group in part.shard_fp32_from_float16_groups
         )
         return sum(
             tensor.grad.untyped_storage().nbytes() for group in groups for tensor in group if tensor.grad is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.parallel.context import gather_order, gather_tokens, sequence_sum, zigzag_indices
+from megatron_rl.parallel.context import gather_order, gather_tokens, sum_over_ranks, zigzag_indices
 from tests.forked import run_ranks
 
 CU_SEQLENS = torch.tensor([0, 8, 8 + 16, 8 + 16 + 8, 8 + 16 + 8 + 32], dtype=torch.int32)
@@ -59,8 +59,9 @@ def travel() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     mine = zigzag_indices(CU_SEQLENS, size=size, rank=rank)
     local = torch.linspace(-1, 2, 64).double()[mine].requires_grad_()
-    whole, sums = gather_tokens(local, CU_SEQLENS, group), sequence_sum(local, CU_SEQLENS, group)
     sequence = torch.repeat_interleave(torch.arange(4), CU_SEQLENS.diff().long())
+    whole = gather_tokens(local, CU_SEQLENS, group)
+    sums = sum_over_ranks(torch.zeros(4).double().index_add(0, sequence[mine], local), group)
     terms = whole.flip(0).square() * sums[sequence].sin()
     terms[mine].sum().backward()
     return whole.detach(), sums.detach(), local.grad

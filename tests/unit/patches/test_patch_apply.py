@@ -59,6 +59,7 @@ def test_what_is_about_cpus_is_not_patched_where_there_is_cuda(monkeypatch: pyte
     assert patches.apply() == [f"megatron_core.{topic}" for topic in topics]
 
 
+@pytest.mark.slow
 def test_local_layers_run_with_the_patches_of_a_gpu() -> None:
     """In a process of its own: these alone, nothing of what CPUs need."""
     program = (

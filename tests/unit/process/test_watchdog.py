@@ -37,7 +37,7 @@ WAITS = RankState(
     progress=80,
     idle_s=9.0,
     collective="all_reduce",
-    where="model/step.py:train_step",
+    where="model/policy.py:train_step",
 )
 
 
@@ -55,7 +55,7 @@ def message(*states: RankState | None, silent_s: dict[int, float] | None = None)
     return [line.strip() for line in lines]
 
 
-IN_ALL_REDUCE = "in all_reduce, phase optimizer of step 7, at model/step.py:train_step"
+IN_ALL_REDUCE = "in all_reduce, phase optimizer of step 7, at model/policy.py:train_step"
 IN_LOSS = "in phase optimizer of step 7, at losses/clipped.py:loss"
 
 
@@ -78,7 +78,7 @@ def test_a_rank_that_never_wrote() -> None:
     lines = message(waits(0, step=0, phase="setup"), None, silent_s={1: 9.0})
     assert lines == [
         "rank 1 has given no sign of life since the start, 9 s ago",
-        "rank 0 (pid 100 on a) waits for it in all_reduce, phase setup, at model/step.py:train_step",
+        "rank 0 (pid 100 on a) waits for it in all_reduce, phase setup, at model/policy.py:train_step",
     ]
 
 
@@ -99,7 +99,7 @@ def test_the_step_counts_before_the_phases() -> None:
 def test_different_collectives_at_the_same_place_in_the_program() -> None:
     assert message(waits(0, collective="barrier"), waits(1)) == [
         "the ranks wait in different collectives, each for the others",
-        "rank 0 (pid 100 on a) waits in barrier, phase optimizer of step 7, at model/step.py:train_step",
+        "rank 0 (pid 100 on a) waits in barrier, phase optimizer of step 7, at model/policy.py:train_step",
         f"rank 1 (pid 101 on a) waits {IN_ALL_REDUCE}",
     ]
 

@@ -13,7 +13,7 @@ from megatron_rl.advantages.tree import set_values
 from megatron_rl.errors import UserError
 from megatron_rl.report.tree_page import write_page
 from megatron_rl.report.tree_record import write_record
-from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, Score, State, TreeNode
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, Score, SegmentStart, TreeNode
 
 PROMPT = Prompt(Problem("p1", "What is </script>?", "7"), torch.tensor([1]))
 
@@ -31,7 +31,7 @@ def completion(text: str, p: float = 0.5, finish: str = "length") -> Completion:
 
 
 def test_segments_of_a_chain_follow_each_other(tmp_path: Path) -> None:
-    states = (State(1, 0.25), State(3, None), State(4, 0.75))
+    states = (SegmentStart(1, 0.25), SegmentStart(3, None), SegmentStart(4, 0.75))
     group = RolloutGroup(PROMPT, [Rollout(completion("abcdef", finish="stop"), Score(1.0, reason="correct"), states)])
     write_record(tmp_path / "step.json", [group], Letters(), step=3, shaped=lambda reward, n: reward - n / 10)
     record = json.loads((tmp_path / "step.json").read_text())
@@ -47,7 +47,7 @@ def test_segments_of_a_chain_follow_each_other(tmp_path: Path) -> None:
 
 
 def test_a_chain_may_be_long(tmp_path: Path) -> None:
-    states = tuple(State(n, 0.5) for n in range(3000))
+    states = tuple(SegmentStart(n, 0.5) for n in range(3000))
     group = RolloutGroup(PROMPT, [Rollout(completion("a" * 3000), Score(1.0), states)])
     write_record(tmp_path / "step.json", [group], Letters(), step=1, threshold=0.7)
     record = json.loads((tmp_path / "step.json").read_text())

@@ -13,6 +13,7 @@ from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
 from megatron_rl.rollout.share import flatten, unflatten
 from megatron_rl.rollout.transformers_engine import TransformersEngine
 from megatron_rl.types import Completion, Request
+from megatron_rl.weight_sync.delivery import WeightDelivery
 from tests.forked import run_ranks
 from tests.tiny_models import EOS_ID, make_tiny_model
 
@@ -35,7 +36,7 @@ def engine(model: Path, max_batch_size: int = 8) -> TransformersEngine:
         cpu_group=dist.group.WORLD,
     )
     source = AutoModelForCausalLM.from_pretrained(model)
-    built.update_weights(source.named_parameters, version=3)
+    built.update_weights(WeightDelivery(source.named_parameters), version=3)
     return built
 
 
@@ -65,7 +66,7 @@ def test_log_probs_are_those_of_the_full_softmax_at_the_temperature(model: Path,
         with torch.no_grad():
             log_p = (source(ids[None]).logits[0].double() / temperature).log_softmax(-1)
         start = len(request.prompt_ids) - 1
-        expected = log_p[start:-1].gather(1, completion.response_ids[:, None])[:, 0]
+        expected = log_p[start:-1].gather(1, completion.response_ids.long()[:, None])[:, 0]
         torch.testing.assert_close(completion.log_probs.double(), expected, atol=1e-4, rtol=0)
         if cut.get("top_k"):
             ranks = (log_p[start:-1] > expected[:, None]).sum(-1)
@@ -122,7 +123,7 @@ def refuse(model: Path, drop: bool) -> str:
     else:
         tensors[name] = torch.ones(3)
     try:
-        built.update_weights(tensors.items, version=4)
+        built.update_weights(WeightDelivery(tensors.items), version=4)
     except RuntimeError as error:
         return f"{error} version {built.weight_version}"
     return "accepted"
@@ -161,3 +162,11 @@ def test_flat_tensors_keep_everything() -> None:
         assert (a.finish_reason, a.weight_version) == (b.finish_reason, b.weight_version)
         assert (b.experts is None) if a.experts is None else torch.equal(a.experts, b.experts)
     assert unflatten(flatten([])) == []
+
+
+def test_a_completion_that_is_kept_keeps_no_other_in_memory() -> None:
+    flat = flatten([Completion(torch.arange(size), torch.zeros(size), "stop", 0) for size in (3, 1000)])
+    for ids in (flat["ids"], flat["ids"].long()):  # int64 is what older records hold
+        kept = unflatten(flat | {"ids": ids})[0]
+        assert kept.response_ids.dtype == torch.int32
+        assert kept.response_ids.untyped_storage().nbytes() == kept.log_probs.untyped_storage().nbytes() == 3 * 4

@@ -130,10 +130,10 @@ def carry_out(plan: Plan, shape: ModelShape, training: TrainingLayout, rollout: 
         for rank in range(rollout.num_ranks)
     ]
     for copy in plan.copies:
-        piece = copy.piece
-        source = held[copy.sender][piece.source][box(piece.source_start, piece.size)]
-        target = servers[copy.receiver][piece.target]
-        place = box(piece.target_start, piece.size)
+        overlap = copy.overlap
+        source = held[copy.sender][overlap.source][box(overlap.source_start, overlap.size)]
+        target = servers[copy.receiver][overlap.target]
+        place = box(overlap.target_start, overlap.size)
         assert not target[place].any(), "written twice"
         target[place] = source
     return servers

@@ -28,7 +28,7 @@ def filled(model: Path, shape: ModelShape, layout: RolloutLayout, tp_rank: int) 
     stored, found = load_file(model / "model.safetensors"), {}
     for parameter in served_parameters(shape, layout, tp_rank):
         values = torch.full(parameter.shape, torch.nan)
-        for part in parameter.parts:
+        for part in parameter.boxes:
             source = stored[part.hf_name][tuple(slice(a, a + n) for a, n in zip(part.hf_start, part.size, strict=True))]
             front = part.start[: len(part.start) - len(part.size)]
             corner = part.start[len(front) :]
@@ -60,7 +60,7 @@ def test_experts_of_mixtral_are_stacked_gate_over_up(mixtral: Path) -> None:
 
 def test_every_tensor_has_its_place(mixtral: Path) -> None:
     shape = read_shape(mixtral)
-    used = {part.hf_name for parameter in served_parameters(shape, RolloutLayout(), 0) for part in parameter.parts}
+    used = {part.hf_name for parameter in served_parameters(shape, RolloutLayout(), 0) for part in parameter.boxes}
     assert used == set(hf_tensors(shape))
 
 

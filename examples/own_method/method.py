@@ -1,0 +1,54 @@
+"""REINFORCE with a running mean: a rollout is worth its reward less the mean reward of the steps before (Williams, 1992).
+
+    A_i = r_i - m        m <- decay * m + (1 - decay) * mean of this step's rewards
+
+Only the credit is new. Rollouts, the choice of tokens and the clipped ratio are parts of megatron_rl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.base import OnlineAlgorithm
+from megatron_rl.algorithms.parts.base import Credit
+from megatron_rl.algorithms.parts.groups import GroupRollouts
+from megatron_rl.algorithms.parts.selection import TokenSelection
+from megatron_rl.config import Config
+from megatron_rl.types import TrainingSample
+
+
+class RunningMeanCredit(Credit):
+    """One advantage per rollout, the same for all its tokens."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.mean = decay, torch.zeros((), dtype=torch.float64)
+
+    def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
+        """Set advantages against the mean so far, then move the mean."""
+        for sample in samples:
+            advantage = sample.reward - float(self.mean) if sample.has_reward else 0.0
+            sample.advantages = torch.full((sample.num_response_tokens,), advantage)
+        rewards = torch.tensor([sample.reward for sample in samples if sample.has_reward], dtype=torch.float64)
+        if len(rewards):
+            self.mean = self.decay * self.mean + (1 - self.decay) * rewards.mean()
+
+
+class RunningMean(OnlineAlgorithm):
+    """The parts, and what a checkpoint keeps of them."""
+
+    def __init__(self, config: Config) -> None:
+        selection = TokenSelection(config.algorithm.selection, config.rollout)
+        self.baseline = RunningMeanCredit(config.algorithm.decay)
+        super().__init__(config, rollouts=GroupRollouts(config, selection), selection=selection, credit=self.baseline)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed run must know: the mean."""
+        return super().state() | {"running_mean": self.baseline.mean}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the mean of a checkpoint."""
+        super().load_state(state)
+        self.baseline.mean = state["running_mean"]

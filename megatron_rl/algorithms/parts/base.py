@@ -1,0 +1,112 @@
+"""Parts of a method, as the others see them. Every rank calls them in the same order, with equal arguments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_rl.data.pool import PoolNeed
+from megatron_rl.data.stream import Stream
+from megatron_rl.losses.terms import TokenTerms
+from megatron_rl.rollout.collect import Collector
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
+
+
+class Rollouts(ABC):
+    """Collects the groups of a step, and makes rows of them."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        """What only this part knows of the last step."""
+
+    @abstractmethod
+    def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
+        """Collect the groups of one step."""
+
+    @abstractmethod
+    def rows(self, groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
+        """Make the rows of one step, in the order in which they are trained on."""
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Take the tokenizer, once, before the first step."""
+
+    def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
+        """Write what a viewer shows of a step into the run's folder."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must keep."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken."""
+
+
+class Credit(ABC):
+    """Gives the tokens of rows their advantages."""
+
+    needs_reference: bool = False
+    needs_old_log_probs: bool = False
+
+    @abstractmethod
+    def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
+        """Set ``advantages`` of every row that is trained by a policy gradient.
+
+        Args:
+            samples: all rows of the step.
+            updates: row indices of each optimizer mini-batch, for credit that depends on the others of an update.
+        """
+
+
+class Objective(ABC):
+    """Turns log-probs and advantages into a loss for each token."""
+
+    needs_reference: bool = False
+    has_reference: bool = False
+    """``ref_log_probs`` of rollouts are there, whichever part needs them; set by the algorithm."""
+
+    @abstractmethod
+    def __call__(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
+        """Return per-token terms of one micro-batch; arguments as ``Algorithm.loss``."""
+
+
+class StoredRows(ABC):
+    """Rows that were not sampled in this step, and join its updates."""
+
+    kind: RowKind
+    """The kind of these rows."""
+    shares_loss: bool
+    """They are trained by the rollouts' objective, under the same aggregation."""
+    takes_selection: bool
+    """``algorithm.selection`` masks their tokens, by the policy's own probabilities."""
+    needs_reference: bool = False
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        """What only this part knows of the last step."""
+
+    @property
+    def pool_need(self) -> PoolNeed | None:
+        """The pool to open before the first step; None where they come from elsewhere."""
+        return None
+
+    @abstractmethod
+    def add(self, rows: Sequence[TrainingSample], groups: Sequence[RolloutGroup], step: int) -> list[TrainingSample]:
+        """Return the rows of a step with the stored ones among them: after the rollouts of their update."""
+
+    def assign_weights(self, rows: Sequence[TrainingSample]) -> None:
+        """Set ``weights`` of the stored rows of one mini-batch, where they have a loss of their own."""
+
+    def loss(self, terms: TokenTerms, log_probs: Tensor, batch: MicroBatch) -> TokenTerms:
+        """Return the objective's terms, with those of stored rows put in their place."""
+        return terms
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must keep."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken."""

@@ -1,0 +1,82 @@
+"""Credit: the advantage of each token, against the other rollouts of a group, or by segment and whitened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from megatron_rl.advantages.group import group_advantages
+from megatron_rl.algorithms.parts.base import Credit
+from megatron_rl.config import GroupConfig
+from megatron_rl.config.methods.spo import SegmentConfig
+from megatron_rl.losses.kl import kl_estimate
+from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
+
+STD_EPSILON = 1e-6
+
+
+class GroupCredit(Credit):
+    """One advantage per rollout, the same for all its tokens: its reward against those of its group."""
+
+    def __init__(self, settings: GroupConfig) -> None:
+        self.settings = settings
+        self.needs_old_log_probs = settings.kl.coef > 0 and settings.kl.placement == "reward"
+
+    def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
+        """Set ``advantages``: 0 where the scorer failed, or where a rollout has nobody to be compared with."""
+        grouped = [sample for sample in samples if sample.kind in POLICY_GRADIENT_KINDS]
+        for _, rows in groupby(grouped, key=lambda sample: sample.group_index):
+            group = list(rows)
+            judged = [sample for sample in group if sample.has_reward]
+            for sample in group:
+                sample.advantages = torch.zeros(sample.num_response_tokens)
+            if len(judged) < 2:
+                continue
+            advantages = group_advantages(
+                torch.tensor([self._reward(sample) for sample in judged]),
+                normalize=self.settings.normalize_rewards,
+                leave_one_out=self.settings.use_leave_one_out_baseline,
+            )
+            for sample, advantage in zip(judged, advantages):
+                sample.advantages = advantage.expand(sample.num_response_tokens).clone()
+
+    def _reward(self, sample: TrainingSample) -> float:
+        """Return the reward, less the KL of the whole response where KL is part of the reward."""
+        kl = self.settings.kl
+        if kl.coef == 0 or kl.placement == "loss":
+            return sample.reward
+        assert sample.old_log_probs is not None and sample.ref_log_probs is not None
+        return sample.reward - kl.coef * float(kl_estimate(sample.old_log_probs, sample.ref_log_probs, "k1").sum())
+
+
+class SegmentCredit(Credit):
+    """Rows come with an advantage for each token (of its segment, or edge); here they are whitened."""
+
+    def __init__(self, settings: SegmentConfig) -> None:
+        self.whitening = settings.whitening
+
+    def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
+        """Whiten the advantages over the tokens of each update that enter the loss."""
+        if self.whitening == "none":
+            return
+        for rows in updates:
+            chosen = [samples[row] for row in rows if samples[row].kind in POLICY_GRADIENT_KINDS]
+            whiten(chosen, subtract_mean=self.whitening == "mean_std")
+
+
+def whiten(rows: Sequence[TrainingSample], *, subtract_mean: bool) -> None:
+    """Give the rows' advantages unit standard deviation over their loss tokens, in place; equal ones keep their scale."""
+    chosen = torch.cat([_advantages(row) if row.loss_mask is None else _advantages(row)[row.loss_mask] for row in rows])
+    mean = float(chosen.double().mean()) if subtract_mean else 0.0
+    std = float(chosen.double().std()) if len(chosen) > 1 else 0.0
+    scale = 1 / (std + STD_EPSILON) if std > STD_EPSILON else 1.0
+    for row in rows:
+        row.advantages = (_advantages(row) - mean) * scale
+
+
+def _advantages(row: TrainingSample) -> Tensor:
+    assert row.advantages is not None
+    return row.advantages

@@ -1,0 +1,309 @@
+"""Delivery of new weights to servers: all transports, and the choice among them.
+
+    Shards            each trainer rank -> each server rank, digests of both ends compared     servers with our weight loader
+    WholeTensors      rank 0 -> each server                                                    any server
+    SharedDirectory   rank 0 -> files -> each server                                           servers that see the files
+
+A delivery pauses its servers and stamps them ``updating:N`` before the first byte, goes through the transports until none of
+the servers is left, and puts the servers into service. An engine asks for one after each ``update_weights``, and again
+whenever a server comes back without the current weights. A new transport is a class and a line of ``choose_transports``.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.config import Config
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.errors import UserError
+from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, error_to_json, raise_first
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.process.network import own_address
+from megatron_rl.rollout.engine import ServerPort
+from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER
+from megatron_rl.weight_sync import disk
+from megatron_rl.weight_sync.layouts import training_layout
+from megatron_rl.weight_sync.served import RolloutLayout
+from megatron_rl.weight_sync.shards import Delivery, Rendezvous, ShardSender
+
+NUM_RESENDS = 1
+"""Repeats of a transfer that did not arrive as it was sent."""
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+"""(Hugging Face name, full tensor); collectives stand behind it, so every rank reads it to the end."""
+
+logger = logging.getLogger(__name__)
+
+
+class Transport(Protocol):
+    """One way to bring the current weights to servers. Every method is a collective."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Figures of the last ``send``, by full name."""
+        ...
+
+    def send(self, port: ServerPort, servers: Sequence[int], version: int) -> list[int]:
+        """Bring the weights to servers that are paused.
+
+        Returns:
+            The servers that need another transport.
+
+        Raises:
+            UserError: on all ranks; the weights cannot be brought there.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WeightDelivery:
+    """The weights of a model and the transports that bring them to servers. A ``rollout.engine.WeightSource``."""
+
+    tensors: Callable[[], NamedTensors]
+    """Yields the current weights, each time it is called."""
+    transports: Sequence[Transport] = ()
+    """Transports in order of preference; an engine without servers needs none."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last delivery, as ``weight_sync/<what>``."""
+        return {name: value for transport in self.transports for name, value in transport.metrics.items()}
+
+    def deliver(self, port: ServerPort, version: int) -> None:
+        """Bring the current weights to the port's targets and put those into service."""
+        port.begin_update()
+        servers = list(port.targets)
+        for transport in self.transports:
+            if servers:
+                servers = transport.send(port, servers, version)
+        port.end_update()
+
+
+def choose_transports(
+    config: Config,
+    shape: ModelShape,
+    groups: Groups,
+    *,
+    tensors: Callable[[], NamedTensors],
+    parameters: Callable[[], Mapping[str, Tensor]],
+) -> list[Transport]:
+    """Return the transports that ``weight_sync.transport`` names; a collective.
+
+    Args:
+        config: of the run.
+        shape: of the model.
+        groups: of the trainer.
+        tensors: yields the current weights whole.
+        parameters: gives this rank's shards by global Megatron name.
+    """
+    sync = config.weight_sync
+    if sync.transport == "disk":
+        base, directory = Path(config.policy.model_path), Path(str(sync.directory)).absolute()
+        return [SharedDirectory(tensors, directory, base, full_every=sync.full_every, cpu_group=groups.cpu_group)]
+    whole = WholeTensors(tensors, bucket_bytes=sync.bucket_bytes, cpu_group=groups.cpu_group)
+    # Only SGLang's servers have our weight loader, and its digests are of the weights as they are trained.
+    if config.rollout.engine != "sglang" or sync.transport == "tensors" or sync.quantization is not None:
+        return [whole]
+    sender = ShardSender(
+        parameters,
+        shape,
+        training_layout(config, shape),
+        _rendezvous(config, is_cpu=groups.device.type == "cpu"),
+        dtype=torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
+        cpu_group=groups.cpu_group,
+    )
+    has_fallback = sync.transport == "auto"
+    shards = Shards(sender, has_fallback=has_fallback, cpu_group=groups.cpu_group)
+    return [shards, whole] if has_fallback else [shards]
+
+
+def _rendezvous(config: Config, *, is_cpu: bool) -> Rendezvous:
+    servers, sync = config.rollout.servers, config.weight_sync
+    on_gpu = "ipc" if servers.placement == "colocated" else "nccl"
+    hosts = [str(urlsplit(url).hostname) for url in servers.urls or ()]
+    return Rendezvous(
+        host=own_address(config.trainer.num_nodes, *hosts),
+        backend="gloo" if is_cpu else on_gpu,
+        timeout_s=sync.timeout_s,
+        bucket_bytes=sync.bucket_bytes,
+    )
+
+
+class WholeTensors:
+    """Rank 0 gives each server every tensor, whole. A ``Transport``."""
+
+    metrics: Mapping[str, float] = {}
+
+    def __init__(self, tensors: Callable[[], NamedTensors], *, bucket_bytes: int, cpu_group: dist.ProcessGroup) -> None:
+        """Args:
+        tensors: yields the current weights.
+        bucket_bytes: size of a request; a larger tensor goes alone.
+        cpu_group: all ranks, over gloo.
+        """
+        self._tensors, self._bucket_bytes, self._group = tensors, bucket_bytes, cpu_group
+        self._is_first = dist.get_rank(cpu_group) == 0
+
+    def send(self, port: ServerPort, servers: Sequence[int], version: int) -> list[int]:
+        """Load all tensors on servers, bucket by bucket."""
+        error: UserError | None = None
+        for bucket in _buckets(self._tensors(), self._bucket_bytes):
+            # After an error the tensors are still gathered to the end: the other ranks are in those collectives.
+            if self._is_first and error is None:
+                error = port.send_bucket(servers, bucket)
+        raise_first([broadcast_json(error_to_json(error), self._group)])
+        return []
+
+
+class Shards:
+    """Each trainer rank sends server ranks what they lack of its shards, with proof. A ``Transport``."""
+
+    def __init__(self, sender: ShardSender, *, has_fallback: bool, cpu_group: dist.ProcessGroup) -> None:
+        """Args:
+        sender: of this trainer.
+        has_fallback: servers that cannot take shards get the weights another way; else they end the run.
+        cpu_group: all ranks, over gloo.
+        """
+        self._sender, self._has_fallback = sender, has_fallback
+        self._is_first = dist.get_rank(cpu_group) == 0
+        self._unfit: set[int] = set()
+        """Servers whose parameters turned out not to be cut as the plan says."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Bytes, seconds, and the number of servers that were proven."""
+        return self._sender.metrics
+
+    def send(self, port: ServerPort, servers: Sequence[int], version: int) -> list[int]:
+        """Send shards, once more where they did not arrive, and return servers that cannot take them."""
+        others: list[int] = []
+        failed, deliveries = list(servers), dict[int, Delivery]()
+        for _ in range(1 + NUM_RESENDS):
+            fit, unfit, layout = self._choose(port, failed)
+            others += unfit
+            if not fit:
+                break
+            deliveries = self._sender.send(fit, layout, post=port.post if self._is_first else None)
+            self._note(port, deliveries)
+            others += [server for server, delivery in deliveries.items() if delivery.state == "unfit"]
+            failed = [server for server, delivery in deliveries.items() if delivery.state in ("failed", "mismatch")]
+        lost = [f"server {server}: {deliveries[server].detail}" for server in self._choose(port, failed)[0]]
+        if lost:
+            raise UserError(
+                "weight_sync.transport",
+                "shards",
+                f"weights did not arrive as they were sent, {1 + NUM_RESENDS} times over; nothing is sampled from them "
+                f"({'; '.join(lost)})",
+                "see the servers' logs; weight_sync.transport=tensors sends whole tensors",
+            )
+        if others and not self._has_fallback:
+            reasons = "; ".join(f"server {s}: {deliveries[s].detail}" for s in others if s in deliveries)
+            raise UserError(
+                "weight_sync.transport",
+                "shards",
+                f"a server cannot take shards ({reasons or 'it was started without our weight loader'})",
+                f"start it with --custom-weight-loader {WEIGHT_LOADER}, or use weight_sync.transport=auto",
+            )
+        return others
+
+    def _choose(self, port: ServerPort, servers: Sequence[int]) -> tuple[list[int], list[int], RolloutLayout]:
+        """Divide the servers that are up into those that take shards and others; the first all have the layout's sizes."""
+        known = port.servers()
+        fit = [server for server in known if server.takes_payloads and server.number not in self._unfit]
+        size = min(((server.tp_size, server.ep_size) for server in fit), default=(1, 1))
+        takers = {server.number for server in fit if (server.tp_size, server.ep_size) == size}
+        up = {server.number for server in known if server.is_up}
+        there = [number for number in servers if number in up]
+        return (
+            [number for number in there if number in takers],
+            [number for number in there if number not in takers],
+            RolloutLayout(len(known), *size),
+        )
+
+    def _note(self, port: ServerPort, deliveries: Mapping[int, Delivery]) -> None:
+        """Count and remember what did not go well."""
+        for server, delivery in deliveries.items():
+            if delivery.state == "unfit":
+                self._unfit.add(server)
+            if delivery.state != "proven" and self._is_first:
+                port.count(f"sync_{delivery.state}")
+                logger.warning("weights to server %d: %s (%s)", server, delivery.state, delivery.detail)
+
+
+class SharedDirectory:
+    """Rank 0 writes what has changed and the checkpoint that it makes; servers load that. A ``Transport``."""
+
+    metrics: Mapping[str, float] = {}
+
+    def __init__(
+        self,
+        tensors: Callable[[], NamedTensors],
+        directory: Path,
+        base: Path,
+        *,
+        full_every: int,
+        cpu_group: dist.ProcessGroup,
+    ) -> None:
+        """Args:
+        tensors: yields the current weights.
+        directory: that trainer and servers share.
+        base: checkpoint that training started from.
+        full_every: versions from one full copy to the next.
+        cpu_group: all ranks, over gloo.
+        """
+        self._tensors, self._directory, self._base, self._group = tensors, directory, base, cpu_group
+        self._is_writer = dist.get_rank(cpu_group) == 0
+        self._publisher = disk.DiskPublisher(directory, full_every=full_every)
+        self._written: tuple[int, str] | None = None
+
+    def send(self, port: ServerPort, servers: Sequence[int], version: int) -> list[int]:
+        """Write the version unless that is done already, and let servers load it."""
+        if self._written is None or self._written[0] != version:
+            tensors = iter(self._tensors())
+            with all_ranks_agree(self._group):
+                try:
+                    path = self._write(tensors, version) if self._is_writer else ""
+                finally:
+                    _consume(tensors)  # the other ranks are in the collectives behind it
+            self._written = (version, str(broadcast_json(path, self._group)))
+        port.load_checkpoint(servers, self._written[1])
+        return []
+
+    def _write(self, tensors: NamedTensors, version: int) -> str:
+        target = self._directory / f"served_{version:08d}"
+        base = Path(self._written[1]) if self._written is not None else self._base
+        self._publisher.publish(tensors, version)
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier run
+        path = disk.apply(self._directory, base, version, into=target)
+        for old in self._directory.glob("served_*"):
+            if old not in (path, base):
+                shutil.rmtree(old, ignore_errors=True)
+        return str(path)
+
+
+def _consume(tensors: NamedTensors) -> None:
+    for _ in tensors:
+        pass
+
+
+def _buckets(tensors: NamedTensors, num_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Group consecutive tensors of up to ``num_bytes`` together; a larger one goes alone."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > num_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

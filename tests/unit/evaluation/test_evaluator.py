@@ -1,0 +1,168 @@
+"""The evaluator on a planted model, its result files, and rates against a baseline."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from megatron_rl.config.data import EvalConfig
+from megatron_rl.errors import UserError
+from megatron_rl.evaluation.evaluator import (
+    EvalResults,
+    Evaluator,
+    ProblemResult,
+    keep_and_explore_rates,
+    results_path,
+    save_results,
+)
+from megatron_rl.rollout.collect import Collector, Sampling
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, Score
+
+
+class Planted:
+    """A collector whose model says what the test says: by problem, samples and a greedy response, each (answer, style)."""
+
+    def __init__(self, samples: dict[str, list[tuple[str, str]]], greedy: dict[str, str]) -> None:
+        self.samples, self.greedy = samples, greedy
+        self.purposes: list[str] = []
+
+    def collect(
+        self, prompts: Sequence[Prompt], *, num_generations: int, sampling: Sampling, purpose: str
+    ) -> list[RolloutGroup]:
+        self.purposes.append(purpose)
+        groups = []
+        for prompt in prompts:
+            name = prompt.problem.problem_id
+            said = [(self.greedy[name], "")] if sampling.temperature == 0 else self.samples[name][:num_generations]
+            assert len(said) == num_generations
+            scores = [
+                Score(float(answer == prompt.problem.answer), answer=answer, style=style) for answer, style in said
+            ]
+            completion = Completion(torch.zeros(4, dtype=torch.int64), torch.zeros(4), "stop", 0)
+            groups.append(RolloutGroup(prompt, [Rollout(completion, score) for score in scores]))
+        return groups
+
+
+def evaluator_of(names: str = "ab", **config: Any) -> Evaluator:
+    prompts = [Prompt(Problem(name, "text", "1"), torch.tensor([1])) for name in names]
+    return Evaluator(prompts, EvalConfig(**({"num_samples": 4, "k_values": [1, 2, 4]} | config)), 16)
+
+
+SAMPLES = {
+    "a": [("1", "x"), ("1", "y"), ("2", "z"), ("3", "x")],
+    "b": [("", ""), ("2", "x"), ("2", "x"), ("", "")],
+}
+
+
+def planted(greedy: str = "12") -> Collector:
+    return cast(Collector, Planted(SAMPLES, dict(zip("ab", greedy))))
+
+
+def test_evaluation_counts_by_hand() -> None:
+    collector = planted()
+    evaluation = evaluator_of().evaluate(collector, step=3, num_samples=4)
+    assert cast(Planted, collector).purposes == ["eval/3", "eval/3/greedy"]
+    answers = (2 * math.log(2) / 4 + 2 * math.log(4) / 4 + 0) / 2  # of a: 1/2, 1/4, 1/4
+    styles = (2 * math.log(2) / 4 + 2 * math.log(4) / 4 + 0) / 2  # of a: x, y, z as 2, 1, 1
+    pooled = 4 / 6 * math.log(6 / 4) + 2 * math.log(6) / 6  # x, y, z as 4, 1, 1
+    assert evaluation.metrics == pytest.approx(
+        {
+            "eval/pass@1": 1 / 4, "eval/pass@2": (1 - 1 / 6) / 2, "eval/pass@4": 1 / 2, "eval/avg@4": 1 / 4,
+            "eval/greedy": 1 / 2, "eval/response_length": 4.0,
+            "eval/distinct_answers": 2.0, "eval/answer_entropy": answers,
+            "eval/style/x": 4 / 8, "eval/style/y": 1 / 8, "eval/style/z": 1 / 8,
+            "eval/distinct_styles": 2.0, "eval/style_entropy": styles, "eval/style_entropy_pooled": pooled,
+            "eval/styles_ge_3": 1 / 2,
+        }
+    )  # fmt: skip
+    assert evaluation.results == EvalResults(
+        3, 4, 1.0, 1.0, [ProblemResult("a", 2, is_greedy_correct=True), ProblemResult("b", 0, is_greedy_correct=False)]
+    )
+
+
+def test_fewer_samples_leave_out_the_larger_k() -> None:
+    metrics = evaluator_of(greedy=False).evaluate(planted(), step=0, num_samples=1).metrics
+    assert metrics.keys() == {
+        "eval/pass@1", "eval/avg@1", "eval/response_length", "eval/style/x", "eval/style_entropy_pooled",
+    }  # fmt: skip
+
+
+# ---- against the baseline
+
+
+def results(*outcomes: tuple[int, bool | None], num_samples: int = 4, temperature: float = 1.0) -> EvalResults:
+    problems = [ProblemResult(name, correct, greedy) for name, (correct, greedy) in zip("abcdef", outcomes)]
+    return EvalResults(0, num_samples, temperature, 1.0, problems)
+
+
+def test_both_readings_of_solved() -> None:
+    before = results((4, True), (1, False), (0, False), (2, True))
+    after = results((4, True), (0, True), (1, False), (1, False))
+    assert keep_and_explore_rates(before, after) == {
+        "eval/keep_rate_greedy": 1 / 2, "eval/explore_rate_greedy": 1 / 2,
+        "eval/keep_rate_any": 2 / 3, "eval/explore_rate_any": 1.0,
+    }  # fmt: skip
+
+
+def test_only_what_was_measured_alike_is_compared() -> None:
+    before = results((4, True), (0, False))
+    greedy = {"eval/keep_rate_greedy": 1.0, "eval/explore_rate_greedy": 0.0}
+    assert keep_and_explore_rates(before, results((1, True), (0, False), num_samples=1)) == greedy
+    assert keep_and_explore_rates(before, results((4, True), (0, False), temperature=0.6)) == greedy
+    of_any = {"eval/keep_rate_any": 1.0, "eval/explore_rate_any": 0.0}
+    assert keep_and_explore_rates(before, results((4, None), (0, None))) == of_any
+
+
+def test_results_come_back_from_their_file(tmp_path: Path) -> None:
+    evaluator = evaluator_of()
+    found = evaluator.evaluate(planted(), step=0, num_samples=4).results
+    save_results(tmp_path, results((0, None)))
+    save_results(tmp_path, found)
+    assert results_path(tmp_path, 0) == tmp_path / "eval/step_00000000.json"
+    assert evaluator.read_results(results_path(tmp_path, 0), field="eval") == found
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["step_00000000.json"]
+    problem = {"problem_id": "a", "num_correct": 2, "is_greedy_correct": True}
+    assert json.loads(results_path(tmp_path, 0).read_text())["problems"][0] == problem
+
+
+def test_a_baseline_is_read_where_one_is_named(tmp_path: Path) -> None:
+    assert evaluator_of().read_baseline() is None
+    save_results(tmp_path, results((4, True), (0, False)))
+    assert evaluator_of(baseline=str(results_path(tmp_path, 0))).read_baseline() == results((4, True), (0, False))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "holds no results of an evaluation"),
+        ("[]", "holds no results of an evaluation"),
+        ('{"step": 0, "num_samples": 4, "temperature": 1, "top_p": 1, "problems": [{}]}', "problems.0.problem_id"),
+    ],
+)
+def test_a_baseline_that_is_none_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "baseline.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        evaluator_of(baseline=str(path)).read_baseline()
+    assert caught.value.field == "eval.baseline" and caught.value.value == str(path) and words in caught.value.rule
+
+
+def test_a_baseline_of_other_problems_is_refused_with_numbers(tmp_path: Path) -> None:
+    save_results(tmp_path, results((4, True), (0, False), (1, True)))
+    with pytest.raises(UserError) as caught:
+        evaluator_of("aefg", baseline=str(results_path(tmp_path, 0))).read_baseline()
+    assert "3 of the 4 evaluated here are not in it, and 2 of its 3 are not evaluated here" in caught.value.rule
+
+
+def test_results_that_cannot_be_written_say_so(tmp_path: Path) -> None:
+    (tmp_path / "eval").touch()
+    with pytest.raises(UserError, match=r"exp_manager\.exp_dir = .*could not be written"):
+        save_results(tmp_path, results((0, None)))
