@@ -20,7 +20,7 @@ from examples.parts import EXAMPLES, Part, rows_of, seconds_of, verb, write_repo
 HERE = EXAMPLES / "five_styles"
 KL = 0.02
 ERRORS = ("--blind-share", "1.0", "--slip-share", "0.15")
-"""Of the demonstrations: each style never gets one class of steps right."""
+"""Errors of the demonstrations: each style always gets one class of steps wrong."""
 METHODS: dict[str, tuple[str, ...]] = {
     "grpo": ("grpo.yaml",),
     "dapo_clip": ("grpo.yaml", "algorithm.ratio_clip_max=0.28"),
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def preparation(folder: Path, common: tuple[str, ...], seed: int) -> list[Part]:
-    """Problems, the model of five styles, and its own samples."""
+    """Return the parts that make problems, the model of five styles, and its own samples."""
     make = [sys.executable, "-m", "examples.five_styles.make_data", str(folder / "data"), "--seed", str(seed), *ERRORS]
     warm_start = verb("train", HERE / "warm_start.yaml", *common)
     # The folder of presampling is shared by the methods, so it lies beside theirs.
@@ -107,7 +107,7 @@ def preparation(folder: Path, common: tuple[str, ...], seed: int) -> list[Part]:
 
 
 def shown(row: Mapping[str, float]) -> dict[str, float]:
-    """What the report has of an evaluation."""
+    """Return the report's figures of an evaluation."""
     styles = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/style/")}
     return {name: round(row[key], 4) for name, key in SHOWN.items() if key in row} | {
         key: round(value, 4) for key, value in styles.items()
@@ -126,7 +126,7 @@ def print_table(results: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def draw(results: Mapping[str, Mapping[str, float]], png: Path) -> None:
-    """Accuracy against diversity, a point a method; and who keeps which styles."""
+    """Draw accuracy against diversity, a point for each method, and the styles that each method keeps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.6), dpi=130, layout="constrained")

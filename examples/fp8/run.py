@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def train(seed: int, runs: dict[str, tuple[str, ...]]) -> None:
-    """All runs of a seed, from one start, and their curves."""
+    """Run all runs of a seed, from one start, and draw their curves."""
     folder = FOLDER / f"seed_{seed}"
     _, common = start(folder, seed, num_held_out=600)
     for name, settings in runs.items():
@@ -60,13 +60,13 @@ def train(seed: int, runs: dict[str, tuple[str, ...]]) -> None:
 
 
 def fp8(recipe: str) -> tuple[str, ...]:
-    """Settings of a recipe: gradients in e5m2, but not where blocks have scales of their own."""
+    """Return the settings of a recipe: gradients in e5m2, unless blocks have scales of their own."""
     kind = "hybrid" if recipe in ("tensorwise", "delayed") else "e4m3"
     return (f"policy.megatron_cfg.fp8={kind}", f"policy.megatron_cfg.fp8_recipe={recipe}")
 
 
 def compared(name: str, kind: str, seeds: list[int]) -> dict[str, Any]:
-    """Accuracy of each seed's last evaluation, and how far it is from bfloat16's, problem by problem."""
+    """Compare the accuracy of each seed's last evaluation with that of bfloat16, problem by problem."""
     mine, base = ([accuracies(FOLDER / f"seed_{seed}" / run)[kind] for seed in seeds] for run in (name, "bf16"))
     differences = [a - b for a, b in zip(mine, base, strict=True)]
     found = {
@@ -81,8 +81,8 @@ def compared(name: str, kind: str, seeds: list[int]) -> dict[str, Any]:
 
 
 def errors(name: str, seeds: list[int]) -> dict[str, float]:
-    """Means over the steps of all seeds: how far the trainer's log-probs are from those of the bfloat16 rollouts; and what
-    eight bits do to a layer's output, in the runs that have them."""
+    """Return means over the steps of all seeds: the distance of the trainer's log-probs from those of the bfloat16 rollouts;
+    and, for FP8 runs, the error of a layer's output."""
     rows = [row for seed in seeds for row in rows_of(FOLDER / f"seed_{seed}" / name)]
     keys = {"log_prob_abs_diff": "mismatch/log_prob_abs_diff"}
     if name in RECIPES:
@@ -91,7 +91,7 @@ def errors(name: str, seeds: list[int]) -> dict[str, float]:
 
 
 def accuracies(run: Path) -> dict[str, np.ndarray]:
-    """By kind of decoding, one number a problem, in the order of their ids."""
+    """Return, by kind of decoding, one number for each problem, in the order of their ids."""
     last = sorted((run / "eval").glob("step_*.json"))[-1]
     results = json.loads(last.read_text())
     problems = sorted(results["problems"], key=lambda problem: problem["problem_id"])
@@ -102,7 +102,7 @@ def accuracies(run: Path) -> dict[str, np.ndarray]:
 
 
 def interval(differences: list[np.ndarray]) -> list[float]:
-    """The 2.5 % and 97.5 % points of the mean over seeds, when each seed's problems are drawn again with replacement."""
+    """Return the 2.5 % and 97.5 % points of the mean over seeds, with each seed's problems drawn again with replacement."""
     generator = np.random.default_rng(0)
     drawn = [
         values[generator.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1) for values in differences
@@ -111,7 +111,7 @@ def interval(differences: list[np.ndarray]) -> list[float]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], png: Path) -> None:
-    """Curves of all runs, one panel for each kind."""
+    """Draw the curves of all runs, one panel for each kind."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.8), dpi=130, layout="constrained")

@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """(step, accuracy) of each evaluation with four samples or more; the first and last have eight."""
+    """Return (step, accuracy) of each evaluation with four samples or more; the first and last have eight."""
     rows = rows_of(run)
     names = (METRIC, "eval/avg@8")
     return [
@@ -54,7 +54,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 
 def compare(curves: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
-    """Best and final accuracy of each, and when each first reached phase 1's best."""
+    """Return the best and final accuracy of each, and the step at which each first reached phase 1's best."""
     best = max(accuracy for _, accuracy in curves["phase1"])
     found: dict[str, Any] = {"baseline_best": best}
     for name, points in curves.items():
@@ -64,7 +64,7 @@ def compare(curves: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], png: Path) -> None:
-    """Accuracy over steps."""
+    """Draw accuracy over steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.4), dpi=130, layout="constrained")

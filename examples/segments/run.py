@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def curve(run: Path) -> list[Point]:
-    """Accuracy, tokens sampled so far and seconds of training so far, at each evaluation."""
+    """Return accuracy, tokens sampled so far and seconds of training so far, at each evaluation."""
     points, seconds, tokens = [], 0.0, 0.0
     for row in rows_of(run):
         seconds += row.get("time/step_s", 0.0)
@@ -70,7 +70,7 @@ def curve(run: Path) -> list[Point]:
 
 
 def summary(points: list[Point]) -> Point:
-    """First and last, best, and the mean over the tokens spent: how fast it got there."""
+    """Return first, last and best accuracy, and the mean over the tokens spent, which says how fast it rose."""
     pairs = list(pairwise(points))
     spent = points[-1]["tokens"] - points[0]["tokens"]
     area = sum((b["tokens"] - a["tokens"]) * (a["accuracy"] + b["accuracy"]) / 2 for a, b in pairs)
@@ -101,7 +101,7 @@ def print_table(methods: dict[str, Point]) -> None:
 
 
 def draw(curves: dict[str, list[Point]], png: Path) -> None:
-    """Accuracy over tokens, and over seconds."""
+    """Draw accuracy over tokens, and over seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.6), dpi=130, layout="constrained")

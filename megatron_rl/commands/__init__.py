@@ -1,1 +1,1 @@
-"""What the verbs of the command line do that are no training: conversion, pools, presampling."""
+"""Work of the command line's verbs beside training: conversion, pools, presampling."""

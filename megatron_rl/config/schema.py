@@ -9,6 +9,7 @@ from pydantic import Field, InstanceOf
 
 from megatron_rl.config.data import DataConfig, EvalConfig, PresampleConfig
 from megatron_rl.config.methods import MethodConfig, names_of_stage
+from megatron_rl.config.methods.base import OtherSections
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_rl.config.section import section
@@ -55,7 +56,7 @@ class Config:
     def __post_init__(self) -> None:
         self._check_stage()
         self._check_batch_arithmetic()
-        self.algorithm.check(self)
+        self.algorithm.check(OtherSections(self.trainer, self.policy, self.rollout, self.data, self.eval))
         passed = self.weight_sync.quantization or {"disk": "disk", "shards": "shards"}.get(self.weight_sync.transport)
         if passed is not None and self.rollout.engine != "sglang":
             raise UserError(

@@ -88,7 +88,7 @@ class _Sums(NamedTuple):
     sampled: float = 0.0
     """Number of response tokens of rows that the policy sampled; the fields below are about these."""
     difference: float = 0.0
-    """Of ``|old_log_probs - rollout_log_probs|``."""
+    """Sum of ``|old_log_probs - rollout_log_probs|``."""
     largest_difference: float = 0.0
     """The maximum, where all other fields are sums."""
     in_loss: float = 0.0

@@ -1,4 +1,4 @@
-"""Whether a score counts as a right answer."""
+"""The rule for a right answer."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from megatron_rl.types import Score
 
 
 def is_correct(score: Score) -> bool:
-    """The ``correct`` part where the task reports one, else a positive reward."""
+    """Tell whether a score counts as a right answer: by its ``correct`` part if it has one, else by a positive reward."""
     return score.parts.get("correct", score.reward) > 0

@@ -19,7 +19,7 @@ from megatron_rl.types import Score
 MAX_ANSWER_CHARS = 1000
 """Longer answers are wrong unread: parsing is slower than linear, and no reference is near this length."""
 TAIL_CHARS = 1000
-"""Where no answer is marked, the last expression is searched for in so much of the end."""
+"""If no answer is marked, the last expression is searched for in this many characters of the end."""
 
 _BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\[\\{}]|(?P<open>\{)|(?P<close>\})")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -61,7 +61,7 @@ def score_math(answer: str, response: str) -> Score:
 
 
 def find_marked_answer(response: str) -> str | None:
-    """What the last non-empty box holds, else what follows the last ``####`` on its line; None where neither is."""
+    """Return the content of the last non-empty box, else the text after the last ``####`` on its line, else None."""
     boxed = _last_boxed(response)
     if boxed is not None:
         return boxed
@@ -71,7 +71,7 @@ def find_marked_answer(response: str) -> str | None:
 
 
 def _last_boxed(response: str) -> str | None:
-    """One pass with a stack: a search from each box would be quadratic in a response of unclosed boxes."""
+    """Find the last box in one pass with a stack; a search from each box is quadratic in a response of unclosed boxes."""
     open_braces: list[int | None] = []  # where the content of a box starts; None for a brace that is no box
     best_start, best = -1, None
     for match in _BRACES.finditer(response):
@@ -98,7 +98,7 @@ def _is_equal(answer: str, marked: str) -> bool:
 
 
 def _plain_number(text: str) -> Fraction | None:
-    """``-$1,234.50 per month`` -> -1234.5; None for what is not one number with at most a unit."""
+    """Read ``-$1,234.50 per month`` as -1234.5; None unless the text is one number with at most a unit."""
     text = _TEXT.sub(r" \1", _tidy(text)).replace("{,}", ",")
     text = _SPACING.sub("", text).translate(_CURRENCY).strip()
     match = _PLAIN.fullmatch(text)
@@ -136,7 +136,7 @@ def _verify(reference: list[Any], found: list[Any]) -> bool:
 
 @lru_cache(maxsize=1)
 def _math_verify() -> Any:
-    """The module, imported at the first use: it takes half a second, which reading a problem file need not pay.
+    """Import the module at its first use: it takes half a second, which reading a problem file need not pay.
 
     Its own time limits are switched off in every call: they use ``signal.alarm``, which works in the main thread only and
     not in C code that never looks for signals. It warns of that in every process, hence the log level.

@@ -1,4 +1,4 @@
-"""Where scores come from: the ``score`` of a problem's task, or the function that ``data.reward`` puts in its place.
+"""Verifiers, the sources of scores: the ``score`` of a problem's task, or the function of ``data.reward`` in its place.
 
 Judges (a model that grades responses) would be a third source, beside these two and outside the scoring workers.
 """
@@ -24,7 +24,7 @@ FIELD = "data.reward"
 
 @cache
 def get_verifier(task_name: str, reward: str | None) -> Verifier:
-    """Return what judges the problems of a task: ``reward`` where there is one, else the task.
+    """Return the verifier of a task's problems: ``reward`` if there is one, else the task's ``score``.
 
     Args:
         task_name: a name that ``megatron_rl.tasks.get_task`` knows.

@@ -13,7 +13,7 @@ from megatron_rl.types import Completion, Prompt, Score
 
 
 class Scorer:
-    """A collective: all ranks call ``score`` with equal arguments."""
+    """The scoring pool of rank 0, for all ranks: they call ``score`` together, with equal arguments."""
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ CHUNKS_PER_WORKER = 4
 """More even out unequal jobs, fewer cost less traffic."""
 MAX_CHUNK_JOBS = 256
 MAX_ATTEMPTS = 3
-"""How often a chunk is sent when pools break without telling which job did it."""
+"""A chunk is sent this often at most when pools break and nothing says which job did it."""
 STALL_S = 60.0
 """A pool that gives no sign for this long beyond a job's deadline is replaced; its first workers start within this time."""
 RESTALL_S = 15.0
@@ -72,7 +72,7 @@ Job = tuple[Problem, str]
 
 
 class ScoringPool:
-    """Scores responses to problems of one task or several, from one thread at a time."""
+    """The worker processes that score responses to problems of one task or several. For one thread at a time."""
 
     def __init__(
         self, task_names: Sequence[str], *, num_workers: int, timeout_s: float, reward: str | None = None

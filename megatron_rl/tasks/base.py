@@ -1,4 +1,4 @@
-"""What a task is, and what tasks share. Imports no torch: scoring workers import this."""
+"""The interface of a task, and helpers that tasks share. Imports no torch: scoring workers import this."""
 
 from __future__ import annotations
 

@@ -26,12 +26,12 @@ _NUMBER_IN_TEXT = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
 _DECORATION = re.compile(r"\\[,;:! $]|\{,\}|[\s$,*]|\.$")
 _DECIMAL = re.compile(r"(?P<sign>[+-]?)(?=\.?\d)(?P<whole>\d*)(?:\.(?P<fraction>\d*))?", re.ASCII)
 MAX_ANSWER_CHARS = 64
-"""Of ``Score.answer``; a broken model may write 5,000 digits."""
+"""Limit of ``Score.answer``; a broken model may write 5,000 digits."""
 
 
 @dataclass(frozen=True)
 class Gsm8k:
-    """Fields ``question`` and ``answer``; the answer is worked text and a last line ``#### 72``."""
+    """The task. Rows have ``question`` and ``answer``; the answer is worked text and a last line ``#### 72``."""
 
     name: str = "gsm8k"
     preload: Sequence[str] = ("math_verify",)
@@ -62,7 +62,7 @@ class Gsm8k:
 
 
 def _normal_answer(reference: str, response: str, score: Score) -> str:
-    """A right answer is the reference, however it was written; where no answer is marked, a wrong one is the last number."""
+    """Normalise the answer: a right one becomes the reference; a wrong one that is not marked is the last number."""
     if score.reason == "no answer":
         return ""
     if score.reward > 0:
@@ -75,7 +75,7 @@ def _normal_answer(reference: str, response: str, score: Score) -> str:
 
 
 def _normal_form(text: str) -> str:
-    """``$1,072.50`` -> ``1072.5``, ``007`` -> ``7``; what is no number stays, without blanks. At most MAX_ANSWER_CHARS."""
+    """Normalise ``$1,072.50`` to ``1072.5``, ``007`` to ``7``; other text only loses its blanks. At most MAX_ANSWER_CHARS."""
     text = _DECORATION.sub("", text[:TAIL_CHARS].replace("\N{MINUS SIGN}", "-"))
     match = _DECIMAL.fullmatch(text)
     if match:
@@ -86,7 +86,7 @@ def _normal_form(text: str) -> str:
 
 
 def _split_answer(text: str, source: str) -> tuple[str, str]:
-    """(worked steps, final number without thousands separators)."""
+    """Split into worked steps and the final number, without thousands separators."""
     steps, mark, number = text.rpartition(ANSWER_MARK)
     number = number.strip()
     if not mark or not _NUMBER.fullmatch(number):

@@ -52,7 +52,7 @@ _PHRASES = {"+": "{name} has {number} more than {other} .", "-": "{name} has {nu
             "*": "{name} has {number} times as many as {other} ."}  # fmt: skip
 _FINAL_NUMBER = re.compile(r"-?\d(?: ?\d)*")
 MAX_ANSWER_CHARS = 64
-"""Of ``Score.answer``; a broken model may write 5,000 digits."""
+"""Limit of ``Score.answer``; a broken model may write 5,000 digits."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Step:
     number: int
 
     def apply(self, value: int) -> int:
-        """The next value."""
+        """Return the next value."""
         if self.operator == "+":
             return value + self.number
         return value - self.number if self.operator == "-" else value * self.number
 
     def without_carry(self, value: int) -> int:
-        """The result of a sum or difference when the ten carried or borrowed at the units is forgotten."""
+        """Return the result of a sum or difference that forgets the ten carried or borrowed at the units."""
         if self.operator == "+" and value % 10 + self.number % 10 >= 10:
             return self.apply(value) - 10
         if self.operator == "-" and value % 10 < self.number % 10:
@@ -79,7 +79,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Slips:
-    """How often the steps of demonstrations state wrong results; see ``generate``."""
+    """Shares of steps whose stated result is wrong, in demonstrations; ``generate`` explains them."""
 
     share: float
     forgotten_carry_share: float
@@ -87,19 +87,19 @@ class Slips:
 
 @dataclass(frozen=True)
 class Chain:
-    """A problem without names and sentence order: what decides its split."""
+    """A problem without names and sentence order; its hash decides the split."""
 
     start: int
     steps: tuple[Step, ...]
 
     @property
     def canonical(self) -> str:
-        """``7 +5 *3``."""
+        """Text such as ``7 +5 *3``."""
         return " ".join([str(self.start), *(f"{step.operator}{step.number}" for step in self.steps)])
 
     @property
     def hash_class(self) -> int:
-        """0 to 15."""
+        """Hash modulo 16: 0 to 15."""
         return int.from_bytes(blake2b(self.canonical.encode(), digest_size=8).digest(), "little") % NUM_HASH_CLASSES
 
 
@@ -113,7 +113,7 @@ def generate(
     split: Split = "train",
     shuffle_statements: bool = False,
 ) -> Iterator[GeneratedProblem]:
-    """Distinct problems of one split, a pure function of the arguments.
+    """Generate distinct problems of one split; a pure function of the arguments.
 
     Args:
         num_problems: rows to yield.
@@ -130,7 +130,7 @@ def generate(
         Rows with ``question``, ``answer``, ``solution`` (strings), ``num_operations``, ``num_slips`` (integers).
 
     Raises:
-        UserError: an argument is out of range, or there are not so many problems.
+        UserError: an argument is out of range, or the split has fewer problems.
     """
     _check(num_problems, num_operations, slip_share, forgotten_carry_share, split)
     slips = Slips(slip_share, forgotten_carry_share)
@@ -188,7 +188,7 @@ def _draw_chain(rng: random.Random, num_steps: int) -> Chain:
 
 
 def _operand_range(operator: str, value: int) -> tuple[int, int]:
-    """Operands that keep the next value in range; empty (low > high) where there is none."""
+    """Return the range of operands that keep the next value in range; empty (low > high) if there is none."""
     if operator == "+":
         return 1, min(MAX_ADDEND, MAX_VALUE - value)
     if operator == "-":
@@ -197,7 +197,7 @@ def _operand_range(operator: str, value: int) -> tuple[int, int]:
 
 
 def _values(start: int, steps: Sequence[Step]) -> list[int]:
-    """The start value and the result of each step."""
+    """Return the start value and the result of each step."""
     values = [start]
     for step in steps:
         values.append(step.apply(values[-1]))
@@ -205,7 +205,7 @@ def _values(start: int, steps: Sequence[Step]) -> list[int]:
 
 
 def _worked_results(chain: Chain, slips: Slips, rng: random.Random) -> tuple[list[int], int]:
-    """(start value and the results that a solution states, number of slips among them)."""
+    """Draw the results that a solution states, after the start value, and count the slips."""
     results, num_slips = [chain.start], 0
     for index, step in enumerate(chain.steps):
         result = step.apply(results[-1])
@@ -216,7 +216,7 @@ def _worked_results(chain: Chain, slips: Slips, rng: random.Random) -> tuple[lis
 
 
 def _drawn_slip(step: Step, before: int, later_steps: Sequence[Step], slips: Slips, rng: random.Random) -> int | None:
-    """A wrong result of the step, or None for the right one."""
+    """Draw a wrong result of the step, or None for the right one."""
     result, forgotten = step.apply(before), step.without_carry(before)
     if rng.random() < slips.forgotten_carry_share and forgotten != result and _stays_in_range(forgotten, later_steps):
         return forgotten
@@ -267,7 +267,7 @@ def _check(
 
 
 def write_rows(path: Path, rows: Iterable[GeneratedProblem]) -> int:
-    """Write a ``.jsonl`` or ``.jsonl.gz`` file, complete or not at all; returns the number of rows."""
+    """Write a ``.jsonl`` or ``.jsonl.gz`` file, complete or not at all; return the number of rows."""
     num_rows = 0
     with (
         disk_errors(path, fix=SAME_COMMAND),
@@ -282,7 +282,7 @@ def write_rows(path: Path, rows: Iterable[GeneratedProblem]) -> int:
 
 @dataclass(frozen=True)
 class WordProblems:
-    """Fields ``question``, ``answer`` (an integer) and, for demonstrations, ``solution``."""
+    """The task. Rows have ``question``, ``answer`` (an integer) and, for demonstrations, ``solution``."""
 
     name: str = "word_problems"
     preload: Sequence[str] = ()
@@ -327,6 +327,6 @@ class WordProblems:
 
 
 def _digits(number: str) -> str:
-    """``0 3 6`` -> ``36``. As strings: ``int`` refuses the 5,000 digits that a broken model may write."""
+    """Normalise ``0 3 6`` to ``36``, as a string: ``int`` refuses the 5,000 digits that a broken model may write."""
     negative, digits = number.startswith("-"), number.lstrip("-").replace(" ", "").lstrip("0")
     return f"-{digits}" if negative and digits else digits or "0"

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
 WORDS = ("has", "more", "fewer", "than", "times", "as", "many", "How", "+", "-", "*", "=", ".", "?", ANSWER_MARK)
 VOCABULARY = (PAD, END, UNKNOWN, *"0123456789", *WORDS, *NAMES)
-"""Of word problems. 48 entries: an even share for 2, 4, 8 or 16 tensor-parallel ranks."""
+"""The tokens of word problems. 48 entries: an even share for 2, 4, 8 or 16 tensor-parallel ranks."""
 
 
 def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> Tokenizer:
-    """Split at spaces and between digits, then look up.
+    """Build a tokenizer that splits at spaces and between digits, then looks tokens up.
 
     Args:
         vocabulary: tokens in the order of their ids: ``PAD``, ``END`` and ``UNKNOWN``, the ten digits, words and signs.
@@ -56,7 +56,7 @@ def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> Tokenizer:
 
 
 def _check_vocabulary(vocabulary: Sequence[str]) -> None:
-    """A repeated token would leave an id without one, and a missing digit would read as ``UNKNOWN``, without an error."""
+    """Refuse a repeated token, which leaves an id without one, and a missing digit, which would read as ``UNKNOWN``."""
     missing = sorted({PAD, END, UNKNOWN, *"0123456789"} - set(vocabulary))
     if missing:
         raise UserError("vocabulary", missing, "must hold pad, end, unknown and the digits", "add what is missing")

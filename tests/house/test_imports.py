@@ -126,6 +126,15 @@ def test_rooms_stand_on_each_other_without_a_circle() -> None:
     assert standing == set(ALLOWED), f"in a circle: {set(ALLOWED) - standing}"
 
 
+def test_no_module_imports_in_a_circle() -> None:
+    """Also for annotations only, and inside a room."""
+    imported = {name: imports(path.read_text()) - {name} for name, path in MODULES.items()}
+    standing: set[str] = {"patches"}
+    while free := {name for name, found in imported.items() if name not in standing and found <= standing}:
+        standing |= free
+    assert not set(MODULES) - standing, sorted(set(MODULES) - standing)
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -23,10 +23,10 @@ OPENING_FRAGMENT = re.compile(
 ALLOWED: frozenset[str] = frozenset()
 """``path:name`` of docstrings that begin with such a word for a good reason."""
 
-MAX_DOCSTRINGS = 0.109
-MAX_FIELDS = 0.132
+MAX_DOCSTRINGS = 0.02
+MAX_FIELDS = 0.02
 """Shares of fragments; a field's docstring is the string under it."""
-MAX_SEE_ONLY = 10
+MAX_SEE_ONLY = 0
 
 STRANGE_PAGES = re.compile(r"\b(DESIGN|ALGORITHMS|HOUSE|STYLE|PLAN|BRIEF)(\.md)?\s+(section )?\d")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

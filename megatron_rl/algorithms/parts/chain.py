@@ -76,7 +76,7 @@ class ChainRollouts(Rollouts):
             for i, prompt in enumerate(chosen)
             for g in range(self.settings.num_generations_per_prompt)
         ]
-        if self.settings.asks_policy(self.config):
+        if self.settings.asks_policy(self.config.rollout):
             grown = collector.grow(seeds, lambda _branch, _completion: ())
             ids = [grown[seed.key].response_ids for seed in seeds]
             assert collector.policy_log_probs is not None

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
+from megatron_rl.config.data import DataConfig, EvalConfig
+from megatron_rl.config.policy import PolicyConfig
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.section import section
-
-if TYPE_CHECKING:
-    from megatron_rl.config.schema import Config
+from megatron_rl.config.trainer import TrainerConfig
 
 Stage = Literal["rl", "sft"]
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+
+class OtherSections(NamedTuple):
+    """The sections of a config that a method may have to agree with."""
+
+    trainer: TrainerConfig
+    policy: PolicyConfig
+    rollout: RolloutConfig
+    data: DataConfig
+    eval: EvalConfig
 
 
 @section
@@ -62,7 +73,7 @@ class MethodConfig:
         """Return the pools that the method trains on: config key -> directory."""
         return {}
 
-    def check(self, config: Config) -> None:
+    def check(self, others: OtherSections) -> None:
         """Check these settings against the other sections.
 
         Raises:

@@ -6,17 +6,14 @@ Defaults are the vetted setting of the method's paper. A coefficient says what i
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from megatron_rl.config.methods.base import MethodConfig
+from megatron_rl.config.methods.base import MethodConfig, OtherSections
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.section import section
 from megatron_rl.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_rl.config.rollout import RolloutConfig
-    from megatron_rl.config.schema import Config
 
 
 @section
@@ -111,9 +108,9 @@ class ClippedConfig(MethodConfig):
         """Return the optimizer updates of one step."""
         return self.num_epochs * (self.num_rows or 0) // batch_size
 
-    def check(self, config: Config) -> None:
+    def check(self, others: OtherSections) -> None:
         """Check that the length penalty fits the response length."""
-        limit = config.rollout.max_new_tokens
+        limit = others.rollout.max_new_tokens
         if self.overlong.buffer > limit:
             raise UserError(
                 "algorithm.overlong.buffer",

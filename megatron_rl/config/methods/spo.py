@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from megatron_rl.config.methods.base import OtherSections
 from megatron_rl.config.methods.shared import ClippedConfig, KLConfig, SelectionConfig
+from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.section import section
 from megatron_rl.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_rl.config.schema import Config
 
 Partition = Literal["cut_points", "tokens", "equal", "newlines"]
 EdgeAdvantage = Literal["raw", "std", "leave_one_out"]
@@ -98,13 +97,13 @@ class SegmentConfig(ClippedConfig):
                 "use algorithm.kl.placement=loss with estimator k2 or k3",
             )
 
-    def check(self, config: Config) -> None:
+    def check(self, others: OtherSections) -> None:
         """Check that every branch is awaited."""
-        super().check(config)
-        if config.rollout.over_sampling > 1:
+        super().check(others)
+        if others.rollout.over_sampling > 1:
             raise UserError(
                 "rollout.over_sampling",
-                config.rollout.over_sampling,
+                others.rollout.over_sampling,
                 f"is for methods with independent rollouts; {self.name} needs every branch",
                 "set it to 1",
             )
@@ -132,14 +131,14 @@ class SPOChainConfig(SegmentConfig):
         """Rollouts of one step."""
         return self.num_prompts_per_step * self.num_generations_per_prompt
 
-    def asks_policy(self, config: Config) -> bool:
+    def asks_policy(self, rollout: RolloutConfig) -> bool:
         """Tell whether cut points or mask need the trainer's probabilities while rollouts are collected."""
         uses = self.selection.max_probability is not None or self.partition.kind == "cut_points"
-        return uses and self.selection.probabilities_from(config.rollout) == "policy"
+        return uses and self.selection.probabilities_from(rollout) == "policy"
 
-    def check(self, config: Config) -> None:
+    def check(self, others: OtherSections) -> None:
         """Check that the trainer can be asked in the middle of the rollouts, where it must be."""
-        if self.asks_policy(config) and config.rollout.is_colocated:
+        if self.asks_policy(others.rollout) and others.rollout.is_colocated:
             raise UserError(
                 "algorithm.selection.probabilities",
                 self.selection.probabilities,
@@ -147,14 +146,14 @@ class SPOChainConfig(SegmentConfig):
                 "set it to rollout (our servers tell whole-distribution log-probs under top_p and top_k, too), or use "
                 "rollout.servers.placement=separate",
             )
-        if self.asks_policy(config) and config.policy.router_replay:
+        if self.asks_policy(others.rollout) and others.policy.router_replay:
             raise UserError(
                 "algorithm.selection.probabilities",
                 self.selection.probabilities,
                 "asks the trainer before the experts chosen at rollout are known to it (policy.router_replay)",
                 "set it to rollout, or leave router_replay out",
             )
-        super().check(config)
+        super().check(others)
 
     def scaled_down(self, num_rows: int, *, num_stored: int) -> Self:
         """Return the same method with two rollouts of each prompt."""
@@ -202,10 +201,10 @@ class SPOTreeConfig(SegmentConfig):
                 "use [6, 6, 6] or [4, 4]",
             )
 
-    def check(self, config: Config) -> None:
+    def check(self, others: OtherSections) -> None:
         """Check what the edges of earlier steps can carry."""
-        super().check(config)
-        if config.policy.router_replay and self.edge_lifetime_steps > 1:
+        super().check(others)
+        if others.policy.router_replay and self.edge_lifetime_steps > 1:
             raise UserError(
                 "policy.router_replay",
                 True,

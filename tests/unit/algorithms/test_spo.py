@@ -108,7 +108,7 @@ def chain(model: Path, *overrides: str) -> SPOChain:
 
 
 def asks_policy(algorithm: SPOChain) -> bool:
-    return algorithm.config.algorithm.asks_policy(algorithm.config)
+    return algorithm.config.algorithm.asks_policy(algorithm.config.rollout)
 
 
 def tree(model: Path, *overrides: str) -> SPOTree:

@@ -154,7 +154,7 @@ def test_types_of_the_optimizer_reach_megatron(tmp_path: Path) -> None:
     def found() -> bool:
         import torch
 
-        return build_policy(tiny_config(model, *precise)).optimizer.config.exp_avg_dtype is torch.float32
+        return build_policy(tiny_config(model, *precise)).trainable.optimizer.config.exp_avg_dtype is torch.float32
 
     assert run_ranks(found, 1) == [True]
     with pytest.raises(UserError, match="exp_avg_dtype = 'float8': must be one of fp32, fp16, bf16, fp8"):

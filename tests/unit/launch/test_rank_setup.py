@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import megatron_rl.patches
@@ -90,3 +92,44 @@ def test_the_launcher_points_at_the_log_of_a_rank_that_failed_alone(monkeypatch:
 
 def test_the_launcher_is_silent_where_rank_0_has_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert what_the_launcher_says(monkeypatch, 0, 1) == (2, None)
+
+
+def refusal(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def refusal_of_other_configs(equal: bool) -> str:
+    steps = 5 if equal else 5 + dist.get_rank()
+    return refusal(lambda: runtime._check_same_config(config(f"trainer.max_steps={steps}")))
+
+
+def test_ranks_with_other_configs_all_stop_with_the_same_words() -> None:
+    assert run_ranks(refusal_of_other_configs, 2, equal=True) == ["", ""]
+    first, second = run_ranks(refusal_of_other_configs, 2, equal=False)
+    assert first == second and first.startswith("trainer.max_steps: rank 0 has 5, rank 1 6")
+
+
+def refusal_of_folders(folders: list[Path]) -> str:
+    rank = dist.get_rank()
+    return refusal(lambda: runtime._check_shared_folder(config(f"exp_manager.exp_dir={folders[rank]}"), rank))
+
+
+def test_a_folder_that_one_node_does_not_see_stops_all_ranks(tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    assert run_ranks(refusal_of_folders, 2, [here, here]) == ["", ""]
+    first, second = run_ranks(refusal_of_folders, 2, [here, elsewhere])
+    assert first == second and "rank 1 on " in first and str(elsewhere) in first
+    assert not [path for path in here.rglob("*") if path.is_file()], "the mark is taken away again"
+    (tmp_path / "file").touch()
+    first, second = run_ranks(refusal_of_folders, 2, [tmp_path / "file", here])
+    assert first == second and "cannot be written to" in first
+
+
+def test_another_number_of_processes_than_configured_is_refused() -> None:
+    runtime._check_world_size(config("trainer.devices=2"), 2)
+    with pytest.raises(UserError, match=r"devices \* num_nodes = 2, but torchrun started 4 processes"):
+        runtime._check_world_size(config("trainer.devices=2"), 4)
