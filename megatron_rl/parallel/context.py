@@ -55,28 +55,10 @@ def gather_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
     return order
 
 
-def gather_tokens(local: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return all tokens of the pack, in its order, on every rank; differentiable.
-
-    Its adjoint hands each rank the sum over all ranks of the gradients of its tokens: right for any loss that is summed
-    over the ranks, whichever of them uses which tokens.
-
-    Args:
-        local: [t, ...] this rank's tokens.
-        cu_seqlens: of the pack.
-        group: the context-parallel ranks.
-
-    Returns:
-        [T, ...].
-    """
-    size = dist.get_world_size(group)
-    if size == 1:
-        return local
-    return _AllGather.apply(local, group)[gather_order(cu_seqlens, size=size)]
-
-
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the sum of the ranks' values, on every rank; differentiable like ``gather_tokens``.
+    """Return the sum of the ranks' values, on every rank; differentiable.
+
+    Its adjoint sums the gradients of all ranks: right for any loss that is summed over the ranks.
 
     Args:
         values: of this rank, of the same shape on each.
@@ -84,22 +66,6 @@ def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     assert group is not None, "a pack that is cut over ranks was made without their group"
     return _AllReduce.apply(values, group)
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, local, group):  # type: ignore[no-untyped-def]
-        ctx.group = group
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, local.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        # Not reduce_scatter: gloo has none. Token vectors are small; keys and values go through Megatron's own regions.
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
 
 
 class _AllReduce(torch.autograd.Function):
