@@ -13,12 +13,13 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_rl.errors import UserError
 
 T = TypeVar("T")
+BINDERS = frozenset({"exec", "globals", "setattr", "vars"})
+"""Functions by which a module can bind names that its syntax does not show."""
 
 
 def is_path(name: str) -> bool:
@@ -97,7 +98,7 @@ def _missing(path: str, names: Iterable[str], field: str) -> UserError:
     fix = (
         f"did you mean {near[0]}?" if near else f"check the spelling; {module} has {', '.join(public[:8]) or 'nothing'}"
     )
-    return UserError(field, path, f"names nothing: {module} has no {attribute}", fix)
+    return UserError(field, path, f"is not there: {module} has no {attribute}", fix)
 
 
 def _source(module: str, field: str, path: str) -> str | None:
@@ -117,9 +118,12 @@ def _source(module: str, field: str, path: str) -> str | None:
             f"cannot be imported ({reason})",
             "start from the folder that holds it, or put that folder on PYTHONPATH, and check the spelling",
         )
-    if spec.origin is None or not spec.origin.endswith(".py"):
+    if spec.loader is None or spec.origin is None:  # a folder without __init__.py
+        return ""
+    try:
+        return spec.loader.get_source(module)  # type: ignore[attr-defined]
+    except Exception:  # no source, or in a form that importing understands better
         return None
-    return Path(spec.origin).read_text()
 
 
 def _top_level_names(source: str) -> set[str]:
@@ -137,10 +141,17 @@ def _top_level_names(source: str) -> set[str]:
                 continue
             case ast.Name(id=name, ctx=ast.Store()):
                 names.add(name)
+            case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):
+                names.add(name)
             case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                 names |= {(alias.asname or alias.name).split(".")[0] for alias in aliases}
         todo += ast.iter_child_nodes(node)
-    return _Everything() if "*" in names or "__getattr__" in names else names
+    is_open = "*" in names or "__getattr__" in names or any(map(_may_bind, ast.walk(tree)))
+    return _Everything() if is_open else names
+
+
+def _may_bind(node: ast.AST) -> bool:
+    return isinstance(node, ast.Global) or (isinstance(node, ast.Name) and node.id in BINDERS)
 
 
 class _Everything(set[str]):

@@ -73,9 +73,9 @@ class Run:
         self.groups = build_groups_of(config, runtime.device)
         self.inputs = Inputs(config, self.groups, self.say)
         self.shape = self.inputs.shape
-        self.algorithm = build_algorithm(config)
-        if config.trainer.stage == "rl":
-            with all_ranks_agree(self.groups.cpu_group):
+        with all_ranks_agree(self.groups.cpu_group):  # a module from outside may fail on one machine alone
+            self.algorithm = build_algorithm(config)
+            if config.trainer.stage == "rl":
                 self.online_algorithm.use_tokenizer(self.inputs.tokenizer)
         self.inputs.open_pools(self.online_algorithm.pool_need if config.trainer.stage == "rl" else None)
         self.evaluator = Evaluator(self.inputs.held_out, config.eval, config.rollout.max_new_tokens)
@@ -210,6 +210,8 @@ class Run:
         assert "entropy" not in needs or "old_log_probs" in needs, "entropy is filled beside old_log_probs"
         policy, online = self.policy, self.algorithm if isinstance(self.algorithm, OnlineAlgorithm) else None
         mini_batches = online.mini_batches(samples) if online is not None else [list(range(len(samples)))]
+        for sample in samples if online is None else ():  # rows that come again: the policy is another by now
+            sample.old_log_probs = sample.entropy = None
         if "old_log_probs" in needs:
             ahead = online.passes_ahead(samples) if online is not None else mini_batches
             policy.fill_log_probs(samples, ahead, "old_log_probs", *needs & {"entropy"})

@@ -24,6 +24,7 @@ class RunningMeanCredit(Credit):
     """One advantage per rollout, the same for all its tokens."""
 
     def __init__(self, decay: float) -> None:
+        super().__init__()
         self.decay, self.mean = decay, torch.zeros((), dtype=torch.float64)
 
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
@@ -34,21 +35,21 @@ class RunningMeanCredit(Credit):
         rewards = torch.tensor([sample.reward for sample in samples if sample.has_reward], dtype=torch.float64)
         if len(rewards):
             self.mean = self.decay * self.mean + (1 - self.decay) * rewards.mean()
-
-
-class RunningMean(OnlineAlgorithm):
-    """The parts, and what a checkpoint keeps of them."""
-
-    def __init__(self, config: Config) -> None:
-        selection = TokenSelection(config.algorithm.selection, config.rollout)
-        self.baseline = RunningMeanCredit(config.algorithm.decay)
-        super().__init__(config, rollouts=GroupRollouts(config, selection), selection=selection, credit=self.baseline)
+        self.metrics = {"running_mean": float(self.mean)}
 
     def state(self) -> dict[str, Tensor]:
         """Return what a resumed run must know: the mean."""
-        return super().state() | {"running_mean": self.baseline.mean}
+        return {"mean": self.mean}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on with the mean of a checkpoint."""
-        super().load_state(state)
-        self.baseline.mean = state["running_mean"]
+        self.mean = state["mean"]
+
+
+class RunningMean(OnlineAlgorithm):
+    """The parts of the method."""
+
+    def __init__(self, config: Config) -> None:
+        selection = TokenSelection(config.algorithm.selection, config.rollout)
+        rollouts, credit = GroupRollouts(config, selection), RunningMeanCredit(config.algorithm.decay)
+        super().__init__(config, rollouts=rollouts, selection=selection, credit=credit)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_rl.types import Problem
+from megatron_rl.types import Problem, Score
 
 
-def brief(problem: Problem, response: str) -> float:
-    """Give 1.0 for a right answer, less 0.01 for each word beyond five for each person of the problem."""
+def brief(problem: Problem, response: str) -> Score:
+    """Reward a right answer with 1.0, and take 0.01 for each word beyond five for each person of the problem."""
     words = response.split()
     is_right = "".join(words[words.index("####") + 1 :]) == problem.answer if "####" in words else False
     surplus = max(0, len(words) - 5 * problem.metadata.get("num_people", 1))
-    return float(is_right) - 0.01 * surplus
+    return Score(is_right - 0.01 * surplus, {"correct": float(is_right), "surplus_words": float(surplus)})

@@ -18,10 +18,11 @@ def build_algorithm(config: Config) -> Algorithm:
     Raises:
         UserError: its implementation cannot be imported, or is no ``Algorithm``.
     """
-    from megatron_rl.algorithms.base import Algorithm
+    from megatron_rl.algorithms.base import Algorithm, OnlineAlgorithm
 
     settings = config.algorithm
-    found = plugins.load(settings.implementation, field="algorithm.name", what=f"the implementation of {settings.name}")
+    field = f"implementation, in {settings.name}"
+    found = plugins.load(settings.implementation, field=field, what="the implementation of a method")
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise UserError(
             "algorithm.name",
@@ -29,4 +30,12 @@ def build_algorithm(config: Config) -> Algorithm:
             f"is implemented by {settings.implementation}, which is no Algorithm",
             "inherit from megatron_rl.algorithms.base.Algorithm, or from one of our methods",
         )
-    return found(config)
+    algorithm = found(config)
+    if settings.stage == "rl" and not isinstance(algorithm, OnlineAlgorithm):
+        raise UserError(
+            "algorithm.name",
+            settings.name,
+            f"is implemented by {settings.implementation}, which collects no rollouts",
+            "inherit from megatron_rl.algorithms.base.OnlineAlgorithm, or set the class variable stage to sft",
+        )
+    return algorithm

@@ -29,9 +29,10 @@ from megatron_rl.config import ClippedConfig, Config
 from megatron_rl.data.pool import PoolNeed
 from megatron_rl.data.stream import Stream
 from megatron_rl.losses.aggregate import token_weights
+from megatron_rl.losses.kl import kl_estimate
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
 
 class Algorithm(ABC):
@@ -97,15 +98,19 @@ class OnlineAlgorithm(Algorithm):
         super().__init__(config)
         settings = config.algorithm
         assert isinstance(settings, ClippedConfig)
+        assert stored is None or stored.kind not in (RowKind.RL, RowKind.EDGE), "stored rows have a kind of their own"
         self.num_epochs = settings.num_epochs
         """Passes over each rollout batch."""
         self.rollouts, self.selection, self.credit, self.stored = rollouts, selection, credit, stored
         self.objective = objective or ClippedObjective(settings)
+        self.kl_in_reward = settings.kl.coef if settings.kl.placement == "reward" else 0.0
         parts = (self.objective, self.credit, self.stored)
         self.needs_reference = any(part is not None and part.needs_reference for part in parts)
         self.objective.has_reference = self.needs_reference
         reads_stored = self.selection.is_on and stored is not None and stored.takes_selection
-        self.needs_old_log_probs = self.credit.needs_old_log_probs or self.selection.asks_policy or reads_stored
+        self.needs_old_log_probs = (
+            self.kl_in_reward > 0 or self.credit.needs_old_log_probs or self.selection.asks_policy or reads_stored
+        )
         """``assign_advantages`` reads ``old_log_probs``."""
 
     # ---- rollouts and rows
@@ -170,7 +175,10 @@ class OnlineAlgorithm(Algorithm):
 
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
         """Set ``advantages`` of every row; the log-probs that the algorithm says it needs are filled by now."""
-        self.selection.ask_policy(samples)
+        left_out = None if self.stored is None or self.stored.takes_selection else self.stored.kind
+        self.selection.mask_by_policy([sample for sample in samples if sample.kind is not left_out])
+        if self.kl_in_reward > 0:
+            pay_kl(samples, self.kl_in_reward)
         self.credit.assign(samples, self.updates(samples))
 
     def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
@@ -197,14 +205,27 @@ class OnlineAlgorithm(Algorithm):
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint must keep of the algorithm; most methods keep nothing."""
-        return self.rollouts.state() | ({} if self.stored is None else self.stored.state())
+        return {f"{name}/{key}": value for name, part in self._parts() for key, value in part.state().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where ``state`` was taken."""
-        self.rollouts.load_state(state)
-        if self.stored is not None:
-            self.stored.load_state(state)
+        for name, part in self._parts():
+            prefix = f"{name}/"
+            part.load_state({k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)})
 
     def step_metrics(self) -> dict[str, float]:
         """Return metrics of the last step that only the algorithm knows."""
-        return self.rollouts.metrics | ({} if self.stored is None else self.stored.metrics)
+        return {key: value for _, part in self._parts() for key, value in part.metrics.items()}
+
+    def _parts(self) -> list[tuple[str, Rollouts | Credit | StoredRows]]:
+        """Return the parts that may have metrics and state, by name."""
+        parts = {"rollouts": self.rollouts, "credit": self.credit, "stored": self.stored}
+        return [(name, part) for name, part in parts.items() if part is not None]
+
+
+def pay_kl(samples: Sequence[TrainingSample], coef: float) -> None:
+    """Subtract ``coef * (log policy - log reference)``, summed over a response, from the reward of each of these rows."""
+    for sample in samples:
+        if sample.kind in POLICY_GRADIENT_KINDS and sample.has_reward:
+            assert sample.old_log_probs is not None and sample.ref_log_probs is not None
+            sample.reward -= coef * float(kl_estimate(sample.old_log_probs, sample.ref_log_probs, "k1").sum())

@@ -233,6 +233,7 @@ def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], li
 
     from megatron_rl.algorithms import build_algorithm
     from megatron_rl.algorithms.base import OnlineAlgorithm
+    from megatron_rl.config import SPOChainConfig
     from megatron_rl.data.origin import tokenizer_digest
     from megatron_rl.data.stream import Stream
     from megatron_rl.metrics import PhaseTimer
@@ -242,6 +243,14 @@ def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], li
 
     algorithm, tokenizer, data = build_algorithm(config), _tokenizer(config), config.data
     assert isinstance(algorithm, OnlineAlgorithm)
+    if isinstance(config.algorithm, SPOChainConfig) and config.algorithm.asks_policy(config.rollout):
+        raise UserError(
+            "algorithm.selection.probabilities",
+            config.algorithm.selection.probabilities,
+            "asked the trainer during the rollouts; without it nobody can tell which rollouts continue which",
+            "build the pool from a run with algorithm.selection.probabilities=rollout",
+        )
+    algorithm.use_tokenizer(tokenizer)
     prompts = Stream(_prompts(config, tokenizer), config.trainer.seed, data.shuffle)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     assert dist.group.WORLD is not None

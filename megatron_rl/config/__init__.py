@@ -9,6 +9,7 @@ from megatron_rl.config.data import PresampleConfig
 from megatron_rl.config.files import check_files, check_names, read_model_shape
 from megatron_rl.config.load import load_config, save_resolved
 from megatron_rl.config.methods import MethodConfig
+from megatron_rl.config.methods.base import OtherSections
 from megatron_rl.config.methods.dph_rl import DPHRLConfig
 from megatron_rl.config.methods.grpo import GRPOConfig
 from megatron_rl.config.methods.rlep import RLEPConfig
@@ -28,6 +29,7 @@ __all__ = [
     "GroupConfig",
     "MethodConfig",
     "NumericsConfig",
+    "OtherSections",
     "PolicyConfig",
     "PresampleConfig",
     "RLEPConfig",

@@ -18,6 +18,12 @@ from megatron_rl.config.upstream import nearest
 from megatron_rl.errors import UserError
 from megatron_rl.files import disk_errors, write_atomic
 
+RENAMED = {
+    "algorithm.mask_threshold": "algorithm.selection.max_probability",
+    "algorithm.probabilities": "algorithm.selection.probabilities",
+}
+"""Keys of older files. Leaving one out would change what is trained, so the error names the new key."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file: ``defaults:`` first, then the file, then the overrides, then interpolation, then the checks.
@@ -49,8 +55,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _check_method(given: object) -> MethodConfig | None:
     """Check the section ``algorithm`` by the class that its name picks; None where the section is missing or no section."""
-    if not isinstance(given, dict):
+    if given is None:
         return None
+    if not isinstance(given, dict):
+        raise UserError("algorithm", given, "is a section, not a value", "give algorithm.name=grpo, or another method")
     if "name" not in given:
         raise UserError(
             "algorithm.name", None, "has no default and must be given", "add algorithm.name=grpo, or another"
@@ -129,6 +137,8 @@ def _explain(error: ValidationError, section: type, where: tuple[str, ...]) -> U
         return cause
     inner = [str(part) for part in first["loc"]]
     key = ".".join([*where, *inner])
+    if first["type"] == "unexpected_keyword_argument" and key in RENAMED:
+        return UserError(key, first["input"], "is not a known key", f"it is {RENAMED[key]} now")
     if first["type"] == "unexpected_keyword_argument":
         return UserError(key, first["input"], "is not a known key", nearest(inner[-1], _fields(section, inner[:-1])))
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):

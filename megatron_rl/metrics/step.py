@@ -177,9 +177,10 @@ def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     if not updates:  # a step may find nothing to learn from
         return {}
-    metrics = {
-        key: max(u[key] for u in updates) if key in MAXIMA else _mean([u[key] for u in updates]) for key in updates[0]
-    }
+    metrics: dict[str, float] = {}
+    for key in dict.fromkeys(key for update in updates for key in update):  # one without rollouts in its loss has fewer
+        found = [update[key] for update in updates if key in update]
+        metrics[key] = max(found) if key in MAXIMA else _mean(found)
     if "ratio/max_abs_log_ratio" in updates[0]:
         metrics["ratio/first_update_max_abs_log_ratio"] = updates[0]["ratio/max_abs_log_ratio"]
     return metrics

@@ -44,7 +44,8 @@ def build_engine(
         UserError: ``rollout.engine`` names no engine.
     """
     name = config.rollout.engine
-    build: EngineBuilder = plugins.find(name, BUILDERS, field="rollout.engine", what="an engine")
+    with all_ranks_agree(cpu_group):  # a module from outside may fail on one machine alone
+        build: EngineBuilder = plugins.find(name, BUILDERS, field="rollout.engine", what="an engine")
     engine = build(config, model, device=device, cpu_group=cpu_group)
     if not isinstance(engine, RolloutEngine):
         raise UserError(

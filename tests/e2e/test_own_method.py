@@ -61,26 +61,27 @@ def test_they_train_and_resume(lab: Path) -> None:
     # The state of the method's own: a mean over the steps before, over a resume as well.
     rewards = [row["reward/mean"] for row in rows]
     expected = 0.9 * (0.9 * 0.1 * rewards[0] + 0.1 * rewards[1]) + 0.1 * rewards[2]
+    assert rows[-1]["running_mean"] == pytest.approx(expected)
     (kept,) = (lab / "runs/own_method/checkpoints").glob("*3/*.safetensors")
-    assert float(load_file(kept)["running_mean"]) == pytest.approx(expected)
+    assert float(load_file(kept)["credit/mean"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("algorithm.name=settings:RunningMeen", "error: algorithm.name = 'settings:RunningMeen': names nothing"),
+        ("algorithm.name=settings:RunningMeen", "error: algorithm.name = 'settings:RunningMeen': is not there"),
         ("algorithm.name=method:RunningMean", "error: algorithm.name = 'method:RunningMean': names no settings"),
         ("algorithm.name=nowhere:X", "error: algorithm.name = 'nowhere:X': cannot be imported (there is no module"),
         ("algorithm.dekay=0.5", "error: algorithm.dekay = 0.5: is not a known key. Fix: did you mean decay"),
         ("algorithm.decay=2", "error: algorithm.decay = 2"),
         (
             "data.task=task:WORD",
-            "error: data.task = 'task:WORD': names nothing: task has no WORD. Fix: did you mean WORDS?",
+            "error: data.task = 'task:WORD': is not there: task has no WORD. Fix: did you mean WORDS?",
         ),
         ("data.task=reward:brief", "error: data.task = 'reward:brief': is not an object with"),
         ("data.task=wordz", "error: data.task = 'wordz': is no task"),
-        ("data.reward=reward:breef", "error: data.reward = 'reward:breef': names nothing"),
-        ("rollout.engine=engine:Plane", "error: rollout.engine = 'engine:Plane': names nothing"),
+        ("data.reward=reward:breef", "error: data.reward = 'reward:breef': is not there"),
+        ("rollout.engine=engine:Plane", "error: rollout.engine = 'engine:Plane': is not there"),
         ("rollout.engine=vllm", "error: rollout.engine = 'vllm': is no engine"),
     ],
 )

@@ -33,7 +33,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, synced: list[str]) -> None:
     write_atomic(tmp_path / "made/x.json", "new")
     assert (tmp_path / "made/x.json").read_text() == "new"
-    assert synced == ["sync .x.json.tmp", "rename .x.json.tmp x.json"]
+    assert synced == ["sync .x.json.tmp", "rename .x.json.tmp x.json", "sync made"]
 
 
 def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(

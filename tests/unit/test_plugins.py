@@ -42,19 +42,35 @@ def test_a_known_name_and_a_path_are_found(folder: Path) -> None:
         ("plugins_bad:inside", "has no inside"),
         ("plugins_bad:THING", r"cannot be imported \(ZeroDivisionError"),
         ("plugins_syntax:THING", r"cannot be imported \(SyntaxError"),
+        ("plugins_folder:THING", "plugins_folder has no THING"),
     ],
 )
 def test_what_is_wrong_is_one_error(folder: Path, name: str, message: str) -> None:
     (folder / "plugins_bad.py").write_text("THING = 1 / 0\ndef f():\n    inside = 1\n")
     (folder / "plugins_syntax.py").write_text("THING = = 1\n")
+    (folder / "plugins_folder").mkdir()
     with pytest.raises(UserError, match=message):
         find(name)
 
 
 @pytest.mark.parametrize(
-    "source", ["if True:\n    THING = 1", "import os as THING", "from os import *", "class THING: ..."]
+    "source",
+    [
+        "if True:\n    THING = 1",
+        "import os as THING",
+        "from os import *",
+        "class THING: ...",
+        "match 'x':\n    case str() as THING: ...",
+        "globals()['THING'] = 1",
+        "def bind():\n    global THING\n    THING = 1\nbind()",
+    ],
 )
 def test_a_check_knows_names_bound_in_any_way_and_runs_nothing(folder: Path, source: str) -> None:
     name = f"plugins_form_{abs(hash(source))}"
     (folder / f"{name}.py").write_text(source + "\nraise SystemExit('it ran')\n")
     plugins.check(f"{name}:THING", field="f", what="a thing")
+
+
+def test_source_in_another_encoding(folder: Path) -> None:
+    (folder / "plugins_latin.py").write_bytes("# -*- coding: latin-1 -*-\n# \xe9\nTHING = 4\n".encode("latin-1"))
+    assert find("plugins_latin:THING") == 4

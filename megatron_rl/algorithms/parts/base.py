@@ -35,7 +35,7 @@ class Rollouts(ABC):
         """Take the tokenizer, once, before the first step."""
 
     def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
-        """Write what a viewer shows of a step into the run's folder."""
+        """Write what ``megatron-rl tree`` shows of a step into the run's folder."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint must keep."""
@@ -49,7 +49,13 @@ class Credit(ABC):
     """Gives the tokens of rows their advantages."""
 
     needs_reference: bool = False
+    """It reads ``ref_log_probs``."""
     needs_old_log_probs: bool = False
+    """It reads ``old_log_probs``."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        """What only this part knows of the last step."""
 
     @abstractmethod
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
@@ -60,13 +66,20 @@ class Credit(ABC):
             updates: row indices of each optimizer mini-batch, for credit that depends on the others of an update.
         """
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must keep."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken."""
+
 
 class Objective(ABC):
     """Turns log-probs and advantages into a loss for each token."""
 
     needs_reference: bool = False
     has_reference: bool = False
-    """``ref_log_probs`` of rollouts are there, whichever part needs them; set by the algorithm."""
+    """True if any part asked for ``ref_log_probs``: then the objective may read them. Set by the algorithm."""
 
     @abstractmethod
     def __call__(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
@@ -81,7 +94,7 @@ class StoredRows(ABC):
     shares_loss: bool
     """They are trained by the rollouts' objective, under the same aggregation."""
     takes_selection: bool
-    """``algorithm.selection`` masks their tokens, by the policy's own probabilities."""
+    """True: ``algorithm.selection`` also masks these rows, by the policy's own probabilities."""
     needs_reference: bool = False
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from megatron_rl.advantages.group import group_advantages
 from megatron_rl.algorithms.parts.base import Credit
 from megatron_rl.config import GroupConfig
 from megatron_rl.config.methods.spo import SegmentConfig
-from megatron_rl.losses.kl import kl_estimate
+from megatron_rl.losses.selection import moments
 from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
 
 STD_EPSILON = 1e-6
@@ -22,8 +22,8 @@ class GroupCredit(Credit):
     """One advantage per rollout, the same for all its tokens: its reward against those of its group."""
 
     def __init__(self, settings: GroupConfig) -> None:
+        super().__init__()
         self.settings = settings
-        self.needs_old_log_probs = settings.kl.coef > 0 and settings.kl.placement == "reward"
 
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
         """Set ``advantages``: 0 where the scorer failed, or where a rollout has nobody to be compared with."""
@@ -36,26 +36,19 @@ class GroupCredit(Credit):
             if len(judged) < 2:
                 continue
             advantages = group_advantages(
-                torch.tensor([self._reward(sample) for sample in judged]),
+                torch.tensor([sample.reward for sample in judged]),
                 normalize=self.settings.normalize_rewards,
                 leave_one_out=self.settings.use_leave_one_out_baseline,
             )
             for sample, advantage in zip(judged, advantages):
                 sample.advantages = advantage.expand(sample.num_response_tokens).clone()
 
-    def _reward(self, sample: TrainingSample) -> float:
-        """Return the reward, less the KL of the whole response where KL is part of the reward."""
-        kl = self.settings.kl
-        if kl.coef == 0 or kl.placement == "loss":
-            return sample.reward
-        assert sample.old_log_probs is not None and sample.ref_log_probs is not None
-        return sample.reward - kl.coef * float(kl_estimate(sample.old_log_probs, sample.ref_log_probs, "k1").sum())
-
 
 class SegmentCredit(Credit):
     """Rows come with an advantage for each token (of its segment, or edge); here they are whitened."""
 
     def __init__(self, settings: SegmentConfig) -> None:
+        super().__init__()
         self.whitening = settings.whitening
 
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
@@ -69,12 +62,13 @@ class SegmentCredit(Credit):
 
 def whiten(rows: Sequence[TrainingSample], *, subtract_mean: bool) -> None:
     """Give the rows' advantages unit standard deviation over their loss tokens, in place; equal ones keep their scale."""
+    if not any(row.num_loss_tokens for row in rows):  # a mean over no token is no number
+        return
     chosen = torch.cat([_advantages(row) if row.loss_mask is None else _advantages(row)[row.loss_mask] for row in rows])
-    mean = float(chosen.double().mean()) if subtract_mean else 0.0
-    std = float(chosen.double().std()) if len(chosen) > 1 else 0.0
+    mean, std = moments(chosen)
     scale = 1 / (std + STD_EPSILON) if std > STD_EPSILON else 1.0
     for row in rows:
-        row.advantages = (_advantages(row) - mean) * scale
+        row.advantages = (_advantages(row) - (mean if subtract_mean else 0.0)) * scale
 
 
 def _advantages(row: TrainingSample) -> Tensor:

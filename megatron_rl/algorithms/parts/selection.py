@@ -24,8 +24,8 @@ class TokenSelection:
         Args:
             settings: of ``algorithm.selection``.
             rollout: of the run: how tokens are sampled decides whose probabilities count.
-            waits: where the policy is to be asked, masks are set once ``old_log_probs`` are there; False for a method that
-                asks it while it collects.
+            waits: True: where probabilities come from the trainer, masks are set after ``old_log_probs`` are filled. False:
+                the method has the trainer's probabilities already.
         """
         self.threshold = settings.max_probability
         self.is_on = self.threshold is not None
@@ -45,7 +45,7 @@ class TokenSelection:
         """Return the mask of tokens with these log-probs, [R] bool; None where all count."""
         return None if self.threshold is None else is_uncertain(log_probs, self.threshold)
 
-    def ask_policy(self, samples: Sequence[TrainingSample]) -> None:
+    def mask_by_policy(self, samples: Sequence[TrainingSample]) -> None:
         """Set the masks that wait for ``old_log_probs``: all, or those of rows that no engine of this run sampled."""
         for sample in samples if self.is_on else ():
             waits = self.asks_policy or sample.rollout_log_probs is None

@@ -14,6 +14,7 @@ from megatron_rl.config.methods.dph_rl import DPHRLConfig
 from megatron_rl.config.methods.grpo import GRPOConfig
 from megatron_rl.config.methods.rlep import RLEPConfig
 from megatron_rl.config.methods.sft import SFTConfig
+from megatron_rl.config.methods.shared import ClippedConfig
 from megatron_rl.config.methods.spo import SPOChainConfig, SPOTreeConfig
 from megatron_rl.errors import UserError
 
@@ -43,6 +44,13 @@ def find_method(name: Any) -> type[MethodConfig]:
             "names no settings of a method",
             "name a class that inherits from megatron_rl.config.MethodConfig, or from the settings of one of ours",
         )
+    if "__dataclass_fields__" not in vars(found):
+        raise UserError(
+            "algorithm.name",
+            name,
+            "is a class whose fields nobody checks or saves",
+            "decorate it with @section (from megatron_rl.config import section)",
+        )
     path = getattr(found, "implementation", None)
     if path is None:
         raise UserError(
@@ -51,7 +59,16 @@ def find_method(name: Any) -> type[MethodConfig]:
             "does not say which class implements the method",
             'give the settings a class variable: implementation = "package.module:Class"',
         )
-    plugins.check(path, field="algorithm.name", what=f"the implementation of {name}")
+    if found.stage == "rl" and not issubclass(found, ClippedConfig):
+        raise UserError(
+            "algorithm.name",
+            name,
+            "has no settings of rollouts and updates, which a method of trainer.stage rl needs",
+            "inherit from megatron_rl.config.GroupConfig or ClippedConfig, or set the class variable stage to sft",
+        )
+    if found.num_rows is MethodConfig.num_rows:
+        raise UserError("algorithm.name", name, "does not say how many rows a step has", "give it a property num_rows")
+    plugins.check(path, field=f"implementation, in {name}", what="the implementation of a method")
     return found
 
 

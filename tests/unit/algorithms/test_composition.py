@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rl.algorithms.base import pay_kl
+from megatron_rl.algorithms.parts.credit import whiten
 from megatron_rl.algorithms.rlep import RLEP
 from megatron_rl.config import load_config
-from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score
+from megatron_rl.metrics.step import update_metrics
+from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score, TrainingSample
 from tests.unit.algorithms.test_dph_rl import model, with_rows
 
 __all__ = ["model"]
@@ -65,3 +68,35 @@ def test_a_mask_on_rehearsal_leaves_stored_rows_whole(model: Path, tmp_path: Pat
     assert all(row.loss_mask is None for row in stored)
     assert float(sum(row.weights.sum() for row in first if row.kind is RowKind.RL)) == pytest.approx(1.0)
     assert float(sum(row.weights.sum() for row in stored)) == pytest.approx(0.5)  # eta
+
+
+def test_an_update_without_rollouts_in_its_loss_is_logged_and_whitened(model: Path, tmp_path: Path) -> None:
+    """A mask may leave nothing but stored rows in one update of a step."""
+    assert update_metrics([{"loss": 1.0, "ratio/mean": 3.0}, {"loss": 2.0}]) == {"loss": 1.5, "ratio/mean": 3.0}
+    _, rows = with_rows(model, tmp_path, MASK)
+    masked = [row for row in rows if row.kind is RowKind.RL]
+    for row in masked:
+        row.advantages = torch.ones(row.num_response_tokens)
+    whiten(masked, subtract_mean=True)
+    assert all(bool(row.advantages.eq(1.0).all()) for row in masked)
+
+
+def test_parts_keep_their_state_apart(model: Path) -> None:
+    """Edges that wait and successes that were found both have ids and rewards."""
+    algorithm = rlep(model)
+    algorithm.samples([group()], 0)
+    state = algorithm.state()
+    assert state and all(name.startswith("stored/") for name in state)
+    again = rlep(model)
+    again.load_state(state | {"rollouts/rewards": torch.zeros(3)})
+    assert again.state().keys() == state.keys()
+
+
+def test_kl_in_the_reward_is_paid_whatever_gives_credit() -> None:
+    rows = [
+        TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), kind, 1.0) for kind in (RowKind.RL, RowKind.REHEARSAL)
+    ]
+    for row in rows:
+        row.old_log_probs, row.ref_log_probs = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -3.0])
+    pay_kl(rows, 0.1)
+    assert [row.reward for row in rows] == pytest.approx([1 - 0.1 * 1.5, 1.0])

@@ -27,6 +27,10 @@ class Silent(GroupConfig):
     pass
 
 class Other: ...
+
+class Bare(GroupConfig):
+    implementation = "{implementation}"
+    strength: float = 0.5
 """
 
 
@@ -63,11 +67,13 @@ def test_settings_come_from_outside_and_are_saved_under_their_path(folder: Path)
             r"algorithm.strenght = 1: is not a known key. Fix: did you mean strength",
         ),
         ("lab:Mine", ("algorithm.strength=much",), r"algorithm.strength = 'much'"),
-        ("lab:Mime", (), r"algorithm.name = 'lab:Mime': names nothing: lab has no Mime. Fix: did you mean Mine\?"),
+        ("lab:Mime", (), r"algorithm.name = 'lab:Mime': is not there: lab has no Mime. Fix: did you mean Mine\?"),
         ("lab:Other", (), "names no settings of a method"),
         ("lab:Silent", (), "does not say which class implements the method"),
         ("lab_lost:Mine", (), "lab_method has no Methud"),
         ("lab_none:Mine", (), "there is no module nowhere"),
+        ("lab:Bare", (), "is a class whose fields nobody checks or saves"),
+        ("grpo", ("algorithm.mask_threshold=0.9",), r"Fix: it is algorithm.selection.max_probability now"),
         ("gpro", (), r"is no method; there are dph_rl, grpo, .* Fix: did you mean grpo\?"),
         ("null", (), "is no method"),
     ],

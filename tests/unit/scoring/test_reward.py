@@ -141,9 +141,9 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     [
         (("data.task=my_task:TASK", "data.reward=my_reward:reward"), None),
         (("data.task=gsm9k",), "error: data.task = 'gsm9k': is no task; there are gsm8k, word_problems."),
-        (("data.task=my_task:TASKS",), "error: data.task = 'my_task:TASKS': names nothing"),
+        (("data.task=my_task:TASKS",), "error: data.task = 'my_task:TASKS': is not there"),
         (("data.task=my_tusk:TASK",), "there is no module my_tusk"),
-        (("data.reward=my_reward:rewards",), "error: data.reward = 'my_reward:rewards': names nothing"),
+        (("data.reward=my_reward:rewards",), "error: data.reward = 'my_reward:rewards': is not there"),
         (("data.reward=my_reward",), "error: data.reward = 'my_reward': does not read package.module:NAME"),
     ],
 )
