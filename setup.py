@@ -32,7 +32,7 @@ RUNTIME = [
 EXTRAS = {
     # NVIDIA Apex is used where it is installed from source; PyPI's `apex` is another project.
     "gpu": ["transformer-engine[pytorch,core_cu13]"],
-    "sglang": ["sglang", "sglang-router"],  # pulls torch of its own choice: prefer requirements/sglang_*.txt
+    "sglang": ["sglang"],  # pulls torch of its own choice: prefer requirements/sglang_*.txt
     "nemo": ["nemo-toolkit>=2.7,<3"],  # readers of NeMo 2 checkpoints; 3.0 is speech only
     "wandb": ["wandb"],
     "mlflow": ["mlflow"],

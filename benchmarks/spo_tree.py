@@ -152,7 +152,7 @@ def scheduling_s_per_node() -> float:
         adapter = adapter_for("0.5.23", AtOnce.url)
         servers = [Server(i, AtOnce(), state="serving", adapter=adapter) for i in range(4)]  # type: ignore[arg-type]
         fleet = Fleet(servers, config, WeightSyncConfig(), check=lambda _server, _info: None)
-        dispatch = Dispatch(fleet, stop_ids=[], router=lambda: None)
+        dispatch = Dispatch(fleet, stop_ids=[])
         seeds = [branch for tree in range(100) for branch in children((tree,), torch.arange(PROMPT_TOKENS))]
         started = time.perf_counter()
         grown = await dispatch.grow(seeds, expand)

@@ -26,8 +26,6 @@ class ServersConfig:
     placement: Literal["separate", "colocated"] = "separate"
     """``separate``: servers take the GPUs after the trainer's. ``colocated``: they share the trainer's, and give their
     memory back while it trains."""
-    use_router: bool = True
-    """Put ``sglang-router`` in front where there is more than one server."""
     base_port: PositiveInt | None = None
     """Port of a node's first server, the others count on; null takes free ones."""
     start_timeout_s: PositiveFloat = 600.0

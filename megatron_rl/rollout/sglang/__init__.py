@@ -7,5 +7,4 @@ fleet.py       which servers may serve now, and what is known of each
 client.py      one server over HTTP: SGLang's field names, in and out
 versions.py    what differs between SGLang releases
 supervisor.py  starts, watches, restarts and stops the processes of one node
-router.py      sglang-router in front of several servers
 """

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.growth import Branch, Expand, Key
-from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unavailable
+from megatron_rl.rollout.sglang.client import Refused, Unavailable
 from megatron_rl.rollout.sglang.fleet import Fleet, Server
 from megatron_rl.types import Completion, Request
 
@@ -56,22 +56,23 @@ class Dispatch:
         fleet: Fleet,
         *,
         stop_ids: Sequence[int],
-        router: Callable[[], SGLangClient | None],
         experts: tuple[int, int] | None = None,
     ) -> None:
         """Args:
         fleet: the servers.
         stop_ids: token ids that end a response.
-        router: the way in, where there is one; else requests go to the servers themselves.
         experts: (layers, experts per token) if completions carry the chosen experts.
         """
-        self.fleet, self.stop_ids, self._router = fleet, list(stop_ids), router
+        self.fleet, self.stop_ids = fleet, list(stop_ids)
         self.experts = experts
         self.num_done = 0
         """Requests done in the current ``run``."""
 
     async def run(self, requests: Sequence[Request], *, group_size: int, num_groups: int) -> list[Completion | None]:
         """Complete requests until enough groups are whole; cancel the rest.
+
+        Requests of a group prefer one server. The first of each group goes before all others, so that its server has the
+        prompt in its prefix cache when those come.
 
         Args:
             requests: consecutive ``group_size`` ones are a group.
@@ -90,8 +91,8 @@ class Dispatch:
         num_whole = 0
         in_flight: _InFlight[int] = _InFlight()
         try:
-            for index, request in enumerate(requests):
-                in_flight.start(self._complete(request), index)
+            for index in sorted(range(len(requests)), key=lambda index: index % group_size > 0):
+                in_flight.start(self._complete(requests[index], home=index // group_size), index)
             while len(in_flight) and num_whole < num_groups:
                 index, results[index] = await in_flight.next_done()
                 self.num_done += 1
@@ -106,7 +107,7 @@ class Dispatch:
         """Complete branches and all their descendants, each the moment its parent is complete.
 
         If there are more than the servers take at once, those with the most tokens still to come go first: they decide when
-        all is done. Branches of one prompt prefer one server, past the router: it has their common beginnings in its cache.
+        all is done. Branches of one prompt prefer one server, which has their common prefixes in its cache.
 
         Args:
             seeds: the first branches.
@@ -141,13 +142,13 @@ class Dispatch:
             await in_flight.cancel()
         return grown
 
-    async def _complete(self, request: Request, home: int | None = None) -> Completion:
+    async def _complete(self, request: Request, home: int) -> Completion:
         config = self.fleet.config
         failures: list[str] = []
         while len(failures) <= config.max_retries:
             server = await self.fleet.choose(home)
             try:
-                return await self._attempt(request, server, is_direct=home is not None)
+                return await self._attempt(request, server)
             except Unavailable as error:
                 failures.append(str(error))
                 self.fleet.counts[f"retried_{error.reason}"] += 1
@@ -166,12 +167,11 @@ class Dispatch:
             "see the servers' logs",
         )
 
-    async def _attempt(self, request: Request, server: Server, *, is_direct: bool) -> Completion:
-        """One try, past the router if ``is_direct``; it ends early when its server is found to be gone."""
+    async def _attempt(self, request: Request, server: Server) -> Completion:
+        """Ask a server once; this ends early if the server goes down."""
         assert server.adapter is not None
-        client = (None if is_direct else self._router()) or server.client
         reply = asyncio.ensure_future(
-            client.generate(
+            server.client.generate(
                 request,
                 stop_ids=self.stop_ids,
                 experts=self.experts if request.record_experts else None,
@@ -180,8 +180,7 @@ class Dispatch:
                 timeout_s=self.fleet.config.request_timeout_s,
             )
         )
-        is_direct = client is server.client
-        waits = {reply, asyncio.ensure_future(server.lost.wait())} if is_direct else {reply}
+        waits = {reply, asyncio.ensure_future(server.lost.wait())}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if reply.done():
@@ -195,4 +194,4 @@ class Dispatch:
         """Find out after a failure which servers are gone, so that the retry goes elsewhere."""
         if error.reason in ("connection", "stale", "timeout", "server_error"):
             await self.fleet.probe()
-        await asyncio.sleep(0.05)  # not a storm while a server that looks alive fails at once
+        await asyncio.sleep(0.05)  # spaces out retries while a server that looks alive fails at once

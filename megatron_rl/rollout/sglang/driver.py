@@ -1,4 +1,4 @@
-"""Rank 0's side of the engine: the event loop, and the fleet, dispatch and router that live in it."""
+"""Rank 0's side of the engine: the event loop, and the fleet and dispatch that live in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from megatron_rl.rollout.sglang.client import Refused, SGLangClient
 from megatron_rl.rollout.sglang.dispatch import Dispatch
 from megatron_rl.rollout.sglang.fleet import Fleet, Server
 from megatron_rl.rollout.sglang.loop import LoopThread
-from megatron_rl.rollout.sglang.router import Router
 
 MEET_S = 1.0
 """Seconds between two meetings of the ranks while the servers work."""
@@ -42,19 +41,8 @@ class Driver:
         self, config: Config, model: ServedModel, urls: Sequence[str], logs: Sequence[str], *, admin_key: str | None
     ) -> None:
         self._config, self._model = config, model
-        servers = config.rollout.servers
         self.loop = LoopThread()
-        self._router: Router | None = None
-        if servers.use_router and len(urls) > 1:
-            log = config.exp_manager.run_dir / "logs" / "router.log"
-            self._router = Router(
-                log, request_timeout_s=servers.request_timeout_s, health_timeout_s=servers.health_timeout_s
-            )
-        try:
-            self.fleet, self.dispatch = self.loop.run(self._build(urls, logs, admin_key))
-        except UserError:
-            self.close()
-            raise
+        self.fleet, self.dispatch = self.loop.run(self._build(urls, logs, admin_key))
 
     async def _build(self, urls: Sequence[str], logs: Sequence[str], admin_key: str | None) -> tuple[Fleet, Dispatch]:
         self._session = open_session()
@@ -63,25 +51,8 @@ class Driver:
             for index, url in enumerate(urls)
         ]
         fleet = Fleet(servers, self._config.rollout.servers, self._config.weight_sync, check=self._check)
-        if self._router is not None:
-            await self._router.connect(self._session)
-            fleet.on_serving.append(self._router.add)
-            fleet.on_down.append(self._router.remove)
         fleet.start()
-        return fleet, Dispatch(
-            fleet,
-            stop_ids=self._model.stop_ids,
-            experts=self._model.experts,
-            router=self._way_in,
-        )
-
-    def _way_in(self) -> SGLangClient | None:
-        if self._router is None:
-            return None
-        if self._router.is_lost():
-            self.fleet.counts["router_lost"] += 1
-            return None
-        return self._router.client
+        return fleet, Dispatch(fleet, stop_ids=self._model.stop_ids, experts=self._model.experts)
 
     def _check(self, server: Server, info: dict[str, Any]) -> None:
         shape, architectures = self._model.shape, info.get("architectures")
@@ -92,7 +63,7 @@ class Driver:
                 f"serves {architectures}, the policy is a {ARCHITECTURES[shape.family]}",
                 "start the server with the model of policy.model_path",
             )
-        # Where we cannot read the server's folder, a model of another size is found when it refuses the weights.
+        # If the server's folder cannot be read here, a model of another size is found when it refuses the weights.
         folder = Path(str(info.get("model_path")))
         if (folder / "config.json").is_file() and read_shape(folder) != shape:
             raise UserError(
@@ -170,8 +141,6 @@ class Driver:
 
         def take() -> float | None:
             clients = [server.client for server in self.fleet.servers]
-            if self._router is not None and self._router.client is not None:
-                clients.append(self._router.client)
             num_tokens = sum(client.num_prompt_tokens for client in clients)
             num_cached = sum(client.num_cached_tokens for client in clients)
             for client in clients:
@@ -181,14 +150,9 @@ class Driver:
         return self.loop.call(take)
 
     def close(self) -> None:
-        """Stop the router and the loop. Harmless when repeated."""
-        if self._router is not None:
-            self._router.close()
+        """Stop the loop. Safe to call twice."""
         if self.loop.is_running:
-            if self._router is not None:
-                self.loop.run(self._router.stop_watching())
-            if hasattr(self, "fleet"):
-                self.loop.run(self.fleet.stop())
+            self.loop.run(self.fleet.stop())
             self.loop.run(self._session.close())
             self.loop.close()
 

@@ -49,7 +49,7 @@ class SGLangEngine:
             cpu_group: all ranks, over gloo.
 
         Raises:
-            UserError: on all ranks; a port is taken, or the router does not start.
+            UserError: on all ranks; a port is taken.
         """
         self.weight_version = -1
         self._config, self._model, self._group = config, model, cpu_group
@@ -68,13 +68,8 @@ class SGLangEngine:
             raise_first([error for _, error in by_rank])
             urls = [url for servers, _ in by_rank for url, _ in servers]
             logs = [log for servers, _ in by_rank for _, log in servers]
-        error = None
         if self._is_first:
-            try:
-                self._driver = Driver(config, model, urls, logs, admin_key=self._admin_key)
-            except UserError as failure:
-                error = error_to_json(failure)
-        raise_first([broadcast_json(error, cpu_group)])
+            self._driver = Driver(config, model, urls, logs, admin_key=self._admin_key)
 
     # ------------------------------------------------------------------------------------------------ RolloutEngine
 
@@ -167,7 +162,7 @@ class SGLangEngine:
         return mended
 
     def close(self) -> None:
-        """Stop router and servers. Safe to call twice, and by one rank alone."""
+        """Stop the servers that we started. Safe to call twice, and by one rank alone."""
         if self._driver is not None:
             self._driver.close()
         if self._supervisor is not None:

@@ -94,8 +94,6 @@ class Fleet:
         self._probe: asyncio.Task[None] | None = None
         self._is_quiet = False
         """True while weights are loading or memory is released; health checks are off."""
-        self.on_serving: list[Callable[[Server], Awaitable[None]]] = []
-        self.on_down: list[Callable[[Server], Awaitable[None]]] = []
 
     def start(self) -> None:
         """Start to watch the servers."""
@@ -122,19 +120,19 @@ class Fleet:
         """Most requests in flight at all serving servers; at least one server's, so that work waits for it."""
         return self.config.max_in_flight * max(1, len(self.serving()))
 
-    async def choose(self, home: int | None = None) -> Server:
+    async def choose(self, home: int) -> Server:
         """Wait for a serving server with room, and count a request in flight there.
 
         Args:
             home: requests with the same number prefer the same server, which has their common prefix in its cache. If that
-                server is much busier than another, and without a number, the one with the fewest in flight is chosen.
+                server is much busier than another, the one with the fewest in flight is chosen.
         """
         async with self._changed:
             while True:
                 free = [s for s in self.serving() if s.in_flight < self.config.max_in_flight]
                 if free:
                     server = min(free, key=lambda s: s.in_flight)
-                    at_home = [s for s in free if home is not None and s.index == home % len(self.servers)]
+                    at_home = [s for s in free if s.index == home % len(self.servers)]
                     if at_home and at_home[0].in_flight <= 2 * server.in_flight + HOME_SLACK:
                         server = at_home[0]
                     server.in_flight += 1
@@ -156,8 +154,6 @@ class Fleet:
             server.lost.set()
             self._changed.notify_all()
         self.counts["server_down"] += 1
-        for callback in self.on_down:
-            await callback(server)
 
     async def probe(self) -> None:
         """Ask every serving server for its state after a request failed for an unknown reason.
@@ -205,7 +201,7 @@ class Fleet:
         try:
             await server.client.check_health(self.config.health_timeout_s)
             server.last_sign_s = time.monotonic()
-            activity.beat()  # long responses: nothing is finished for minutes, and nothing hangs
+            activity.beat()  # with long responses nothing ends for minutes, though nothing hangs
         except (Unavailable, Refused) as error:
             if self._is_quiet or server.state != "serving":
                 server.last_sign_s = time.monotonic()  # loading weights keeps its scheduler busy
@@ -241,9 +237,6 @@ class Fleet:
         server.is_known = True
 
     async def _set_state(self, server: Server, state: Literal["stale", "serving"]) -> None:
-        if state == "serving":
-            for callback in self.on_serving:
-                await callback(server)
         async with self._changed:
             server.state, server.last_sign_s = state, time.monotonic()
             if state == "serving":

@@ -27,13 +27,13 @@ class Watched(Dispatch):
     """Requests take a few turns of the event loop, the number that their prompt says."""
 
     def __init__(self, capacity: int, *, failing: int | None = None) -> None:
-        super().__init__(Bounded(capacity), stop_ids=[], router=lambda: None)  # type: ignore[arg-type]
+        super().__init__(Bounded(capacity), stop_ids=[])  # type: ignore[arg-type]
         self.started: list[int] = []
-        self.homes: list[int | None] = []
+        self.homes: list[int] = []
         self.in_flight = self.most_in_flight = 0
         self.failing = failing
 
-    async def _complete(self, request: Request, home: int | None = None) -> Completion:
+    async def _complete(self, request: Request, home: int) -> Completion:
         turns = int(request.prompt_ids[0])
         self.started.append(turns)
         self.homes.append(home)
@@ -75,6 +75,14 @@ def test_a_child_starts_when_its_parent_is_complete_not_when_its_level_is() -> N
     grown = asyncio.run(dispatch.grow([branch((0,), 500, 9), branch((1,), 1, 9)], expand))
     assert list(grown)[:4] == [(1,), (1, 0), (1, 0, 0), (1, 0, 0, 0)], "the short one's whole line, before the long one"
     assert dispatch.homes == [0, 1, 1, 1, 1, 0, 0, 0], "each goes where its prompt has been"
+
+
+def test_requests_of_a_group_have_one_home_and_the_first_of_each_goes_first() -> None:
+    dispatch = Watched(capacity=100)
+    requests = [Request(torch.tensor([turns]), 1, 1.0) for turns in range(1, 7)]
+    completions = asyncio.run(dispatch.run(requests, group_size=3, num_groups=2))
+    assert dispatch.homes == [0, 1, 0, 0, 1, 1] and dispatch.started == [1, 4, 2, 3, 5, 6]
+    assert len(completions) == 6 and None not in completions
 
 
 def test_a_place_that_several_lead_to_is_asked_for_once() -> None:

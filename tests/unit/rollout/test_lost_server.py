@@ -60,7 +60,7 @@ def test_nodes_of_a_lost_server_are_asked_for_again_and_counted_once() -> None:
         servers = [Server(i, node, state="serving", adapter=ADAPTER) for i, node in enumerate(nodes)]  # type: ignore[arg-type]
         fleet = Fleet(servers, ServersConfig(), WeightSyncConfig(), check=lambda _server, _info: None)
         fleet.version = 0
-        dispatch = Dispatch(fleet, stop_ids=[], router=lambda: None)
+        dispatch = Dispatch(fleet, stop_ids=[])
         return await dispatch.grow([b for tree in range(4) for b in children((tree,))], expand), fleet
 
     grown, fleet = asyncio.run(grow())
