@@ -18,6 +18,8 @@ from megatron_rl.losses.f_divergence import f_divergence, js_definition
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
+STORED = frozenset({RowKind.REHEARSAL})
+
 
 class RehearsedRows(StoredRows):
     """``eta * token-mean over stored rows of f(policy / reference)``, beside the rollouts' own mean."""
@@ -79,5 +81,5 @@ class RehearsedRows(StoredRows):
             terms,
             loss=torch.where(batch.kind == RowKind.REHEARSAL, divergence, of_rollouts),
             means=terms.means | stored,
-            kinds=rollouts | dict.fromkeys(stored, frozenset({RowKind.REHEARSAL})),
+            kinds=rollouts | dict.fromkeys(stored, STORED),
         )
