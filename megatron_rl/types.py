@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # annotations only: scoring workers and the command line read
 
 FinishReason = Literal["stop", "length", "abort"]
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
-"""Their indices stand for them in flat tensors."""
+"""All finish reasons; flat tensors hold their indices."""
 
 
 class RowKind(enum.IntEnum):

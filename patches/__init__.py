@@ -1,4 +1,4 @@
-"""What we had to change in upstream packages, applied at run time: one folder an upstream, one file a topic.
+"""Changes to upstream packages, applied at run time: one folder an upstream, one file a topic.
 
 Importing this package changes nothing. ``apply()`` is called once, at process start, before the first import of
 ``megatron.core``. Each topic file says in its header what breaks without it and when it can go.

@@ -56,11 +56,11 @@ class Inputs:
         config, data = self._config, self._config.data
         seed, new_tokens = config.trainer.seed, config.rollout.max_new_tokens
         self.prompts: Stream[Prompt] = Stream([], seed, data.shuffle)
-        """To sample on, in an online run."""
+        """Prompts that an online run samples on."""
         self.demonstrations: Stream[TrainingSample] = Stream([], seed, data.shuffle)
-        """To learn from, in a supervised one."""
+        """Rows that a supervised run learns from."""
         self.held_out: Sequence[Prompt] = []
-        """To evaluate on."""
+        """Prompts of the evaluation."""
         if config.trainer.stage == "rl":
             self.prompts.items = self._load("data.train", data.train, new_tokens)
         else:

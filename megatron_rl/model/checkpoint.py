@@ -263,6 +263,7 @@ def fixed_settings(
         "policy.model_path": (config.policy.model_path, sizes),
         "policy.optim.name": (config.policy.optim.name, config.policy.optim.name),
         "data.task": (data.task, data.task),
+        "data.reward": (data.reward, data.reward),
         "data.train": (data.train, _digest(Path(data.train))),
         "trainer.seed": (config.trainer.seed, config.trainer.seed),
         **(contents or {}),

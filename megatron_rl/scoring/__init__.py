@@ -1,1 +1,1 @@
-"""From responses to scores: verifiers, the pool of worker processes that run them, and the collective around it."""
+"""Turns responses into scores: the pool of worker processes that run them, and the collective around it."""

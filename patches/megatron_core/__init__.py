@@ -35,8 +35,8 @@ _MODULES = (
 
 
 def apply_everywhere() -> list[str]:
-    """What a GPU machine needs too: local layers and torch's Adam where Transformer Engine is missing, checkpoints that leave
-    no process behind and fail on all ranks alike. Nothing here changes what Transformer Engine's layers do."""
+    """Apply what a GPU machine needs too: local layers and torch's Adam where Transformer Engine is missing, checkpoints that
+    leave no process behind and fail on all ranks alike. Nothing here changes what Transformer Engine's layers do."""
     from . import checkpoint, checkpoint_errors, latent, moe, norm, optimizer
 
     return _apply(norm, moe, latent, optimizer, checkpoint, checkpoint_errors)

@@ -1,4 +1,4 @@
-"""When rank 0 cannot write its own files of a checkpoint, all ranks hear of it.
+"""All ranks raise when rank 0 cannot write its own files of a checkpoint.
 
 Why: every rank writes its shards, and a failure there is told to all. But rank 0 alone writes ``common.pt``,
     ``.metadata`` and ``metadata.json``; when the disk is full just then, it raises alone, and the others wait in the

@@ -142,7 +142,7 @@ def _stay_on_cpu(tensor: torch.Tensor, *_args: object, **_options: object) -> to
 
 
 def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
-    """While ``function`` runs, ``Tensor.type()`` spells ``torch.FloatTensor`` as ``torch.cuda.FloatTensor``."""
+    """Let ``Tensor.type()`` spell ``torch.FloatTensor`` as ``torch.cuda.FloatTensor`` while ``function`` runs."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

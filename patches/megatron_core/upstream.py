@@ -1,4 +1,4 @@
-"""How a patch takes hold: check that upstream still has what is to be changed, change it once, or stop and say so.
+"""Applies a patch: check that upstream still has what is to be changed, change it once, or stop and say so.
 
 Not a patch itself.
 """

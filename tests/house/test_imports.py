@@ -80,7 +80,7 @@ def is_in(name: str, entry: str) -> bool:
 
 
 def imports(source: str) -> set[str]:
-    """What a module imports of the package, below ``megatron_rl``; ``from a import b`` counts as ``a.b`` where that is one."""
+    """Return a module's imports of the package, below ``megatron_rl``; ``from a import b`` is ``a.b`` if that is a module."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names = []

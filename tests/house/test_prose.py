@@ -45,9 +45,9 @@ def docstrings(source: str) -> Iterator[tuple[str, str]]:
 
 
 def field_docstrings(source: str) -> Iterator[tuple[str, str]]:
-    """Name and docstring of fields and constants: a string right under an assignment."""
+    """Name and docstring of fields, constants and attributes: a string right under an assignment."""
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Module | ast.ClassDef):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         for field, below in zip(node.body, node.body[1:]):
             is_field = isinstance(field, ast.Assign | ast.AnnAssign)

@@ -21,7 +21,7 @@ class Rollouts(ABC):
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
-        """What only this part knows of the last step."""
+        """Metrics of the last step that only this part knows."""
 
     @abstractmethod
     def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
@@ -49,13 +49,13 @@ class Credit(ABC):
     """Gives the tokens of rows their advantages."""
 
     needs_reference: bool = False
-    """It reads ``ref_log_probs``."""
+    """True: the part reads ``ref_log_probs``."""
     needs_old_log_probs: bool = False
-    """It reads ``old_log_probs``."""
+    """True: the part reads ``old_log_probs``."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
-        """What only this part knows of the last step."""
+        """Metrics of the last step that only this part knows."""
 
     @abstractmethod
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
@@ -92,14 +92,14 @@ class StoredRows(ABC):
     kind: RowKind
     """The kind of these rows."""
     shares_loss: bool
-    """They are trained by the rollouts' objective, under the same aggregation."""
+    """True: the rollouts' objective trains these rows, under the same aggregation."""
     takes_selection: bool
     """True: ``algorithm.selection`` also masks these rows, by the policy's own probabilities."""
     needs_reference: bool = False
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
-        """What only this part knows of the last step."""
+        """Metrics of the last step that only this part knows."""
 
     @property
     def pool_need(self) -> PoolNeed | None:

@@ -66,7 +66,7 @@ def find_method(name: Any) -> type[MethodConfig]:
             "has no settings of rollouts and updates, which a method of trainer.stage rl needs",
             "inherit from megatron_rl.config.GroupConfig or ClippedConfig, or set the class variable stage to sft",
         )
-    if found.num_rows is MethodConfig.num_rows:
+    if found.stage == "rl" and found.num_rows is MethodConfig.num_rows:
         raise UserError("algorithm.name", name, "does not say how many rows a step has", "give it a property num_rows")
     plugins.check(path, field=f"implementation, in {name}", what="the implementation of a method")
     return found

@@ -27,10 +27,11 @@ class OtherSections(NamedTuple):
 
 @section
 class MethodConfig:
-    """Settings of a method: the section ``algorithm``. The class says everything that the rest must know of the method.
+    """Settings of a method: the section ``algorithm``. Other modules ask this class, never the method's name.
 
-    A method from outside is a subclass of this or of one of ours, named ``algorithm.name: package.module:ConfigClass``. It is
-    read before torch is loaded, so its implementation is named by a path and lies in a module of its own.
+    A method from outside is a subclass of this (stage ``sft``) or of one of ours, and ``algorithm.name`` names it as
+    ``package.module:ConfigClass``. It is read before torch is loaded, so its implementation is named by a path and lies in a
+    module of its own.
     """
 
     implementation: ClassVar[str]
@@ -46,7 +47,7 @@ class MethodConfig:
     @property
     def num_rows(self) -> int | None:
         """Rows that one step samples; None where a step is one update on ``policy.train_global_batch_size`` rows."""
-        raise NotImplementedError(f"{type(self).__name__} must say how many rows a step samples")
+        return None
 
     num_rows_formula: ClassVar[str] = "num_prompts_per_step * num_generations_per_prompt"
     """The formula of ``num_rows``, for error messages."""

@@ -1,4 +1,4 @@
-"""From Megatron shards to HF tensors."""
+"""Joins Megatron shards into HF tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an HF checkpoint to one rank's Megatron parameters; no more than that rank's slices is read."""
+"""Loads one rank's Megatron parameters from an HF checkpoint; no more than that rank's slices is read."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from megatron_rl.errors import UserError
 TINY = Path(__file__).parents[2] / "tiny.yaml"
 SETTINGS = """
 from typing import ClassVar
-from megatron_rl.config import GroupConfig, section
+from megatron_rl.config import ClippedConfig, GroupConfig, MethodConfig, section
 
 @section
 class Mine(GroupConfig):
@@ -27,6 +27,14 @@ class Silent(GroupConfig):
     pass
 
 class Other: ...
+
+@section
+class Countless(ClippedConfig):
+    implementation: ClassVar[str] = "{implementation}"
+
+@section
+class Loose(MethodConfig):
+    implementation: ClassVar[str] = "{implementation}"
 
 class Bare(GroupConfig):
     implementation = "{implementation}"
@@ -72,6 +80,8 @@ def test_settings_come_from_outside_and_are_saved_under_their_path(folder: Path)
         ("lab:Silent", (), "does not say which class implements the method"),
         ("lab_lost:Mine", (), "lab_method has no Methud"),
         ("lab_none:Mine", (), "there is no module nowhere"),
+        ("lab:Countless", (), "does not say how many rows a step has"),
+        ("lab:Loose", (), "has no settings of rollouts and updates"),
         ("lab:Bare", (), "is a class whose fields nobody checks or saves"),
         ("grpo", ("algorithm.mask_threshold=0.9",), r"Fix: it is algorithm.selection.max_probability now"),
         ("gpro", (), r"is no method; there are dph_rl, grpo, .* Fix: did you mean grpo\?"),
