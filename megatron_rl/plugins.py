@@ -1,6 +1,6 @@
 """Names in a config: one of ours, or ``package.module:NAME`` from anywhere on the Python path.
 
-``find`` is the only resolver. Tasks, rewards, methods, engines and metric sinks all go through it, so that outside code is
+``find`` is the only resolver. Tasks, rewards, methods, engines, transports and sinks all go through it, so that outside code is
 found, checked and refused in one way. ``check`` says without importing whether a path can be right: a module that imports torch
 is refused for a spelling mistake in the first second, like everything else.
 """
@@ -44,6 +44,18 @@ def find(name: str, known: Mapping[str, T], *, field: str, what: str) -> T | Any
     if name not in known:
         raise unknown(name, known, field=field, what=what)
     return known[name]
+
+
+def check_name(name: str, known: Iterable[str], *, field: str, what: str) -> None:
+    """Check that a config names one of ours, or a path that exists; arguments as ``find``. Nothing is imported.
+
+    Raises:
+        UserError: it names nothing.
+    """
+    if is_path(name):
+        check(name, field=field, what=what)
+    elif name not in known:
+        raise unknown(name, known, field=field, what=what)
 
 
 def unknown(name: object, known: Iterable[str], *, field: str, what: str) -> UserError:

@@ -13,6 +13,8 @@ from megatron_rl.errors import UserError
 
 ENGINES = ("transformers", "sglang", "recorded")
 """Our engines; ``rollout.build`` builds them."""
+TRANSPORTS = ("auto", "shards", "tensors", "disk")
+"""Our ways of bringing weights to servers; ``weight_sync.delivery`` chooses among them."""
 
 
 @section
@@ -76,10 +78,7 @@ class RolloutConfig:
     """Folder that ``engine: recorded`` reads."""
 
     def __post_init__(self) -> None:
-        if plugins.is_path(self.engine):
-            plugins.check(self.engine, field="rollout.engine", what="an engine")
-        elif self.engine not in ENGINES:
-            raise plugins.unknown(self.engine, ENGINES, field="rollout.engine", what="an engine")
+        plugins.check_name(self.engine, ENGINES, field="rollout.engine", what="an engine")
         if self.temperature <= 0:
             raise UserError(
                 "rollout.temperature",
@@ -125,11 +124,11 @@ class RolloutConfig:
 class WeightSyncConfig:
     """Ways of giving servers new weights. The in-process engine copies."""
 
-    transport: Literal["auto", "shards", "tensors", "disk"] = "auto"
+    transport: str = "auto"
     """``shards``: each trainer rank sends server ranks what they lack of its shards, and digests of both ends are compared
     before a server serves. ``tensors``: rank 0 gives each server whole tensors. ``disk``: rank 0 writes what has changed into
     ``directory``, and servers load the checkpoint that it makes there. ``auto``: shards to servers that can take them, whole
-    tensors to others."""
+    tensors to others. ``package.module:BUILD`` is a transport from outside: see ``weight_sync.delivery.TransportBuilder``."""
     directory: str | None = None
     """Directory of ``disk``, on a file system that the servers share."""
     full_every: PositiveInt = 20
@@ -149,6 +148,7 @@ class WeightSyncConfig:
     """Deadline of each request of an update."""
 
     def __post_init__(self) -> None:
+        plugins.check_name(self.transport, TRANSPORTS, field="weight_sync.transport", what="a transport")
         if (self.transport == "disk") != (self.directory is not None):
             raise UserError(
                 "weight_sync.directory",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field, InstanceOf
 
+from megatron_rl import plugins
 from megatron_rl.config.data import DataConfig, EvalConfig, PresampleConfig
 from megatron_rl.config.methods import MethodConfig, names_of_stage
 from megatron_rl.config.methods.base import OtherSections
@@ -57,8 +58,9 @@ class Config:
         self._check_stage()
         self._check_batch_arithmetic()
         self.algorithm.check(OtherSections(self.trainer, self.policy, self.rollout, self.data, self.eval))
-        passed = self.weight_sync.quantization or {"disk": "disk", "shards": "shards"}.get(self.weight_sync.transport)
-        if passed is not None and self.rollout.engine != "sglang":
+        sync, is_ours = self.weight_sync, not plugins.is_path(self.rollout.engine)
+        passed = sync.quantization or (None if sync.transport in ("auto", "tensors") else sync.transport)
+        if passed is not None and is_ours and self.rollout.engine != "sglang":
             raise UserError(
                 "weight_sync",
                 passed,

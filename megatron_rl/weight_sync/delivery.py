@@ -16,13 +16,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl import plugins
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.errors import UserError
@@ -45,6 +46,7 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Transport(Protocol):
     """One way to bring the current weights to servers. Every method is a collective."""
 
@@ -62,6 +64,22 @@ class Transport(Protocol):
         Raises:
             UserError: on all ranks; the weights cannot be brought there.
         """
+        ...
+
+
+class TransportBuilder(Protocol):
+    """A function or class that makes a transport; ``weight_sync.transport: package.module:NAME`` names one from outside."""
+
+    def __call__(
+        self,
+        config: Config,
+        shape: ModelShape,
+        groups: Groups,
+        *,
+        tensors: Callable[[], NamedTensors],
+        parameters: Callable[[], Mapping[str, Tensor]],
+    ) -> Transport:
+        """Make the transport; every rank calls. Arguments as ``choose_transports``."""
         ...
 
 
@@ -105,8 +123,23 @@ def choose_transports(
         groups: of the trainer.
         tensors: yields the current weights whole.
         parameters: gives this rank's shards by global Megatron name.
+
+    Raises:
+        UserError: ``weight_sync.transport`` names none.
     """
     sync = config.weight_sync
+    if plugins.is_path(sync.transport):
+        with all_ranks_agree(groups.cpu_group):  # a module from outside may fail on one machine alone
+            build: TransportBuilder = plugins.load(sync.transport, field="weight_sync.transport", what="a transport")
+        transport = build(config, shape, groups, tensors=tensors, parameters=parameters)
+        if not isinstance(transport, Transport):
+            raise UserError(
+                "weight_sync.transport",
+                sync.transport,
+                f"built a {type(transport).__name__}, which is no transport",
+                "give it the members of megatron_rl.weight_sync.delivery.Transport: metrics and send",
+            )
+        return [transport]
     if sync.transport == "disk":
         base, directory = Path(config.policy.model_path), Path(str(sync.directory)).absolute()
         return [SharedDirectory(tensors, directory, base, full_every=sync.full_every, cpu_group=groups.cpu_group)]

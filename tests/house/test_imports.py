@@ -46,7 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation": {"config", "losses", "metrics", "model", "rewards", "rollout"},
     "weight_sync": {
-        "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "process", "rollout",
+        "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "plugins", "process",
+        "rollout",
     },
     "doctor": {
         "algorithms", "config", "convert.architecture", "convert.hf", "convert.tables", "model", "patches",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import ServerInfo
-from megatron_rl.weight_sync.delivery import Shards, WeightDelivery, WholeTensors
+from megatron_rl.weight_sync.delivery import Shards, WeightDelivery, WholeTensors, choose_transports
 from megatron_rl.weight_sync.served import RolloutLayout
 from megatron_rl.weight_sync.shards import Delivery
 from tests.forked import run_ranks
 
+TINY = Path(__file__).parents[2] / "tiny.yaml"
 TENSORS = [(name, torch.full((4,), float(number))) for number, name in enumerate("abcde")]
 BUCKET_BYTES = 40
 """Two tensors of 16 bytes, but not three."""
@@ -170,3 +174,41 @@ def test_without_a_fallback_an_unfit_server_ends_the_run() -> None:
     port = Port(server(0))
     calls, _, error = alone(lambda: outcome(port, {0: "unfit"}, has_fallback=False))
     assert "weight_sync.transport" in error and "detail 0" in error and "end" not in calls
+
+
+OUTSIDE = """
+from types import SimpleNamespace
+class Pigeon:
+    metrics = {}
+    def __init__(self, config, shape, groups, *, tensors, parameters):
+        self.tensors = tensors
+    def send(self, port, servers, version):
+        port.send_bucket(servers, [*self.tensors()])
+        return []
+def nothing(*args, **kwargs):
+    return SimpleNamespace()
+"""
+
+
+def transported(name: str) -> tuple[list[Any], str]:
+    """Calls of a port whose weights an outside transport brings, or the error of choosing it."""
+    config = load_config(TINY, ["policy.model_path=m", "rollout.engine=sglang", f"weight_sync.transport={name}"])
+    groups: Any = SimpleNamespace(cpu_group=dist.group.WORLD, device=torch.device("cpu"))
+    port = Port(server(0), server(1))
+    try:
+        shape: Any = None
+        ways = choose_transports(config, shape, groups, tensors=lambda: iter(TENSORS), parameters=dict)
+    except UserError as error:
+        return [], str(error)
+    WeightDelivery(lambda: iter(TENSORS), ways).deliver(port, 3)
+    return port.calls, ""
+
+
+def test_a_transport_from_outside_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pigeons.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run_ranks(transported, 1, "pigeons:Pigeon") == [(["begin", ([0, 1], list("abcde")), "end"], "")]
+    (_, error), _ = run_ranks(transported, 2, "pigeons:nothing")
+    assert "built a SimpleNamespace, which is no transport" in error
+    with pytest.raises(UserError, match=r"weight_sync.transport = 'pigeons:Pigon'.*did you mean Pigeon"):
+        load_config(TINY, ["policy.model_path=m", "rollout.engine=sglang", "weight_sync.transport=pigeons:Pigon"])
