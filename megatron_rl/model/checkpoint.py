@@ -277,7 +277,8 @@ def _check_fixed(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
         then = saved.get(field, now)  # a checkpoint that does not record the field is taken as it is
         if then["compared"] == now["compared"]:
             continue
-        rule = f"the checkpoint was trained with {then['value']!r}"
+        rule = "is set to null, but " if now["value"] is None else ""
+        rule += "the checkpoint was trained " + ("without one" if then["value"] is None else f"with {then['value']!r}")
         if field == "data.train" or field.endswith(".pool"):
             rule += ", whose content was another"
         if field == "policy.model_path":

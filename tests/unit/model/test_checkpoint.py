@@ -113,12 +113,14 @@ def test_fixed_settings_are_compared_before_anything_is_loaded(tmp_path: Path) -
     saved = {
         "data.task": fixed("gsm8k", "gsm8k"),
         "data.train": fixed("a.jsonl", "12ab"),
+        "data.reward": fixed(None, None),
         "policy.model_path": fixed("m", {"num_layers": 2, "tied": True}),
     }
     path = write(tmp_path, 2, fixed=saved)
     end = "Fix: restore it to continue that run, or start another one: set exp_manager.name."
     for field, now, words in (
         ("data.task", fixed("sums", "sums"), f"data.task = 'sums': the checkpoint was trained with 'gsm8k'. {end}"),
+        ("data.reward", fixed("a:b", "a:b"), "data.reward = 'a:b': the checkpoint was trained without one. Fix"),
         ("data.train", fixed("a.jsonl", "34cd"), "trained with 'a.jsonl', whose content was another"),
         ("policy.model_path", fixed("n", {"num_layers": 3, "tied": True}), "a model of num_layers 2, not 3. Fix"),
     ):
