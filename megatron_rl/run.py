@@ -42,9 +42,6 @@ from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.types import Prompt, RolloutGroup, RowKind, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync, served_overrides
 
-NEEDS = frozenset({"old_log_probs", "ref_log_probs", "entropy", "values"})
-"""Per-token vectors that ``Run.fill`` can be asked for."""
-
 
 class Run:
     """All parts of one run on this rank. Every rank builds the same parts; sharding happens inside them."""
@@ -203,23 +200,16 @@ class Run:
 
         Args:
             samples: all rows of the step, on every rank. A row keeps a vector that it has already.
-            needs: names among ``NEEDS``. ``entropy`` is filled beside ``old_log_probs`` and needs it.
+            needs: names among ``algorithms.parts.base.NEEDS``; ``entropy`` comes with ``old_log_probs``.
         """
-        assert needs <= NEEDS, f"nothing fills {', '.join(sorted(needs - NEEDS))}"
-        assert "values" not in needs, "values need a critic, and a run has none"
-        assert "entropy" not in needs or "old_log_probs" in needs, "entropy is filled beside old_log_probs"
-        policy, online = self.policy, self.algorithm if isinstance(self.algorithm, OnlineAlgorithm) else None
-        mini_batches = online.mini_batches(samples) if online is not None else [list(range(len(samples)))]
-        for sample in samples if online is None else ():  # rows that come again: the policy is another by now
-            sample.old_log_probs = sample.entropy = None
-        if "old_log_probs" in needs:
-            ahead = online.passes_ahead(samples) if online is not None else mini_batches
-            policy.fill_log_probs(samples, ahead, "old_log_probs", *needs & {"entropy"})
+        policy, algorithm = self.policy, self.algorithm
+        if needs & {"old_log_probs", "entropy"}:
+            policy.fill_log_probs(samples, algorithm.passes_ahead(samples), "old_log_probs", *needs & {"entropy"})
         if "ref_log_probs" in needs:
             with policy.trainable.weights_of(self.reference):
-                policy.fill_log_probs(samples, mini_batches, "ref_log_probs")
-        if "old_log_probs" in needs and online is not None and self._is_first_step:
-            policy.fill_log_probs(samples, online.updates(samples)[:1], "old_log_probs")
+                policy.fill_log_probs(samples, algorithm.mini_batches(samples), "ref_log_probs")
+        if "old_log_probs" in needs and self._is_first_step:
+            policy.fill_log_probs(samples, algorithm.updates(samples)[:1], "old_log_probs")
 
     @property
     def online_algorithm(self) -> OnlineAlgorithm:
@@ -322,8 +312,7 @@ class Run:
         if path is not None:
             state = self.checkpoints.load(path, self.policy.trainable, self._fixed)
             self.inputs.stream.load_state(state)
-            if isinstance(self.algorithm, OnlineAlgorithm):
-                self.algorithm.load_state(self.checkpoints.load_tensors(path))
+            self.algorithm.load_state(self.checkpoints.load_tensors(path))
             step, self.num_generated_tokens = int(state["step"]), int(state.get("generated_tokens", 0))
             self.say(f"resuming after step {step}: {path}")
         if self._writes_checkpoints:
@@ -345,9 +334,7 @@ class Run:
             started = time.monotonic()
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
             state |= self.inputs.stream.state()
-            is_online = isinstance(self.algorithm, OnlineAlgorithm)
-            kept = self.online_algorithm.state() if is_online else {}
-            path = self.checkpoints.save(done, self.policy.trainable, state, kept)
+            path = self.checkpoints.save(done, self.policy.trainable, state, self.algorithm.state())
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
             self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
             self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")

@@ -6,6 +6,7 @@ config is refused in the first second.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config
@@ -40,7 +41,8 @@ def run_offline(run: Run) -> None:
     """Learn from rows that exist already."""
     policy, algorithm = run.policy, run.algorithm
     for step in run.steps():
-        mini_batch = run.inputs.demonstrations.take(run.config.policy.train_global_batch_size)
+        rows = run.inputs.demonstrations.take(run.config.policy.train_global_batch_size)
+        mini_batch = [replace(row) for row in rows]  # they come again, and the policy is another by then
         run.fill(mini_batch, algorithm.needs)
         algorithm.assign_weights(mini_batch)
         update = policy.train_step(mini_batch, algorithm.loss)

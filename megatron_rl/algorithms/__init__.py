@@ -16,9 +16,10 @@ def build_algorithm(config: Config) -> Algorithm:
     """Build the method that ``algorithm.name`` asks for.
 
     Raises:
-        UserError: its implementation cannot be imported, or is no ``Algorithm``.
+        UserError: its implementation cannot be imported, is no ``Algorithm``, or needs what nothing fills.
     """
     from megatron_rl.algorithms.base import Algorithm, OnlineAlgorithm
+    from megatron_rl.algorithms.parts.base import NEEDS
 
     settings = config.algorithm
     field = f"implementation, in {settings.name}"
@@ -37,5 +38,12 @@ def build_algorithm(config: Config) -> Algorithm:
             settings.name,
             f"is implemented by {settings.implementation}, which collects no rollouts",
             "inherit from megatron_rl.algorithms.base.OnlineAlgorithm, or set the class variable stage to sft",
+        )
+    if not algorithm.needs <= NEEDS:
+        raise UserError(
+            "algorithm.name",
+            settings.name,
+            f"is implemented by {settings.implementation}, which needs {', '.join(sorted(algorithm.needs - NEEDS))}",
+            f"nothing fills that; needs are some of {', '.join(sorted(NEEDS))}",
         )
     return algorithm

@@ -3,13 +3,14 @@
 A method names its parts (``parts/``); each part has one concern and knows nothing of the others:
 
     rollouts     prompts -> groups of scored rollouts -> rows          GroupRollouts, ChainRollouts, TreeRollouts
-    selection    which tokens of a row enter the loss                  TokenSelection
+    selection    which tokens of a row enter the loss                  ProbabilityMask
     credit       rows -> advantage of each token                       GroupCredit, SegmentCredit
     objective    log-probs and advantages -> loss of each token        ClippedObjective
+    correction   weight of tokens that another policy sampled          TruncatedRatio, or none
     stored       rows from a pool beside the rollouts                  RehearsedRows, ReplayedRows, or none
 
 So a method that differs in one concern replaces one part, and a setting of one part (a mask, KL, dual clip) works with all
-methods.
+methods. Each part says which vectors it needs, and has its own metrics and state.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.parts.base import Credit, Objective, Rollouts, StoredRows
+from megatron_rl.algorithms.parts.base import Correction, Credit, Objective, Part, Rollouts, StoredRows, TokenSelection
+from megatron_rl.algorithms.parts.correction import TruncatedRatio
 from megatron_rl.algorithms.parts.objective import ClippedObjective
-from megatron_rl.algorithms.parts.selection import TokenSelection
 from megatron_rl.config import ClippedConfig, Config
 from megatron_rl.data.pool import PoolNeed
 from megatron_rl.data.stream import Stream
+from megatron_rl.errors import UserError
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.kl import kl_estimate
 from megatron_rl.losses.terms import TokenTerms
@@ -38,16 +40,28 @@ from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, Prompt, Rollout
 class Algorithm(ABC):
     """Every rank calls the methods in the same order with equal arguments, and gets equal results."""
 
-    needs_reference: bool = False
-    """The loss or the credit reads ``ref_log_probs``, from the weights that the run started with."""
+    needs: frozenset[str] = frozenset()
+    """Vectors of ``parts.base.NEEDS`` to fill by forward passes before the first update of a step."""
+    stored_kind: RowKind | None = None
+    """The kind of rows from a pool; None where there are none."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the per-token vectors to fill by forward passes before credit is given: some of ``NEEDS`` (run.py)."""
-        return frozenset({"ref_log_probs"} if self.needs_reference else ())
+    def mini_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
+        """Return the row indices of each optimizer mini-batch: here all rows are one."""
+        return [list(range(len(samples)))]
+
+    def updates(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
+        """Return the mini-batches that are trained on."""
+        return self.mini_batches(samples)
+
+    def passes_ahead(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
+        """Return the row indices of each forward pass that fills ``old_log_probs`` before the first update."""
+        return self.mini_batches(samples)
+
+    def mask_rows(self, samples: Sequence[TrainingSample]) -> None:
+        """Set the ``loss_mask`` of rows whose tokens are chosen by the vectors filled; here all tokens count."""
 
     def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
         """Set ``weights`` of every row of one optimizer mini-batch. The aggregation is over the whole of it."""
@@ -71,6 +85,13 @@ class Algorithm(ABC):
             batch: ids, masks and the samples' vectors.
         """
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must keep of the algorithm; most methods keep nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken."""
+
 
 class OnlineAlgorithm(Algorithm):
     """An algorithm that learns from its own rollouts, made of parts."""
@@ -83,6 +104,7 @@ class OnlineAlgorithm(Algorithm):
         selection: TokenSelection,
         credit: Credit,
         objective: Objective | None = None,
+        correction: Correction | None = None,
         stored: StoredRows | None = None,
     ) -> None:
         """Put the parts together.
@@ -93,32 +115,47 @@ class OnlineAlgorithm(Algorithm):
             selection: chooses the tokens that enter the loss.
             credit: gives each token its advantage.
             objective: None takes the clipped ratio (PPO), with KL where it is asked for.
+            correction: None takes that of ``algorithm.correction``.
             stored: rows from a pool, beside the rollouts.
+
+        Raises:
+            UserError: two of the parts do not go together.
         """
         super().__init__(config)
         settings = config.algorithm
         assert isinstance(settings, ClippedConfig)
-        assert stored is None or stored.kind not in (RowKind.RL, RowKind.EDGE), "stored rows have a kind of their own"
         self.num_epochs = settings.num_epochs
         """Passes over each rollout batch."""
         self.rollouts, self.selection, self.credit, self.stored = rollouts, selection, credit, stored
         self.objective = objective or ClippedObjective(settings)
+        self.correction = correction or TruncatedRatio.of(settings.correction)
+        self.stored_kind = None if stored is None else stored.kind
         self.kl_in_reward = settings.kl.coef if settings.kl.placement == "reward" else 0.0
-        parts = (self.objective, self.credit, self.stored)
-        self.needs_reference = any(part is not None and part.needs_reference for part in parts)
-        self.objective.has_reference = self.needs_reference
-        reads_stored = self.selection.is_on and stored is not None and stored.takes_selection
-        self.needs_old_log_probs = (
-            self.kl_in_reward > 0 or self.credit.needs_old_log_probs or self.selection.asks_policy or reads_stored
-        )
-        """``assign_advantages`` reads ``old_log_probs``."""
+        self._check_parts()
+        self.needed_ahead = type(self).needs.union(*(part.needs for _, part in self._parts()))
+        """What a part reads before the first update, so that this update's own pass comes too late for it."""
+        if self.kl_in_reward > 0 or (stored is not None and stored.takes_selection and selection.is_on):
+            self.needed_ahead |= {"old_log_probs"}  # also where the engine's are known: rows of a pool have none
+        self.needs = self.needed_ahead | {"old_log_probs"}
+        self.objective.has_reference = "ref_log_probs" in self.needs
+
+    def _check_parts(self) -> None:
+        stored = self.stored
+        if stored is None:
+            return
+        assert stored.kind not in (RowKind.RL, RowKind.EDGE), "stored rows have a kind of their own"
+        clash: Part | None = None if self.rollouts.takes_stored else self.rollouts
+        if stored.shares_loss and not self.credit.takes_replays:
+            clash = self.credit
+        if clash is not None:
+            raise UserError(
+                "algorithm.name",
+                self.config.algorithm.name,
+                f"puts {type(stored).__name__} beside {type(clash).__name__}, which has no use for rows from a pool",
+                "leave one of the two parts out of the method",
+            )
 
     # ---- rollouts and rows
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the per-token vectors to fill before credit is given; the ratio always needs ``old_log_probs``."""
-        return super().needs | {"old_log_probs"}
 
     def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
         """Collect the groups of one step."""
@@ -145,16 +182,26 @@ class OnlineAlgorithm(Algorithm):
 
         Each has ``policy.train_global_batch_size`` consecutive rollouts, so that groups stay together where sizes allow, and
         the stored rows that follow them.
+
+        Raises:
+            UserError: rows of one ``unit`` would be in two of them.
         """
         size, num_rollouts = self.config.policy.train_global_batch_size, 0
-        stored = None if self.stored is None else self.stored.kind
         batches: list[list[int]] = []
+        batch_of: dict[int, int] = {}
         for row, sample in enumerate(samples):
-            if sample.kind is not stored:
+            if sample.kind is not self.stored_kind:
                 if num_rollouts % size == 0:
                     batches.append([])
                 num_rollouts += 1
             batches[-1].append(row)
+            if sample.unit is not None and batch_of.setdefault(sample.unit, len(batches)) != len(batches):
+                raise UserError(
+                    "policy.train_global_batch_size",
+                    size,
+                    "would split rows that are one unit, such as a pair, over two updates",
+                    "use a multiple of the rows of a unit",
+                )
         return batches
 
     def updates(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
@@ -168,15 +215,19 @@ class OnlineAlgorithm(Algorithm):
     def passes_ahead(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Return the row indices of each forward pass that fills ``old_log_probs`` before credit is given.
 
-        The first update brings those of its rows from its own pass, unless credit needs them, or entropies, sooner.
+        The first update brings those of its rows from its own pass, unless a part needs them, or entropies, sooner.
         """
         mini_batches = self.mini_batches(samples)
-        return mini_batches if self.needs_old_log_probs or "entropy" in self.needs else mini_batches[1:]
+        return mini_batches if self.needed_ahead & {"old_log_probs", "entropy"} else mini_batches[1:]
+
+    def mask_rows(self, samples: Sequence[TrainingSample]) -> None:
+        """Set the ``loss_mask`` of rows whose tokens are chosen by the vectors filled."""
+        left_out = None if self.stored is None or self.stored.takes_selection else self.stored.kind
+        self.selection.mask_rows([sample for sample in samples if sample.kind is not left_out])
 
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
-        """Set ``advantages`` of every row; the log-probs that the algorithm says it needs are filled by now."""
-        left_out = None if self.stored is None or self.stored.takes_selection else self.stored.kind
-        self.selection.mask_by_policy([sample for sample in samples if sample.kind is not left_out])
+        """Set ``advantages`` of every row; the vectors in ``needs`` are filled by now."""
+        self.mask_rows(samples)
         if self.kl_in_reward > 0:
             pay_kl(samples, self.kl_in_reward)
         self.credit.assign(samples, self.updates(samples))
@@ -187,6 +238,8 @@ class OnlineAlgorithm(Algorithm):
         super().assign_weights([sample for sample in mini_batch if sample.kind is not apart])
         if self.stored is not None and apart is not None:
             self.stored.assign_weights([sample for sample in mini_batch if sample.kind is apart])
+        if self.correction is not None:
+            self.correction.weigh(mini_batch)
 
     def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
         """Return the objective's terms, and those of stored rows where there are some."""
@@ -204,7 +257,7 @@ class OnlineAlgorithm(Algorithm):
         self.rollouts.keep(directory, groups, tokenizer, step=step)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint must keep of the algorithm; most methods keep nothing."""
+        """Return what a checkpoint must keep of the parts."""
         return {f"{name}/{key}": value for name, part in self._parts() for key, value in part.state().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -217,9 +270,16 @@ class OnlineAlgorithm(Algorithm):
         """Return metrics of the last step that only the algorithm knows."""
         return {key: value for _, part in self._parts() for key, value in part.metrics.items()}
 
-    def _parts(self) -> list[tuple[str, Rollouts | Credit | StoredRows]]:
-        """Return the parts that may have metrics and state, by name."""
-        parts = {"rollouts": self.rollouts, "credit": self.credit, "stored": self.stored}
+    def _parts(self) -> list[tuple[str, Part]]:
+        """Return the parts by the name under which a checkpoint keeps their state."""
+        parts = {
+            "rollouts": self.rollouts,
+            "selection": self.selection,
+            "credit": self.credit,
+            "objective": self.objective,
+            "correction": self.correction,
+            "stored": self.stored,
+        }
         return [(name, part) for name, part in parts.items() if part is not None]
 
 

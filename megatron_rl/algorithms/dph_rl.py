@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.parts.rehearsal import RehearsedRows
-from megatron_rl.config import Config, DPHRLConfig
+from megatron_rl.config import Config
+from megatron_rl.config.methods.dph_rl import DPHRLConfig
 
 
 class DPHRL(GRPO):

@@ -16,18 +16,34 @@ loss gets the same token weights as the policy term.
 from __future__ import annotations
 
 from megatron_rl.algorithms.base import OnlineAlgorithm
-from megatron_rl.algorithms.parts.base import StoredRows
+from megatron_rl.algorithms.parts.base import Credit, Objective, StoredRows, TokenSelection
 from megatron_rl.algorithms.parts.credit import GroupCredit
 from megatron_rl.algorithms.parts.groups import GroupRollouts
-from megatron_rl.algorithms.parts.selection import TokenSelection
+from megatron_rl.algorithms.parts.selection import ProbabilityMask
 from megatron_rl.config import Config, GroupConfig
 
 
 class GRPO(OnlineAlgorithm):
     """G rollouts per prompt, each judged against the others of its group."""
 
-    def __init__(self, config: Config, *, stored: StoredRows | None = None) -> None:
-        assert isinstance(config.algorithm, GroupConfig)
-        selection = TokenSelection(config.algorithm.selection, config.rollout)
-        rollouts, credit = GroupRollouts(config, selection), GroupCredit(config.algorithm)
-        super().__init__(config, rollouts=rollouts, credit=credit, selection=selection, stored=stored)
+    def __init__(
+        self,
+        config: Config,
+        *,
+        selection: TokenSelection | None = None,
+        credit: Credit | None = None,
+        objective: Objective | None = None,
+        stored: StoredRows | None = None,
+    ) -> None:
+        """Name the parts; a method that differs in one of them gives that one."""
+        settings = config.algorithm
+        assert isinstance(settings, GroupConfig)
+        selection = selection or ProbabilityMask(settings.selection, config.rollout)
+        super().__init__(
+            config,
+            rollouts=GroupRollouts(config, selection),
+            selection=selection,
+            credit=credit or GroupCredit(settings),
+            objective=objective,
+            stored=stored,
+        )

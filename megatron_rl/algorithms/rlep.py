@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.parts.replay import ReplayedRows
-from megatron_rl.config import Config, RLEPConfig
+from megatron_rl.config import Config
+from megatron_rl.config.methods.rlep import RLEPConfig
 
 
 class RLEP(GRPO):

@@ -21,8 +21,9 @@ from __future__ import annotations
 from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.algorithms.parts.chain import ChainRollouts
 from megatron_rl.algorithms.parts.credit import SegmentCredit
-from megatron_rl.algorithms.parts.selection import TokenSelection
-from megatron_rl.config import Config, SPOChainConfig
+from megatron_rl.algorithms.parts.selection import ProbabilityMask
+from megatron_rl.config import Config
+from megatron_rl.config.methods.spo import SPOChainConfig
 
 
 class SPOChain(OnlineAlgorithm):
@@ -30,6 +31,6 @@ class SPOChain(OnlineAlgorithm):
 
     def __init__(self, config: Config) -> None:
         assert isinstance(config.algorithm, SPOChainConfig)
-        selection = TokenSelection(config.algorithm.selection, config.rollout, waits=False)
+        selection = ProbabilityMask(config.algorithm.selection, config.rollout, waits=False)
         rollouts, credit = ChainRollouts(config, selection), SegmentCredit(config.algorithm)
         super().__init__(config, rollouts=rollouts, credit=credit, selection=selection)

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.algorithms.parts.credit import SegmentCredit
-from megatron_rl.algorithms.parts.selection import TokenSelection
+from megatron_rl.algorithms.parts.selection import ProbabilityMask
 from megatron_rl.algorithms.parts.trees import TreeRollouts
-from megatron_rl.config import Config, SPOTreeConfig
+from megatron_rl.config import Config
+from megatron_rl.config.methods.spo import SPOTreeConfig
 from megatron_rl.data.pack import full_batches
 from megatron_rl.types import TrainingSample
 
@@ -31,7 +32,7 @@ class SPOTree(OnlineAlgorithm):
 
     def __init__(self, config: Config) -> None:
         assert isinstance(config.algorithm, SPOTreeConfig)
-        selection = TokenSelection(config.algorithm.selection, config.rollout)
+        selection = ProbabilityMask(config.algorithm.selection, config.rollout)
         self.trees = TreeRollouts(config, selection)
         credit = SegmentCredit(config.algorithm)
         super().__init__(config, rollouts=self.trees, credit=credit, selection=selection)

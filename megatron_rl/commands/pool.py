@@ -233,7 +233,6 @@ def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], li
 
     from megatron_rl.algorithms import build_algorithm
     from megatron_rl.algorithms.base import OnlineAlgorithm
-    from megatron_rl.config import SPOChainConfig
     from megatron_rl.data.origin import tokenizer_digest
     from megatron_rl.data.stream import Stream
     from megatron_rl.metrics import PhaseTimer
@@ -243,10 +242,10 @@ def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], li
 
     algorithm, tokenizer, data = build_algorithm(config), _tokenizer(config), config.data
     assert isinstance(algorithm, OnlineAlgorithm)
-    if isinstance(config.algorithm, SPOChainConfig) and config.algorithm.asks_policy(config.rollout):
+    if config.algorithm.asks_policy(config.rollout):
         raise UserError(
-            "algorithm.selection.probabilities",
-            config.algorithm.selection.probabilities,
+            "algorithm.name",
+            config.algorithm.name,
             "asked the trainer during the rollouts; without it nobody can tell which rollouts continue which",
             "build the pool from a run with algorithm.selection.probabilities=rollout",
         )

@@ -13,7 +13,8 @@ import hashlib
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.config import Config, GRPOConfig, PresampleConfig
+from megatron_rl.config import Config, PresampleConfig
+from megatron_rl.config.methods.grpo import GRPOConfig
 from megatron_rl.errors import UserError
 from megatron_rl.launch.program import run_program
 from megatron_rl.process.lifetime import die_with_starter, leave

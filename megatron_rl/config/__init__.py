@@ -10,12 +10,7 @@ from megatron_rl.config.files import check_files, check_names, read_model_shape
 from megatron_rl.config.load import load_config, save_resolved
 from megatron_rl.config.methods import MethodConfig
 from megatron_rl.config.methods.base import OtherSections
-from megatron_rl.config.methods.dph_rl import DPHRLConfig
-from megatron_rl.config.methods.grpo import GRPOConfig
-from megatron_rl.config.methods.rlep import RLEPConfig
-from megatron_rl.config.methods.sft import SFTConfig
 from megatron_rl.config.methods.shared import ClippedConfig, GroupConfig
-from megatron_rl.config.methods.spo import SPOChainConfig, SPOTreeConfig
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.config.section import section
@@ -24,18 +19,12 @@ from megatron_rl.config.trainer import NumericsConfig
 __all__ = [
     "ClippedConfig",
     "Config",
-    "DPHRLConfig",
-    "GRPOConfig",
     "GroupConfig",
     "MethodConfig",
     "NumericsConfig",
     "OtherSections",
     "PolicyConfig",
     "PresampleConfig",
-    "RLEPConfig",
-    "SFTConfig",
-    "SPOChainConfig",
-    "SPOTreeConfig",
     "check_files",
     "check_names",
     "load_config",

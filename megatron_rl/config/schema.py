@@ -136,7 +136,7 @@ class Config:
         # Ranks run equally many micro-batches, none of them empty: a remainder would have to share one with another row,
         # whatever their lengths, and exceed the token budget.
         stored = self.algorithm.num_stored_rows_per_update
-        name = "policy.train_global_batch_size" + (" + algorithm.rehearsal.num_rows_per_update" if stored else "")
+        name = "policy.train_global_batch_size" + (f" + {self.algorithm.stored_rows_formula}" if stored else "")
         if (batch + stored) % self.data_parallel_size:
             raise UserError(
                 name,

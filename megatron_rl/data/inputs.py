@@ -119,7 +119,8 @@ class Inputs:
             raise UserError(
                 "policy.train_micro_batch_tokens",
                 policy.train_micro_batch_tokens,
-                f"must have room for two of the longest rows, of {longest} tokens each, under replay",
+                f"must have room for two of the longest rows, of {longest} tokens each, since groups may "
+                "have unequal numbers of rows",
                 f"use {2 * longest} or more, or shorter prompts and responses",
             )
 

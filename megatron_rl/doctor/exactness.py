@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.algorithms.base import Algorithm, OnlineAlgorithm
+from megatron_rl.algorithms.base import Algorithm
 from megatron_rl.convert.hf.in_memory import checkpoint_views
 from megatron_rl.model.policy import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
-from megatron_rl.types import MicroBatch, RowKind, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, RowKind, TrainingSample
 
 BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
 """Bounds of ``errors``, some three times what float32 gives when nothing is wrong."""
@@ -61,9 +61,8 @@ def recorded_batch(
     For an algorithm that trains on stored rows, too, those that ``is_stored`` names are such. Where it masks tokens by their
     probability, they are masked.
     """
-    online = algorithm if isinstance(algorithm, OnlineAlgorithm) else None
     generator = torch.Generator().manual_seed(1)
-    stored = RowKind.RL if online is None or online.stored is None else online.stored.kind
+    stored = RowKind.RL if algorithm.stored_kind is None else algorithm.stored_kind
     samples = []
     for number, (prompt, response) in enumerate(lengths):
         ids = torch.randint(0, vocab_size, (prompt + response,), generator=generator)
@@ -75,9 +74,9 @@ def recorded_batch(
             log_probs, _ = naive_log_probs(network, row, temperature=temperature)
         noise = torch.randn(2, len(log_probs), generator=generator) * 0.2
         row.old_log_probs, row.ref_log_probs = (log_probs.float() + noise).unbind()
-        row.loss_mask = None if online is None else online.selection.mask(row.old_log_probs)
-        if row.kind is RowKind.REHEARSAL:
+        if row.kind not in POLICY_GRADIENT_KINDS:
             row.advantages = row.old_log_probs = None
+    algorithm.mask_rows(samples)
     algorithm.assign_weights(samples)
     return samples
 

@@ -15,7 +15,7 @@ from tests.forked import run_ranks
 class NearReference(SFT):
     """Supervised fine-tuning that stays near the model it started from."""
 
-    needs_reference = True
+    needs = frozenset({"ref_log_probs"})
 
     def loss(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
         """``-log p + 0.1 * KL(policy, reference)``."""

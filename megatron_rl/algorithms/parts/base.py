@@ -15,13 +15,33 @@ from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
+NEEDS = frozenset({"old_log_probs", "ref_log_probs", "entropy"})
+"""The per-token vectors that forward passes fill (``Run.fill``)."""
 
-class Rollouts(ABC):
-    """Collects the groups of a step, and makes rows of them."""
+
+class Part:
+    """Part of a method: what it needs, what it logs, what a checkpoint keeps of it."""
+
+    needs: frozenset[str] = frozenset()
+    """Vectors of ``NEEDS`` that this part reads before the step's first update, or in a loss. One part asks, all may read."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
         """Metrics of the last step that only this part knows."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must keep."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken."""
+
+
+class Rollouts(Part, ABC):
+    """Collects the groups of a step, and makes rows of them."""
+
+    takes_stored: bool = True
+    """False: its rows must not be mixed with rows from a pool."""
 
     @abstractmethod
     def collect(self, prompts: Stream[Prompt], collector: Collector, step: int) -> list[RolloutGroup]:
@@ -37,25 +57,30 @@ class Rollouts(ABC):
     def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
         """Write what ``megatron-rl tree`` shows of a step into the run's folder."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint must keep."""
-        return {}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``state`` was taken."""
+class TokenSelection(Part):
+    """Chooses the tokens that enter the loss, by ``loss_mask``."""
+
+    is_on: bool = True
+    """False: all tokens count."""
+
+    def mask_of(self, rollout_log_probs: Tensor) -> Tensor | None:
+        """Return the mask of a row that is made now, [R] bool; None where all tokens count, or ``mask_rows`` will tell.
+
+        Args:
+            rollout_log_probs: [R] float32, the engine's.
+        """
+        return None
+
+    def mask_rows(self, samples: Sequence[TrainingSample]) -> None:
+        """Set the masks that wait for the vectors in ``needs``, over all rows of a step; those are filled by now."""
 
 
-class Credit(ABC):
+class Credit(Part, ABC):
     """Gives the tokens of rows their advantages."""
 
-    needs_reference: bool = False
-    """True: the part reads ``ref_log_probs``."""
-    needs_old_log_probs: bool = False
-    """True: the part reads ``old_log_probs``."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-        """Metrics of the last step that only this part knows."""
+    takes_replays: bool = True
+    """False: rows must come with advantages, which rows from a pool do not have."""
 
     @abstractmethod
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
@@ -66,18 +91,10 @@ class Credit(ABC):
             updates: row indices of each optimizer mini-batch, for credit that depends on the others of an update.
         """
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint must keep."""
-        return {}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``state`` was taken."""
-
-
-class Objective(ABC):
+class Objective(Part, ABC):
     """Turns log-probs and advantages into a loss for each token."""
 
-    needs_reference: bool = False
     has_reference: bool = False
     """True if any part asked for ``ref_log_probs``: then the objective may read them. Set by the algorithm."""
 
@@ -86,7 +103,15 @@ class Objective(ABC):
         """Return per-token terms of one micro-batch; arguments as ``Algorithm.loss``."""
 
 
-class StoredRows(ABC):
+class Correction(Part, ABC):
+    """Weighs the tokens of rows that another policy than the trainer's sampled, be it by its numerics alone."""
+
+    @abstractmethod
+    def weigh(self, mini_batch: Sequence[TrainingSample]) -> None:
+        """Multiply the ``weights`` of the rows of one update, which their aggregation has set."""
+
+
+class StoredRows(Part, ABC):
     """Rows that were not sampled in this step, and join its updates."""
 
     kind: RowKind
@@ -95,11 +120,6 @@ class StoredRows(ABC):
     """True: the rollouts' objective trains these rows, under the same aggregation."""
     takes_selection: bool
     """True: ``algorithm.selection`` also masks these rows, by the policy's own probabilities."""
-    needs_reference: bool = False
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-        """Metrics of the last step that only this part knows."""
 
     @property
     def pool_need(self) -> PoolNeed | None:
@@ -116,10 +136,3 @@ class StoredRows(ABC):
     def loss(self, terms: TokenTerms, log_probs: Tensor, batch: MicroBatch) -> TokenTerms:
         """Return the objective's terms, with those of stored rows put in their place."""
         return terms
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint must keep."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where ``state`` was taken."""

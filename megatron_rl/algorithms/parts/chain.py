@@ -23,10 +23,10 @@ from megatron_rl.advantages.segment import (
     has_credit,
     segment_advantages,
 )
-from megatron_rl.algorithms.parts.base import Rollouts
+from megatron_rl.algorithms.parts.base import Rollouts, TokenSelection
 from megatron_rl.algorithms.parts.rows import RowMaker
-from megatron_rl.algorithms.parts.selection import TokenSelection
-from megatron_rl.config import Config, SPOChainConfig
+from megatron_rl.config import Config
+from megatron_rl.config.methods.spo import SPOChainConfig
 from megatron_rl.data.stream import Stream
 from megatron_rl.data.tokenizer import ids_with_newlines
 from megatron_rl.report.tree_record import record_step
@@ -173,7 +173,7 @@ class ChainRollouts(Rollouts):
                 completion = rollout.completion
                 log_probs = completion.log_probs if rollout.policy_log_probs is None else rollout.policy_log_probs
                 reward, length = self.make.shaped_reward(rollout), len(completion.response_ids)
-                mask = self.selection.mask(log_probs)
+                mask = self.selection.mask_of(log_probs)
                 credited = has_credit(rollout.states, reward, length)
                 if not bool(credited.all()):
                     mask = credited if mask is None else mask & credited

@@ -47,6 +47,8 @@ class GroupCredit(Credit):
 class SegmentCredit(Credit):
     """Rows come with an advantage for each token (of its segment, or edge); here they are whitened."""
 
+    takes_replays = False
+
     def __init__(self, settings: SegmentConfig) -> None:
         super().__init__()
         self.whitening = settings.whitening

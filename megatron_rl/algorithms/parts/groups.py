@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_rl.algorithms.parts.base import Rollouts
+from megatron_rl.algorithms.parts.base import Rollouts, TokenSelection
 from megatron_rl.algorithms.parts.rows import RowMaker
-from megatron_rl.algorithms.parts.selection import TokenSelection
 from megatron_rl.config import Config, GroupConfig
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError

@@ -19,8 +19,9 @@ class ClippedObjective(Objective):
     """
 
     def __init__(self, settings: ClippedConfig) -> None:
+        super().__init__()
         self.settings = settings
-        self.needs_reference = settings.kl.coef > 0
+        self.needs = frozenset({"ref_log_probs"} if settings.kl.coef > 0 else ())
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> TokenTerms:
         """Return the loss of each token, and what to log of it."""

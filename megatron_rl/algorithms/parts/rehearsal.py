@@ -16,7 +16,7 @@ from megatron_rl.data.rehearsal import Rehearsal
 from megatron_rl.losses.aggregate import token_weights
 from megatron_rl.losses.f_divergence import f_divergence, js_definition
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
 STORED = frozenset({RowKind.REHEARSAL})
 
@@ -31,7 +31,7 @@ class RehearsedRows(StoredRows):
     def __init__(self, config: Config, settings: RehearsalConfig) -> None:
         super().__init__()
         self.config, self.settings = config, settings
-        self.needs_reference = settings.divergence == "js_definition"
+        self.needs = frozenset({"ref_log_probs"} if settings.divergence == "js_definition" else ())
         self.rehearsal: Rehearsal | None = None
 
     @property
@@ -76,7 +76,7 @@ class RehearsedRows(StoredRows):
             "rehearsal/forward_kl": f_divergence(log_probs.detach(), reference, "forward_kl"),
             "rehearsal/log_ratio": log_probs.detach() - reference,
         }
-        rollouts = dict.fromkeys([*terms.means, *terms.maxima], frozenset({RowKind.RL}))
+        rollouts = dict.fromkeys([*terms.means, *terms.maxima], POLICY_GRADIENT_KINDS)
         return replace(
             terms,
             loss=torch.where(batch.kind == RowKind.REHEARSAL, divergence, of_rollouts),

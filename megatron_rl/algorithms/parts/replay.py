@@ -15,7 +15,7 @@ from megatron_rl.config.methods.rlep import ReplayConfig
 from megatron_rl.data.pool import Pool, PoolNeed
 from megatron_rl.data.replay import FoundSuccesses, PooledSuccesses, Success
 from megatron_rl.losses.terms import TokenTerms
-from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
 
 class ReplayedRows(StoredRows):
@@ -70,7 +70,7 @@ class ReplayedRows(StoredRows):
     def loss(self, terms: TokenTerms, log_probs: Tensor, batch: MicroBatch) -> TokenTerms:
         """Log estimates that need the policy's own samples over those alone; the loss stays as it is."""
         own = [name for name in terms.means if name.startswith(("entropy/", "kl/"))]
-        return replace(terms, kinds=dict.fromkeys(own, frozenset({RowKind.RL})))
+        return replace(terms, kinds=dict.fromkeys(own, POLICY_GRADIENT_KINDS - {self.kind}))
 
     def state(self) -> dict[str, Tensor]:
         """Return the successes found so far; a pool is on disk anyway."""

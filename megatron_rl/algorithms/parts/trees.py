@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.advantages.tree import edges, set_values
-from megatron_rl.algorithms.parts.base import Rollouts
+from megatron_rl.algorithms.parts.base import Rollouts, TokenSelection
 from megatron_rl.algorithms.parts.rows import RowMaker
-from megatron_rl.algorithms.parts.selection import TokenSelection
-from megatron_rl.config import Config, SPOTreeConfig
+from megatron_rl.config import Config
+from megatron_rl.config.methods.spo import SPOTreeConfig
 from megatron_rl.data.edges import EdgeStore
 from megatron_rl.data.stream import Stream
 from megatron_rl.report.tree_record import record_step
@@ -25,6 +25,8 @@ from megatron_rl.types import Completion, Prompt, Rollout, RolloutGroup, RowKind
 
 class TreeRollouts(Rollouts):
     """Trees whose node values are averaged up from the leaves; their edges wait in a store until they are trained on."""
+
+    takes_stored = False
 
     def __init__(self, config: Config, selection: TokenSelection) -> None:
         super().__init__()

@@ -65,6 +65,9 @@ class MethodConfig:
         """Rows of an update that come from a pool, beside ``policy.train_global_batch_size`` rollouts."""
         return 0
 
+    stored_rows_formula: ClassVar[str] = "the stored rows of an update"
+    """The config key that ``num_stored_rows_per_update`` is made of, for error messages."""
+
     @property
     def has_uneven_groups(self) -> bool:
         """Groups may have rows more than others, so that ranks get unequal numbers of rows."""
@@ -73,6 +76,10 @@ class MethodConfig:
     def stored_pools(self) -> dict[str, str]:
         """Return the pools that the method trains on: config key -> directory."""
         return {}
+
+    def asks_policy(self, rollout: RolloutConfig) -> bool:
+        """Tell whether the method asks the trainer for log-probs while rollouts are collected."""
+        return False
 
     def check(self, others: OtherSections) -> None:
         """Check these settings against the other sections.

@@ -35,6 +35,7 @@ class DPHRLConfig(GroupConfig):
     """DPH-RL (arXiv 2509.07430): GRPO on what the start does not solve yet, rehearsal of what it solves."""
 
     implementation: ClassVar[str] = "megatron_rl.algorithms.dph_rl:DPHRL"
+    stored_rows_formula: ClassVar[str] = "algorithm.rehearsal.num_rows_per_update"
     name: str = "dph_rl"
     num_prompts_per_step: PositiveInt = 128
     num_generations_per_prompt: PositiveInt = 16

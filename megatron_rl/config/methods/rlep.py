@@ -30,7 +30,7 @@ class ReplayConfig:
                 "algorithm.replay.pool",
                 self.pool,
                 "is given exactly when algorithm.replay.source is pool",
-                "name the directory of a pool, or set algorithm.replay.source=online",
+                "name the directory of a pool" if self.pool is None else "set algorithm.replay.pool=null",
             )
 
 

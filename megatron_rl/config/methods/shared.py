@@ -72,6 +72,15 @@ class SelectionConfig:
 
 
 @section
+class CorrectionConfig:
+    """Correction of the gap between the trainer's log-probs and the engine's: truncated importance sampling (TIS)."""
+
+    max_ratio: PositiveFloat | None = None
+    """Multiply each token's weight by min(trainer's probability / engine's, max_ratio). It multiplies the loss term after the
+    aggregation, which is not normalised again. 2 is common; null is off."""
+
+
+@section
 class ClippedConfig(MethodConfig):
     """Settings of every method with a clipped ratio."""
 
@@ -87,6 +96,7 @@ class ClippedConfig(MethodConfig):
     kl: KLConfig = Field(default_factory=KLConfig)
     overlong: OverlongConfig = Field(default_factory=OverlongConfig)
     selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    correction: CorrectionConfig = Field(default_factory=CorrectionConfig)
 
     def __post_init__(self) -> None:
         if self.ratio_clip_min >= 1:

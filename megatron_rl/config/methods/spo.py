@@ -38,8 +38,8 @@ class PartitionConfig:
     """Rule that cuts a response into segments."""
 
     kind: Partition = "cut_points"
-    """``cut_points``: at tokens that the policy was not sure of. ``tokens``: every so many. ``equal``: so many segments.
-    ``newlines``: after each line (VinePPO)."""
+    """``cut_points``: at tokens that the policy was not sure of. ``tokens``: after every ``size`` tokens. ``equal``: into
+    ``size`` segments. ``newlines``: after each line (VinePPO)."""
     size: PositiveInt | None = None
     """Size: for ``cut_points`` their number in a segment (null: 5), for ``tokens`` its length (100), for ``equal`` the number
     of segments (4)."""

@@ -17,7 +17,7 @@ from megatron_rl.advantages.segment import (
     is_uncertain,
     segment_advantages,
 )
-from megatron_rl.algorithms.parts.selection import TokenSelection
+from megatron_rl.algorithms.parts.selection import ProbabilityMask
 from megatron_rl.config.methods.shared import SelectionConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.types import SegmentStart
@@ -32,7 +32,7 @@ def test_the_worked_example() -> None:
     states = [SegmentStart(border, value) for border, value in zip(borders, (0.25, 0.75))]
     advantages = segment_advantages(states, 1.0, 7)
     assert advantages.tolist() == [0, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
-    mask = TokenSelection(SelectionConfig(max_probability=0.9), RolloutConfig()).mask_of(EXAMPLE)
+    mask = ProbabilityMask(SelectionConfig(max_probability=0.9), RolloutConfig()).mask_of(EXAMPLE)
     assert mask is not None and mask.nonzero()[:, 0].tolist() == [1, 3, 4, 6]
 
 
@@ -43,7 +43,7 @@ def test_the_threshold_itself_is_certain_for_both_uses() -> None:
 
 
 def test_no_mask_without_a_threshold() -> None:
-    assert TokenSelection(SelectionConfig(), RolloutConfig()).mask_of(EXAMPLE) is None
+    assert ProbabilityMask(SelectionConfig(), RolloutConfig()).mask_of(EXAMPLE) is None
 
 
 def test_partitions() -> None:

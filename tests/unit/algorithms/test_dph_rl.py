@@ -139,9 +139,8 @@ def test_each_row_of_a_pack_gets_the_loss_of_its_kind(model: Path, tmp_path: Pat
 
 
 def test_definition_form_keeps_the_reference_and_acts_on_rollouts(model: Path) -> None:
-    assert dph_rl(model, "algorithm.rehearsal.divergence=js_definition").needs_reference
-    assert not dph_rl(model, "algorithm.rehearsal.divergence=js").needs_reference
-    assert not dph_rl(model, "algorithm.rehearsal.divergence=js_definition").needs_old_log_probs
+    assert dph_rl(model, "algorithm.rehearsal.divergence=js_definition").needed_ahead == {"ref_log_probs"}
+    assert not dph_rl(model, "algorithm.rehearsal.divergence=js").needed_ahead
 
 
 def test_rows_that_are_too_long_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
