@@ -53,11 +53,12 @@ def run(lab: Path, verb: str, *overrides: str) -> subprocess.CompletedProcess[st
 def test_they_train_and_resume(lab: Path) -> None:
     every = "exp_manager.checkpoint_callback_params.every_n_train_steps=2"
     for steps in (2, 3):  # the last step is always saved
-        done = run(lab, "train", f"trainer.max_steps={steps}", every)
+        done = run(lab, "train", f"trainer.max_steps={steps}", every, "algorithm.correction.max_ratio=2")
         assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (lab / "runs/own_method/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["grad_norm"] > 0 and row["mismatch/log_prob_abs_diff_max"] < 1e-4 for row in rows)
+    assert all(row["correction/weight_mean"] == pytest.approx(1, abs=1e-5) for row in rows)  # the engine is exact
     # The state of the method's own: a mean over the steps before, over a resume as well.
     rewards = [row["reward/mean"] for row in rows]
     expected = 0.9 * (0.9 * 0.1 * rewards[0] + 0.1 * rewards[1]) + 0.1 * rewards[2]
