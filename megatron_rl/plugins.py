@@ -2,7 +2,8 @@
 
 ``find`` is the only resolver. Tasks, rewards, methods, engines, transports and sinks all go through it, so that outside code is
 found, checked and refused in one way. ``check`` says without importing whether a path can be right: a module that imports torch
-is refused for a spelling mistake in the first second, like everything else.
+is refused for a spelling mistake in the first second, like everything else. ``check_call`` looks at what was found, before it
+is called.
 """
 
 from __future__ import annotations
@@ -11,15 +12,27 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, described
 
 T = TypeVar("T")
 BINDERS = frozenset({"exec", "globals", "setattr", "vars"})
 """Functions by which a module can bind names that its syntax does not show."""
+FROM_OUTSIDE = (Exception, SystemExit)
+"""What may come out of code of the user's and is then an error of the config; Ctrl-C is not."""
+CONSTANTS = (bool, bytes, complex, dict, float, int, list, set, str, tuple, type(None), type(...))
+"""Types of which nothing is code that a config could name."""
+LITERALS = {
+    ast.Dict: "dict", ast.DictComp: "dict", ast.JoinedStr: "str", ast.List: "list", ast.ListComp: "list", ast.Set: "set",
+    ast.SetComp: "set", ast.Tuple: "tuple",
+}  # fmt: skip
+"""Expressions, beside constants, whose type shows without running them."""
 
 
 def is_path(name: str) -> bool:
@@ -60,13 +73,13 @@ def check_name(name: str, known: Iterable[str], *, field: str, what: str) -> Non
 
 def unknown(name: object, known: Iterable[str], *, field: str, what: str) -> UserError:
     """Say that ``name`` is neither known nor a path."""
-    noun = what.split(" ", 1)[1]
+    noun = _noun(what)
     near = difflib.get_close_matches(str(name), known, n=1)
     ours = f"did you mean {near[0]}? Else" if near else "use one of them, or"
     return UserError(
         field,
         name,
-        f"is no {noun}; there are {', '.join(sorted(known))}",
+        f"is not a known {noun}; there are {', '.join(sorted(known))}",
         f"{ours} give {what} of your own as package.module:NAME",
     )
 
@@ -77,30 +90,133 @@ def load(path: str, *, field: str, what: str) -> Any:
     Raises:
         UserError: the module cannot be imported, whatever its code raises, or has no such name.
     """
-    check(path, field=field, what=what)
+    _look(path, field, what)
     name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # the module is the user's: anything may come out of it
-        where = f"{type(error).__name__}: {error}"
-        raise UserError(field, path, f"cannot be imported ({where})", f"mend the module of {what}") from error
-    if not hasattr(module, attribute):
-        raise _missing(path, vars(module), field)
-    return getattr(module, attribute)
+        if hasattr(module, attribute):
+            return getattr(module, attribute)
+    except FROM_OUTSIDE as error:
+        raise _broken(path, described(error), field, what) from error
+    raise _missing(path, vars(module), field)
 
 
 def check(path: str, *, field: str, what: str) -> None:
-    """Check that ``package.module:NAME`` exists, without running the module.
+    """Check that ``package.module:NAME`` exists and may be code, without running the module.
 
     Raises:
-        UserError: it is misspelt, the module is not found, or its source has no such name at its top level.
+        UserError: it is misspelt, the module is not found or cannot be compiled, or its source has no such name at its top
+            level, or binds it to a constant.
     """
+    kinds = _look(path, field, what)
+    if all(kinds):
+        rule = f"is a constant ({' or '.join(sorted(kinds))}), not {what}"
+        raise UserError(field, path, rule, f"name the function or the class that is your {_noun(what)}")
+
+
+def check_call(found: Any, path: str, arguments: Sequence[str], keywords: Sequence[str] = (), *, field: str) -> None:
+    """Check that what a path names can be called, before it is.
+
+    Args:
+        found: what ``load`` returned.
+        path: that named it.
+        arguments: names of the arguments by position.
+        keywords: names of the arguments by keyword.
+        field: config key, for errors.
+
+    Raises:
+        UserError: it is no function or class, is an async function, is abstract, or does not take these arguments.
+    """
+    call = f"f({', '.join([*arguments, *(f'{name}=...' for name in keywords)])})"
+    if not callable(found):
+        rule, fix = f"is {kind_of(found)}, not a function or a class", f"name what can be called as {call}"
+    elif inspect.iscoroutinefunction(found):
+        rule, fix = "is an async function", "write a plain one"
+    elif inspect.isabstract(found):
+        rule, fix = f"is a class that lacks {', '.join(sorted(found.__abstractmethods__))}", "give it these members"
+    elif misfit := _misfit(found, arguments, keywords):
+        rule, fix = f"cannot be called as {call} ({misfit})", "take these arguments; give any others a default"
+    else:
+        return
+    raise UserError(field, path, rule, fix)
+
+
+def _misfit(found: Any, arguments: Sequence[str], keywords: Sequence[str]) -> str:
+    """What is wrong with a call; nothing where that cannot be known."""
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):  # compiled code may have none
+        return ""
+    try:
+        signature.bind(*arguments, **dict.fromkeys(keywords))
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def kind_of(value: object) -> str:
+    """Return the name of a value's type, with its article."""
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
+
+
+@contextmanager
+def named_by(name: str, path: str, *, field: str) -> Iterator[None]:
+    """Let an error of a path that stands in the user's code, not in the config, name the config key that leads there.
+
+    Args:
+        name: value of the key.
+        path: that the code of ``name`` gives.
+        field: config key.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(field, name, f"is implemented by {path}, which {error.rule}", error.fix) from error.__cause__
+
+
+def _look(path: str, field: str, what: str) -> set[str]:
+    """Check the spelling of a path and that its name is there; return the types of what it is bound to, as ``_bindings``."""
     module, _, attribute = path.partition(":")
     if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise UserError(field, path, "does not read package.module:NAME", f"name the module of {what}, then the object")
-    source = _source(module, field, path)
-    if source is not None and attribute not in (names := _top_level_names(source)):
-        raise _missing(path, names, field)
+    if (imported := sys.modules.get(module)) is not None:  # it may bind other names than its source shows
+        there = vars(imported)
+        if attribute not in there and "__getattr__" not in there:
+            raise _missing(path, there, field)
+        value = there.get(attribute, imported)
+        return {type(value).__name__ if isinstance(value, CONSTANTS) else ""}
+    try:
+        source = _source(module, field, path)
+        tree = None if source is None else _parse(source)
+    except UserError:
+        raise
+    except (SyntaxError, ValueError) as error:  # of the source, or of its encoding
+        where = f"in line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) and error.lineno else error
+        raise _broken(path, f"{type(error).__name__} {where}", field, what) from error
+    if tree is None:
+        return {""}
+    bound = _bindings(tree)
+    if _is_open(tree, bound):
+        return {""}
+    if attribute not in bound:
+        raise _missing(path, bound, field)
+    return bound[attribute]
+
+
+def _parse(source: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):  # importing gives them
+        tree = ast.parse(source)
+        compile(source, "<module>", "exec", dont_inherit=True)  # finds errors that parsing does not
+    return tree
+
+
+def _noun(what: str) -> str:
+    return what.split(" ", 1)[1]
+
+
+def _broken(path: str, reason: str, field: str, what: str) -> UserError:
+    return UserError(field, path, f"cannot be imported ({reason})", f"fix the module that holds your {_noun(what)}")
 
 
 def _missing(path: str, names: Iterable[str], field: str) -> UserError:
@@ -114,13 +230,11 @@ def _missing(path: str, names: Iterable[str], field: str) -> UserError:
 
 
 def _source(module: str, field: str, path: str) -> str | None:
-    """The module's text; None where it has none (built in, compiled) or was imported already and may have changed itself."""
-    if module in sys.modules:
-        return None
+    """The module's text; None where it has none (built in, compiled)."""
     try:
         spec = importlib.util.find_spec(module)
-    except Exception as error:  # a package on the way, which is imported to look inside it
-        spec, reason = None, f"{type(error).__name__}: {error}"
+    except FROM_OUTSIDE as error:  # a package on the way, which is imported to look inside it
+        spec, reason = None, described(error)
     else:
         reason = f"there is no module {module}"
     if spec is None:
@@ -134,38 +248,56 @@ def _source(module: str, field: str, path: str) -> str | None:
         return ""
     try:
         return spec.loader.get_source(module)  # type: ignore[attr-defined]
-    except Exception:  # no source, or in a form that importing understands better
+    except (SyntaxError, UnicodeError):
+        raise
+    except Exception:  # no source, or none that a loader of another kind would show
         return None
 
 
-def _top_level_names(source: str) -> set[str]:
-    """Names that a module binds at its top level, in whatever way; all where it imports ``*``."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return _Everything()  # importing says it better
-    names: set[str] = set()
+def _bindings(tree: ast.Module) -> dict[str, set[str]]:
+    """Names that a module binds at its top level, in whatever way, with the types of the constants that each is bound to.
+
+    The type is ``""`` for everything that only running can tell.
+    """
+    bound: dict[str, set[str]] = {}
     todo: list[ast.AST] = [*tree.body]
     while todo:
+        names: list[str] = []
+        kind = ""
         match node := todo.pop():
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                names.add(name)  # and not what is inside
-                continue
+                names, node = [name], ast.Pass()  # and not what is inside
+            case ast.Assign(targets=targets, value=value):
+                names, kind = [target.id for target in targets if isinstance(target, ast.Name)], _kind(value)
+                todo += [target for target in targets if not isinstance(target, ast.Name)]
+                node = value
+            case ast.AnnAssign(target=ast.Name(id=name), value=given):  # without a value it binds nothing
+                names, kind, node = [name] if given else [], _kind(given), given or ast.Pass()
             case ast.Name(id=name, ctx=ast.Store()):
-                names.add(name)
+                names = [name]
             case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):
-                names.add(name)
+                names = [name]
             case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
-                names |= {(alias.asname or alias.name).split(".")[0] for alias in aliases}
+                names = [(alias.asname or alias.name).split(".")[0] for alias in aliases]
+        for name in names:
+            bound.setdefault(name, set()).add(kind)
         todo += ast.iter_child_nodes(node)
-    is_open = "*" in names or "__getattr__" in names or any(map(_may_bind, ast.walk(tree)))
-    return _Everything() if is_open else names
+    return bound
+
+
+def _kind(value: ast.expr | None) -> str:
+    """The type of a literal."""
+    match value:
+        case ast.Constant(value=constant) | ast.UnaryOp(operand=ast.Constant(value=constant)):
+            return type(constant).__name__
+        case _:
+            return LITERALS.get(type(value), "")
+
+
+def _is_open(tree: ast.Module, bound: Iterable[str]) -> bool:
+    """Tell that a module may bind names that its syntax does not show."""
+    return "*" in bound or "__getattr__" in bound or any(map(_may_bind, ast.walk(tree)))
 
 
 def _may_bind(node: ast.AST) -> bool:
     return isinstance(node, ast.Global) or (isinstance(node, ast.Name) and node.id in BINDERS)
-
-
-class _Everything(set[str]):
-    def __contains__(self, name: object) -> bool:
-        return True

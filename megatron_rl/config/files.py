@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 from megatron_rl import plugins
+from megatron_rl.config.methods import settings_code
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
+from megatron_rl.tasks.reward import get_reward
 
 
 def check_files(config: Config) -> None:
@@ -53,14 +55,17 @@ def check_files(config: Config) -> None:
 
 
 def check_names(config: Config) -> None:
-    """Check that the code that a config names exists: task, reward and metric sinks. Only the task's module is run.
+    """Check the code that a config names: task, reward and metric sinks.
+
+    Modules of the task and the reward are imported. They are for workers without torch, so that costs little. A sink may need
+    torch: its module is only read.
 
     Raises:
         UserError: naming the config key.
     """
     get_task(config.data.task)
     if config.data.reward is not None:
-        plugins.check(config.data.reward, field="data.reward", what="a reward")
+        get_reward(config.data.reward)
     for sink in config.exp_manager.sinks:
         plugins.check(sink, field="exp_manager.sinks", what="a metric sink")
 
@@ -68,7 +73,8 @@ def check_names(config: Config) -> None:
 def stored_pools(config: Config) -> dict[str, str]:
     """The pools of stored samples that a run reads, by config key."""
     probed = {"eval.pool": config.eval.pool} if config.eval.is_used and config.eval.pool is not None else {}
-    return probed | config.algorithm.stored_pools()
+    with settings_code(config.algorithm.name):
+        return probed | config.algorithm.stored_pools()
 
 
 def read_model_shape(config: Config) -> ModelShape:

@@ -9,7 +9,7 @@ from pydantic import Field, InstanceOf
 
 from megatron_rl import plugins
 from megatron_rl.config.data import DataConfig, EvalConfig, PresampleConfig
-from megatron_rl.config.methods import MethodConfig, names_of_stage
+from megatron_rl.config.methods import MethodConfig, check_sizes, names_of_stage, settings_code
 from megatron_rl.config.methods.base import OtherSections
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.rollout import RolloutConfig, WeightSyncConfig
@@ -56,16 +56,20 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_stage()
+        check_sizes(self.algorithm)
         self._check_batch_arithmetic()
-        self.algorithm.check(OtherSections(self.trainer, self.policy, self.rollout, self.data, self.eval))
+        with settings_code(self.algorithm.name):
+            self.algorithm.check(OtherSections(self.trainer, self.policy, self.rollout, self.data, self.eval))
         sync, is_ours = self.weight_sync, not plugins.is_path(self.rollout.engine)
-        passed = sync.quantization or (None if sync.transport in ("auto", "tensors") else sync.transport)
-        if passed is not None and is_ours and self.rollout.engine != "sglang":
+        usual = {"quantization": (None,), "transport": ("auto", "tensors")}
+        changed = {key: getattr(sync, key) for key, values in usual.items() if getattr(sync, key) not in values}
+        if changed and is_ours and self.rollout.engine != "sglang":
+            key, value = next(iter(changed.items()))
             raise UserError(
-                "weight_sync",
-                passed,
+                f"weight_sync.{key}",
+                value,
                 f"is for servers; rollout.engine is {self.rollout.engine}, which copies the weights in process",
-                "set rollout.engine=sglang, or leave weight_sync as it is by default",
+                f"set rollout.engine=sglang, or leave weight_sync.{key} out",
             )
         if self.policy.optim.optimizer_cfg.get("optimizer_cpu_offload") and self.trainer.precision != "bf16":
             raise UserError(

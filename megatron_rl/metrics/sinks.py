@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_rl import plugins
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, described
 from megatron_rl.files import write_atomic
 
 if TYPE_CHECKING:
@@ -229,18 +229,19 @@ def _outside_sink(path: str, run_dir: Path, run_config: Mapping[str, Any]) -> Si
     """Import a sink class and build it; whatever its code raises here becomes a ``UserError``."""
     field = "exp_manager.sinks"
     build = plugins.load(path, field=field, what="a metric sink")
+    plugins.check_call(build, path, ("directory", "run_config"), field=field)
     try:
         sink: Sink = build(run_dir, run_config)
     except UserError:
         raise
-    except Exception as error:  # the class is the user's: anything may come out of it
-        rule = f"could not be built as CLASS(directory, run_config) ({type(error).__name__}: {error})"
-        raise UserError(field, path, rule, "mend the class, or leave the sink out") from error
+    except plugins.FROM_OUTSIDE as error:
+        rule = f"could not be built as f(directory, run_config) ({described(error)})"
+        raise UserError(field, path, rule, "fix the class, or leave the sink out") from error
     absent = [name for name in ("log", "resume_at", "close") if not callable(getattr(sink, name, None))]
     absent += [] if isinstance(getattr(sink, "name", None), str) else ["name"]
     if absent:
         fix = "give the class what megatron_rl.metrics.Sink has: name, log, resume_at and close"
-        raise UserError(field, path, f"is no metric sink: it lacks {', '.join(absent)}", fix)
+        raise UserError(field, path, f"is not a metric sink: it lacks {', '.join(absent)}", fix)
     return sink
 
 

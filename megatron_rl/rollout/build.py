@@ -41,17 +41,18 @@ def build_engine(
         cpu_group: all ranks, over gloo.
 
     Raises:
-        UserError: ``rollout.engine`` names no engine.
+        UserError: ``rollout.engine`` names no engine, or what it names cannot be called as an ``EngineBuilder``.
     """
     name = config.rollout.engine
     with all_ranks_agree(cpu_group):  # a module from outside may fail on one machine alone
         build: EngineBuilder = plugins.find(name, BUILDERS, field="rollout.engine", what="an engine")
+        plugins.check_call(build, name, ("config", "model"), ("device", "cpu_group"), field="rollout.engine")
     engine = build(config, model, device=device, cpu_group=cpu_group)
     if not isinstance(engine, RolloutEngine):
         raise UserError(
             "rollout.engine",
             name,
-            f"built a {type(engine).__name__}, which is no engine",
+            f"built {plugins.kind_of(engine)}, which is not an engine",
             "give it the methods of megatron_rl.rollout.engine.RolloutEngine",
         )
     if not config.rollout.record or isinstance(engine, RecordedEngine):

@@ -5,21 +5,14 @@ Judges (a model that grades responses) would be a third source, beside these two
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from megatron_rl import plugins
-from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
-from megatron_rl.types import Problem, Score
-
-Verifier = Callable[[Problem, str], Any]
-"""(problem, decoded response) -> Score, unless the user's code returns something else: ``as_score`` finds out."""
-FIELD = "data.reward"
+from megatron_rl.tasks.reward import Verifier, get_reward
+from megatron_rl.types import Score
 
 
 @cache
@@ -34,30 +27,6 @@ def get_verifier(task_name: str, reward: str | None) -> Verifier:
         UserError: there is no such task, or no such function.
     """
     return get_task(task_name).score if reward is None else get_reward(reward)
-
-
-def get_reward(path: str) -> Verifier:
-    """Import the function of ``data.reward``.
-
-    Raises:
-        UserError: there is none, or it does not take (problem, response).
-    """
-    function = plugins.load(path, field=FIELD, what="a reward")
-    if not callable(function) or isinstance(function, type):
-        rule = f"is a {type(function).__name__}, not a function" if callable(function) else "is not a function"
-        raise UserError(FIELD, path, rule, "name a function f(problem, response) that returns a float or a Score")
-    if inspect.iscoroutinefunction(function):
-        raise UserError(FIELD, path, "is an async function", "write a plain one; the workers run many at a time")
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # compiled code may have none
-        return function
-    try:
-        signature.bind(None, "")
-    except TypeError as error:
-        rule = f"cannot be called as f(problem, response) ({error})"
-        raise UserError(FIELD, path, rule, "take these two arguments; give any others a default") from error
-    return function
 
 
 def as_score(value: Any) -> Score:

@@ -37,8 +37,9 @@ from typing import Any, cast
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_rl.errors import UserError
-from megatron_rl.scoring.reward import Verifier, as_score, get_verifier
+from megatron_rl.scoring.reward import as_score, get_verifier
 from megatron_rl.tasks import get_task
+from megatron_rl.tasks.reward import Verifier
 from megatron_rl.types import Problem, Score
 
 CHUNKS_PER_WORKER = 4

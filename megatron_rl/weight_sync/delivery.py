@@ -43,6 +43,8 @@ NUM_RESENDS = 1
 NamedTensors = Iterable[tuple[str, Tensor]]
 """(Hugging Face name, full tensor); collectives stand behind it, so every rank reads it to the end."""
 
+FIELD = "weight_sync.transport"
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +61,7 @@ class Transport(Protocol):
         """Bring the weights to servers that are paused.
 
         Returns:
-            The servers that need another transport.
+            The servers that need another transport, the same on every rank. If there is none left, the run ends.
 
         Raises:
             UserError: on all ranks; the weights cannot be brought there.
@@ -98,12 +100,24 @@ class WeightDelivery:
         return {name: value for transport in self.transports for name, value in transport.metrics.items()}
 
     def deliver(self, port: ServerPort, version: int) -> None:
-        """Bring the current weights to the port's targets and put those into service."""
+        """Bring the current weights to the port's targets and put those into service.
+
+        Raises:
+            UserError: on all ranks; no transport has brought the weights to some of them, which are not put into service.
+        """
         port.begin_update()
         servers = list(port.targets)
         for transport in self.transports:
             if servers:
                 servers = transport.send(port, servers, version)
+        if servers:
+            tried = ", ".join(type(transport).__name__ for transport in self.transports) or "none"
+            raise UserError(
+                FIELD,
+                None,
+                f"left servers {', '.join(map(str, servers))} without the current weights (transports: {tried})",
+                "use a transport that can serve them all; weight_sync.transport=tensors sends whole tensors to any server",
+            )
         port.end_update()
 
 
@@ -130,13 +144,15 @@ def choose_transports(
     sync = config.weight_sync
     if plugins.is_path(sync.transport):
         with all_ranks_agree(groups.cpu_group):  # a module from outside may fail on one machine alone
-            build: TransportBuilder = plugins.load(sync.transport, field="weight_sync.transport", what="a transport")
+            build: TransportBuilder = plugins.load(sync.transport, field=FIELD, what="a transport")
+            arguments = ("config", "shape", "groups")
+            plugins.check_call(build, sync.transport, arguments, ("tensors", "parameters"), field=FIELD)
         transport = build(config, shape, groups, tensors=tensors, parameters=parameters)
         if not isinstance(transport, Transport):
             raise UserError(
-                "weight_sync.transport",
+                FIELD,
                 sync.transport,
-                f"built a {type(transport).__name__}, which is no transport",
+                f"built {plugins.kind_of(transport)}, which is not a transport",
                 "give it the members of megatron_rl.weight_sync.delivery.Transport: metrics and send",
             )
         return [transport]
@@ -144,8 +160,10 @@ def choose_transports(
         base, directory = Path(config.policy.model_path), Path(str(sync.directory)).absolute()
         return [SharedDirectory(tensors, directory, base, full_every=sync.full_every, cpu_group=groups.cpu_group)]
     whole = WholeTensors(tensors, bucket_bytes=sync.bucket_bytes, cpu_group=groups.cpu_group)
-    # Only SGLang's servers have our weight loader, and its digests are of the weights as they are trained.
-    if config.rollout.engine != "sglang" or sync.transport == "tensors" or sync.quantization is not None:
+    # SGLang's servers have our weight loader. Those of an engine from outside are asked if the config wants shards of them.
+    may_take_shards = config.rollout.engine == "sglang" or sync.transport == "shards"
+    # Digests are of the weights as they are trained.
+    if not may_take_shards or sync.transport == "tensors" or sync.quantization is not None:
         return [whole]
     sender = ShardSender(
         parameters,
@@ -232,7 +250,7 @@ class Shards:
         lost = [f"server {server}: {deliveries[server].detail}" for server in self._choose(port, failed)[0]]
         if lost:
             raise UserError(
-                "weight_sync.transport",
+                FIELD,
                 "shards",
                 f"weights did not arrive as they were sent, {1 + NUM_RESENDS} times over; nothing is sampled from them "
                 f"({'; '.join(lost)})",
@@ -241,7 +259,7 @@ class Shards:
         if others and not self._has_fallback:
             reasons = "; ".join(f"server {s}: {deliveries[s].detail}" for s in others if s in deliveries)
             raise UserError(
-                "weight_sync.transport",
+                FIELD,
                 "shards",
                 f"a server cannot take shards ({reasons or 'it was started without our weight loader'})",
                 f"start it with --custom-weight-loader {WEIGHT_LOADER}, or use weight_sync.transport=auto",

@@ -83,10 +83,10 @@ def test_they_train_and_resume(lab: Path) -> None:
             "error: data.task = 'task:WORD': is not there: task has no WORD. Fix: did you mean WORDS?",
         ),
         ("data.task=reward:brief", "error: data.task = 'reward:brief': is not an object with"),
-        ("data.task=wordz", "error: data.task = 'wordz': is no task"),
+        ("data.task=wordz", "error: data.task = 'wordz': is not a known task"),
         ("data.reward=reward:breef", "error: data.reward = 'reward:breef': is not there"),
         ("rollout.engine=engine:Plane", "error: rollout.engine = 'engine:Plane': is not there"),
-        ("rollout.engine=vllm", "error: rollout.engine = 'vllm': is no engine"),
+        ("rollout.engine=vllm", "error: rollout.engine = 'vllm': is not a known engine"),
     ],
 )
 def test_a_wrong_name_is_one_error_of_check(lab: Path, override: str, message: str) -> None:

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"plugins", "rewards"},
     "config": {"convert.architecture", "plugins", "tasks"},
     "convert.hf": {"convert.architecture", "convert.tables"},
-    "scoring": {"parallel", "plugins", "tasks"},
+    "scoring": {"parallel", "tasks"},
     "advantages": {"config"},
     "convert.offline": {"convert.architecture", "convert.hf", "convert.tables"},
     "losses": {"config"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ def test_a_known_name_and_a_path_are_found(folder: Path) -> None:
     [
         (
             "three",
-            r"data.thing = 'three': is no thing; there are one, two. Fix: use one of them, or give a thing of your own",
+            r"data.thing = 'three': is not a known thing; there are one, two. Fix: use one of them, or give a thing of",
         ),
         ("plugins_bad:", "does not read package.module:NAME"),
         ("a-b:X", "does not read package.module:NAME"),
@@ -41,7 +43,7 @@ def test_a_known_name_and_a_path_are_found(folder: Path) -> None:
         ("plugins_bad:THINK", r"plugins_bad has no THINK. Fix: did you mean THING\?"),
         ("plugins_bad:inside", "has no inside"),
         ("plugins_bad:THING", r"cannot be imported \(ZeroDivisionError"),
-        ("plugins_syntax:THING", r"cannot be imported \(SyntaxError"),
+        ("plugins_syntax:THING", r"cannot be imported \(SyntaxError in line 1"),
         ("plugins_folder:THING", "plugins_folder has no THING"),
     ],
 )
@@ -56,7 +58,7 @@ def test_what_is_wrong_is_one_error(folder: Path, name: str, message: str) -> No
 @pytest.mark.parametrize(
     "source",
     [
-        "if True:\n    THING = 1",
+        "if True:\n    THING = print",
         "import os as THING",
         "from os import *",
         "class THING: ...",
@@ -74,3 +76,30 @@ def test_a_check_knows_names_bound_in_any_way_and_runs_nothing(folder: Path, sou
 def test_source_in_another_encoding(folder: Path) -> None:
     (folder / "plugins_latin.py").write_bytes("# -*- coding: latin-1 -*-\n# \xe9\nTHING = 4\n".encode("latin-1"))
     assert find("plugins_latin:THING") == 4
+
+
+class Whole(abc.ABC):
+    @abc.abstractmethod
+    def part(self) -> None: ...
+
+
+async def later(a: int, b: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("found", "rule"),
+    [
+        (3, r"is an int, not a function or a class. Fix: name what can be called as f\(a, b=...\)"),
+        (later, "is an async function"),
+        (Whole, "is a class that lacks part"),
+        (lambda a: a, r"cannot be called as f\(a, b=...\) \(got an unexpected keyword argument 'b'\)"),
+        (lambda a, b, c: a, r"cannot be called as f\(a, b=...\) \(missing a required argument: 'c'\)"),
+        (lambda a, *, b, c=3: a, ""),
+        (print, r"cannot be called as f\(a, b=...\)"),
+        (dict, ""),  # says nothing of its arguments
+    ],
+)
+def test_what_cannot_be_called_as_it_will_be_is_one_error(found: object, rule: str) -> None:
+    expected = pytest.raises(UserError, match=r"data.thing = 'm:F': " + rule) if rule else nullcontext()
+    with expected:
+        plugins.check_call(found, "m:F", ("a",), ("b",), field="data.thing")

