@@ -22,8 +22,8 @@ def build_algorithm(config: Config) -> Algorithm:
     from megatron_rl.algorithms.parts.base import NEEDS
 
     settings = config.algorithm
-    field = f"implementation, in {settings.name}"
-    found = plugins.load(settings.implementation, field=field, what="the implementation of a method")
+    with plugins.named_by(settings.name, settings.implementation, field="algorithm.name"):
+        found = plugins.load(settings.implementation, field="algorithm.name", what="a method")
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise UserError(
             "algorithm.name",
@@ -31,6 +31,8 @@ def build_algorithm(config: Config) -> Algorithm:
             f"is implemented by {settings.implementation}, which is no Algorithm",
             "inherit from megatron_rl.algorithms.base.Algorithm, or from one of our methods",
         )
+    with plugins.named_by(settings.name, settings.implementation, field="algorithm.name"):
+        plugins.check_call(found, settings.implementation, ("config",), field="algorithm.name")
     algorithm = found(config)
     if settings.stage == "rl" and not isinstance(algorithm, OnlineAlgorithm):
         raise UserError(
