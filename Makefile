@@ -66,7 +66,7 @@ endif
 lint: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy megatron_rl patches
+	$(BIN)/mypy megatron_rl patches examples/own_method
 
 format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .

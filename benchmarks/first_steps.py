@@ -3,7 +3,8 @@
     python benchmarks/first_steps.py BEFORE [AFTER] [--folder DIR] [--only NAME ...]
 
 BEFORE and AFTER (this checkout, if it is not given) are folders of a repository. BEFORE makes what both start from: problems,
-models, stored samples. The last line is one line of JSON: per example, how many of the compared figures differ.
+models, stored samples. The last line is one line of JSON: per example, how many of the compared figures differ. Without
+BEFORE, as under ``make bench``, there is nothing to compare, and that line says so.
 """
 
 from __future__ import annotations
@@ -52,11 +53,14 @@ RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 def main() -> int:
     """Run what has no result yet, then compare."""
     parser = argparse.ArgumentParser(description="First steps of the examples by two checkouts.")
-    parser.add_argument("before", type=Path)
+    parser.add_argument("before", type=Path, nargs="?")
     parser.add_argument("after", type=Path, nargs="?", default=HERE)
     parser.add_argument("--folder", type=Path, default=HERE / "runs" / "first_steps")
     parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS))
     arguments = parser.parse_args()
+    if arguments.before is None:
+        print(json.dumps({"skipped": "nothing to compare: python benchmarks/first_steps.py BEFORE, a second checkout"}))
+        return 0
     folder = arguments.folder.resolve()
     before, after = arguments.before.resolve(), arguments.after.resolve()
     prepare(before, folder)

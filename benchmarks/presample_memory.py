@@ -3,6 +3,7 @@
     python benchmarks/presample_memory.py
 
 Each is built in a process of its own, on a CPU, and runs one forward pass that fills log-probs, as presampling does.
+The last line is one line of JSON with the figures of both.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Print a line of each kind."""
+    """Print a line of each kind, and a line of JSON last."""
+    figures = {}
     for kind in ("with optimizer", "without optimizer"):
         found = subprocess.run([sys.executable, __file__, kind], check=True, capture_output=True, text=True).stdout
-        print(f"{kind}: {found.splitlines()[-1]}", flush=True)
+        figures[kind] = json.loads(found.splitlines()[-1])
+        print(f"{kind}: {figures[kind]}", flush=True)
+    print(json.dumps(figures))
 
 
 def measure(*, with_optimizer: bool) -> dict[str, float]:

@@ -17,7 +17,8 @@ from megatron_rl.algorithms.parts.base import Credit
 from megatron_rl.algorithms.parts.groups import GroupRollouts
 from megatron_rl.algorithms.parts.selection import TokenSelection
 from megatron_rl.config import Config
-from megatron_rl.types import TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
+from settings import RunningMeanConfig
 
 
 class RunningMeanCredit(Credit):
@@ -28,11 +29,12 @@ class RunningMeanCredit(Credit):
         self.decay, self.mean = decay, torch.zeros((), dtype=torch.float64)
 
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
-        """Set advantages against the mean so far, then move the mean."""
-        for sample in samples:
-            advantage = sample.reward - float(self.mean) if sample.has_reward else 0.0
-            sample.advantages = torch.full((sample.num_response_tokens,), advantage)
-        rewards = torch.tensor([sample.reward for sample in samples if sample.has_reward], dtype=torch.float64)
+        """Set advantages against the mean so far, then move the mean. Rows with a loss of their own need none."""
+        rows = [sample for sample in samples if sample.kind in POLICY_GRADIENT_KINDS]
+        for row in rows:
+            advantage = row.reward - float(self.mean) if row.has_reward else 0.0
+            row.advantages = torch.full((row.num_response_tokens,), advantage)
+        rewards = torch.tensor([row.reward for row in rows if row.has_reward], dtype=torch.float64)
         if len(rewards):
             self.mean = self.decay * self.mean + (1 - self.decay) * rewards.mean()
         self.metrics = {"running_mean": float(self.mean)}
@@ -50,6 +52,8 @@ class RunningMean(OnlineAlgorithm):
     """The parts of the method."""
 
     def __init__(self, config: Config) -> None:
-        selection = TokenSelection(config.algorithm.selection, config.rollout)
-        rollouts, credit = GroupRollouts(config, selection), RunningMeanCredit(config.algorithm.decay)
+        settings = config.algorithm
+        assert isinstance(settings, RunningMeanConfig)
+        selection = TokenSelection(settings.selection, config.rollout)
+        rollouts, credit = GroupRollouts(config, selection), RunningMeanCredit(settings.decay)
         super().__init__(config, rollouts=rollouts, selection=selection, credit=credit)

@@ -6,7 +6,7 @@ from megatron_rl.types import Problem, Score
 
 
 def brief(problem: Problem, response: str) -> Score:
-    """Reward a right answer with 1.0, and take 0.01 for each word beyond five for each person of the problem."""
+    """Reward a right answer with 1.0, less 0.01 for each surplus word: each person in the problem allows five words."""
     words = response.split()
     is_right = "".join(words[words.index("####") + 1 :]) == problem.answer if "####" in words else False
     surplus = max(0, len(words) - 5 * problem.metadata.get("num_people", 1))

@@ -147,7 +147,7 @@ def _num_correct(group: RolloutGroup) -> int:
 
 
 def adapt(config: Config) -> Config:
-    """Change the training's config for sampling: nothing is resumed, saved or evaluated, and no update has to fit."""
+    """Change the training's config for sampling: nothing is resumed, saved, logged or evaluated, and no update has to fit."""
     unit = config.data_parallel_size * config.policy.pipeline_parallel_size
     manager = replace(
         config.exp_manager,
@@ -159,6 +159,7 @@ def adapt(config: Config) -> Config:
         create_tensorboard_logger=False,
         create_wandb_logger=False,
         create_mlflow_logger=False,
+        sinks=[],
     )
     return replace(
         config,

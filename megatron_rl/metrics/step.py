@@ -56,8 +56,9 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str
 def sample_metrics(samples: Sequence[TrainingSample], cpu_group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """Return the size of what was trained on, train/rollout mismatch, and the covariance that drives entropy.
 
-    Mismatch and covariance (arXiv 2505.22617) are over the rows that the policy sampled. Every rank holds all rows, so each
-    one sums over its share of them and the sums are gathered. A collective.
+    Mismatch and covariance (arXiv 2505.22617) are over the rows that the policy sampled; mismatch leaves out rows without the
+    engine's log-probs. Every rank holds all rows, so each one sums over its share of them and the sums are gathered. A
+    collective.
 
     Args:
         samples: all rows of the step, the same on every rank.
@@ -71,8 +72,8 @@ def sample_metrics(samples: Sequence[TrainingSample], cpu_group: dist.ProcessGro
         dist.all_gather(by_rank, mine, group=cpu_group)
     total = _Sums(*_merged(torch.stack(by_rank)).tolist())
     found = {"num_tokens": total.tokens, "num_response_tokens": total.response_tokens}
-    if total.sampled:  # a mean over no token is no number
-        found["mismatch/log_prob_abs_diff"] = total.difference / total.sampled
+    if total.compared:  # a mean over no token is no number
+        found["mismatch/log_prob_abs_diff"] = total.difference / total.compared
         found["mismatch/log_prob_abs_diff_max"] = total.largest_difference
     if total.in_loss:
         found["cov/mean"] = total.co_moment / total.in_loss
@@ -85,14 +86,14 @@ class _Sums(NamedTuple):
 
     tokens: float = 0.0
     response_tokens: float = 0.0
-    sampled: float = 0.0
-    """Number of response tokens of rows that the policy sampled; the fields below are about these."""
+    compared: float = 0.0
+    """Number of response tokens that the policy sampled, of rows that have the engine's log-probs."""
     difference: float = 0.0
-    """Sum of ``|old_log_probs - rollout_log_probs|``."""
+    """Sum of ``|old_log_probs - rollout_log_probs|`` over those tokens."""
     largest_difference: float = 0.0
     """The maximum, where all other fields are sums."""
     in_loss: float = 0.0
-    """Number of tokens in the loss; the fields below are about these."""
+    """Number of tokens in the loss, of rows that the policy sampled; the fields below are about these."""
     old: float = 0.0
     advantages: float = 0.0
     abs_advantages: float = 0.0
@@ -128,12 +129,15 @@ def _sums(samples: Sequence[TrainingSample]) -> _Sums:
     old, advantages = _joined(rows, "old_log_probs").double(), _joined(rows, "advantages")
     if not len(old):
         return sizes
-    difference = (old - _joined(rows, "rollout_log_probs")).abs_()  # torch widens the float32 operand exactly
-    sizes = sizes._replace(
-        sampled=float(len(old)),
-        difference=float(difference.sum()),
-        largest_difference=float(difference.max()),
-    )
+    told = [row for row in rows if row.rollout_log_probs is not None]  # rollouts from outside may come without them
+    compared = old if len(told) == len(rows) else _joined(told, "old_log_probs").double()
+    difference = (compared - _joined(told, "rollout_log_probs")).abs_()  # torch widens the float32 operand exactly
+    if len(difference):
+        sizes = sizes._replace(
+            compared=float(len(difference)),
+            difference=float(difference.sum()),
+            largest_difference=float(difference.max()),
+        )
     if any(row.loss_mask is not None for row in rows):
         masks = [torch.ones(len(row.response_ids)).bool() if row.loss_mask is None else row.loss_mask for row in rows]
         in_loss = torch.cat(masks)

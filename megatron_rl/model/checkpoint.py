@@ -367,11 +367,9 @@ def _check_space(directory: Path, needed: int) -> None:
 
 @contextmanager
 def _as_user_error(path: Path) -> Iterator[None]:
-    """Turn a failure to write a checkpoint into a ``UserError`` of one sentence."""
+    """Turn a failure to write a checkpoint into a ``UserError``: ``files.disk_errors``, for errors that hide their cause."""
     try:
         yield
-    except UserError:
-        raise
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         cause: BaseException = error
         if isinstance(error, CheckpointException) and error.failures:  # what went wrong on the rank where it did

@@ -237,6 +237,8 @@ def _read_state(path: Path) -> RankState | None:
 
 
 def _write_whole(path: Path, text: str) -> None:
+    # Not files.write_atomic: it syncs, which may take longer than the time between two states, and gives all writers one
+    # temporary name, while several processes may write the same error file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(text)
     partial.replace(path)

@@ -48,6 +48,17 @@ def test_sample_metrics() -> None:
     assert metrics["num_tokens"] == 3 and metrics["num_response_tokens"] == 2
 
 
+def test_rows_without_the_engine_s_log_probs_have_no_mismatch() -> None:
+    told, untold = (TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), RowKind.RL) for _ in range(2))
+    told.old_log_probs, told.rollout_log_probs = torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, -3.0])
+    untold.old_log_probs = torch.tensor([-2.0, -2.0])
+    told.advantages, untold.advantages = torch.tensor([1.0, -1.0]), torch.tensor([3.0, 1.0])
+    both, alone = sample_metrics([told, untold]), sample_metrics([untold])
+    assert both["mismatch/log_prob_abs_diff"] == 0.25 and both["mismatch/log_prob_abs_diff_max"] == 0.5
+    assert both["advantages/abs_mean"] == 1.5 and alone["advantages/abs_mean"] == 2.0
+    assert "mismatch/log_prob_abs_diff" not in alone and "mismatch/log_prob_abs_diff_max" not in alone
+
+
 def rows_of_all_kinds(masked: bool) -> list[TrainingSample]:
     torch.manual_seed(3)
     rows = []
