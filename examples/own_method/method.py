@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.base import OnlineAlgorithm
+from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.parts.base import Credit
-from megatron_rl.algorithms.parts.groups import GroupRollouts
-from megatron_rl.algorithms.parts.selection import TokenSelection
 from megatron_rl.config import Config
 from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
 from settings import RunningMeanConfig
@@ -48,12 +46,9 @@ class RunningMeanCredit(Credit):
         self.mean = state["mean"]
 
 
-class RunningMean(OnlineAlgorithm):
-    """The parts of the method."""
+class RunningMean(GRPO):
+    """GRPO with one part replaced."""
 
     def __init__(self, config: Config) -> None:
-        settings = config.algorithm
-        assert isinstance(settings, RunningMeanConfig)
-        selection = TokenSelection(settings.selection, config.rollout)
-        rollouts, credit = GroupRollouts(config, selection), RunningMeanCredit(settings.decay)
-        super().__init__(config, rollouts=rollouts, selection=selection, credit=credit)
+        assert isinstance(config.algorithm, RunningMeanConfig)
+        super().__init__(config, credit=RunningMeanCredit(config.algorithm.decay))

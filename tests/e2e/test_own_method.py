@@ -1,4 +1,4 @@
-"""Method, task, reward and engine of examples/own_method train a small random model from another folder."""
+"""Method, task, reward and engine of examples/own_method train the quickstart's model from another folder."""
 
 from __future__ import annotations
 
@@ -21,18 +21,7 @@ COMMAND = Path(sys.executable).parent / "megatron-rl"
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outside") / "lab"
     shutil.copytree(ROOT / "examples" / "own_method", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    sizes = [
-        "--num-warm-start",
-        "10",
-        "--num-train",
-        "40",
-        "--num-held-out",
-        "10",
-        "--hidden-size",
-        "64",
-        "--num-layers",
-        "2",
-    ]
+    sizes = ["--num-warm-start", "10", "--num-train", "40", "--num-held-out", "10"]
     tool = [sys.executable, str(ROOT / "tools" / "make_word_problems.py"), str(folder / "data"), *sizes]
     subprocess.run(tool, check=True, capture_output=True)
     return folder
@@ -65,28 +54,18 @@ def test_they_train_and_resume(lab: Path) -> None:
     assert rows[-1]["running_mean"] == pytest.approx(expected)
     (kept,) = (lab / "runs/own_method/checkpoints").glob("*3/*.safetensors")
     assert float(load_file(kept)["credit/mean"]) == pytest.approx(expected)
-    other = run(lab, "train", "trainer.max_steps=4", "data.reward=null")
-    assert other.returncode == 2
-    assert "data.reward: is set to null, but the checkpoint was trained with 'reward:brief'" in other.stderr
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("algorithm.name=settings:RunningMeen", "error: algorithm.name = 'settings:RunningMeen': is not there"),
-        ("algorithm.name=method:RunningMean", "error: algorithm.name = 'method:RunningMean': names no settings"),
-        ("algorithm.name=nowhere:X", "error: algorithm.name = 'nowhere:X': cannot be imported (there is no module"),
-        ("algorithm.dekay=0.5", "error: algorithm.dekay = 0.5: is not a known key. Fix: did you mean decay"),
         ("algorithm.decay=2", "error: algorithm.decay = 2"),
         (
             "data.task=task:WORD",
             "error: data.task = 'task:WORD': is not there: task has no WORD. Fix: did you mean WORDS?",
         ),
-        ("data.task=reward:brief", "error: data.task = 'reward:brief': is not an object with"),
-        ("data.task=wordz", "error: data.task = 'wordz': is not a known task"),
-        ("data.reward=reward:breef", "error: data.reward = 'reward:breef': is not there"),
         ("rollout.engine=engine:Plane", "error: rollout.engine = 'engine:Plane': is not there"),
-        ("rollout.engine=vllm", "error: rollout.engine = 'vllm': is not a known engine"),
     ],
 )
 def test_a_wrong_name_is_one_error_of_check(lab: Path, override: str, message: str) -> None:

@@ -11,6 +11,8 @@ import torch
 
 from megatron_rl.errors import UserError
 from tests.forked import run_ranks
+from tests.policy_case import CONFIG
+from tests.tiny_models import make_tiny_model
 
 
 def write(directory: Path, step: int, *, is_complete: bool = True, **state: object) -> Path:
@@ -126,3 +128,21 @@ def test_fixed_settings_are_compared_before_anything_is_loaded(tmp_path: Path) -
     ):
         for error in run_ranks(load_with, 2, path, {**saved, "trainer.seed": fixed(1, 1), field: now}):
             assert words in error
+
+
+def test_what_may_not_change_is_written_down(tmp_path: Path) -> None:
+    from megatron_rl.config import load_config
+    from megatron_rl.convert.architecture.shape import read_shape
+    from megatron_rl.model.checkpoint import fixed_settings
+
+    model, train = make_tiny_model(tmp_path, "qwen3", tied=True, seed=1), tmp_path / "train.jsonl"
+    train.write_text("{}")
+    reward = "tests.unit.scoring.rewards:brief"
+    overrides = [f"policy.model_path={model}", f"data.train={train}", f"data.reward={reward}", "trainer.seed=5"]
+    fixed = fixed_settings(load_config(CONFIG, overrides), read_shape(model))
+    values = {field: entry["value"] for field, entry in fixed.items()}
+    assert values == {
+        "policy.model_path": str(model), "policy.optim.name": "adam", "data.task": "gsm8k", "data.reward": reward,
+        "data.train": str(train), "trainer.seed": 5,
+    }  # fmt: skip
+    assert fixed["data.reward"]["compared"] == reward and fixed["policy.model_path"]["compared"]["num_layers"] > 0
