@@ -2,7 +2,7 @@
 
     A_i = r_i - m        m <- decay * m + (1 - decay) * mean of this step's rewards
 
-Only the credit is new. Rollouts, the choice of tokens and the clipped ratio are parts of megatron_rl.
+Only the credit is new. Rollouts, the choice of tokens and the clipped ratio are GRPO's.
 """
 
 from __future__ import annotations

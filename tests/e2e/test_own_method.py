@@ -1,4 +1,4 @@
-"""Method, task, reward and engine of examples/own_method train the quickstart's model from another folder."""
+"""Method, task, reward and engine of examples/own_method train a random model of the quickstart's size from another folder."""
 
 from __future__ import annotations
 
