@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ class ShardSender:
         self._store = self._open_store()
         self._groups: dict[int, tuple[str, Channel]] = {}
         self._num_attempts = 0
+        self._name = uuid.uuid4().hex
+        """Rank 0's sets this trainer's groups apart from those that a server remembers of an earlier trainer."""
         self._rollout = RolloutLayout(num_servers=0)
         self.metrics: dict[str, float] = {}
         """Figures of the last ``send``: bytes, seconds, servers proven."""
@@ -325,7 +328,7 @@ class ShardSender:
         return TransferSpec(
             host=self._rendezvous.host,
             port=self._store.port,
-            attempt=f"transfer/{self._num_attempts}",
+            attempt=f"transfer/{self._name}/{self._num_attempts}",
             server=server,
             shape=self._shape,
             training=self._training,
