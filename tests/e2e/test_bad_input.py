@@ -166,7 +166,7 @@ def test_a_demonstration_that_exceeds_the_context(case: Case, capfd: pytest.Capt
     case.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = case.root / "sft.yaml"
     config.write_text(
-        "trainer: {stage: sft, precision: fp32, accelerator: cpu, max_steps: 1}\n"
+        "trainer: {stage: sft, precision: fp32, accelerator: cpu, max_steps: 1, threads_per_rank: 1}\n"
         f"exp_manager: {{exp_dir: {case.root}, export_hf: false}}\n"
         f"policy: {{model_path: {case.model}, train_global_batch_size: 2}}\n"
         f"algorithm: {{name: sft}}\ndata: {{task: gsm8k, train: {case.train}}}\n"

@@ -185,7 +185,7 @@ def test_variants_run(case: Case, name: str) -> None:
 def test_supervised_stage_lowers_the_loss(case: Case) -> None:
     config = case.root / "sft.yaml"
     config.write_text(
-        "trainer: {stage: sft, precision: fp32, max_steps: 16, accelerator: cpu}\n"
+        "trainer: {stage: sft, precision: fp32, max_steps: 16, accelerator: cpu, threads_per_rank: 1}\n"
         f"exp_manager: {{exp_dir: {case.root}, name: sft, export_hf: false}}\n"
         f"policy: {{model_path: {case.model}, initialization: random, train_global_batch_size: 8, optim: {{lr: 1.0e-2}}}}\n"
         f"algorithm: {{name: sft}}\ndata: {{task: gsm8k, train: {case.train}}}\n"
