@@ -6,7 +6,8 @@
 
 A delivery pauses its servers and stamps them ``updating:N`` before the first byte, goes through the transports until none of
 the servers is left, and puts the servers into service. An engine asks for one after each ``update_weights``, and again
-whenever a server comes back without the current weights. A new transport is a class and a line of ``choose_transports``.
+whenever a server comes back without the current weights. A new transport of ours is a class, its branch of
+``choose_transports`` and its name in ``config/rollout.py``; one from outside needs no change here.
 """
 
 from __future__ import annotations
