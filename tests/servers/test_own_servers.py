@@ -229,7 +229,8 @@ def test_two_servers_one_killed(start: Callable[..., Started]) -> None:
 
 
 def test_tensor_parallel_server(start: Callable[..., Started]) -> None:
-    run = start("trainer.max_steps=2", "rollout.sglang_cfg.tp_size=2")
+    patient = "rollout.servers.health_timeout_s=120"  # two schedulers that wait for each other, on two busy cores
+    run = start("trainer.max_steps=2", "rollout.sglang_cfg.tp_size=2", patient)
     assert run.end() == 0
     check_steps(run, 2)
 
