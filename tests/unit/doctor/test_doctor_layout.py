@@ -96,6 +96,7 @@ _Block.sum = lambda self, *values: (values[0].clone(), *add(self, *values)[1:])
     assert "WRONG" in done.stdout and "model.embed_tokens.weight: " in done.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_built_is_one_line(model: Path) -> None:
     done = doctor(f"policy.model_path={model / 'nowhere'}")
     assert done.returncode == 2 and done.stderr.startswith("error: policy.model_path") and done.stderr.count("\n") == 1

@@ -48,6 +48,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_can_be_counted_is_what_is_allocated(
     case: tuple[Any, bool, dict, tuple[str, ...]], tmp_path: Path
@@ -161,6 +162,7 @@ def test_types_of_the_optimizer_reach_megatron(tmp_path: Path) -> None:
         tiny_config(model, "policy.optim.optimizer_cfg.exp_avg_dtype=float8")
 
 
+@pytest.mark.slow
 def test_options_save_what_they_say(qwen_32b: Path) -> None:
     given = [f"policy.model_path={qwen_32b}", "data.train=t.jsonl"]
 

@@ -60,6 +60,7 @@ def slow_tiles(x: Tensor, dtype: torch.dtype, tile: tuple[int, int]) -> Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("tile", [(1, 32), (32, 1), (1, 128), (128, 128)])
 def test_tiles_are_rounded_as_one_by_one(tile: tuple[int, int], dtype: torch.dtype) -> None:
@@ -104,6 +105,7 @@ SLOW = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOW)
 @pytest.mark.parametrize("leading", [(80,), (20, 4)])
 def test_the_three_products_round_along_what_they_sum_over(kind: str, leading: tuple[int, ...]) -> None:

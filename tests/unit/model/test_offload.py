@@ -71,6 +71,7 @@ def test_gradients_in_sixteen_bits_leave_nothing_behind(model: Path) -> None:
     assert run_ranks(left, 1) == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", [{}, {"dp": 2}, {"tp": 2, "sp": True}], ids=str)
 def test_training_does_not_notice(precision: str, layout: dict, model: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BODY + code], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PathFinder.find_spec("triton") is not None, reason="triton is installed: nothing stands in for it")
 def test_decorators_classes_and_constants_work_as_modules_use_them() -> None:
     done = run(
@@ -42,11 +43,13 @@ assert not triton.runtime and list(tl) == []
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_call_that_would_compute_fails_loudly() -> None:
     done = run("import sgl_kernel; sgl_kernel.silu_and_mul(1, 2)")
     assert done.returncode == 1 and "sgl_kernel.silu_and_mul is not installed" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_patch_sglang_does_not_import() -> None:
     """When this fails, the patch can go."""
     done = subprocess.run(

@@ -16,6 +16,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.patches.megatron_core.upstream import replace, require, restore
 
 
+@pytest.mark.slow
 def test_import_patches_nothing() -> None:
     program = (
         "import sys, torch; before = torch.compile, torch.Tensor.cuda\n"

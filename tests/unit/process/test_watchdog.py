@@ -273,6 +273,7 @@ def test_an_idle_process_ends_itself_with_message_stacks_and_report(tmp_path: Pa
     assert json.loads((tmp_path / "error.json").read_text())["message"] == text
 
 
+@pytest.mark.slow
 def test_beats_keep_it_alive_and_the_end_is_told(tmp_path: Path) -> None:
     process = start(tmp_path, beats=30, every_s=LIMIT_S / 10)
     end(process)
@@ -281,6 +282,7 @@ def test_beats_keep_it_alive_and_the_end_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "hang.txt").exists()
 
 
+@pytest.mark.slow
 def test_waiting_for_a_rank_that_works_is_no_hang(tmp_path: Path) -> None:
     process = start(tmp_path, world_size=2)
     play(tmp_path, 1, seconds=3 * LIMIT_S)
@@ -311,6 +313,7 @@ def test_the_first_message_stays(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "error.json").read_text())["message"] == "hang: the message of another rank"
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_for_a_while_has_not_been_idle(tmp_path: Path) -> None:
     process = start(tmp_path, beats=4, every_s=LIMIT_S / 2)
     process.send_signal(signal.SIGSTOP)

@@ -104,6 +104,7 @@ def test_stop_and_length(model: Path) -> None:
             assert len(ids) == 40 and not {EOS_ID, 5} & set(ids)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution(model: Path) -> None:
     prompt = requests(1)[0].prompt_ids
     asked = [Request(prompt, max_new_tokens=1, temperature=1.0, seed=seed) for seed in range(4000)]

@@ -112,6 +112,7 @@ def test_slow_job_within_the_deadline_is_scored(pool):
     assert [score.is_failure for score in pool.score([job("", "sleep 0.4"), GOOD, GOOD])] == [False] * 3
 
 
+@pytest.mark.slow
 def test_many_slow_jobs_do_not_add_up_to_a_timeout(pool):
     """A chunk of ten takes 0.5 s, twice what it may."""
     assert not any(score.is_failure for score in pool.score([job("", "sleep 0.05")] * 80))
@@ -129,10 +130,12 @@ def test_deadline_is_kept(pool):
     assert time.monotonic() - start < 2.5  # 0.25 s in the chunk, 1 s alone, up to 0.2 s of pebble's polling each
 
 
+@pytest.mark.slow
 def test_all_jobs_stuck_still_ends(pool):
     assert [score.reason for score in pool.score([job("yes", "sleep 60")] * 6)] == ["timeout"] * 6
 
 
+@pytest.mark.slow
 def test_power_tower_is_killed_although_it_holds_the_gil():
     with ScoringPool(["gsm8k"], num_workers=1, timeout_s=1.0) as pool:
         pool.score([job("1", "\\boxed{1}", "gsm8k")])
@@ -272,6 +275,7 @@ def start_script(tmp_path, mode):
     return trainer, workers, parent_of(workers[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_survives_the_trainer_even_with_workers_that_hold_the_gil(tmp_path, how):
     trainer, workers, server = start_script(tmp_path, "stuck")

@@ -139,6 +139,7 @@ def carry_out(plan: Plan, shape: ModelShape, training: TrainingLayout, rollout: 
     return servers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hundred", [0, 1, 2])
 def test_every_rank_ends_with_what_it_must_hold(hundred: int) -> None:
     kinds: Counter[tuple[bool, bool]] = Counter()
