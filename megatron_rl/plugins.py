@@ -25,7 +25,7 @@ T = TypeVar("T")
 BINDERS = frozenset({"exec", "globals", "setattr", "vars"})
 """Functions by which a module can bind names that its syntax does not show."""
 FROM_OUTSIDE = (Exception, SystemExit)
-"""What may come out of code of the user's and is then an error of the config; Ctrl-C is not."""
+"""Exceptions of the user's code that count as errors of the config; Ctrl-C is not one."""
 CONSTANTS = (bool, bytes, complex, dict, float, int, list, set, str, tuple, type(None), type(...))
 """Types of which nothing is code that a config could name."""
 LITERALS = {
@@ -142,7 +142,7 @@ def check_call(found: Any, path: str, arguments: Sequence[str], keywords: Sequen
 
 
 def _misfit(found: Any, arguments: Sequence[str], keywords: Sequence[str]) -> str:
-    """What is wrong with a call; nothing where that cannot be known."""
+    """Say what is wrong with a call; nothing where that cannot be known."""
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):  # compiled code may have none

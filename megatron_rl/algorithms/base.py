@@ -133,7 +133,7 @@ class OnlineAlgorithm(Algorithm):
         self.kl_in_reward = settings.kl.coef if settings.kl.placement == "reward" else 0.0
         self._check_parts()
         self.needed_ahead = type(self).needs.union(*(part.needs for _, part in self._parts()))
-        """What a part reads before the first update, so that this update's own pass comes too late for it."""
+        """Vectors that a part reads before the first update, so that this update's own pass comes too late for them."""
         if self.kl_in_reward > 0 or (stored is not None and stored.takes_selection and selection.is_on):
             self.needed_ahead |= {"old_log_probs"}  # also where the engine's are known: rows of a pool have none
         self.needs = self.needed_ahead | {"old_log_probs"}

@@ -49,7 +49,7 @@ class EvalConfig:
     every_n_steps: NonNegativeInt = 0
     """0: never during training."""
     num_problems: PositiveInt | None = None
-    """How many problems of ``data.validation`` are evaluated on, from the first on; null takes all."""
+    """Evaluate on this many problems of ``data.validation``, from the first on; null takes all."""
     num_samples: PositiveInt = 8
     """Samples per problem before and after training."""
     num_samples_during: PositiveInt = 1
@@ -92,7 +92,7 @@ class PresampleConfig:
     problems: str | None = None
     """Problem file to sample on; null takes ``data.train``."""
     num_problems: PositiveInt | None = None
-    """How many problems of the file are sampled on, from the first on; null takes all."""
+    """Sample on this many problems of the file, from the first on; null takes all."""
     num_samples: PositiveInt = 8
     min_correct: PositiveInt = 8
     temperature: PositiveFloat = 1.0

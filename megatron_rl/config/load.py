@@ -19,7 +19,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.files import disk_errors, write_atomic
 
 NOT_YAML = (YAMLError, OmegaConfBaseException, ValueError)
-"""What comes out of reading a text that is not YAML, or whose keys and interpolations OmegaConf does not know."""
+"""Errors of reading a text that is not YAML, or whose keys and interpolations OmegaConf does not know."""
 RENAMED = {
     "algorithm.mask_threshold": "algorithm.selection.max_probability",
     "algorithm.probabilities": "algorithm.selection.probabilities",
@@ -138,7 +138,7 @@ def _override(config: DictConfig, item: str) -> DictConfig:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a YAML text, and where if that is known, without the excerpts that parsers add."""
+    """Say what is wrong with a YAML text, and where if that is known, without the excerpts that parsers add."""
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     return where + (getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__))

@@ -217,7 +217,7 @@ class Rule:
     needs: str = ""
     """A boolean of ``ModelShape`` that must hold for the line to apply."""
     is_copy: bool = False
-    """These HF tensors also stand in another line. Loading fills both parameters; export writes the other line's."""
+    """True: another line has the same HF tensors. Loading fills both parameters; export writes that line's alone."""
     layers: Literal["all", "dense", "experts"] = "all"
     """Layers that have it, in a model whose first layers are dense and whose others have experts."""
     is_float32: bool = False

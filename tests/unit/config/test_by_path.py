@@ -1,4 +1,4 @@
-"""What is wrong with a config, or with code that it names by path, is one line of ``megatron-rl check`` with status 2."""
+"""``megatron-rl check`` says in one line, with status 2, what is wrong with a config or with code that it names by path."""
 
 from __future__ import annotations
 
