@@ -1,6 +1,6 @@
 # make quickstart         watch a model learn by reinforcement, about eight minutes on two CPU cores
 # make test-fast          unit tests, rules of the house, every config: under three minutes
-# make test               all tests: half an hour on two cores
+# make test               all tests: some 40 minutes on two cores
 #   test-trainer            all but those with real servers
 #   test-servers            those with real SGLang servers
 # make test-gpu           checks and benchmarks that need a GPU; wants PLATFORM=gpu
