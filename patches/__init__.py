@@ -44,10 +44,11 @@ def apply(device_type: str | None = None) -> list[str]:
         raise RuntimeError(f"megatron.core is patched for {_device_type} and cannot serve {device_type} in one process")
     if _applied is None:
         _check_packages()
-        from . import megatron_core
+        from . import megatron_core, pytorch
 
         topics = megatron_core.apply_cpu() if device_type == "cpu" else []
-        names = [f"megatron_core.{topic}" for topic in topics + megatron_core.apply_everywhere()]
+        names = [f"pytorch.{topic}" for topic in pytorch.apply()]
+        names += [f"megatron_core.{topic}" for topic in topics + megatron_core.apply_everywhere()]
         for name in names:
             logger.info("applied patch %s", name)
         _applied, _device_type = names, device_type

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from megatron_rl.config import Config
 from megatron_rl.launch.meeting import Meeting
+from megatron_rl.process.run_key import VARIABLE as KEY_VARIABLE
+from megatron_rl.process.run_key import run_key
 
 ALLOCATOR = {
     # glibc returns large blocks to the kernel at once, and touching them anew can be slow. The gain from keeping
@@ -77,5 +79,6 @@ def start(
         print(f"node {meeting.node_rank} of {config.trainer.num_nodes}: logs in {logs}/{ranks}", flush=True)
     threads = config.trainer.num_threads
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR, **os.environ}
+    environment[KEY_VARIABLE] = run_key(config.exp_manager.run_dir).hex()
     command = [sys.executable, "-m", "megatron_rl.launch", *arguments]
     os.execve(sys.executable, command, environment)

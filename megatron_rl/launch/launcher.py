@@ -15,6 +15,8 @@ from megatron_rl.launch.meeting import read_back
 from megatron_rl.launch.node_watch import NodeWatch
 from megatron_rl.process.hang_report import HANG
 from megatron_rl.process.lifetime import PARENT_VARIABLE
+from megatron_rl.process.network import HeldPort
+from megatron_rl.process.run_key import VARIABLE as KEY_VARIABLE
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -23,12 +25,22 @@ if TYPE_CHECKING:
 def main() -> int:
     """Run torchrun, and return the exit status: 0; 2 what a user can fix; 4 a hang; 1 a failure; 128 + N ended by signal N."""
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # ranks end with us from their first second on
-    meeting, num_nodes, timeout_s = read_back(sys.argv[1:])
-    watch = None
+    arguments = sys.argv[1:]
+    meeting, num_nodes, timeout_s = read_back(arguments)
+    watch = held = None
     if meeting is not None:
+        key = os.environ.get(KEY_VARIABLE)
+        if key is None:
+            print(f"error: {KEY_VARIABLE}: must hold the run's key. Fix: start each node with megatron-rl.", file=sys.stderr)
+            return 2
         _import_torch_quietly()
-        watch = NodeWatch(meeting, num_nodes, timeout_s)
-    status, message = _run_torchrun(watch)
+        watch = NodeWatch(meeting, num_nodes, timeout_s, bytes.fromhex(key))
+    elif "--standalone" in arguments:
+        # torchrun's own meeting for one node keeps pickles in a store; anybody who reached it could run code here.
+        held = HeldPort("127.0.0.1")
+        alone = ["--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={held.number}"]
+        arguments = [*alone, *(argument for argument in arguments if argument != "--standalone")]
+    status, message = _run_torchrun(arguments, watch)
     if message:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if watch is not None:
@@ -52,9 +64,11 @@ def _import_torch_quietly() -> None:
         del os.environ[name]
 
 
-def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
+def _run_torchrun(arguments: list[str], watch: NodeWatch | None) -> tuple[int, str | None]:
     """Return the exit status and a message about it."""
     import logging
+
+    import megatron_rl.patches.pytorch
 
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -68,7 +82,8 @@ def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
     for name in ("multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
-        torchrun(sys.argv[1:])
+        megatron_rl.patches.pytorch.apply()
+        torchrun(arguments)
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: _distance_from_cause(item[1]))
         status = failure.exitcode if failure.exitcode > 0 else 1

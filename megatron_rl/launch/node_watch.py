@@ -31,9 +31,9 @@ class NodeWatch:
     stuck, the other judges by the time of the last news.
     """
 
-    def __init__(self, meeting: Meeting, num_nodes: int, timeout_s: float) -> None:
-        """Connect to the store of node 0; it may take ``timeout_s`` to appear."""
-        self._meeting, self._timeout_s = meeting, timeout_s
+    def __init__(self, meeting: Meeting, num_nodes: int, timeout_s: float, key: bytes) -> None:
+        """Connect to the store of node 0; it may take ``timeout_s`` to appear. The run's key signs what is said there."""
+        self._meeting, self._timeout_s, self._key = meeting, timeout_s, key
         # If everyone judged everyone, the work would grow with the square of the nodes; through node 0 all learn the same.
         watched = range(1, num_nodes) if meeting.node_rank == 0 else [0]
         self._num_beats = dict.fromkeys(watched, 0)
@@ -77,18 +77,13 @@ class NodeWatch:
     def _talk(self) -> None:
         from torch.distributed import PrefixStore, TCPStore
 
+        from megatron_rl.process.signed_store import SignedStore
+
         me = self._meeting.node_rank
         with suppress(Exception):  # a store that is gone; what follows from that is for _judge to say
-            store = PrefixStore(
-                "launchers",
-                TCPStore(
-                    self._meeting.host,
-                    self._meeting.port,
-                    is_master=False,
-                    wait_for_workers=False,
-                    timeout=timedelta(seconds=self._timeout_s),
-                ),
-            )
+            host, port, timeout = self._meeting.host, self._meeting.port, timedelta(seconds=self._timeout_s)
+            bare = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+            store = SignedStore(PrefixStore("launchers", bare), self._key)
             while True:
                 store.add(f"beats of {me}", 1)
                 if self._status is not None and not self._has_left.is_set():

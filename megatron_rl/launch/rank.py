@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 import megatron_rl.patches
 from megatron_rl.config import Config
@@ -29,6 +30,12 @@ from megatron_rl.files import disk_errors
 from megatron_rl.metrics import terminal
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.process import activity, lifetime, watchdog
+from megatron_rl.process.run_key import run_key
+from megatron_rl.process.signed_store import UNSIGNED, SignedStore
+
+
+_store: SignedStore | None = None
+"""The default group's store, which lives as long as the process."""
 
 
 @dataclass(frozen=True)
@@ -214,12 +221,23 @@ def _wait_for_others_to_speak() -> bool:
 def _join_others(config: Config, runtime: Runtime) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo",
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        timeout=timedelta(seconds=config.trainer.timeout_s),
-    )
+    timeout = timedelta(seconds=config.trainer.timeout_s)
+    store, rank, world_size = next(rendezvous("env://", runtime.rank, runtime.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    global _store
+    _store = SignedStore(store, run_key(config.exp_manager.run_dir))
+    backend = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:
+        if UNSIGNED not in str(error):
+            raise
+        raise UserError(
+            "exp_manager.exp_dir",
+            str(config.exp_manager.exp_dir),
+            f"must be one folder for all nodes: on {socket.gethostname()} it holds another key than where other ranks run",
+            "choose a folder on a file system that all nodes share, by its full path",
+        ) from error
 
 
 def _device(config: Config) -> torch.device:

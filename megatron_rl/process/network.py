@@ -1,9 +1,17 @@
-"""Ports held for the programs we start, and the address under which others reach this machine."""
+"""Ports held for the programs we start, sockets that listen on one address, and the address by which others reach us."""
 
 from __future__ import annotations
 
+import errno
+import ipaddress
+import logging
 import os
 import socket
+from typing import Any
+
+logger = logging.getLogger(__name__)
+_BACKLOG = 4096
+"""Connections that may wait to be accepted: all ranks of a large run come at once."""
 
 
 class HeldPort:
@@ -38,6 +46,48 @@ class HeldPort:
         self._socket.close()
 
 
+def listening_socket(host: str, port: int = 0) -> socket.socket:
+    """Return a socket that listens on one address.
+
+    Args:
+        host: name or address; nothing else on this machine listens then.
+        port: 0 takes any.
+
+    A name that means nothing on this machine (the address of a cluster's service in front of it), or that its own host table
+    maps to loopback although others use it, leaves no single address: the socket then listens on all, and a warning says so.
+
+    Raises:
+        OSError: the port is taken, or the name is unknown.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, _, _, _, address in found:
+        if ipaddress.ip_address(address[0]).is_loopback and not _names_loopback(host):
+            continue
+        try:
+            return _listen(family, address)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    logger.warning("%s is no address of this machine's own: port %d listens on all of its addresses", host, port)
+    return socket.create_server(("", port), backlog=_BACKLOG)
+
+
+def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _names_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def own_address(num_nodes: int, *peers: str) -> str:
     """Return the address under which others reach this machine: loopback if every node and peer is on it.
 
@@ -45,7 +95,7 @@ def own_address(num_nodes: int, *peers: str) -> str:
         num_nodes: number of the trainer's nodes.
         peers: host names or addresses of servers.
     """
-    elsewhere = [peer for peer in peers if peer != "localhost" and not peer.startswith("127.")]
+    elsewhere = [peer for peer in peers if not _names_loopback(peer)]
     if num_nodes > 1:
         elsewhere.append(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     if not elsewhere:

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import torch
@@ -181,7 +181,7 @@ def choose_transports(
 
 def _rendezvous(config: Config, *, is_cpu: bool) -> Rendezvous:
     servers, sync = config.rollout.servers, config.weight_sync
-    on_gpu = "ipc" if servers.placement == "colocated" else "nccl"
+    on_gpu: Literal["ipc", "nccl"] = "ipc" if servers.placement == "colocated" else "nccl"
     hosts = [str(urlsplit(url).hostname) for url in servers.urls or ()]
     return Rendezvous(
         host=own_address(config.trainer.num_nodes, *hosts),

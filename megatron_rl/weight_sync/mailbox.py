@@ -12,14 +12,13 @@ Every process sees all GPUs under the same numbers: ``base_gpu_id`` tells a serv
 
 from __future__ import annotations
 
-import base64
+import json
 import os
-import pickle
 import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 BROKEN = "broken"
 """Key that is set when a member has died."""
@@ -52,7 +51,7 @@ class Mailbox:
         """Publish the handle of one contiguous tensor, which must not change before ``wait`` returns."""
         (tensor,) = tensors
         key, handle = self._key(self._rank, destination, tag), _handle(tensor)
-        self._store.set(key, base64.b64encode(pickle.dumps(handle)).decode())
+        self._store.set(key, json.dumps(handle))
 
         def finish(timeout: timedelta) -> None:
             self._wait(f"{key}/done", timeout)
@@ -71,7 +70,7 @@ class Mailbox:
 
         def finish(timeout: timedelta) -> None:
             self._wait(key, timeout)
-            _copy(pickle.loads(base64.b64decode(self._store.get(key))), tensor)
+            _copy(json.loads(self._store.get(key)), tensor)
             self._store.delete_key(key)
             self._store.set(f"{key}/done", "")
 
@@ -104,21 +103,40 @@ class _Errand:
         self._finish(timeout or self._timeout)
 
 
-def _handle(tensor: Tensor) -> object:
-    """Return what another process of this machine needs to read a tensor."""
+def _handle(tensor: Tensor) -> str | dict[str, Any]:
+    """Return what another process of this machine needs to read a tensor, as plain data: a file's path, or a CUDA IPC handle."""
     if tensor.device.type == "cpu":
         folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
         path = folder / f"megatron_rl_{os.getpid()}_{uuid.uuid4().hex}"
-        tensor.view(torch.uint8).numpy().tofile(path)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # weights are for this user alone
+            tensor.view(torch.uint8).numpy().tofile(file)
         return str(path)
     torch.cuda.current_stream(tensor.device).synchronize()  # what wrote it has finished
-    return reduce_tensor(tensor)
+    return to_plain(reduce_tensor(tensor)[1])
 
 
-def _copy(handle: Any, into: Tensor) -> None:
+def to_plain(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Return the arguments of torch's ``rebuild_cuda_tensor`` as JSON; ``from_plain`` returns them."""
+    _, size, stride, offset, _, dtype, *place = arguments
+    return {
+        "size": list(size),
+        "stride": list(stride),
+        "offset": offset,
+        "dtype": str(dtype).removeprefix("torch."),
+        "place": [{"hex": part.hex()} if isinstance(part, bytes) else part for part in place],
+    }
+
+
+def from_plain(handle: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments of torch's ``rebuild_cuda_tensor``."""
+    place = [bytes.fromhex(part["hex"]) if isinstance(part, dict) else part for part in handle["place"]]
+    shape = (torch.Size(handle["size"]), tuple(handle["stride"]), handle["offset"])
+    return [Tensor, *shape, torch.storage.TypedStorage, getattr(torch, handle["dtype"]), *place]
+
+
+def _copy(handle: str | dict[str, Any], into: Tensor) -> None:
     if isinstance(handle, str):
         into.view(torch.uint8).copy_(torch.from_numpy(numpy.fromfile(handle, dtype=numpy.uint8)))
         return
-    rebuild, arguments = handle
-    into.copy_(rebuild(*arguments))
+    into.copy_(rebuild_cuda_tensor(*from_plain(handle)))
     torch.cuda.current_stream(into.device).synchronize()

@@ -3,8 +3,9 @@
     server --custom-weight-loader megatron_rl.weight_sync.receiver.load
     POST /update_weights_from_tensor {"load_format": the same name, one tensor: a spec}
 
-The spec holds no weights, only what the rank needs to compute the plan and to meet the trainer. The rank takes part in three
-exchanges through the trainer's store, and any of them may tell it to give up:
+The spec is JSON: no weights and no code, only what the rank needs to compute the plan and to meet the trainer. The rank takes
+part in three exchanges through the trainer's store, and any of them may tell it to give up. All that is said there is signed
+with a key that the spec brings:
 
     ready       ->  the process group it still has, and whether its parameters are those of the table
     group       <-  the group to receive over; empty: without this server
@@ -18,22 +19,23 @@ from __future__ import annotations
 
 import base64
 import json
-import pickle
 import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors
+from megatron_rl.process.signed_store import SignedStore, open_store
 from megatron_rl.weight_sync.mailbox import Mailbox
 from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, receive_messages
 from megatron_rl.weight_sync.plan import Overlap, TrainingLayout, make_plan
@@ -66,11 +68,13 @@ JOIN_S = 20.0
 
 @dataclass(frozen=True)
 class TransferSpec:
-    """Description of a transfer for a server rank. It travels as a pickle, as everything to this endpoint does."""
+    """Description of a transfer for a server rank: numbers and names, which travel as JSON."""
 
     host: str
     port: int
     """Port of the trainer's store."""
+    store_key: str
+    """Key of the ``SignedStore`` there, as hex digits; drawn for this trainer."""
     attempt: str
     """Prefix of this transfer's keys."""
     server: int
@@ -78,14 +82,37 @@ class TransferSpec:
     training: TrainingLayout
     rollout: RolloutLayout
     bucket_elements: int
-    dtype: torch.dtype
-    backend: str
-    """``gloo``, ``nccl`` or ``ipc``."""
+    dtype_name: Literal["float32", "bfloat16", "float16"]
+    """Dtype of the weights, a name in torch."""
+    backend: Literal["gloo", "nccl", "ipc"]
     timeout_s: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return cast(torch.dtype, getattr(torch, self.dtype_name))
 
     def key(self, what: str, tp_rank: int | None = None) -> str:
         """Return a key of this transfer in the store."""
         return f"{self.attempt}/{self.server}/{what}" + ("" if tp_rank is None else f"/{tp_rank}")
+
+    def to_json(self) -> bytes:
+        """Return the text for a server rank."""
+        return _spec_type().dump_json(self)
+
+    @staticmethod
+    def from_json(text: bytes) -> TransferSpec:
+        """Read the text of ``to_json``.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        return _spec_type().validate_json(text, strict=False)
+
+
+@lru_cache(maxsize=1)
+def _spec_type() -> TypeAdapter[TransferSpec]:
+    return TypeAdapter(TransferSpec)
 
 
 def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout_s: float) -> Channel:
@@ -101,7 +128,7 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
 
 
 def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Load weights: SGLang calls this in every rank with one tensor, a pickled ``TransferSpec``. Never raises."""
+    """Load weights: SGLang calls this in every rank with one tensor, the bytes of a ``TransferSpec``. Never raises."""
     try:
         from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
@@ -116,12 +143,13 @@ def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:
 
     Args:
         model: its parameters have SGLang's names and this rank's shapes.
-        payload: a pickled ``TransferSpec``.
+        payload: a ``TransferSpec`` as JSON.
         tp_rank: of the rank in its server.
     """
     try:
-        spec: TransferSpec = pickle.loads(payload)
-        store = dist.TCPStore(spec.host, spec.port, is_master=False, timeout=timedelta(seconds=spec.timeout_s))
+        spec = TransferSpec.from_json(payload)
+        key, timeout = bytes.fromhex(spec.store_key), timedelta(seconds=spec.timeout_s)
+        store, _ = open_store(spec.host, key, port=spec.port, timeout=timeout)
         report = _receive(model, spec, store, tp_rank)
     except Exception as error:
         traceback.print_exc()
@@ -133,11 +161,11 @@ def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:
         traceback.print_exc()
 
 
-_groups: dict[str, Channel] = {}
-"""Group of the last transfer; at most one."""
+_groups: dict[str, tuple[Channel, SignedStore]] = {}
+"""Group of the last transfer, and the store that it was made with; at most one."""
 
 
-def _receive(model: torch.nn.Module, spec: TransferSpec, store: dist.Store, tp_rank: int) -> dict[str, Any]:
+def _receive(model: torch.nn.Module, spec: TransferSpec, store: SignedStore, tp_rank: int) -> dict[str, Any]:
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     ready = {"groups": list(_groups), "unfit": unfitness(parameters, spec.shape, spec.rollout, tp_rank)}
     store.set(spec.key("ready", tp_rank), json.dumps(ready))
@@ -148,8 +176,8 @@ def _receive(model: torch.nn.Module, spec: TransferSpec, store: dist.Store, tp_r
     if name not in _groups:
         _groups.clear()
         size = spec.training.num_ranks + spec.rollout.tp_size
-        _groups[name] = make_group(spec.backend, store, name, rank, size, min(JOIN_S, spec.timeout_s))
-    group = _groups[name]
+        _groups[name] = make_group(spec.backend, store, name, rank, size, min(JOIN_S, spec.timeout_s)), store
+    group, _ = _groups[name]
     messages, overlaps = _mine(spec, tp_rank)
     started = time.monotonic()
     limit = timedelta(seconds=spec.timeout_s)

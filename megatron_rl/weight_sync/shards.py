@@ -10,7 +10,7 @@ until its server dies. Rank 0 holds the store in which both ends meet.
 from __future__ import annotations
 
 import json
-import pickle
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +32,7 @@ from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import broadcast_json, gather_json
 from megatron_rl.process import activity
+from megatron_rl.process.signed_store import SignedStore, open_store
 from megatron_rl.weight_sync.mailbox import BROKEN
 from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, send_messages
 from megatron_rl.weight_sync.plan import Copy, Overlap, TrainingLayout, make_plan
@@ -48,8 +49,8 @@ class Rendezvous:
 
     host: str
     """Address of rank 0 that servers reach."""
-    backend: str
-    """``gloo``, ``nccl``, or ``ipc`` for servers on this machine's GPUs."""
+    backend: Literal["gloo", "nccl", "ipc"]
+    """``ipc`` is for servers on this machine's GPUs."""
     timeout_s: float
     bucket_bytes: int
 
@@ -96,8 +97,8 @@ class ShardSender:
         )
         self._bucket_elements = rendezvous.bucket_bytes // dtype.itemsize
         self._extents = hf_tensors(shape)
-        self._backend = rendezvous.backend
-        self._store = self._open_store()
+        self._store_key = str(broadcast_json(secrets.token_hex(32), cpu_group))
+        self._store, self._port = self._open_store()
         self._groups: dict[int, tuple[str, Channel]] = {}
         self._num_attempts = 0
         self._name = uuid.uuid4().hex
@@ -130,7 +131,7 @@ class ShardSender:
         self._num_attempts += 1
         self.metrics.clear()
         specs = {server: self._spec(server) for server in servers}
-        futures = {server: post(server, pickle.dumps(spec)) for server, spec in specs.items()} if post else {}
+        futures = {server: post(server, spec.to_json()) for server, spec in specs.items()} if post else {}
         deliveries = self._join(specs, futures)
         connections = [_Connection(server, *self._groups[server]) for server in servers if server not in deliveries]
         for connection in connections:
@@ -205,7 +206,7 @@ class ShardSender:
     def _make_group(self, name: str) -> Channel:
         size = self._training.num_ranks + self._rollout.tp_size
         timeout_s = min(JOIN_S, self._rendezvous.timeout_s)
-        return make_group(self._backend, self._store, name, self._rank, size, timeout_s)
+        return make_group(self._rendezvous.backend, self._store, name, self._rank, size, timeout_s)
 
     def _transfer(self, connections: Sequence[_Connection], parameters: Mapping[str, Tensor]) -> None:
         """Send all messages; a failure is noted on its connection."""
@@ -327,27 +328,28 @@ class ShardSender:
     def _spec(self, server: int) -> TransferSpec:
         return TransferSpec(
             host=self._rendezvous.host,
-            port=self._store.port,
+            port=self._port,
+            store_key=self._store_key,
             attempt=f"transfer/{self._name}/{self._num_attempts}",
             server=server,
             shape=self._shape,
             training=self._training,
             rollout=self._rollout,
             bucket_elements=self._bucket_elements,
-            dtype=self._dtype,
-            backend=self._backend,
+            dtype_name=str(self._dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            backend=self._rendezvous.backend,
             timeout_s=self._rendezvous.timeout_s,
         )
 
-    def _open_store(self) -> dist.TCPStore:
-        timeout, host = timedelta(seconds=self._rendezvous.timeout_s), self._rendezvous.host
-        store = None
-        if self._rank == 0:
-            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        port = broadcast_json(store.port if store else None, self._cpu_group)
-        store = store or dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    def _open_store(self) -> tuple[SignedStore, int]:
+        """Return the store of this trainer, which listens on rank 0, and its port."""
+        host, key = self._rendezvous.host, bytes.fromhex(self._store_key)
+        timeout = timedelta(seconds=self._rendezvous.timeout_s)
+        own = open_store(host, key, port=None, timeout=timeout) if self._rank == 0 else None
+        port = int(broadcast_json(own and own[1], self._cpu_group))
+        opened = own or open_store(host, key, port=port, timeout=timeout)
         dist.barrier(self._cpu_group)  # no rank leaves before all are connected
-        return store
+        return opened
 
 
 class _Connection:
