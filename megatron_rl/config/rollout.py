@@ -23,6 +23,9 @@ class ServersConfig:
 
     urls: list[str] | None = None
     """Servers that run already, each ``http://host:port``; null starts our own."""
+    key_file: str | None = None
+    """File with the key that the servers of ``urls`` ask for, on one line; null: they ask for none. Our own servers get a key
+    that is drawn at every start."""
     num_per_node: PositiveInt = 1
     """Servers started on each node."""
     placement: Literal["separate", "colocated"] = "separate"
@@ -50,6 +53,18 @@ class ServersConfig:
         for url in self.urls or []:
             if not url.startswith(("http://", "https://")):
                 raise UserError("rollout.servers.urls", url, "must be http://host:port", "add the scheme")
+        if self.health_interval_s >= self.health_timeout_s:
+            raise UserError(
+                "rollout.servers.health_interval_s",
+                self.health_interval_s,
+                f"must be below rollout.servers.health_timeout_s = {self.health_timeout_s:g}",
+                "ask several times within the limit",
+            )
+        if self.key_file is not None and self.urls is None:
+            rule = "is for servers that run already; our own get a key that is drawn at every start"
+            raise UserError(
+                "rollout.servers.key_file", self.key_file, rule, "leave it out, or set rollout.servers.urls"
+            )
 
 
 @section

@@ -58,6 +58,7 @@ class Config:
         self._check_stage()
         check_sizes(self.algorithm)
         self._check_batch_arithmetic()
+        self._check_limits()
         with settings_code(self.algorithm.name):
             self.algorithm.check(OtherSections(self.trainer, self.policy, self.rollout, self.data, self.eval))
         sync, is_ours = self.weight_sync, not plugins.is_path(self.rollout.engine)
@@ -85,6 +86,19 @@ class Config:
                 "eval is on, so there must be problems to evaluate on",
                 "give data.validation=FILE, or switch eval.before, eval.after and eval.every_n_steps off",
             )
+
+    def _check_limits(self) -> None:
+        """Check that a weight update ends by its own limit: after those of the ranks that wait for it, nobody could say why."""
+        limit_s, trainer = self.weight_sync.timeout_s, self.trainer
+        for name in ("timeout_s", "hang_timeout_s"):
+            longer_s = getattr(trainer, name)
+            if self.rollout.engine == "sglang" and longer_s is not None and limit_s >= longer_s:
+                raise UserError(
+                    "weight_sync.timeout_s",
+                    limit_s,
+                    f"must be below trainer.{name} = {longer_s:g}, because the ranks wait for each other in a weight update",
+                    "lower it, or raise the other",
+                )
 
     def _check_stage(self) -> None:
         stage = self.algorithm.stage

@@ -31,7 +31,10 @@ def main() -> int:
     if meeting is not None:
         key = os.environ.get(KEY_VARIABLE)
         if key is None:
-            print(f"error: {KEY_VARIABLE}: must hold the run's key. Fix: start each node with megatron-rl.", file=sys.stderr)
+            print(
+                f"error: {KEY_VARIABLE}: must hold the run's key. Fix: start each node with megatron-rl.",
+                file=sys.stderr,
+            )
             return 2
         _import_torch_quietly()
         watch = NodeWatch(meeting, num_nodes, timeout_s, bytes.fromhex(key))
@@ -68,13 +71,13 @@ def _run_torchrun(arguments: list[str], watch: NodeWatch | None) -> tuple[int, s
     """Return the exit status and a message about it."""
     import logging
 
-    import megatron_rl.patches.pytorch
-
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main as torchrun
+
+    import megatron_rl.patches.pytorch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # These have levels of their own. The first complains that torchrun has no parent to give our message to, the second

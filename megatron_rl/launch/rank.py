@@ -33,7 +33,6 @@ from megatron_rl.process import activity, lifetime, watchdog
 from megatron_rl.process.run_key import run_key
 from megatron_rl.process.signed_store import UNSIGNED, SignedStore
 
-
 _store: SignedStore | None = None
 """The default group's store, which lives as long as the process."""
 

@@ -115,13 +115,13 @@ class SignedStore(dist.Store):
 
     def clone(self) -> SignedStore:
         """Return a store on a connection of its own, for another thread."""
-        return SignedStore(self._inner.clone(), self._key)
+        return SignedStore(self._inner.clone(), self._key)  # type: ignore[attr-defined]
 
     def has_extended_api(self) -> bool:
         """Return False: appending to a value would break its signature."""
         return False
 
-    deleteKey, getNumKeys = delete_key, num_keys  # the names by which C++ asks for these two  # noqa: N815
+    deleteKey, getNumKeys = delete_key, num_keys  # the names by which C++ asks for these two
 
     def _signature(self, key: str, data: bytes) -> bytes:
         name = key.encode()

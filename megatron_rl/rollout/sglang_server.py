@@ -1,5 +1,9 @@
 """One SGLang server: ``python -m megatron_rl.rollout.sglang_server <flags of sglang's own server>``.
 
+The key that its clients must show comes by environment, because every user of a machine can read a command line:
+
+    MEGATRON_RL_SERVER_KEY=... python -m megatron_rl.rollout.sglang_server --model-path ...
+
 SGLang spawns its scheduler and detokenizer, and ``spawn`` imports this module in each of them before anything else, so the
 module body runs in every process of the server. Only the patches may happen here on import.
 """
@@ -9,7 +13,10 @@ from __future__ import annotations
 import os
 import sys
 
+from megatron_rl.process import heartbeat
 from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter
+
+KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
 
 
 def _prepare() -> None:
@@ -17,9 +24,13 @@ def _prepare() -> None:
     die_with_starter()
     # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
     os.environ[PARENT_VARIABLE] = str(os.getpid())
+    heartbeat.start()
 
     import torch
 
+    from megatron_rl.patches import pytorch
+
+    pytorch.apply()
     if not torch.cuda.is_available():
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
         from megatron_rl.patches import sglang
@@ -30,10 +41,17 @@ def _prepare() -> None:
 def main() -> None:
     """Serve until stopped. SGLang's own children end with this process."""
     from sglang.launch_server import run_server
+    from sglang.srt.entrypoints.http_server import app
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
+    from starlette.routing import WebSocketRoute
 
-    arguments = prepare_server_args(sys.argv[1:])
+    key = os.environ.get(KEY_VARIABLE)
+    # With one of its two keys alone SGLang leaves either the weights or everything else open.
+    keys = ["--api-key", key, "--admin-api-key", key] if key else []
+    # It asks for no key where a browser would open a socket, and nothing of ours does.
+    app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, WebSocketRoute)]
+    arguments = prepare_server_args([*sys.argv[1:], *keys])
     try:
         run_server(arguments)
     finally:

@@ -104,11 +104,13 @@ class _Errand:
 
 
 def _handle(tensor: Tensor) -> str | dict[str, Any]:
-    """Return what another process of this machine needs to read a tensor, as plain data: a file's path, or a CUDA IPC handle."""
+    """Return what another process of this machine needs to read a tensor, as plain data: a path, or a CUDA IPC handle."""
     if tensor.device.type == "cpu":
         folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
         path = folder / f"megatron_rl_{os.getpid()}_{uuid.uuid4().hex}"
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # weights are for this user alone
+        with open(
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+        ) as file:  # weights are for this user alone
             tensor.view(torch.uint8).numpy().tofile(file)
         return str(path)
     torch.cuda.current_stream(tensor.device).synchronize()  # what wrote it has finished

@@ -37,12 +37,10 @@ def start_server(model: Path, log: Path, **passed: Any) -> tuple[ChildProcess, s
         nccl_port=nccl_port,
         base_gpu_id=0,
         releases_memory=False,
-        admin_key="",
         seed=0,
     )
-    command = [argument for argument in command if argument not in ("--admin-api-key", "")]
     size = int(passed.get("tp_size", 1))
-    environment = server_environment(is_cpu=True, tensor_parallel_size=size, num_servers=1, num_cores=2)
+    environment = server_environment(key="", is_cpu=True, tensor_parallel_size=size, num_servers=1, num_cores=2)
     return ChildProcess(command, log=log, environment=environment), f"http://127.0.0.1:{port}"
 
 

@@ -21,7 +21,7 @@ LAYERS, CHOSEN = 2, 2
 async def complete(url: str, model: torch.nn.Module, requests: list[Request]) -> list[Completion]:
     """Give the server the model's weights, and ask."""
     async with aiohttp.ClientSession() as session:
-        client = SGLangClient(url, session, admin_key=None)
+        client = SGLangClient(url, session, key=None)
         adapter = adapter_for(str((await client.info(30.0))["version"]), url)
         await client.begin_update(1, pause_mode="abort", adapter=adapter, timeout_s=60.0)
         bucket = serialize([(name, tensor.detach()) for name, tensor in checkpoint_views(model).items()])

@@ -38,10 +38,10 @@ class Refused(Exception):
 class SGLangClient:
     """Client of one server. Methods raise ``Unavailable`` or ``Refused`` and nothing else."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, *, admin_key: str | None) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, *, key: str | None) -> None:
         self.url = url.rstrip("/")
         self._session = session
-        self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.num_prompt_tokens = 0
         """Prompt tokens of the completions so far."""
         self.num_cached_tokens = 0
@@ -149,12 +149,17 @@ class SGLangClient:
         body = {"model_path": path, "load_format": "auto", "flush_cache": False}
         await self._post("/update_weights_from_disk", body, timeout_s)
 
-    async def end_update(self, version: int, *, pause_mode: str, adapter: Adapter, timeout_s: float) -> None:
-        """Drop the prefix cache of the old weights, stamp the new version, resume, and check the stamp."""
+    async def end_update(
+        self, version: int, *, pause_mode: str, adapter: Adapter, timeout_s: float, patience_s: float
+    ) -> None:
+        """Drop the prefix cache of the old weights, stamp the new version, resume, and check the stamp.
+
+        ``patience_s`` is the limit of the wait for an idle server, ``timeout_s`` that of each answer.
+        """
         if adapter.has_update_session:
             await self._post("/end_weight_update", {}, timeout_s)
         try:
-            await self._flush_cache(timeout_s, patience_s=0.0 if pause_mode == "in_place" else timeout_s)
+            await self._flush_cache(timeout_s, patience_s=0.0 if pause_mode == "in_place" else patience_s)
         except Refused:
             if pause_mode != "in_place":  # in_place: paused requests still need the cache, and the server keeps it
                 raise

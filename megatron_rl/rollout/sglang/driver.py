@@ -15,6 +15,7 @@ from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ARCHITECTURES, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import broadcast_json, error_to_json, raise_first
+from megatron_rl.process import activity
 from megatron_rl.rollout.engine import ServedModel
 from megatron_rl.rollout.sglang.client import Refused, SGLangClient
 from megatron_rl.rollout.sglang.dispatch import Dispatch
@@ -38,16 +39,16 @@ class Driver:
     """Rank 0's side of the engine: the event loop and what lives in it. The rank's main thread calls its methods."""
 
     def __init__(
-        self, config: Config, model: ServedModel, urls: Sequence[str], logs: Sequence[str], *, admin_key: str | None
+        self, config: Config, model: ServedModel, urls: Sequence[str], logs: Sequence[str], *, key: str | None
     ) -> None:
         self._config, self._model = config, model
         self.loop = LoopThread()
-        self.fleet, self.dispatch = self.loop.run(self._build(urls, logs, admin_key))
+        self.fleet, self.dispatch = self.loop.run(self._build(urls, logs, key))
 
-    async def _build(self, urls: Sequence[str], logs: Sequence[str], admin_key: str | None) -> tuple[Fleet, Dispatch]:
+    async def _build(self, urls: Sequence[str], logs: Sequence[str], key: str | None) -> tuple[Fleet, Dispatch]:
         self._session = open_session()
         servers = [
-            Server(index, SGLangClient(url, self._session, admin_key=admin_key), Path(logs[index]) if logs else None)
+            Server(index, SGLangClient(url, self._session, key=key), Path(logs[index]) if logs else None)
             for index, url in enumerate(urls)
         ]
         fleet = Fleet(servers, self._config.rollout.servers, self._config.weight_sync, check=self._check)
@@ -115,8 +116,12 @@ class Driver:
 
     def attempt(self, work: Coroutine[Any, Any, None], what: str = "a weight update") -> UserError | None:
         """Run a coroutine of the fleet to its end; a server's refusal is returned."""
+        return self.outcome(self.loop.submit(work), what)
+
+    def outcome(self, future: Future[None], what: str) -> UserError | None:
+        """Wait for a coroutine of the fleet; a server's refusal is returned."""
         try:
-            self.loop.run(work)
+            future.result()
         except Refused as error:
             return UserError(
                 "rollout.engine",
@@ -164,7 +169,7 @@ def together(
     *,
     what: str = "a weight update",
 ) -> None:
-    """Run a coroutine of rank 0's fleet and wait for it on all ranks; a collective.
+    """Run a coroutine of rank 0's fleet and wait for it on all ranks, which meet meanwhile; a collective.
 
     Args:
         driver: on rank 0; None on other ranks.
@@ -175,5 +180,8 @@ def together(
     Raises:
         UserError: on all ranks; a server refused.
     """
-    error = driver.attempt(work(driver), what) if driver is not None else None
+    future = driver.loop.submit(work(driver)) if driver is not None else None
+    while not broadcast_json(bool(future and wait([future], timeout=MEET_S).done), cpu_group):
+        activity.beat()  # each request has a deadline
+    error = driver.outcome(future, what) if driver is not None and future is not None else None
     raise_first([broadcast_json(error_to_json(error), cpu_group)])

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_rl.config import Config
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, described
 from megatron_rl.metrics import progress
-from megatron_rl.parallel.agree import broadcast_json, error_to_json, gather_json, raise_first
+from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, error_to_json, gather_json, raise_first
 from megatron_rl.process import activity
 from megatron_rl.process.child import ChildProcess
 from megatron_rl.process.network import HeldPort, own_address
@@ -59,17 +60,20 @@ class SGLangEngine:
         self._supervisor: Supervisor | None = None
         self._ports: list[HeldPort] = []
         self._driver: Driver | None = None
-        self._admin_key: str | None = None
+        self._key: str | None
         urls, logs = config.rollout.servers.urls, []
-        if urls is None:
-            self._admin_key = str(broadcast_json(secrets.token_hex(16), cpu_group))
+        if urls is not None:
+            with all_ranks_agree(cpu_group):
+                self._key = _read_key(config.rollout.servers.key_file)
+        else:
+            self._key = str(broadcast_json(secrets.token_hex(32), cpu_group))
             mine, error = self._start_servers()
             by_rank = gather_json([mine, error], cpu_group)
             raise_first([error for _, error in by_rank])
             urls = [url for servers, _ in by_rank for url, _ in servers]
             logs = [log for servers, _ in by_rank for _, log in servers]
         if self._is_first:
-            self._driver = Driver(config, model, urls, logs, admin_key=self._admin_key)
+            self._driver = Driver(config, model, urls, logs, key=self._key)
 
     # ------------------------------------------------------------------------------------------------ RolloutEngine
 
@@ -222,18 +226,16 @@ class SGLangEngine:
                 return [], error_to_json(error)
             number = node * servers.num_per_node + index
             managed.append(self._managed(number, index, host, port, size))
-        assert self._admin_key is not None
-        self._supervisor = Supervisor(managed, servers)
+        self._supervisor = Supervisor(managed, servers, key=str(self._key))
         return [(server.url, str(server.log)) for server in managed], None
 
     def _managed(self, number: int, index: int, host: str, port: int, size: int) -> Managed:
         config, servers = self._config, self._config.rollout.servers
         first_gpu = config.trainer.devices if servers.placement == "separate" else 0
-        assert self._admin_key is not None
-        admin_key = self._admin_key
+        key = str(self._key)
         log = config.exp_manager.run_dir / "logs" / f"server_{number}.log"
 
-        def start() -> ChildProcess:
+        def start(variables: Mapping[str, str]) -> ChildProcess:
             command = server_command(
                 config.rollout.sglang_cfg,
                 model_path=str(self._model.path),
@@ -246,19 +248,35 @@ class SGLangEngine:
                 nccl_port=self._hold_port(host),  # another one at every start: the last may be lingering
                 base_gpu_id=first_gpu + index * size,
                 releases_memory=servers.placement == "colocated",
-                admin_key=admin_key,
                 seed=config.trainer.seed + number,
             )
             environment = server_environment(
+                key=key,
                 is_cpu=self._is_cpu,
                 tensor_parallel_size=size,
                 num_servers=servers.num_per_node,
                 num_cores=len(os.sched_getaffinity(0)),
             )
-            return ChildProcess(command, log=log, environment=environment)
+            return ChildProcess(command, log=log, environment=environment | dict(variables))
 
         return Managed(f"server {number}", f"http://{host}:{port}", log, start)
 
     def _hold_port(self, host: str, number: int = 0) -> int:
         self._ports.append(HeldPort(host, number))
         return self._ports[-1].number
+
+
+def _read_key(path: str | None) -> str | None:
+    """Return the key in a file; None without a file."""
+    if path is None:
+        return None
+    field = "rollout.servers.key_file"
+    try:
+        key = Path(path).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            field, path, f"cannot be read ({described(error)})", "give a file that every node can read"
+        ) from error
+    if not key.isascii() or not key.isprintable() or not key or " " in key:
+        raise UserError(field, path, "must hold one key, printable and without spaces", "correct the file")
+    return key

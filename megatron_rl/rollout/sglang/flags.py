@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.sglang_server import KEY_VARIABLE
 
 CPU_KV_TOKENS = 65_536
 """KV pool of a CPU server unless the config says otherwise: SGLang's own default is most of the machine's memory."""
@@ -39,7 +40,6 @@ def server_command(
     nccl_port: int,
     base_gpu_id: int,
     releases_memory: bool,
-    admin_key: str,
     seed: int,
 ) -> list[str]:
     """Return program and arguments of a server.
@@ -54,7 +54,6 @@ def server_command(
         host, port, nccl_port: where to listen; tensor-parallel ranks meet at the last.
         base_gpu_id: first GPU.
         releases_memory: the trainer wants the memory between rollouts.
-        admin_key: requests that change weights need it, because they unpickle their payload.
         seed: of this server.
     """
     settings: dict[str, Any] = {
@@ -70,7 +69,6 @@ def server_command(
         "skip_server_warmup": True,
         "grammar_backend": "none",
         "random_seed": seed,
-        "admin_api_key": admin_key,
         "log_level_http": "warning",
         "enable_return_routed_experts": records_experts,
         "json_model_override_args": json.dumps(overrides) if overrides else None,
@@ -83,14 +81,17 @@ def server_command(
     return [sys.executable, "-m", "megatron_rl.rollout.sglang_server", *_arguments(settings)]
 
 
-def server_environment(*, is_cpu: bool, tensor_parallel_size: int, num_servers: int, num_cores: int) -> dict[str, str]:
-    """Return the environment variables of one server's processes."""
+def server_environment(
+    *, key: str, is_cpu: bool, tensor_parallel_size: int, num_servers: int, num_cores: int
+) -> dict[str, str]:
+    """Return the environment variables of one server's processes; every request but that for its health needs the key."""
+    environment = {KEY_VARIABLE: key}
     if not is_cpu:
-        return {}
+        return environment
     # One core of a server's share is for its HTTP process. Waiting threads sleep, because spinning ones would take cores
     # from the threads that they wait for.
     threads = (num_cores // num_servers - 1) // tensor_parallel_size
-    environment = {"OMP_NUM_THREADS": str(max(1, threads)), "OMP_WAIT_POLICY": "passive"}
+    environment |= {"OMP_NUM_THREADS": str(max(1, threads)), "OMP_WAIT_POLICY": "passive"}
     if tensor_parallel_size > 1:  # by default SGLang wants a NUMA node a rank
         cores = [str(rank % num_cores) for rank in range(tensor_parallel_size)]
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(cores)

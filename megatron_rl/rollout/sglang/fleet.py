@@ -50,6 +50,8 @@ class Server:
     in_flight: int = 0
     last_sign_s: float = field(default_factory=time.monotonic)
     reason: str = "has not answered yet"
+    num_lost_updates: int = 0
+    """Weight updates in a row in which it stopped answering."""
     has_released: bool = False
     """True while its memory belongs to the trainer."""
     asking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -215,7 +217,8 @@ class Fleet:
         try:
             if not server.is_known:
                 await self._get_to_know(server)
-            version = await server.client.weight_version(STATE_TIMEOUT_S)
+            # An answer of the scheduler: one of the HTTP process alone would bring a frozen server back for another update.
+            version = str((await server.client.info(STATE_TIMEOUT_S)).get("weight_version"))
         except (Unavailable, Refused) as error:
             if server.is_known:
                 server.reason = str(error)
@@ -250,7 +253,7 @@ class Fleet:
                 "rollout.servers",
                 [s.client.url for s in self.servers],
                 f"no server answered for {limit_s:g} s ({self.describe()})",
-                "see the servers' logs, or raise rollout.servers.start_timeout_s",
+                "see their logs where they run, check that this machine reaches them, or raise rollout.servers.start_timeout_s",
             )
 
     # ------------------------------------------------------------------------------------------------ weights
@@ -267,11 +270,11 @@ class Fleet:
         While a late or restarted server catches up, the others go on serving.
         """
         self._is_quiet = True
-        version = self.version
+        version, limit_s = self.version, self.config.health_timeout_s
         await self._each(
             targets,
             lambda s, adapter: s.client.begin_update(
-                version, pause_mode=self.sync.pause_mode, adapter=adapter, timeout_s=self.sync.timeout_s
+                version, pause_mode=self.sync.pause_mode, adapter=adapter, timeout_s=limit_s
             ),
         )
 
@@ -302,7 +305,7 @@ class Fleet:
                 timeout_s=self.sync.timeout_s,
             )
         except Unavailable as error:
-            await self.mark_down(server, f"during a weight update: {error}")
+            await self._lose(server, error)
             return str(error)
         except Refused as error:
             return str(error)
@@ -314,8 +317,13 @@ class Fleet:
 
         async def end(server: Server, adapter: Adapter) -> None:
             await server.client.end_update(
-                version, pause_mode=self.sync.pause_mode, adapter=adapter, timeout_s=self.sync.timeout_s
+                version,
+                pause_mode=self.sync.pause_mode,
+                adapter=adapter,
+                timeout_s=self.config.health_timeout_s,
+                patience_s=self.sync.timeout_s,
             )
+            server.num_lost_updates = 0
             await self._set_state(server, "serving")
 
         await self._each(targets, end)
@@ -329,12 +337,24 @@ class Fleet:
             try:
                 await call(server, server.adapter)
             except Unavailable as error:
-                await self.mark_down(server, f"during a weight update: {error}")
+                await self._lose(server, error)
 
         outcomes = await asyncio.gather(*(one(server) for server in targets), return_exceptions=True)
         for outcome in outcomes:  # every server has finished before the first error is raised
             if isinstance(outcome, BaseException):
                 raise outcome
+
+    async def _lose(self, server: Server, error: Unavailable) -> None:
+        """Stop using a server that stopped answering in an update; give it up if it does so again and again."""
+        await self.mark_down(server, f"during a weight update: {error}")
+        server.num_lost_updates += 1
+        if server.num_lost_updates > self.config.max_retries:
+            self.failure = self.failure or UserError(
+                "rollout.servers.max_retries",
+                self.config.max_retries,
+                f"{server.name} was lost in {server.num_lost_updates} weight updates in a row, the last time because {error}",
+                f"see {server.log or 'its log'}",
+            )
 
     async def release_memory(self) -> None:
         """Release the memory of all servers that are up; health checks are off until new weights are in."""

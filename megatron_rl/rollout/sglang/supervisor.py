@@ -1,6 +1,6 @@
 """The server processes of one node: started, watched, restarted and stopped by the node's first rank.
 
-A thread does this, because restarts must go on while the rank trains or waits in a collective. It knows processes, not
+Threads do this, because restarts must go on while the rank trains or waits in a collective. It knows processes, not
 weights: a restarted server comes back with random weights (``load_format: dummy``), its stamp says so, and rank 0
 (fleet.py) has the current weights delivered before it serves.
 """
@@ -10,15 +10,20 @@ from __future__ import annotations
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_rl.config.rollout import ServersConfig
 from megatron_rl.errors import UserError
+from megatron_rl.process import heartbeat
 from megatron_rl.process.child import ChildProcess, how_it_ended
+from megatron_rl.process.heartbeat import Heartbeats
 
 LOOK_S = 0.5
+SCHEDULER_ANSWERS = "/server_info"
+"""A question that the scheduler answers, also while generation is paused. That for ``/health`` generates a token, which a server
+that is asked for its memory does not survive."""
 
 
 @dataclass
@@ -28,14 +33,17 @@ class Managed:
     name: str
     url: str
     log: Path
-    start: Callable[[], ChildProcess]
+    start: Callable[[Mapping[str, str]], ChildProcess]
+    """Starts it, with further environment variables."""
     process: ChildProcess | None = None
+    heartbeats: Heartbeats = field(default_factory=Heartbeats)
     has_been_up: bool = False
     """True once it has answered since the run began."""
     is_up: bool = False
     """True once it has answered since its last start."""
     started_s: float = 0.0
-    last_sign_s: float = 0.0
+    silent_s: float = 0.0
+    """Seconds without an answer while it should give one."""
     log_start: int = 0
     """Size of the log before the last start, in bytes."""
     num_restarts: int = 0
@@ -43,24 +51,31 @@ class Managed:
 
 
 class Supervisor:
-    """Owner of the server processes; ``close`` ends them."""
+    """Owner of the server processes; ``close`` ends them.
 
-    def __init__(self, servers: list[Managed], config: ServersConfig) -> None:
-        """Start every server and the thread that watches them.
+    Two signs of life count. An answer from the scheduler shows that it works, but it gives none while weights are loading or its
+    memory is released. A heartbeat of each process (process/heartbeat.py) shows less, and is due in every phase.
+    """
+
+    def __init__(self, servers: list[Managed], config: ServersConfig, *, key: str) -> None:
+        """Start every server and the threads that watch them.
 
         Args:
             servers: of this node.
             config: deadlines and ``max_restarts``.
+            key: of the servers.
         """
-        self._servers, self._config = servers, config
+        self._servers, self._config, self._key = servers, config, key
         self._num_taken = 0
         self._failure: UserError | None = None
         self._is_busy = threading.Event()
-        self._asking = threading.Lock()
         self._stop = threading.Event()
-        # The thread starts the servers: the kernel ends a child when the *thread* that started it ends.
-        self._thread = threading.Thread(target=self._run, name="server-supervisor", daemon=True)
-        self._thread.start()
+        # One thread starts all servers: the kernel ends a child when the *thread* that started it ends. It never waits for an
+        # answer; that is for the others.
+        self._threads = [threading.Thread(target=self._run, name="server-supervisor", daemon=True)]
+        self._threads += [threading.Thread(target=self._ask, args=(server,), daemon=True) for server in servers]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def failure(self) -> UserError | None:
@@ -74,35 +89,44 @@ class Supervisor:
         return taken
 
     def set_busy(self, is_busy: bool) -> None:
-        """Switch health checks off while servers load weights or have released their memory; silence is no failure then.
-
-        Returns once a running health check is answered.
-        """
+        """Say that servers load weights or have released their memory: answers are not due then, heartbeats are."""
         if is_busy:
             self._is_busy.set()
-            with self._asking:
-                pass
         else:
-            now = time.monotonic()
-            for server in self._servers:
-                server.last_sign_s = now
             self._is_busy.clear()
 
     def close(self) -> None:
         """Kill the servers. Harmless when repeated."""
         self._stop.set()
-        self._thread.join()
+        self._threads[0].join()
+        for server in self._servers:
+            server.heartbeats.close()
 
-    # ------------------------------------------------------------------------------------------------ the thread
+    # ------------------------------------------------------------------------------------------------ the threads
+
+    def _ask(self, server: Managed) -> None:
+        while not self._stop.wait(self._config.health_interval_s if server.is_up else LOOK_S):
+            if not server.is_up:
+                if self._answers(f"{server.url}/model_info", timeout_s=2.0):
+                    server.is_up = server.has_been_up = True
+                    server.silent_s = 0.0
+            elif not self._is_busy.is_set() and self._answers(
+                f"{server.url}{SCHEDULER_ANSWERS}", timeout_s=self._config.health_timeout_s
+            ):
+                server.silent_s = 0.0
 
     def _run(self) -> None:
         try:
             for server in self._servers:
                 self._start(server)
+            looked_s = time.monotonic()
             while not self._stop.wait(LOOK_S):
+                now = time.monotonic()
+                # Less than has passed where this process itself was stopped, or the machine gave it no time.
+                passed_s, looked_s = min(now - looked_s, 3 * LOOK_S), now
                 for server in self._servers:
                     if self._failure is None:
-                        self._look(server)
+                        self._look(server, passed_s)
         finally:
             for server in self._servers:
                 if server.process is not None:
@@ -111,34 +135,25 @@ class Supervisor:
     def _start(self, server: Managed) -> None:
         server.log.parent.mkdir(parents=True, exist_ok=True)
         server.log_start = server.log.stat().st_size if server.log.exists() else 0
-        server.process = server.start()
-        server.is_up = False
-        server.started_s = server.last_sign_s = time.monotonic()
+        server.heartbeats.forget()
+        server.process = server.start({heartbeat.VARIABLE: str(server.heartbeats.folder)})
+        server.is_up, server.silent_s, server.started_s = False, 0.0, time.monotonic()
 
-    def _look(self, server: Managed) -> None:
+    def _look(self, server: Managed, passed_s: float) -> None:
         assert server.process is not None
+        limit_s = self._config.health_timeout_s
         status = server.process.status()
         if status is not None:
             self._replace(server, how_it_ended(status, server.log, server.log_start))
-            return
-        now = time.monotonic()
-        if not server.is_up:
-            if _answers(f"{server.url}/model_info", timeout_s=2.0):
-                server.is_up = server.has_been_up = True
-                server.last_sign_s = time.monotonic()
-            elif now - server.started_s > self._config.start_timeout_s:
+        elif not server.is_up:  # its imports may hold the interpreter's lock for long
+            if time.monotonic() - server.started_s > self._config.start_timeout_s:
                 self._replace(server, "did not answer in time")
-            return
-        if now - server.last_sign_s < self._config.health_interval_s:
-            return
-        with self._asking:
-            if self._is_busy.is_set():
-                return
-            is_well = _answers(f"{server.url}/health", timeout_s=self._config.health_timeout_s)
-        if is_well:
-            server.last_sign_s = time.monotonic()
-        elif not self._is_busy.is_set() and time.monotonic() - server.last_sign_s >= self._config.health_timeout_s:
-            self._replace(server, f"gave no sign of life for {time.monotonic() - server.last_sign_s:.0f} s")
+        else:
+            if not self._is_busy.is_set():
+                server.silent_s += passed_s
+            frozen_s = server.heartbeats.silence_s(passed_s)
+            if max(server.silent_s, frozen_s) >= limit_s:
+                self._replace(server, f"gave no sign of life for {max(server.silent_s, frozen_s):.0f} s")
 
     def _replace(self, server: Managed, reason: str) -> None:
         assert server.process is not None
@@ -171,10 +186,10 @@ class Supervisor:
             print(f"{server.name} {reason}; restart {server.num_restarts}", flush=True)
             self._start(server)
 
-
-def _answers(url: str, *, timeout_s: float) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as response:
-            return bool(response.status == 200)
-    except (OSError, ValueError):  # URLError, HTTPError and time-outs are OSErrors
-        return False
+    def _answers(self, url: str, *, timeout_s: float) -> bool:
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self._key}"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                return bool(response.status == 200)
+        except (OSError, ValueError):  # URLError, HTTPError and time-outs are OSErrors
+            return False
