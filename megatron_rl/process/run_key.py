@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_rl.errors import UserError
@@ -53,10 +54,8 @@ def _draw(path: Path) -> None:
     try:
         os.write(descriptor, secrets.token_hex(_NUM_BYTES).encode())
         os.fsync(descriptor)
-        try:
-            os.link(own, path)  # whole from the start, and it fails where the name is taken
-        except FileExistsError:
-            pass
+        with suppress(FileExistsError):  # a link is whole from the start, and fails where the name is taken
+            os.link(own, path)
     finally:
         os.close(descriptor)
         own.unlink()

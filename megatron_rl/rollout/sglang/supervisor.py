@@ -22,8 +22,8 @@ from megatron_rl.process.heartbeat import Heartbeats
 
 LOOK_S = 0.5
 SCHEDULER_ANSWERS = "/server_info"
-"""A question that the scheduler answers, also while generation is paused. That for ``/health`` generates a token, which a server
-that is asked for its memory does not survive."""
+"""A question that the scheduler answers, also while generation is paused. That for ``/health`` generates a token, which a
+server that is asked for its memory does not survive."""
 
 
 @dataclass
@@ -53,8 +53,8 @@ class Managed:
 class Supervisor:
     """Owner of the server processes; ``close`` ends them.
 
-    Two signs of life count. An answer from the scheduler shows that it works, but it gives none while weights are loading or its
-    memory is released. A heartbeat of each process (process/heartbeat.py) shows less, and is due in every phase.
+    Two signs of life count. An answer from the scheduler shows that it works, but it gives none while weights are loading or
+    its memory is released. A heartbeat of each process (process/heartbeat.py) shows less, and is due in every phase.
     """
 
     def __init__(self, servers: list[Managed], config: ServersConfig, *, key: str) -> None:
