@@ -136,8 +136,8 @@ def check_layout(config: Config) -> bool:
         console.print(f"not checked: {', '.join(scaled.left_out)}")
         _run(_reference, 1, scaled.config, folder)  # in a process of its own: torch cannot fork after a backward pass
         _run(_rank, ranks, scaled.config, folder)
-        true = torch.load(folder / "true.pt", weights_only=False)
-        found, first_ratio = torch.load(folder / "found.pt", weights_only=False)
+        true = torch.load(folder / "true.pt", weights_only=True)
+        found, first_ratio = torch.load(folder / "found.pt", weights_only=True)
     table = Table("", "error", "bound", "")
     is_exact = True
     ratios = {} if first_ratio is None else {"first log ratio": first_ratio}
@@ -200,6 +200,7 @@ def _rank(rank: int, config: Config, folder: Path) -> None:
 
     from megatron_rl.algorithms import build_algorithm
     from megatron_rl.doctor.exactness import one_update
+    from megatron_rl.types import RowKind, TrainingSample
 
     torch.set_num_threads(1)
     world_size = config.trainer.world_size
@@ -207,7 +208,8 @@ def _rank(rank: int, config: Config, folder: Path) -> None:
     timeout = timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     policy, algorithm = build_policy(config), build_algorithm(config)
-    batch = torch.load(folder / "batch.pt", weights_only=False)
+    with torch.serialization.safe_globals([TrainingSample, RowKind]):
+        batch = torch.load(folder / "batch.pt", weights_only=True)
     # First as a rollout's first update sees it: log-probs of a pass of its own, then the same rows again.
     fresh = [replace(row, old_log_probs=None) for row in batch]
     policy.fill_log_probs(fresh, [range(len(fresh))], "old_log_probs")

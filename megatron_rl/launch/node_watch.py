@@ -6,6 +6,7 @@ collective over NCCL, or a rollout of minutes, would notice a dead node late or 
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -13,8 +14,12 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from megatron_rl.launch.meeting import Meeting
+
+if TYPE_CHECKING:
+    from megatron_rl.process.signed_store import SignedStore
 
 BEAT_S = 1.0
 """Seconds between two signs of life of a node."""
@@ -84,17 +89,17 @@ class NodeWatch:
             host, port, timeout = self._meeting.host, self._meeting.port, timedelta(seconds=self._timeout_s)
             bare = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
             store = SignedStore(PrefixStore("launchers", bare), self._key)
-            while True:
-                store.add(f"beats of {me}", 1)
+            for beat in itertools.count(1):
+                store.set(f"beats of {me}", str(beat))
                 if self._status is not None and not self._has_left.is_set():
                     store.set(f"status of {me}", str(self._status))
                     self._has_left.set()
                 for node, beats in self._num_beats.items():
-                    self._num_beats[node] = store.add(f"beats of {node}", 0)
+                    self._num_beats[node] = _number(store, f"beats of {node}") or beats
                     if self._num_beats[node] > beats:
                         self._heard_at[node] = time.monotonic()
-                    if store.check([f"status of {node}"]):
-                        self._ended_with[node] = int(store.get(f"status of {node}"))
+                    if (status := _number(store, f"status of {node}")) is not None:
+                        self._ended_with[node] = status
                 time.sleep(BEAT_S)
 
     def _judge(self) -> None:
@@ -121,3 +126,15 @@ class NodeWatch:
         if not self._is_over:  # the main thread is not in a place where it notices; ranks die with this process
             print(f"error: {verdict}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _number(store: SignedStore, key: str) -> int | None:
+    """Return the number that a node has written; None where there is none yet, or where a stranger has written over it."""
+    from megatron_rl.process.signed_store import UNSIGNED
+
+    try:
+        return int(store.get(key)) if store.check([key]) else None
+    except RuntimeError as error:
+        if UNSIGNED not in str(error):
+            raise
+        return None

@@ -32,7 +32,7 @@ from megatron_rl.convert.tables.table import (
 from megatron_rl.files import SAME_COMMAND, disk_error, publish_folder
 from megatron_rl.metrics import progress
 from megatron_rl.model.forward import PolicyModel
-from megatron_rl.parallel.agree import all_ranks_agree
+from megatron_rl.parallel.agree import all_ranks_agree, gather_json
 from megatron_rl.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,9 @@ def iterate_hf_tensors(
         (Hugging Face name, tensor in the model's dtype, or float32 where the table says so, on the model's device).
     """
     mine = dict(named_parameters(chunks, shape, groups))
-    held: list[list[str]] = [list(mine)] * groups.pp_size
-    if groups.pp_size > 1:
-        dist.all_gather_object(held, list(mine), group=groups.pp_group)
+    speaks = groups.tp_rank == 0 and dist.get_rank(groups.dp_cp_group) == 0  # one rank of each stage
+    told = gather_json([groups.pp_rank, list(mine)] if speaks else None, groups.cpu_group)
+    held = [names for _, names in sorted(each for each in told if each is not None)]
     per_rank = max(1, shape.num_experts // groups.ep_size)
     for stage, names in enumerate(held):
         # Of each expert parameter a rank knows its own experts' alone; the same order on every rank.

@@ -61,7 +61,7 @@ class Heartbeats:
                     self._seen.pop(name, None)
                     continue
                 sign = (self.folder / name).stat().st_mtime_ns
-                last, waited = self._seen.get(name, (sign, 0.0))
+                last, waited = self._seen.get(name, (0, 0.0))
                 self._seen[name] = (sign, waited + passed_s if sign == last else 0.0)
         return max((waited for _, waited in self._seen.values()), default=0.0)
 

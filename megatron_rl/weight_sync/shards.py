@@ -195,7 +195,10 @@ class ShardSender:
         keys = [spec.key("ready", tp_rank) for tp_rank in range(self._rollout.tp_size)]
         if not self._store.check(keys):
             return ["failed", _problem(future) or "its ranks never became ready"] if future.done() else None
-        answers = [json.loads(self._store.get(key)) for key in keys]
+        try:
+            answers = [json.loads(self._store.get(key)) for key in keys]
+        except RuntimeError as error:  # a stranger's words
+            return ["failed", _short(error)]
         for tp_rank, ready in enumerate(answers):
             if ready["unfit"]:
                 return ["unfit", f"rank {tp_rank}: {ready['unfit']}"]
@@ -272,7 +275,10 @@ class ShardSender:
             key = spec.key("report", tp_rank)
             if not self._store.check([key]):
                 return Delivery("failed", f"its rank {tp_rank} reported nothing")
-            report = json.loads(self._store.get(key))
+            try:
+                report = json.loads(self._store.get(key))
+            except RuntimeError as error:  # a stranger's words
+                return Delivery("failed", _short(error))
             if "error" in report:
                 return Delivery("failed", f"its rank {tp_rank} reported {report['error']}")
             mine = [overlap for overlap in self._overlaps if overlap.tp_rank == tp_rank]

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rl.parallel.agree import broadcast_json
+
 from .upstream import replace
 
 
@@ -74,10 +76,10 @@ def _raise_on_all_ranks(save: Callable[..., Any]) -> Callable[..., Any]:
             mine = _Save.error
         finally:
             _Save.is_running, _Save.error = False, None
-        told = [None if mine is None else f"{type(mine).__name__}: {mine}"]
-        dist.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise OSError(f"rank 0 could not write its part of the checkpoint: {told[0]}") from mine
+        assert dist.group.WORLD is not None
+        told = broadcast_json(None if mine is None else f"{type(mine).__name__}: {mine}", dist.group.WORLD)
+        if told is not None:
+            raise OSError(f"rank 0 could not write its part of the checkpoint: {told}") from mine
         return None
 
     return wrapper

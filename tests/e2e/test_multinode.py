@@ -33,6 +33,7 @@ class Nodes:
 
     case: Case
     port: int
+    host: str = "127.0.0.1"
     marker: str = field(default_factory=lambda: f"MULTINODE_TEST={uuid.uuid4().hex}")
     launchers: list[subprocess.Popen[str]] = field(default_factory=list)
 
@@ -50,7 +51,7 @@ class Nodes:
                 "PYTHONWARNINGS": "ignore",
                 "NNODES": "2",
                 "NODE_RANK": str(node_rank),
-                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_ADDR": self.host,
                 "MASTER_PORT": str(self.port),
                 name: value,
             },

@@ -42,11 +42,12 @@ def test_named_test_exists(path: Path) -> None:
 @pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
 def test_patch_is_applied(path: Path) -> None:
     from megatron_rl import patches
-    from megatron_rl.patches import sglang
+    from megatron_rl.patches import pytorch, sglang
 
     # Each in its own process in real life: the trainer's, and the server's.
     applied = {
         "megatron_core": lambda: patches.apply(),
         "sglang": lambda: [f"sglang.{topic}" for topic in sglang.apply_cpu()],
+        "pytorch": lambda: [f"pytorch.{topic}" for topic in pytorch.apply()],
     }
     assert f"{path.parent.name}.{path.stem}" in applied[path.parent.name]()

@@ -44,8 +44,9 @@ def test_each_patch_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     monkeypatch.setattr(megatron_core, "apply_cpu", lambda: ["rope"])
     monkeypatch.setattr(megatron_core, "apply_everywhere", lambda: ["checkpoint"])
     with caplog.at_level(logging.INFO, logger="megatron_rl.patches"):
-        assert patches.apply() == ["megatron_core.rope", "megatron_core.checkpoint"]
+        assert patches.apply() == ["pytorch.bound_store", "megatron_core.rope", "megatron_core.checkpoint"]
     assert [record.getMessage() for record in caplog.records] == [
+        "applied patch pytorch.bound_store",
         "applied patch megatron_core.rope",
         "applied patch megatron_core.checkpoint",
     ]
@@ -57,7 +58,7 @@ def test_what_is_about_cpus_is_not_patched_where_there_is_cuda(monkeypatch: pyte
     monkeypatch.setattr(patches, "_device_type", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     topics = ("norm", "moe", "latent", "optimizer", "checkpoint", "checkpoint_errors")
-    assert patches.apply() == [f"megatron_core.{topic}" for topic in topics]
+    assert patches.apply() == ["pytorch.bound_store", *(f"megatron_core.{topic}" for topic in topics)]
 
 
 @pytest.mark.slow
