@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -65,6 +66,11 @@ class ServersConfig:
             raise UserError(
                 "rollout.servers.key_file", self.key_file, rule, "leave it out, or set rollout.servers.urls"
             )
+
+    @property
+    def hosts(self) -> list[str]:
+        """Hosts of ``urls``."""
+        return [str(urlsplit(url).hostname) for url in self.urls or ()]
 
 
 @section

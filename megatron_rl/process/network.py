@@ -88,6 +88,13 @@ def _names_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def keep_gloo_on_loopback() -> None:
+    """Let gloo's groups listen on loopback alone, unless the environment names another interface."""
+    loopback = "lo"
+    if loopback in {name for _, name in socket.if_nameindex()}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+
+
 def own_address(num_nodes: int, *peers: str) -> str:
     """Return the address under which others reach this machine: loopback if every node and peer is on it.
 

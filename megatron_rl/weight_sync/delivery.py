@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -182,9 +181,8 @@ def choose_transports(
 def _rendezvous(config: Config, *, is_cpu: bool) -> Rendezvous:
     servers, sync = config.rollout.servers, config.weight_sync
     on_gpu: Literal["ipc", "nccl"] = "ipc" if servers.placement == "colocated" else "nccl"
-    hosts = [str(urlsplit(url).hostname) for url in servers.urls or ()]
     return Rendezvous(
-        host=own_address(config.trainer.num_nodes, *hosts),
+        host=own_address(config.trainer.num_nodes, *servers.hosts),
         backend="gloo" if is_cpu else on_gpu,
         timeout_s=sync.timeout_s,
         bucket_bytes=sync.bucket_bytes,
