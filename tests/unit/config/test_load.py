@@ -56,6 +56,53 @@ def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml") == config
 
 
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(TINY.read_text())
+    (tmp_path / "own.yaml").write_text("defaults: ~/base.yaml\n")
+    config = load_config(
+        tmp_path / "own.yaml", ["policy.model_path=~/m", "exp_manager.exp_dir=~/r", "data.validation=~/v.jsonl"]
+    )
+    assert (config.policy.model_path, config.exp_manager.exp_dir) == (f"{tmp_path}/m", f"{tmp_path}/r")
+    assert config.data.validation == f"{tmp_path}/v.jsonl"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            f"exp_manager.name={name}"
+            for name in ("grpo-1", "a b", "über", "..a", "~x", "-x", ".hidden", "'7'", "n" * 200)
+        ),
+        *(f"exp_manager.exp_dir={path}" for path in (".", "../x", "/x/../y", "./~x", "a:b", "é/ü")),
+        "trainer.seed=4294967295",
+        "trainer.max_steps=1e3",
+        "trainer.max_steps=1_000",
+        "trainer.max_steps='7'",
+        "trainer.timeout_s=1",
+        "trainer.hang_timeout_s=null",
+        "data.scoring_timeout_s=2000000",
+        "rollout.temperature=1000",
+        "rollout.top_k=0",
+        "rollout.servers.base_port=65535",
+        "rollout.servers.urls=['http://h', 'https://node-7.lab:30000', 'http://[::1]:3000', 'http://10.0.0.1:80/path']",
+        "policy.optim.min_lr=0",
+        "policy.optim.lr=1.2e-38",
+        "eval.before=0",
+        "data.template='1:30 {question}'",
+    ],
+)
+def test_what_can_work_is_taken(override: str) -> None:
+    load(override)
+
+
+def test_an_environment_variable_may_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "7")
+    assert load("trainer.max_steps=${oc.env:STEPS}").trainer.max_steps == 7
+    config = load("policy.ddp_cfg.bucket_size=${oc.decode:${oc.env:STEPS}}")
+    assert config.policy.ddp_cfg == {"bucket_size": 7}
+
+
 def test_sections_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         load().trainer.max_steps = 3

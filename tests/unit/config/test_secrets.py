@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_rl import errors
 from megatron_rl.commands import cli
 from megatron_rl.config import Config, load_config, save_resolved, shown
 from megatron_rl.errors import UserError
@@ -30,6 +31,7 @@ def load(*overrides: str) -> Config:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PASSWORD", SECRET)
     monkeypatch.setenv("MY_FOLDER", "/scratch/of-mine")
+    monkeypatch.setattr(errors, "_HIDDEN", {})
 
 
 def test_the_run_has_the_value_and_nobody_else() -> None:
