@@ -4,6 +4,22 @@ from __future__ import annotations
 
 MAX_SHOWN = 300
 """Characters of a value, or of another error's message, that are printed."""
+MIN_HIDDEN = 8
+"""Length from which on a secret is looked for inside other texts: shorter ones are parts of words."""
+_HIDDEN: dict[str, str] = {}
+
+
+def hide(secret: str, text: str) -> None:
+    """Let every ``UserError`` of this process say ``text`` in place of a secret."""
+    _HIDDEN[secret] = text
+
+
+def without_secrets(text: str) -> str:
+    """Replace the secrets in a text."""
+    for secret in sorted(_HIDDEN, key=len, reverse=True):
+        if len(secret) >= MIN_HIDDEN:
+            text = text.replace(secret, _HIDDEN[secret]).replace(repr(secret)[1:-1], _HIDDEN[secret])
+    return text
 
 
 class UserError(ValueError):
@@ -17,9 +33,10 @@ class UserError(ValueError):
     """
 
     def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
+        value = _HIDDEN.get(value, value) if isinstance(value, str) else value
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
-        shown = "" if value is None else f" = {shortened(repr(value))}"
-        super().__init__(f"{one_line(field)}{shown}: {one_line(rule)}. Fix: {one_line(fix)}.")
+        shown = "" if value is None else f" = {shortened(without_secrets(repr(value)))}"
+        super().__init__(without_secrets(f"{one_line(field)}{shown}: {one_line(rule)}. Fix: {one_line(fix)}."))
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
         """Keep the four parts when the error crosses a process border."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms import build_algorithm
 from megatron_rl.algorithms.base import OnlineAlgorithm
-from megatron_rl.config import Config, save_resolved
+from megatron_rl.config import Config, save_resolved, shown
 from megatron_rl.convert.hf.random_weights import RandomReader
 from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.data.inputs import Inputs
@@ -344,7 +343,7 @@ class Run:
     def _build_logger(self) -> MetricsLogger:
         with all_ranks_agree(self.groups.cpu_group):
             manager, steps = self.config.exp_manager, self.config.trainer.max_steps
-            sinks = build_sinks(manager, self.directory, run_config=asdict(self.config)) if self.is_first else ()
+            sinks = build_sinks(manager, self.directory, run_config=shown(self.config)) if self.is_first else ()
             logger = MetricsLogger(self.directory, total_steps=steps, sinks=sinks, is_writer=self.is_first)
             # A fresh run starts without rows; a resumed one keeps those up to its checkpoint.
             logger.resume_at(self.start_step if self.start_step else -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +33,24 @@ NodeRank = Annotated[
 ]
 
 
+def _print_versions(is_asked: bool) -> None:
+    """Print our version and those of what a run stands on, without importing any of it."""
+    if not is_asked:
+        return
+    for package in ("megatron-rl", "megatron-core", "torch", "transformers", "sglang"):
+        try:
+            print(package, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            print(package, "is not installed")
+    raise typer.Exit
+
+
 @app.callback()
-def _verbs() -> None:
+def _verbs(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print versions and exit.", callback=_print_versions, is_eager=True)
+    ] = False,
+) -> None:
     """Reinforcement-learning post-training on Megatron-Core."""
 
 
@@ -155,15 +172,11 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
     The files of the run need not exist; the code that the config names has to.
     """
-    from dataclasses import asdict
-
-    from omegaconf import OmegaConf
-
-    from megatron_rl.config import check_names, load_config
+    from megatron_rl.config import check_names, load_config, to_yaml
 
     checked = load_config(config, overrides or [])
     check_names(checked)
-    print(OmegaConf.to_yaml(OmegaConf.create(asdict(checked))), end="")
+    print(to_yaml(checked), end="")
 
 
 def main() -> None:

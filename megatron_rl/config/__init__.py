@@ -7,12 +7,13 @@ pass-through fields against the upstream sources (upstream.py). Nothing in this 
 
 from megatron_rl.config.data import PresampleConfig
 from megatron_rl.config.files import check_files, check_names, read_model_shape
-from megatron_rl.config.load import load_config, save_resolved
+from megatron_rl.config.load import load_config
 from megatron_rl.config.methods import MethodConfig
 from megatron_rl.config.methods.base import OtherSections
 from megatron_rl.config.methods.shared import ClippedConfig, GroupConfig
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.schema import Config
+from megatron_rl.config.secrets import save_resolved, shown, to_yaml
 from megatron_rl.config.section import section
 from megatron_rl.config.trainer import NumericsConfig
 
@@ -31,4 +32,6 @@ __all__ = [
     "read_model_shape",
     "save_resolved",
     "section",
+    "shown",
+    "to_yaml",
 ]

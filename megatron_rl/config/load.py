@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_args
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
-from yaml import YAMLError
 
+from megatron_rl.config import secrets
 from megatron_rl.config.methods import MethodConfig, check_can_be_saved, find_method, settings_code
+from megatron_rl.config.reader import Tree, read_tree
 from megatron_rl.config.schema import Config
+from megatron_rl.config.secrets import Keys
+from megatron_rl.config.section import IS_PATH
 from megatron_rl.config.upstream import nearest
 from megatron_rl.errors import UserError
-from megatron_rl.files import disk_errors, write_atomic
 
-NOT_YAML = (YAMLError, OmegaConfBaseException, ValueError)
-"""Errors of reading a text that is not YAML, or whose keys and interpolations OmegaConf does not know."""
+MAX_FLOAT32, MIN_FLOAT32 = 3.4028234e38, 1.1754944e-38
 RENAMED = {
     "algorithm.mask_threshold": "algorithm.selection.max_probability",
     "algorithm.probabilities": "algorithm.selection.probabilities",
@@ -41,28 +42,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: for the first thing that is wrong, naming the dotted key.
     """
-    merged = _read(Path(path), seen=())
-    for item in overrides:
-        merged = _override(merged, item)
+    written = read_tree(path, overrides)
+    given = _resolve(written, path)
+    for where, value in _leaves(given):
+        if value == "???":  # in an exemplar, one that only the user knows
+            raise _missing(".".join(where))
+    method = _find_method(given.get("algorithm", {}))
+    secrets.remember(written, given, is_path=lambda where: IS_PATH in _types_of(where, method))
+    for where, value in _leaves(given):
+        if isinstance(value, bool):
+            types = _types_of(where, method)
+            if bool not in types and (int in types or float in types):
+                raise UserError(".".join(where), value, "is no number", "give one")
+    given["algorithm"] = _check_method(given["algorithm"], method)
     try:
-        data = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or str(path)
-        raise UserError(
-            key, None, f"cannot be resolved ({str(error).splitlines()[0]})", "correct the interpolation"
-        ) from None
-    assert isinstance(data, dict)
-    _check_given(data, ())
-    given = {str(key): value for key, value in data.items()}
-    given["algorithm"] = _check_method(given.get("algorithm", {}))
-    try:
-        return TypeAdapter(Config).validate_python(given)
+        config = TypeAdapter(Config).validate_python(given)
     except ValidationError as error:
         raise _explain(error, Config, ()) from None
+    _check_numbers(config)
+    secrets.refuse_clear_text(written)
+    return config
 
 
-def _check_method(given: object) -> MethodConfig:
-    """Check the section ``algorithm`` by the class that its name picks."""
+def _find_method(given: object) -> type[MethodConfig]:
+    """Return the class that checks the section ``algorithm``: its name picks it."""
     if not isinstance(given, dict):
         rule = "is a section with a name, not a value"
         raise UserError("algorithm", given, rule, "give algorithm.name=grpo, or another method")
@@ -70,7 +73,11 @@ def _check_method(given: object) -> MethodConfig:
         raise UserError(
             "algorithm.name", None, "has no default and must be given", "add algorithm.name=grpo, or another"
         )
-    settings = find_method(given["name"])
+    return find_method(given["name"])
+
+
+def _check_method(given: Tree, settings: type[MethodConfig]) -> MethodConfig:
+    """Check the section ``algorithm``."""
     with settings_code(given["name"]):
         try:
             method = TypeAdapter(settings).validate_python(given)
@@ -80,80 +87,60 @@ def _check_method(given: object) -> MethodConfig:
     return method
 
 
-def save_resolved(config: Config, path: Path) -> None:
-    """Write the config with every default filled in, so that the file alone repeats the run; makes the folder.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    with disk_errors(path, field="exp_manager.exp_dir"):
-        write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    path = path.resolve()
-    if path in seen:
-        chain = " -> ".join(p.name for p in (*seen, path))
-        raise UserError(
-            "defaults", path.name, f"files inherit from each other in a circle: {chain}", "break the circle"
-        )
+def _resolve(written: Tree, path: str | Path) -> Tree:
+    """Return the tree with its interpolations filled in."""
     try:
-        loaded = OmegaConf.load(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError("config", str(path), f"cannot be read ({reason})", "give the path of a YAML file") from None
-    except NOT_YAML as error:
-        raise UserError("config", str(path), f"is not valid YAML ({_reason(error)})", "correct the file") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError("config", str(path), "must be a mapping of sections", "start from a file in configs/")
-    plain = OmegaConf.to_container(loaded, resolve=False)
-    assert isinstance(plain, dict)
-    parents = plain.pop("defaults", None) or []
-    parents = [parents] if isinstance(parents, str) else parents
-    if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
-        raise UserError("defaults", parents, "must be the path of a YAML file, or a list of such", f"correct {path}")
-    above = [_read(path.parent / parent, (*seen, path)) for parent in parents]
-    try:
-        merged = OmegaConf.merge(*above, plain)
-    except TypeError as error:
-        raise UserError("config", str(path), f"does not fit its defaults ({error})", "correct the file") from None
-    assert isinstance(merged, DictConfig)
-    return merged
+        resolved = OmegaConf.to_container(OmegaConf.create(written), resolve=True, throw_on_missing=False)
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = getattr(error, "full_key", None) or str(path)
+        reason = str(error).splitlines()[0]
+        fix = "export the variable" if "Environment variable" in reason else "correct the interpolation"
+        raise UserError(key, None, f"cannot be resolved ({reason})", fix) from None
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
 
 
-def _override(config: DictConfig, item: str) -> DictConfig:
-    """Return the config with one override in it."""
-    key, equals, value = item.partition("=")
-    if not equals or not all(key.split(".")) or key != key.strip():
-        raise UserError("override", item, "must read section.field=value", "for example trainer.max_steps=100")
-    try:
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist([item]))
-    except NOT_YAML as error:
-        fix = f"put a text that is not YAML into quotes of its own, as in {key}='\"a: b\"'"
-        raise UserError(key, value, f"is not a valid YAML value ({_reason(error)})", fix) from None
-    except TypeError as error:
-        raise UserError(key, value, f"does not fit what is there ({error})", "give a value of the same kind") from None
-    assert isinstance(merged, DictConfig)
-    return merged
+def _leaves(tree: Any, where: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Yield each single value of nested dicts and lists, with the keys that lead to it."""
+    if isinstance(tree, dict | list | tuple):
+        for key, inner in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(inner, (*where, str(key)))
+    else:
+        yield where, tree
 
 
-def _reason(error: Exception) -> str:
-    """Say what is wrong with a YAML text, and where if that is known, without the excerpts that parsers add."""
-    mark = getattr(error, "problem_mark", None)
-    where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-    return where + (getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__))
+def _types_of(where: Keys, method: type) -> list[Any]:
+    """Return what the annotation of a field is made of; nothing for keys that lead to no field."""
+    found: list[Any] = [Config]
+    for key in where:
+        fields = getattr(found[0], "__pydantic_fields__", {})
+        if key not in fields:
+            break
+        field = fields[key]
+        is_method = found[0] is Config and key == "algorithm"
+        found = [method] if is_method else [*_parts_of(field.annotation), *field.metadata]
+    return [] if hasattr(found[0], "__pydantic_fields__") else found
 
 
-def _check_given(data: object, where: tuple[str, ...]) -> None:
-    """A value of ``???`` in an exemplar is one that only the user knows."""
-    if isinstance(data, dict):
-        for key, value in data.items():
-            _check_given(value, (*where, str(key)))
-    elif data == "???":
-        key = ".".join(where)
-        raise UserError(
-            key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file"
-        )
+def _parts_of(hint: Any) -> Iterator[Any]:
+    yield hint
+    for part in get_args(hint):
+        yield from _parts_of(part)
+
+
+def _check_numbers(config: Config) -> None:
+    """Check that tensors, counters and files can hold every number of a config."""
+    for where, value in _leaves(asdict(config)):
+        field = ".".join(where)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(field, value, "does not fit into 64 bits", "give a smaller number")
+        if isinstance(value, float) and value and not MIN_FLOAT32 <= abs(value) <= MAX_FLOAT32:
+            rule = f"must be 0, or between {MIN_FLOAT32:.2g} and {MAX_FLOAT32:.2g} in size: a float32 holds no other"
+            raise UserError(field, value, rule, "correct the value")
+
+
+def _missing(key: str) -> UserError:
+    return UserError(key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file")
 
 
 def _explain(error: ValidationError, section: type, where: tuple[str, ...]) -> Exception:
@@ -177,17 +164,19 @@ def _explain(error: ValidationError, section: type, where: tuple[str, ...]) -> E
     if first["type"] == "unexpected_keyword_argument":
         return UserError(key, first["input"], "is not a known key", nearest(inner[-1], _fields(section, inner[:-1])))
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return UserError(
-            key, None, "has no default and must be given", f"add {key}=VALUE to the command line or the file"
-        )
+        return _missing(key)
+    if first["type"] == "kind":
+        return UserError(key, first["input"], *first["ctx"].values())
     if first["type"] == "dataclass_type":
         return UserError(key, first["input"], "is a section, not a value", f"give its fields, as {key}.FIELD=VALUE")
     rule = first["msg"][0].lower() + first["msg"][1:]
-    return UserError(key, first["input"], rule, "correct the value")
+    is_number = first["type"] == "string_type" and isinstance(first["input"], int | float)
+    fix = f"put it into quotes of its own, as in {key}='\"{first['input']}\"'" if is_number else "correct the value"
+    return UserError(key, first["input"], rule, fix)
 
 
-def _fields(section: type, keys: Sequence[str]) -> list[str]:
+def _fields(section: Any, keys: Sequence[str]) -> list[str]:
     """Return the field names of the section that ``keys`` lead to."""
     for key in keys:
-        section = get_type_hints(section).get(key, object)
-    return list(getattr(section, "__dataclass_fields__", ()))
+        section = section.__pydantic_fields__[key].annotation
+    return list(getattr(section, "__pydantic_fields__", ()))

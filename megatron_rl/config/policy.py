@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_rl.config import upstream
-from megatron_rl.config.section import section
+from megatron_rl.config.section import PathText, section
 from megatron_rl.errors import UserError
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
@@ -65,7 +65,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
             raise UserError("policy.optim.min_lr", self.min_lr, f"must not exceed lr = {self.lr}", "lower it")
-        upstream.check_names(
+        upstream.check_fields(
             "policy.optim.optimizer_cfg", self.optimizer_cfg, upstream.OPTIMIZER, owned=upstream.OPTIMIZER_OWNED
         )
         is_aware = self.optimizer_cfg.get("use_precision_aware_optimizer")
@@ -106,20 +106,18 @@ _OF_DELAYED = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "f
 """Fields that Megatron takes, and ignores with any other recipe."""
 _VALUES = {
     "transformer_impl": ("transformer_engine", "local"),
-    "fp8": ("e4m3", "hybrid"),
     "fp8_recipe": ("delayed", "tensorwise", "blockwise", "mxfp8"),
-    "fp8_amax_compute_algo": ("most_recent", "max"),
 }
-"""Allowed values of Megatron's fields; Megatron itself would find out on the last rank, or not at all."""
+"""Values of Megatron's fields that are supported here; Megatron itself takes more."""
 
 
 @section
 class PolicyConfig:
     """The model that is trained."""
 
-    model_path: str
+    model_path: PathText
     """Hugging Face directory: config.json, tokenizer, and weights unless ``initialization: random``."""
-    tokenizer_path: str | None = None
+    tokenizer_path: PathText | None = None
     """Another directory for the tokenizer."""
     initialization: Literal["pretrained", "random"] = "pretrained"
     megatron_cfg: dict[str, Any] = Field(default_factory=dict)
@@ -167,15 +165,13 @@ class PolicyConfig:
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     def __post_init__(self) -> None:
-        upstream.check_names(
+        upstream.check_fields(
             "policy.megatron_cfg", self.megatron_cfg, upstream.TRANSFORMER, owned=upstream.TRANSFORMER_OWNED
         )
-        upstream.check_names("policy.ddp_cfg", self.ddp_cfg, upstream.DDP, owned=upstream.DDP_OWNED)
+        upstream.check_fields("policy.ddp_cfg", self.ddp_cfg, upstream.DDP, owned=upstream.DDP_OWNED)
         for name in _PARALLEL_SIZES:
-            value = self.megatron_cfg.get(name, 1)
-            if value is None and name == "virtual_pipeline_model_parallel_size":  # Megatron's way of saying 1
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            value = self.megatron_cfg.get(name)  # null is Megatron's way of leaving one out
+            if value is not None and value < 1:
                 field, rule = f"policy.megatron_cfg.{name}", "must be a whole number of ranks, 1 or more"
                 raise UserError(field, value, rule, "leave it out, or give a number")
         if self.virtual_pipeline_size > 1 and self.pipeline_parallel_size == 1:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_rl import plugins
 from megatron_rl.config import upstream
-from megatron_rl.config.section import section
+from megatron_rl.config.section import MAX_PORT, PathText, PerMachine, Port, Seconds, Temperature, section
 from megatron_rl.errors import UserError
 
 ENGINES = ("transformers", "sglang", "recorded")
@@ -24,19 +24,19 @@ class ServersConfig:
 
     urls: list[str] | None = None
     """Servers that run already, each ``http://host:port``; null starts our own."""
-    key_file: str | None = None
+    key_file: PathText | None = None
     """File with the key that the servers of ``urls`` ask for, on one line; null: they ask for none. Our own servers get a key
     that is drawn at every start."""
-    num_per_node: PositiveInt = 1
+    num_per_node: PerMachine = 1
     """Servers started on each node."""
     placement: Literal["separate", "colocated"] = "separate"
     """``separate``: servers take the GPUs after the trainer's. ``colocated``: they share the trainer's, and give their
     memory back while it trains."""
-    base_port: PositiveInt | None = None
+    base_port: Port | None = None
     """Port of a node's first server, the others count on; null takes free ones."""
-    start_timeout_s: PositiveFloat = 600.0
+    start_timeout_s: Seconds = 600.0
     """Time from a start, or from a failure, until a server must serve."""
-    request_timeout_s: PositiveFloat = 1200.0
+    request_timeout_s: Seconds = 1200.0
     """Deadline of one attempt at one request."""
     max_retries: NonNegativeInt = 5
     """Further attempts at a request before the run ends."""
@@ -44,16 +44,20 @@ class ServersConfig:
     """Restarts of one server before the run ends."""
     max_in_flight: PositiveInt = 512
     """Requests under way at one server; the others wait with us."""
-    health_interval_s: PositiveFloat = 5.0
-    health_timeout_s: PositiveFloat = 60.0
+    health_interval_s: Seconds = 5.0
+    health_timeout_s: Seconds = 60.0
     """A server that gives no sign of life for so long is restarted (ours) or avoided until it answers (given by URL)."""
 
     def __post_init__(self) -> None:
         if self.urls == []:
             raise UserError("rollout.servers.urls", [], "is empty", "give http://host:port of each server, or null")
         for url in self.urls or []:
-            if not url.startswith(("http://", "https://")):
-                raise UserError("rollout.servers.urls", url, "must be http://host:port", "add the scheme")
+            if not _is_address(url):
+                raise UserError("rollout.servers.urls", url, "must be http://host:port", "correct it")
+        last_port = (self.base_port or 0) + self.num_per_node - 1
+        if last_port > MAX_PORT:
+            rule = f"is too high for {self.num_per_node} servers a node: the last port would be {last_port}, above {MAX_PORT}"
+            raise UserError("rollout.servers.base_port", self.base_port, rule, "lower it")
         if self.health_interval_s >= self.health_timeout_s:
             raise UserError(
                 "rollout.servers.health_interval_s",
@@ -73,6 +77,15 @@ class ServersConfig:
         return [str(urlsplit(url).hostname) for url in self.urls or ()]
 
 
+def _is_address(url: str) -> bool:
+    """Tell ``http://host`` and ``http://host:port`` from other texts."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:  # of a port that is no number, or too large
+        return False
+
+
 @section
 class RolloutConfig:
     """Sampling of responses in training."""
@@ -83,7 +96,7 @@ class RolloutConfig:
     servers: ServersConfig = Field(default_factory=ServersConfig)
     sglang_cfg: dict[str, Any] = Field(default_factory=dict)
     """Arguments of SGLang's server under its own names: tp_size, mem_fraction_static, max_total_tokens, ..."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: NonNegativeInt = 0
     max_new_tokens: PositiveInt = 1024
@@ -95,18 +108,11 @@ class RolloutConfig:
     favoured a little."""
     record: bool = False
     """Keep every step's rollouts in ``<run>/rollouts/``."""
-    recorded_dir: str | None = None
+    recorded_dir: PathText | None = None
     """Folder that ``engine: recorded`` reads."""
 
     def __post_init__(self) -> None:
         plugins.check_name(self.engine, ENGINES, field="rollout.engine", what="an engine")
-        if self.temperature <= 0:
-            raise UserError(
-                "rollout.temperature",
-                self.temperature,
-                "training samples, so it must be above 0",
-                "use 1.0 (greedy decoding belongs to eval.greedy)",
-            )
         if (self.engine == "recorded") != (self.recorded_dir is not None):
             raise UserError(
                 "rollout.recorded_dir",
@@ -124,11 +130,11 @@ class RolloutConfig:
         if self.servers.urls is not None and self.sglang_cfg:
             raise UserError(
                 "rollout.sglang_cfg",
-                self.sglang_cfg,
+                sorted(self.sglang_cfg),
                 "has no effect on the servers of rollout.servers.urls, which run already",
                 "remove one of the two",
             )
-        upstream.check_sglang_names(self.sglang_cfg)
+        upstream.check_sglang(self.sglang_cfg)
 
     @property
     def starts_servers(self) -> bool:
@@ -150,7 +156,7 @@ class WeightSyncConfig:
     before a server serves. ``tensors``: rank 0 gives each server whole tensors. ``disk``: rank 0 writes what has changed into
     ``directory``, and servers load the checkpoint that it makes there. ``auto``: shards to servers that can take them, whole
     tensors to others. ``package.module:BUILD`` is a transport from outside: see ``weight_sync.delivery.TransportBuilder``."""
-    directory: str | None = None
+    directory: PathText | None = None
     """Directory of ``disk``, on a file system that the servers share."""
     full_every: PositiveInt = 20
     """Versions of ``disk`` from one full copy to the next; between them only differences are written."""
@@ -165,7 +171,7 @@ class WeightSyncConfig:
     ``abort``: they end and are asked again."""
     bucket_bytes: PositiveInt = 512 * 2**20
     """Whole tensors in one request, or small pieces of shards in one message."""
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: Seconds = 600.0
     """Deadline of each request of an update."""
 
     def __post_init__(self) -> None:

@@ -1,13 +1,28 @@
-"""Config sections: each is a frozen, keyword-only dataclass that refuses unknown keys, NaN and infinity."""
+"""Config sections, and the kinds of values that their fields share.
+
+Each section is a frozen, keyword-only dataclass that refuses unknown keys, NaN and infinity. A kind of value refuses what
+cannot work wherever it stands: a port beyond 65535, a time limit that no timer takes, a path with a line break.
+"""
 
 from __future__ import annotations
 
-from typing import TypeVar, cast, dataclass_transform
+import os
+import re
+from typing import Annotated, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
+MAX_SECONDS = 2_000_000
+"""Limit of a time limit, 23 days: its milliseconds fit into 32 bits, as sockets and stores count them."""
+MAX_PER_MACHINE = 1024
+MAX_PORT = 65535
+MAX_NAME_BYTES = 200
+"""Length of a folder's name. File systems take 255 bytes, and a run adds to some names."""
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, line breaks among them, and halves of surrogate pairs."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -17,3 +32,54 @@ def section(cls: type[T]) -> type[T]:
     checks = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     make = dataclass(frozen=True, kw_only=True, config=checks)
     return cast("type[T]", make(cls))
+
+
+def refusal(rule: str, fix: str) -> PydanticCustomError:
+    """Return the error by which a kind of value says its rule and its fix; load.py adds field and value."""
+    return PydanticCustomError("kind", "{rule}", {"rule": rule, "fix": fix})
+
+
+def _checked_path(path: str) -> str:
+    """Return a path with ``~`` spelt out; shells leave it where it stands behind a ``=``."""
+    if not path.strip():
+        raise refusal("is empty", "give a path, or leave it out")
+    if UNPRINTABLE.search(path):
+        raise refusal("has a character that does not belong into a path", "remove it")
+    full = os.path.expanduser(path)
+    if full.startswith("~"):
+        raise refusal("begins with the name of a user who has no home here", "give the full path, or ./~NAME")
+    if len(os.fsencode(full)) > 4000 or any(len(part) > 255 for part in os.fsencode(full).split(b"/")):
+        raise refusal("is longer than a file system takes", "shorten it")
+    return full
+
+
+def _checked_name(name: str) -> str:
+    """Return the name of one folder, which lies in the folder above and nowhere else."""
+    if not name.strip() or name in (".", "..") or "/" in name or os.sep in name or UNPRINTABLE.search(name):
+        raise refusal(
+            "must be the name of one folder, without a separator", "choose a word; exp_dir says where it lies"
+        )
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise refusal(f"is longer than {MAX_NAME_BYTES} bytes", "shorten it")
+    return name
+
+
+def _checked_temperature(temperature: float) -> float:
+    """Return a temperature at which sampling and log-probs mean something: below, engines decode greedily."""
+    if not 0.001 <= temperature <= 1000:
+        raise refusal("must lie between 0.001 and 1000", "use 1.0; greedy decoding belongs to eval.greedy")
+    return temperature
+
+
+IS_PATH = AfterValidator(_checked_path)
+PathText = Annotated[str, IS_PATH]
+"""A path; ``~`` is the user's home."""
+FolderName = Annotated[str, AfterValidator(_checked_name)]
+Temperature = Annotated[float, AfterValidator(_checked_temperature)]
+Seconds = Annotated[float, Field(ge=0.001, le=MAX_SECONDS)]
+"""A time limit or an interval."""
+Port = Annotated[int, Field(ge=1, le=MAX_PORT)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""A seed that Python, numpy and torch take alike."""
+PerMachine = Annotated[int, Field(ge=1, le=MAX_PER_MACHINE)]
+"""A number of processes on one machine."""

@@ -8,7 +8,16 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from megatron_rl.config.section import section
+from megatron_rl.config.section import (
+    MAX_PER_MACHINE,
+    MAX_SECONDS,
+    FolderName,
+    PathText,
+    PerMachine,
+    Seconds,
+    Seed,
+    section,
+)
 
 
 @section
@@ -33,10 +42,10 @@ class TrainerConfig:
     stage: Literal["rl", "sft"] = "rl"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """``auto`` takes the GPU where torch sees one."""
-    devices: PositiveInt = 1
+    devices: PerMachine = 1
     """Processes on each node: GPUs, or CPU ranks."""
     num_nodes: PositiveInt = 1
-    threads_per_rank: NonNegativeInt = 0
+    threads_per_rank: int = Field(default=0, ge=0, le=MAX_PER_MACHINE)
     """CPU threads of each process; 0 shares the cores out."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """``bf16`` keeps float32 main weights in the optimizer. CPUs without AMX or AVX-512-BF16 are far faster in fp32."""
@@ -44,10 +53,10 @@ class TrainerConfig:
     max_generated_tokens: PositiveInt | None = None
     """Stop after the step in which so many tokens have been sampled for training, whatever became of them: for comparisons of
     methods at equal cost. ``max_steps`` holds as well."""
-    seed: int = 1234
-    timeout_s: PositiveFloat = 1800.0
+    seed: Seed = 1234
+    timeout_s: float = Field(default=1800.0, ge=1, le=MAX_SECONDS)
     """A collective that takes longer ends the run."""
-    hang_timeout_s: PositiveFloat | None = 900.0
+    hang_timeout_s: Seconds | None = 900.0
     """Limit after which a run ends, with a message that says who waits for whom (docs/watchdog.md): no rank has made progress
     for this time, or one gives no sign of life. null: never. A phase begun or ended is progress, and so is a progress bar."""
 
@@ -80,11 +89,11 @@ class CheckpointConfig:
 class ExpManagerConfig:
     """Folder of a run, how it resumes, and where its metrics go."""
 
-    exp_dir: str = "runs"
-    name: str = "default"
+    exp_dir: PathText = "runs"
+    name: FolderName = "default"
     resume_if_exists: bool = True
     """Continue from the last complete checkpoint of this run, if there is one; the same command starts and resumes."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: PathText | None = None
     """One checkpoint directory to start from, until this run has a complete one that descends from it; an incomplete one is an
     error."""
     create_checkpoint_callback: bool = True

@@ -1,14 +1,15 @@
-"""Names of the upstream dataclass fields that a config may pass through, read from the source text without importing it."""
+"""Fields of upstream's classes that a config may pass through, and kinds of their values; no upstream code is imported."""
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from megatron_rl.config.annotations import UpstreamField, ValueKind, read_constants, read_fields
 from megatron_rl.errors import UserError
 
 TRANSFORMER = (
@@ -104,7 +105,11 @@ SGLANG_OWNED: dict[str, str] = {
     **dict.fromkeys(("nnodes", "node_rank", "dist_init_addr"), "is fixed: a server lives on one node"),
     "dp_size": "is fixed: start more servers with rollout.servers.num_per_node",
     "weight_version": "is the publish counter",
-    "admin_api_key": "is drawn at random for every run",
+    **dict.fromkeys(("api_key", "admin_api_key"), "is drawn at random for every run"),
+    **dict.fromkeys(
+        ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_keyfile_password", "enable_ssl_refresh"),
+        "is not supported: the servers of a run speak plain http",
+    ),
     "base_gpu_id": "follows rollout.servers.placement",
     "enable_memory_saver": "follows rollout.servers.placement",
     "enable_return_routed_experts": "follows policy.router_replay",
@@ -122,8 +127,8 @@ def _megatron_core_dir() -> Path:
 
 
 @cache
-def field_names(source: str, class_name: str) -> frozenset[str]:
-    """Annotated fields of one class of megatron.core.
+def class_fields(source: str, class_name: str) -> dict[str, UpstreamField]:
+    """Read the fields of one class of megatron.core.
 
     Args:
         source: file inside ``megatron/core``.
@@ -132,19 +137,15 @@ def field_names(source: str, class_name: str) -> frozenset[str]:
     Raises:
         LookupError: the class is not there, so this megatron-core is not one that we know.
     """
-    for node in ast.walk(ast.parse((_megatron_core_dir() / source).read_text())):
-        if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return frozenset(
-                item.target.id
-                for item in node.body
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            )
-    raise LookupError(f"megatron.core has no {class_name} in {source}")
+    found = read_fields((_megatron_core_dir() / source).read_text(), class_name=class_name)
+    if not found:
+        raise LookupError(f"megatron.core has no {class_name} in {source}")
+    return found
 
 
 @cache
-def sglang_names() -> frozenset[str]:
-    """Fields of the installed SGLang's server arguments.
+def sglang_fields() -> dict[str, UpstreamField]:
+    """Read the fields of the installed SGLang's server arguments.
 
     Raises:
         UserError: SGLang is not installed.
@@ -155,55 +156,77 @@ def sglang_names() -> frozenset[str]:
     folder = Path(spec.origin).parent / "srt"
     # Since 0.5.23 the fields stand in one file a namespace; before, in the class ServerArgs itself.
     files = [*sorted((folder / "arg_groups" / "fields").glob("*.py")), folder / "server_args.py"]
-    return frozenset(
-        item.target.id
-        for file in files
-        for node in ast.parse(file.read_text()).body
-        if isinstance(node, ast.ClassDef)
-        for item in node.body
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not item.target.id.startswith("_")
-    )
+    choices = read_constants(folder / "arg_groups" / "choices.py")
+    found: dict[str, UpstreamField] = {}
+    for file in files:
+        found |= read_fields(file.read_text(), constants=choices)
+    return found
 
 
-def check_sglang_names(given: Mapping[str, object]) -> None:
-    """Refuse ``rollout.sglang_cfg`` names that SGLang's server does not have, and those that are decided elsewhere.
+def check_sglang(given: Mapping[str, object]) -> None:
+    """Check ``rollout.sglang_cfg``: names of SGLang's server that are not decided elsewhere, and values of their kinds.
 
     Raises:
-        UserError: naming the field, with the nearest name.
+        UserError: naming the field.
     """
     for name, value in given.items():
         field = f"rollout.sglang_cfg.{name}"
         if name in SGLANG_OWNED:
-            raise UserError(field, value, SGLANG_OWNED[name], f"remove {field}")
-        if name not in sglang_names():
-            raise UserError(field, value, "is not an argument of SGLang's server", nearest(name, sglang_names()))
+            shown = None if name.endswith(("key", "password")) else value
+            raise UserError(field, shown, SGLANG_OWNED[name], f"remove {field}")
+        known = sglang_fields()
+        if name not in known:
+            longer = [other for other, found in known.items() if name in found.aliases]
+            raise UserError(field, value, "is not an argument of SGLang's server", nearest(name, longer or known))
+        # Values travel as words of a command line; null gives none.
+        forms = [value, [value], *([str(value)] if type(value) in (int, float) else [])]
+        if value is not None and not any(map(known[name].kind.fits, forms)):
+            raise _not_of_kind(field, value, known[name].kind)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A fix sentence with the closest valid names."""
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    """A fix sentence with the closest valid names: those that go on where ``name`` ends, else those spelt alike."""
+    names = list(names)
+    close = [other for other in names if other.startswith(f"{name}_")][:3]
+    close = close or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?".rstrip("?") if close else "remove it"
 
 
-def check_names(
+def check_fields(
     section: str, given: Mapping[str, object], sources: Iterable[tuple[str, str]], *, owned: Mapping[str, str]
 ) -> None:
-    """Refuse pass-through names that upstream does not have, and those that another part of the config decides.
+    """Check a pass-through section: names that upstream has and no other part of the config decides, and values of their kinds.
 
     Raises:
-        UserError: naming the field, with the nearest upstream name.
+        UserError: naming the field.
     """
     if not given:
         return
-    known = frozenset().union(*(field_names(source, name) for source, name in sources))
+    known: dict[str, UpstreamField] = {}
+    for source, class_name in reversed(list(sources)):  # the derived class comes first
+        known |= class_fields(source, class_name)
     for name, value in given.items():
+        field = f"{section}.{name}"
         if name in owned:
-            raise UserError(f"{section}.{name}", value, owned[name], f"remove {section}.{name}")
+            raise UserError(field, value, owned[name], f"remove {field}")
         if name not in known:
             classes = " or ".join(name for _, name in sources)
-            raise UserError(
-                f"{section}.{name}",
-                value,
-                f"is not a field of megatron-core's {classes}",
-                nearest(name, known - set(owned)),
-            )
+            rule = f"is not a field of megatron-core's {classes}"
+            raise UserError(field, value, rule, nearest(name, known.keys() - owned.keys()))
+        if not known[name].kind.fits(value):
+            raise _not_of_kind(field, value, known[name].kind)
+
+
+def _not_of_kind(field: str, value: object, kind: ValueKind) -> UserError:
+    fix = "correct the value, or leave it out"
+    if isinstance(value, str) and kind.fits(_number(value)):
+        fix = "give it without quotes; a number from the environment is ${oc.decode:${oc.env:NAME}}"
+    return UserError(field, value, f"must be {kind.words}", fix)
+
+
+def _number(text: str) -> object:
+    """Return the number that a text spells, or the text."""
+    for read in (int, float):
+        with suppress(ValueError):
+            return read(text)
+    return text

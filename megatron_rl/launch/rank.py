@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import megatron_rl.patches
-from megatron_rl.config import Config
+from megatron_rl.config import Config, shown
 from megatron_rl.errors import UserError
 from megatron_rl.files import disk_errors
 from megatron_rl.metrics import terminal
@@ -139,7 +139,7 @@ def _meet(config: Config, runtime: Runtime, problem: UserError | None) -> None:
 
 def _check_same_config(config: Config) -> None:
     """Check that all ranks have one config: a node with another file or overrides would train something else, or hang."""
-    text = json.dumps(asdict(config), sort_keys=True, default=str)
+    text = json.dumps(shown(config, with_digests=True), sort_keys=True, default=str)
     assert dist.group.WORLD is not None
     digests = gather_json(hashlib.blake2b(text.encode()).hexdigest(), dist.group.WORLD)
     if len(set(digests)) > 1:  # the same on all ranks, so either all of them gather the rest or none

@@ -21,7 +21,7 @@ ANSWER_MARK = "####"
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 """``48/2 = <<48/2=24>>24``: a trace of the calculator that the data's authors used."""
-_NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
+_NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", re.ASCII)
 _NUMBER_IN_TEXT = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
 _DECORATION = re.compile(r"\\[,;:! $]|\{,\}|[\s$,*]|\.$")
 _DECIMAL = re.compile(r"(?P<sign>[+-]?)(?=\.?\d)(?P<whole>\d*)(?:\.(?P<fraction>\d*))?", re.ASCII)
@@ -93,7 +93,7 @@ def _split_answer(text: str, source: str) -> tuple[str, str]:
         raise UserError(
             source,
             shorten(text.strip().rpartition("\n")[2]),
-            f"field 'answer' must end in {ANSWER_MARK} and a number",
+            f"field 'answer' must end in {ANSWER_MARK} and a number, in the digits 0 to 9",
             f"add a last line such as {ANSWER_MARK} 72",
         )
     return _CALCULATOR.sub("", steps).strip(), number.replace(",", "")

@@ -292,7 +292,7 @@ class WordProblems:
         template = check_template("{question}" if template is None else template)
         problems = []
         for source, row, rest in read_rows(path, required=("question", "answer"), optional=("solution",)):
-            if not re.fullmatch(r"-?\d+", row["answer"]):
+            if not re.fullmatch(r"-?\d+", row["answer"], re.ASCII):
                 raise UserError(source, row["answer"], "field 'answer' must be an integer", "write digits only")
             problems.append(
                 Problem(

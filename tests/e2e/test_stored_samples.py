@@ -148,7 +148,7 @@ def test_a_pool_of_another_model_is_refused_and_a_damaged_one(case: Case, capfd:
     assert rehearse(case, "exp_manager.name=dph", f"policy.model_path={retold}") == [2]
     assert "another tokenizer" in capfd.readouterr().err
     measured = ("algorithm.name=grpo", f"eval.pool={folder(case) / 'pool'}", "eval.every_n_steps=2")
-    held_out = (f"data.validation={case.train}", f"policy.model_path={retold}", "exp_manager.name=probed")
+    held_out = (f"data.validation={case.held_out}", f"policy.model_path={retold}", "exp_manager.name=probed")
     assert case.run(*TASK, *measured, *held_out) == [2]
     assert "another tokenizer" in capfd.readouterr().err
     assert rehearse(case, "exp_manager.name=dph", "algorithm.rehearsal.pool=nowhere") == [2]
@@ -207,7 +207,7 @@ def test_a_pool_that_changed_since_the_checkpoint_is_named(case: Case, capfd: py
 def test_evaluation_measures_the_distance_to_a_pool(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     assert presample(case) == [0]
     measured = (
-        f"data.validation={case.train}", "eval.before=true", "eval.after=true", "eval.num_problems=4",
+        f"data.validation={case.held_out}", "eval.before=true", "eval.after=true", "eval.num_problems=4",
         "eval.num_samples=2", "eval.k_values=[1,2]", f"eval.pool={folder(case) / 'pool'}", "policy.optim.lr=1e-2",
     )  # fmt: skip
     assert case.run(*TASK, *SPLIT[3:], *measured, "exp_manager.name=grpo", ranks=2) == [0, 0]

@@ -22,7 +22,7 @@ from tests.policy_case import build_policy, log_probs_of, random_samples, tiny_c
 def test_a_run_leaves_what_it_promises(case: Case) -> None:
     overrides = [
         "exp_manager.export_hf=true",
-        f"data.validation={case.train}",
+        f"data.validation={case.held_out}",
         "eval.before=true",
         "eval.after=true",
         "eval.num_problems=6",

@@ -145,13 +145,21 @@ def check_can_be_saved(settings: MethodConfig) -> None:
     """
     with settings_code(settings.name):
         values = asdict(settings)
+    if _why_not_saved(values) is None:
+        return
     for key, value in values.items():
-        try:
-            OmegaConf.to_yaml(OmegaConf.create({key: value}))
-        except (OmegaConfBaseException, YAMLError) as error:
+        if (error := _why_not_saved({key: value})) is not None:
             rule = f"is {plugins.kind_of(value)} that a YAML file cannot hold ({str(error).splitlines()[0]})"
             fix = "give the field a type of numbers, texts, lists, dicts or sections"
             raise UserError(f"algorithm.{key}", value, rule, fix) from None
+
+
+def _why_not_saved(values: dict[str, Any]) -> Exception | None:
+    try:
+        OmegaConf.to_yaml(OmegaConf.create(values))
+    except (OmegaConfBaseException, YAMLError) as error:
+        return error
+    return None
 
 
 def names_of_stage(stage: Stage) -> list[str]:

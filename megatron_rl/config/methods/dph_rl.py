@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from megatron_rl.config.methods.shared import GroupConfig
-from megatron_rl.config.section import section
+from megatron_rl.config.section import PathText, section
 
 FDivergence = Literal["forward_kl", "js", "js_definition", "alpha", "reverse_kl", "likelihood"]
 
@@ -17,7 +17,7 @@ FDivergence = Literal["forward_kl", "js", "js_definition", "alpha", "reverse_kl"
 class RehearsalConfig:
     """DPH-RL's divergence to the start, on samples of the start's own (``megatron-rl presample`` makes the pool)."""
 
-    pool: str
+    pool: PathText
     """Directory of the pool: the policy's initial model sampled it, and gave each token's log-prob."""
     divergence: FDivergence = "js"
     """f of the term. ``forward_kl`` always pulls a forgotten behaviour back; ``js``, ``alpha`` and ``reverse_kl`` let go of one

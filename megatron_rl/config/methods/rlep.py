@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from megatron_rl.config.methods.shared import GroupConfig
-from megatron_rl.config.section import section
+from megatron_rl.config.section import PathText, section
 from megatron_rl.errors import UserError
 
 
@@ -17,7 +17,7 @@ class ReplayConfig:
 
     source: Literal["pool", "online"] = "pool"
     """``pool``: of an earlier, trained policy. ``online``: those that this run itself has found in earlier steps."""
-    pool: str | None = None
+    pool: PathText | None = None
     """Directory of the pool (``megatron-rl presample`` with presample.purpose replay), where that is the source."""
     num_per_prompt: PositiveInt = 2
     """M; a question with fewer successes gets fewer."""

@@ -10,6 +10,9 @@ from typing import Any
 
 from megatron_rl.errors import UserError
 
+MAX_WIDTH, MAX_LENGTH = 2**20, 2**30
+"""Limits of a layer's sizes, and of vocabulary and context: far beyond any model, and within what a machine can address."""
+
 
 @dataclass(frozen=True)
 class ConfigFields:
@@ -44,11 +47,11 @@ class ConfigFields:
             value = value.get(part) if isinstance(value, dict) else None
         return UserError(f"{self.path}: {key}", value, rule, fix)
 
-    def positive_int(self, key: str, default: int | None = None) -> int:
+    def positive_int(self, key: str, default: int | None = None, *, at_most: int = MAX_WIDTH) -> int:
         """Return an integer of at least 1; it is required if ``default`` is None."""
         value = self.get(key, default)
-        if type(value) is not int or value < 1:
-            raise self.error(key, "must be a positive integer")
+        if type(value) is not int or not 1 <= value <= at_most:
+            raise self.error(key, f"must be a positive integer, at most {at_most}")
         return value
 
     def count(self, key: str, default: int) -> int:

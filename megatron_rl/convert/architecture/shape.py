@@ -17,7 +17,7 @@ from megatron_rl.convert.architecture.deepseek_fields import (
     read_latent,
     read_router,
 )
-from megatron_rl.convert.architecture.fields import ConfigFields
+from megatron_rl.convert.architecture.fields import MAX_LENGTH, ConfigFields
 from megatron_rl.convert.architecture.rope import RopeScaling, YarnScaling, read_rope
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3"]
@@ -175,7 +175,7 @@ def read_shape(directory: str | Path) -> ModelShape:
         num_key_value_heads=num_key_value_heads,
         head_dim=latent.qk_head_dim if latent else _head_dim(config, family, hidden_size, num_heads),
         intermediate_size=config.positive_int("intermediate_size"),
-        vocab_size=config.positive_int("vocab_size"),
+        vocab_size=config.positive_int("vocab_size", at_most=MAX_LENGTH),
         tied=config.boolean("tie_word_embeddings", False),
         norm_eps=config.positive_float("rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
         rope_theta=rope_theta,
@@ -184,7 +184,7 @@ def read_shape(directory: str | Path) -> ModelShape:
         proj_bias=attention_bias,
         mlp_bias=family == "llama" and config.boolean("mlp_bias", False),
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        max_position_embeddings=config.positive_int("max_position_embeddings"),
+        max_position_embeddings=config.positive_int("max_position_embeddings", at_most=MAX_LENGTH),
         initializer_range=config.positive_float("initializer_range", 0.02),
         dtype=_dtype(config),
         bos_token_id=config.token_id("bos_token_id"),
@@ -280,6 +280,9 @@ def _refuse_unsupported(config: ConfigFields, family: Family) -> None:
         )
     if any(layer != "full_attention" for layer in config.get("layer_types") or []):
         raise config.error("layer_types", "every layer must be 'full_attention'", "use a model with full attention")
+    num_layers, kinds = config.positive_int("num_hidden_layers"), config.get("layer_types")
+    if kinds and len(kinds) != num_layers:
+        raise config.error("layer_types", f"has {len(kinds)} entries for num_hidden_layers = {num_layers}")
     if config.get("quantization_config") and family != "deepseek_v3":
         raise config.error("quantization_config", "quantized checkpoints cannot be trained", "use the original weights")
     own_code = (config.get("auto_map") or {}).get("AutoModelForCausalLM")

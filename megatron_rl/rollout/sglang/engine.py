@@ -272,7 +272,7 @@ def _read_key(path: str | None) -> str | None:
         return None
     field = "rollout.servers.key_file"
     try:
-        key = Path(path).expanduser().read_text().strip()
+        key = Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             field, path, f"cannot be read ({described(error)})", "give a file that every node can read"

@@ -210,12 +210,7 @@ def test_what_is_right_passes(check, override: str) -> None:
             "data.train={a: 1, a: 2}",
             "data.train = '{a: 1, a: 2}': is not a valid YAML value (line 1, column 8: found dup",
         ),
-        ("algorithm=[1]", "algorithm = '[1]': does not fit what is there (Cannot merge"),
-        (".trainer=1", "override = '.trainer=1': must read section.field=value."),
         # sections and keys
-        ("algorithm=", "algorithm: is a section with a name, not a value. Fix: give algorithm.name=grpo"),
-        ("algorithm=grpo", "algorithm = 'grpo': is a section with a name, not a value."),
-        ("trainer=", "trainer: is a section, not a value. Fix: give its fields, as trainer.FIELD=VALUE."),
         ("rollout.servers.use_router=false", "rollout.servers.use_router = False: is gone: the engine itself chooses"),
         ("weight_sync.transport=by_path_good:Engine", "weight_sync.transport = 'by_path_good:Engine': is for servers;"),
         ("weight_sync.quantization=fp8_block", "weight_sync.quantization = 'fp8_block': is for servers;"),
@@ -315,25 +310,6 @@ def test_what_is_wrong_is_one_line(check, override: str, message: str) -> None:
     code, out, err = check(override)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 1000
-    assert message in err
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: b: c\n", "is not valid YAML (line 1, column 5: mapping values are not allowed in this context). Fix:"),
-        ('a: "${"\n', "is not valid YAML (no viable alternative"),
-        ("a: 1\na: 2\n", "is not valid YAML (line 2, column 1: found duplicate key a). Fix:"),
-        ("a: \udcff\n", "is not valid YAML ('utf-8' codec can't decode byte"),
-        ("defaults: 3\n", "defaults = 3: must be the path of a YAML file, or a list of such. Fix: correct "),
-        ("defaults: ['${nowhere}']\n", "cannot be read (No such file or directory)."),
-        (f"defaults: {TINY}\ntrainer: [1]\n", "does not fit its defaults (Cannot merge"),
-    ],
-)
-def test_a_wrong_file_is_one_line(check, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "x.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
-    code, _, err = check(config=tmp_path / "x.yaml")
-    assert code == 2 and err.count("\n") == 1
     assert message in err
 
 

@@ -75,7 +75,7 @@ HF_CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "becomes one tensor with .*q_proj.* --dtype",
     ),
     "cut short": (lambda d: cut(d / "model.safetensors"), "is not a complete safetensors file"),
-    "config of another size": (lambda d: edit_config(d, num_hidden_layers=3), r"layers\.2\..* is required"),
+    "config of another size": (lambda d: edit_config(d, num_hidden_layers=3, layer_types=None), r"layers\.2\..* is required"),
     "no config": (lambda d: (d / "config.json").unlink(), "cannot be read"),
 }  # fmt: skip
 
