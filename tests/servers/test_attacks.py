@@ -185,19 +185,18 @@ def offers_http(address: str, port: int, key: str) -> bool:
 
 
 FIND_STORES = """
-import datetime, json, sys
-from concurrent.futures import ThreadPoolExecutor
+import datetime, json, os, signal, sys
 import torch.distributed as dist
 
-def answers(place):
-    try:
-        return dist.TCPStore(*place, is_master=False, timeout=datetime.timedelta(seconds=3)).num_keys() >= 0
-    except Exception:
-        return False
-
-places = json.load(sys.stdin)
-with ThreadPoolExecutor(32) as pool:
-    json.dump([place for place, is_store in zip(places, pool.map(answers, places)) if is_store], sys.stdout)
+places, asked = json.load(sys.stdin), {}
+for place in places:
+    if not (pid := os.fork()):  # what listens there but is no store may never answer
+        signal.alarm(15)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        dist.TCPStore(*place, is_master=False, timeout=datetime.timedelta(seconds=5)).num_keys()
+        os._exit(0)
+    asked[pid] = place
+json.dump([asked[pid] for pid in asked if os.waitpid(pid, 0)[1] == 0], sys.stdout)
 """
 
 
