@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert.hf": {"convert.architecture", "convert.tables"},
     "scoring": {"parallel", "tasks"},
     "advantages": {"config"},
-    "convert.offline": {"convert.architecture", "convert.hf", "convert.tables"},
+    "convert.offline": {"convert.architecture", "convert.hf", "convert.tables", "process"},
     "losses": {"config"},
     "metrics": {"config", "plugins", "rewards"},
     "data": {
