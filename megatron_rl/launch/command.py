@@ -82,6 +82,12 @@ def start(
         logs = config.exp_manager.run_dir / "logs"
         print(f"node {meeting.node_rank} of {config.trainer.num_nodes}: logs in {logs}/{ranks}", flush=True)
     threads = config.trainer.num_threads
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR, **os.environ, **held}
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **ALLOCATOR,
+        **os.environ,
+        **held,
+    }
     command = [sys.executable, "-m", "megatron_rl.launch", *arguments]
     os.execve(sys.executable, command, environment)

@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "algorithms": {"advantages", "config", "data", "losses", "plugins", "report", "rewards", "rollout"},
     "model": {
-        "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
+        "config", "convert.architecture", "convert.hf", "convert.offline", "convert.tables", "data", "losses", "metrics",
+        "parallel",
     },
     "evaluation": {"config", "losses", "metrics", "model", "rewards", "rollout"},
     "weight_sync": {
