@@ -76,10 +76,10 @@ def _read_metadata(file: Any) -> Any:
     return metadata
 
 
-def _drop_pickles(state: MutableMapping[str, Any]) -> None:
+def _drop_pickles(state: MutableMapping[Any, Any]) -> None:
     """Set states of layers that are bytes to None, at any depth: a layer then begins a new one, as for a checkpoint without."""
     for key, value in state.items():
-        if key.endswith("_extra_state") and isinstance(value, Tensor | BytesIO | bytes):
+        if str(key).endswith("_extra_state") and isinstance(value, Tensor | BytesIO | bytes):
             state[key] = None
         elif isinstance(value, MutableMapping):
             _drop_pickles(value)

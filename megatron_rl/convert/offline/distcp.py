@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
@@ -304,10 +304,11 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): PurePosixPath,
 }  # fmt: skip
 
 
-_HARMLESS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
+_HARMLESS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 """Beginnings of the modules whose further classes writers put into ``.metadata``."""
 
 

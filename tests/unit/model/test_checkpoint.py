@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
+import random
+import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -156,11 +164,14 @@ def test_what_one_rank_cannot_see_is_no_reason_to_take_another(tmp_path: Path, s
 
 
 def find_as_another_user(directory: Path) -> str:
+    checkpoints, _ = checkpoints_of(directory)
     os.seteuid(65534)
     try:
-        return find_fails(directory)
+        with pytest.raises(UserError) as error:
+            checkpoints.find(None)
     finally:
         os.seteuid(0)
+    return str(error.value)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="root alone can become another user, whom rights bind")
@@ -195,6 +206,115 @@ def test_a_save_never_removes_itself_nor_counts_incomplete_ones(tmp_path: Path) 
     write(directory, 6, is_complete=False)
     names = [f"step_{step:08d}" for step in (4, 6, 8, 40, 60)]
     assert run_ranks(saved, 1, directory, model, 8) == [names]
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def read_pickle(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())
+
+
+def plant_in_metadata(path: Path, evil: Evil) -> None:
+    metadata = read_pickle(path / "model/.metadata")
+    metadata.planner_data = {"harmless": evil}
+    (path / "model/.metadata").write_bytes(pickle.dumps(metadata))
+
+
+def plant_in_an_object(path: Path, evil: Evil) -> None:
+    """Let .metadata point at other bytes for an object that every load reads."""
+    metadata = read_pickle(path / "model/.metadata")
+    keys = {key for key, kind in metadata.state_dict_metadata.items() if type(kind).__name__ == "BytesStorageMetadata"}
+    places = {index: place for index, place in metadata.storage_data.items() if index.fqn in keys}
+    assert places
+    data = io.BytesIO()
+    torch.save(evil, data)
+    (path / "model/evil.distcp").write_bytes(data.getvalue())
+    for index, place in places.items():
+        moved = replace(place, relative_path="evil.distcp", offset=0, length=len(data.getvalue()))
+        metadata.storage_data[index] = moved
+    (path / "model/.metadata").write_bytes(pickle.dumps(metadata))
+
+
+PLANTS: dict[str, Callable[[Path, Evil], object]] = {
+    "generators": lambda path, evil: (path / "rng_rank_1.json").write_bytes(pickle.dumps(evil)),
+    "all of .metadata": lambda path, evil: (path / "model/.metadata").write_bytes(pickle.dumps(evil)),
+    "inside .metadata": plant_in_metadata,
+    "common.pt": lambda path, evil: torch.save({"num_updates": evil}, path / "model/common.pt"),
+    "an object": plant_in_an_object,
+}
+
+
+def saved_and_tried(directory: Path, model: Path) -> dict[str, str]:
+    """Save one checkpoint; plant something into copies of it, make their manifests fit, and load each."""
+    from megatron_rl.model.checkpoint import Checkpoints
+    from tests.policy_case import build_policy, tiny_config
+
+    policy = build_policy(tiny_config(model, "trainer.devices=2"))
+    checkpoints = Checkpoints(directory, keep_last=9, groups=policy.groups, say=print)
+    good = checkpoints.save(1, policy.trainable, {"step": 1})
+    checkpoints.load(good, policy.trainable)
+    errors = {}
+    for name, plant in PLANTS.items():
+        bad, mark = directory / name / good.name, directory / f"{name} ran"
+        if policy.groups.rank == 0:
+            shutil.copytree(good, bad)
+            plant(bad, Evil(mark))
+            list_files(bad)
+        torch.distributed.barrier()
+        assert checkpoints.find(str(bad), is_resuming=False) == bad
+        with pytest.raises(UserError) as error:
+            checkpoints.load(bad, policy.trainable)
+        assert not mark.exists(), name
+        errors[name] = str(error.value)
+    checkpoints.load(good, policy.trainable)
+    return errors
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    evil = Evil(tmp_path / "ran")
+    pickle.loads(pickle.dumps(evil))
+    assert evil.mark.is_dir(), "it would do harm"
+    model = make_tiny_model(tmp_path / "model", "qwen3", tied=True, seed=3)
+    first, second = run_ranks(saved_and_tried, 2, tmp_path / "checkpoints", model)
+    assert first == second and first.keys() == PLANTS.keys()
+    assert "rng_rank_1.json: holds no states of random generators" in first["generators"]
+    for name in PLANTS.keys() - {"generators"}:
+        assert "cannot be loaded as plain data" in first[name] and "Fix: " in first[name], first[name]
+    assert "names posix.mkdir" in first["inside .metadata"]
+
+
+def draws() -> tuple[object, ...]:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.rand(3).tolist()
+    return tracked, torch.rand(3).tolist(), numpy.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()
+
+
+def drawn_twice() -> tuple[object, object, object]:
+    from megatron_rl.model.generators import generator_states, restore_generators
+    from megatron_rl.parallel.groups import build_groups
+
+    build_groups(tensor_parallel_size=1, pipeline_parallel_size=1, device=torch.device("cpu"), seed=1)
+    numpy.random.normal()  # the second of a pair waits
+    random.gauss(0, 1)
+    kept = json.loads(json.dumps(generator_states()))
+    first = draws()
+    restore_generators(kept)
+    return first, draws(), draws()
+
+
+def test_generators_go_on_bit_for_bit() -> None:
+    [(first, again, later)] = run_ranks(drawn_twice, 1)
+    assert first == again != later
 
 
 def load_with(path: Path, fixed: dict) -> str:
