@@ -177,7 +177,8 @@ class Checkpoints:
                 return path
             self.say(f"skipping {path.name}: {problem}")
             problems[path.name] = problem
-        if problems:
+        is_itself_own = explicit is not None and Path(explicit).resolve().parent == self.directory.resolve()
+        if problems and not (is_itself_own and Path(explicit or "").name in problems):
             found = "; ".join(f"{name} {problem}" for name, problem in problems.items())
             fix = "mend one of them, or start anew: set another exp_manager.name"
             if explicit is not None:

@@ -44,6 +44,7 @@ def test_auto_resume_skips_to_the_last_complete_checkpoint(case: Case, capfd: py
     damaged[len(damaged) // 2] ^= 1
     weights.write_bytes(damaged)
     (case.root / "tiny/checkpoints/step_00000008.tmp").mkdir()
+    (case.root / "tiny/summary.json").unlink()  # which says that the run is finished
     capfd.readouterr()
     assert case.run("trainer.max_steps=6") == [0]
     output = capfd.readouterr().out
