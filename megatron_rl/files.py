@@ -39,6 +39,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path = path.resolve()  # what a link points to is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a crash, or a link that somebody else has put there
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         sync(temporary)
@@ -48,6 +50,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def fresh_folder(path: Path) -> None:
+    """Make an empty folder in place of what has this name; a link is removed and not followed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+    path.mkdir()
 
 
 def publish_folder(temporary: Path, final: Path, *, replaces: bool = False) -> None:

@@ -21,11 +21,13 @@ from megatron_rl.data.pack import full_batches
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.distance import distance_metrics
 from megatron_rl.evaluation.evaluator import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
+from megatron_rl.launch.folder import RunFolder
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
+from megatron_rl.model.generators import seed_generators
 from megatron_rl.model.numerics import NumericsMonitor
 from megatron_rl.model.policy import Policy
 from megatron_rl.model.trainable import Trainable
@@ -65,8 +67,12 @@ class Run:
         self._rollout_metrics: dict[str, float] = {}
         self.num_generated_tokens = 0
         """Tokens sampled for training so far, including dropped rollouts; evaluation excluded."""
-        torch.manual_seed(config.trainer.seed)
+        seed_generators(config.trainer.seed)
         self.groups = build_groups_of(config, runtime.device)
+        with all_ranks_agree(self.groups.cpu_group):
+            self.folder, manager = RunFolder(self.directory, self.say), config.exp_manager
+            if self.is_first and is_trained and not manager.resume_if_exists and manager.resume_from_checkpoint is None:
+                self.folder.check_unused()
         self.inputs = Inputs(config, self.groups, self.say)
         self.shape = self.inputs.shape
         with all_ranks_agree(self.groups.cpu_group):  # a module from outside may fail on one machine alone
@@ -103,6 +109,8 @@ class Run:
             groups=self.groups,
             say=self.say,
         )
+        if self._writes_checkpoints:
+            self.checkpoints.check_space(self.policy.trainable)
         self.start_step = self._resume()
         self.logger = self._build_logger()
         parts.callback(self.logger.close)
@@ -161,7 +169,9 @@ class Run:
             metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
-        with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full
+        with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full, or gone
+            if self.is_first:
+                self.folder.check_same()
             self.logger.log(done, metrics)
         every = self.config.eval.every_n_steps
         if self._is_last(done) and self.config.eval.after:
@@ -247,12 +257,12 @@ class Run:
 
     @activity.phase("finish")
     def finish(self) -> None:
-        """Export the model, plot the curves, write the summary."""
-        if self.config.exp_manager.export_hf:
-            source = Path(self.config.policy.model_path)
-            target = self.directory / "hf"
-            export_hf(self.policy.chunks, self.shape, self.groups, source=source, target=target)
-            self.say(f"Hugging Face checkpoint: {target}")
+        """Export the model, plot the curves; write the summary last, which tells that the run is finished.
+
+        Raises:
+            UserError: on all ranks, the model could not be exported; all else is there then.
+        """
+        failure = self._export() if self.config.exp_manager.export_hf else None
         self.logger.close()
         if self.is_first:
             plot_curves(self.logger.path, self.directory / "curves.png")
@@ -262,7 +272,22 @@ class Run:
                 engine=self.config.rollout.engine,
                 k_values=self.config.eval.k_values,
                 seconds=time.monotonic() - self.started,
+                origin=self.checkpoints.origin,
+                is_exported=self.config.exp_manager.export_hf and failure is None,
             )
+        if failure is not None:
+            raise failure
+
+    def _export(self) -> UserError | None:
+        target = self.directory / "hf"
+        was_there = target.is_dir()
+        try:
+            source = Path(self.config.policy.model_path)
+            export_hf(self.policy.chunks, self.shape, self.groups, source=source, target=target)
+        except UserError as error:
+            return error
+        self.say(f"Hugging Face checkpoint: {target}" + (", in place of an earlier one" if was_there else ""))
+        return None
 
     def say(self, message: str) -> None:
         """Print one line for the user, from rank 0."""
@@ -303,19 +328,23 @@ class Run:
 
     def _resume(self) -> int:
         manager = self.config.exp_manager
-        with all_ranks_agree(self.groups.cpu_group):
-            if self.is_first:
-                save_resolved(self.config, self.directory / "config.yaml")
         self._fixed = fixed_settings(self.config, self.shape, self.inputs.pool_contents)
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
+        is_own, self._num_rows = False, 0
         if path is not None:
             state = self.checkpoints.load(path, self.policy.trainable, self._fixed)
             self.inputs.stream.load_state(state)
             self.algorithm.load_state(self.checkpoints.load_tensors(path))
             step, self.num_generated_tokens = int(state["step"]), int(state.get("generated_tokens", 0))
+            is_own = path.resolve().parent == self.checkpoints.directory.resolve()
+            self._num_rows = int(state.get("num_rows", 0)) if is_own else 0
             self.say(f"resuming after step {step}: {path}")
-        if self._writes_checkpoints:
-            self.checkpoints.set_aside_others(path)
+        with all_ranks_agree(self.groups.cpu_group):
+            if self.is_first:
+                if self.is_trained:
+                    others = self.checkpoints.others(path) if is_own else []
+                    self.folder.start_at(step if is_own else None, others)
+                save_resolved(self.config, self.directory / "config.yaml")
         return step
 
     @property
@@ -331,7 +360,10 @@ class Run:
             if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
                 self.release_engine_memory()
             started = time.monotonic()
+            with all_ranks_agree(self.groups.cpu_group):
+                num_rows = self.logger.sync()
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
+            state["num_rows"] = num_rows
             state |= self.inputs.stream.state()
             path = self.checkpoints.save(done, self.policy.trainable, state, self.algorithm.state())
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
@@ -347,6 +379,10 @@ class Run:
             logger = MetricsLogger(self.directory, total_steps=steps, sinks=sinks, is_writer=self.is_first)
             # A fresh run starts without rows; a resumed one keeps those up to its checkpoint.
             logger.resume_at(self.start_step if self.start_step else -1)
+            if self.is_first and (lost := self._num_rows - logger.num_rows) > 0:
+                self.say(
+                    f"{logger.path} lacks {lost} of {self._num_rows} rows up to step {self.start_step}: they are lost"
+                )
         return logger
 
     def _build_engine(self) -> RolloutEngine:
@@ -401,10 +437,10 @@ class Run:
         rates: dict[str, float] = {}
         if self.is_first:
             baseline = self._baseline
-            # Without the row, a file of step 0 is of another run, which had this folder before.
-            if baseline is None and any(row["step"] == 0 for row in self.logger.rows()):
+            own = results_path(self.directory, 0)
+            if baseline is None and own.is_file():
                 try:
-                    baseline = self.evaluator.read_results(results_path(self.directory, 0), field="eval")
+                    baseline = self.evaluator.read_results(own, field="eval")
                 except UserError as error:  # no reason to end a run that was resumed with other problems
                     self.say(f"no keep and explore rates: {error}")
             rates = {} if baseline is None else keep_and_explore_rates(baseline, results)

@@ -56,8 +56,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: Config, runtime: Runtime) -> None:
     """Do the whole run of one rank; its process group is initialised."""
+    from megatron_rl.launch.folder import is_finished
     from megatron_rl.run import Run
 
+    if is_finished(config, runtime):
+        return
     with Run(config, runtime) as run:
         run.evaluate_before()
         (run_online if config.trainer.stage == "rl" else run_offline)(run)

@@ -4,7 +4,7 @@
         shard_000000/            whole or not there; never changed
             rows.bin             a record of 40 bytes for each trajectory: where it lies, lengths, reward, checksum
             data.bin             the trajectories, one after the other
-            manifest.json        counts, sizes, provenance; written last
+            manifest.json        counts, sizes, provenance, its own checksum; written last
         shard_000001/
 
 A trajectory in data.bin, filled up with zeros to a multiple of four bytes:

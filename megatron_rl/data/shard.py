@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, described
 from megatron_rl.files import disk_errors, publish_folder
 
-FORMAT = 2
+FORMAT = 3
 
 _RECORD = np.dtype(
     [
@@ -37,6 +38,8 @@ _WHOLE = struct.Struct("<qQiiiIfI")
 _INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
 HAS_REF, HAS_MASK = 1, 2
 _BUFFER_BYTES = 2**22
+_SHARD = re.compile(r"shard_\d{6,}")
+"""Names of finished shards; a user's copy beside them has another."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class ShardWriter:
                 "bytes": {"rows.bin": self.num_rows * _RECORD.itemsize, "data.bin": self._start},
                 "provenance": asdict(self._provenance),
             }
-            (self._partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            (self._partial / "manifest.json").write_bytes(_with_checksum(manifest))
             publish_folder(self._partial, self._final)
 
     @contextmanager
@@ -238,7 +241,8 @@ def num_shards(directory: str | Path) -> int:
 
 def shard_paths(directory: Path) -> list[Path]:
     """Return the finished shards of a pool, in order."""
-    return sorted(directory.glob("shard_[0-9]*"), key=shard_number) if directory.is_dir() else []
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted((path for path in found if _SHARD.fullmatch(path.name)), key=shard_number)
 
 
 def shard_number(shard: Path) -> int:
@@ -265,15 +269,25 @@ def remove_shard(shard: Path) -> None:
 
 
 def read_manifest(shard: Path) -> dict[str, Any]:
-    """Read a manifest and check its form."""
+    """Read a manifest and check that it is as it was written."""
     try:
-        manifest = json.loads((shard / "manifest.json").read_text(encoding="utf-8"))
-        known = {"format", "num_rows", "bytes", "provenance"} <= manifest.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(shard / "manifest.json", f"cannot be read ({error})") from error
-    if not known or manifest["format"] != FORMAT:
+        data = (shard / "manifest.json").read_bytes()
+        manifest = json.loads(data)
+        is_ours = manifest["format"] == FORMAT
+        manifest.pop("checksum", None)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _damaged(shard / "manifest.json", f"cannot be read ({described(error)})") from error
+    if not is_ours:
         raise _damaged(shard / "manifest.json", f"is not of format {FORMAT}")
+    if _with_checksum(manifest) != data:
+        raise _damaged(shard / "manifest.json", "has another checksum than when it was written")
     return manifest
+
+
+def _with_checksum(manifest: Mapping[str, Any]) -> bytes:
+    """Return the text of a manifest, which ends with a checksum over the rest."""
+    checksum = zlib.crc32(json.dumps(manifest, indent=1).encode())
+    return json.dumps({**manifest, "checksum": checksum}, indent=1).encode()
 
 
 def check_origin(

@@ -2,6 +2,9 @@
 
 from megatron_rl.launch.launcher import main
 from megatron_rl.process.lifetime import leave
+from megatron_rl.process.lock import inherited_lock
 
 if __name__ == "__main__":
-    leave(main())
+    with inherited_lock():
+        status = main()
+    leave(status)

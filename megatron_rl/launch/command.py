@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megatron_rl.config import Config
 from megatron_rl.launch.meeting import Meeting
+from megatron_rl.process.lock import take_lock
 from megatron_rl.process.run_key import VARIABLE as KEY_VARIABLE
 from megatron_rl.process.run_key import run_key
 
@@ -65,12 +66,17 @@ def start(
     *,
     program: str = "megatron_rl.train",
 ) -> None:
-    """Print the torchrun command and become it. This does not return.
+    """Take the run's folder, print the torchrun command and become it. This does not return.
 
-    Nodes other than 0 print the folder of their logs instead.
+    Nodes other than 0 take nothing, and print the folder of their logs instead.
+
+    Raises:
+        UserError: another start has the folder, or it cannot be written.
     """
     arguments = torchrun_arguments(config, config_path, overrides, meeting, program=program)
+    held: dict[str, str] = {}
     if meeting is None or meeting.node_rank == 0:
+        held = take_lock(config.exp_manager.run_dir).handed_on()
         print(f"$ torchrun {shlex.join(arguments)}", flush=True)
     else:
         first = meeting.node_rank * config.trainer.devices
@@ -78,7 +84,13 @@ def start(
         logs = config.exp_manager.run_dir / "logs"
         print(f"node {meeting.node_rank} of {config.trainer.num_nodes}: logs in {logs}/{ranks}", flush=True)
     threads = config.trainer.num_threads
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR, **os.environ}
-    environment[KEY_VARIABLE] = run_key(config.exp_manager.run_dir).hex()
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **ALLOCATOR,
+        **os.environ,
+        **held,
+        KEY_VARIABLE: run_key(config.exp_manager.run_dir).hex(),
+    }
     command = [sys.executable, "-m", "megatron_rl.launch", *arguments]
     os.execve(sys.executable, command, environment)

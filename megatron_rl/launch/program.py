@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import Config, check_files, load_config
 from megatron_rl.errors import UserError
+from megatron_rl.process.lock import FolderLock, is_held_by_parent, take_lock
 
 if TYPE_CHECKING:
     from megatron_rl.launch.rank import Runtime
@@ -39,10 +41,23 @@ def run_program(
     try:
         config = adapt(load_config(arguments.config, arguments.overrides))
         check_files(config)
+        lock = _take_folder(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
     from megatron_rl.launch.rank import run_rank
 
-    return run_rank(config, lambda runtime: work(config, runtime))
+    try:
+        return run_rank(config, lambda runtime: work(config, runtime))
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _take_folder(config: Config) -> FolderLock | None:
+    """Take the run's folder as rank 0, unless the launcher did so for us; None on other ranks."""
+    folder = config.exp_manager.run_dir
+    if int(os.environ.get("RANK", 0)) > 0 or is_held_by_parent(folder):
+        return None
+    return take_lock(folder)

@@ -290,7 +290,7 @@ def _writing(folder: Path) -> AbstractContextManager[None]:
 def _log_to_file(path: Path) -> None:
     """Send this process's output, that of libraries included, to a file; the console belongs to rank 0."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

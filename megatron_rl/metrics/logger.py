@@ -84,6 +84,17 @@ class MetricsLogger:
             guard.resume_at(step)
         return len(rows) - len(kept)
 
+    def sync(self) -> int:
+        """Bring the rows to disk, so that a checkpoint written next never is without them; return their number."""
+        if self._file is not None:
+            self._file.sync()
+        return self.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        """Number of the file's rows; 0 on ranks that do not write."""
+        return 0 if self._file is None else self._file.num_rows
+
     def close(self) -> None:
         """Close sinks and console; the rows are on disk already. A second call does nothing."""
         self._console.close()

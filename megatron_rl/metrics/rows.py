@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 
 from megatron_rl.errors import UserError
-from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
+from megatron_rl.files import SAME_COMMAND, disk_errors, sync, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,11 @@ class MetricsFile:
         """The highest step that has a row; None in an empty file."""
         return max(self._steps, default=None)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self._steps)
+
     def append(self, row: Row) -> None:
         """Add the row of a new highest step; the operating system has it when this returns."""
         data = _encode(row)
@@ -127,6 +133,12 @@ class MetricsFile:
             self._file = self._open()
         self._steps = {int(row["step"]) for row in rows}
 
+    def sync(self) -> None:
+        """Bring all rows to disk, as a power cut would find them."""
+        with _as_user_error(self.path):
+            os.fsync(self._file.fileno())
+            sync(self.path.parent)
+
     def close(self) -> None:
-        """Close the file; rows are on disk already."""
+        """Close the file; the operating system has the rows already."""
         self._file.close()

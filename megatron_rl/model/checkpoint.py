@@ -2,38 +2,36 @@
 
     checkpoints/step_00000050/
         model/                torch_dist: weights, optimizer, schedule; loads under any layout
-        rng_rank_<r>.pt       random generators of each rank
-        state.json            step, prompt cursor, origin, and what else the run keeps as plain data
+        rng_rank_<r>.json     random generators of each rank
+        state.json            step, number of ranks, prompt cursor, origin, and what else the run keeps as plain data
         manifest.json         size and digest of every file above; written last
 
 A checkpoint is written as ``step_00000050.tmp`` and renamed once its manifest is on disk: under the final name stands a
 complete checkpoint, unless somebody has damaged it, which the digests show.
 
+All of it is data: to load it executes nothing that it says (plain_load.py).
+
 A run that goes back (to an earlier checkpoint, or past damaged ones) leaves a branch behind. Its checkpoints have higher
-numbers than the next ones to be written, so they are renamed to ``abandoned_<time>_step_<n>`` before the first of those:
-under ``step_<n>`` stands one line of descent only, and the highest number is the newest.
+numbers than the next ones to be written, so they are moved away before the first of those: under ``step_<n>`` stands one line
+of descent only, and the highest number is the newest.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import random
 import re
 import shutil
-import time
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -41,9 +39,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors
-from megatron_rl.errors import UserError
-from megatron_rl.files import disk_error, publish_folder
+from megatron_rl.errors import UserError, described
+from megatron_rl.files import disk_error, fresh_folder, publish_folder
 from megatron_rl.metrics import progress
+from megatron_rl.model.generators import generator_states, restore_generators
+from megatron_rl.model.manifest import (
+    STATE,
+    damage,
+    digest,
+    entry_of,
+    generators_file,
+    incompleteness,
+    read_state,
+    write_manifest,
+)
+from megatron_rl.model.plain_load import load_plain
 from megatron_rl.model.trainable import Trainable
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.parallel.groups import Groups
@@ -85,51 +95,61 @@ class Checkpoints:
         try:
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
                 if self.groups.rank == 0:
-                    shutil.rmtree(temporary, ignore_errors=True)
-                    (temporary / "model").mkdir(parents=True)
+                    fresh_folder(temporary)
+                    (temporary / "model").mkdir()
                     size_of_tensors = sum(tensor.nbytes for tensor in (tensors or {}).values())
                     _check_space(self.directory, _bytes_to_write(trainable) + size_of_tensors)
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
                 dist_checkpointing.save(_sharded_state(trainable), str(temporary / "model"))
-                torch.save(_random_state(), temporary / f"rng_rank_{self.groups.rank}.pt")
+                (temporary / generators_file(self.groups.rank)).write_text(json.dumps(generator_states()))
                 if self.groups.rank == 0:
                     if tensors:
                         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
-                    (temporary / "state.json").write_text(json.dumps({**state, "origin": self.origin}, indent=1))
-            digests = self._digests(temporary, final)
+                    whole = {**state, "origin": self.origin, "num_ranks": self.groups.world_size}
+                    (temporary / STATE).write_text(json.dumps(whole, indent=1))
+            entries = self._entries(temporary, final)
             with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
                 if self.groups.rank == 0:
-                    self._complete(temporary, final, digests)
+                    write_manifest(temporary, entries)
+                    publish_folder(temporary, final, replaces=True)  # only ever an older save of the same step
         except UserError:
             if self.groups.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        if self.groups.rank == 0:
-            self._prune(final)
+        with all_ranks_agree(self.groups.cpu_group):
+            if self.groups.rank == 0:
+                self._prune(final)
         return final
+
+    def check_space(self, trainable: Trainable) -> None:
+        """Check that the disk has room for one checkpoint, so that this is known before any training.
+
+        Raises:
+            UserError: on all ranks: it has not, or the directory cannot be made.
+        """
+        with all_ranks_agree(self.groups.cpu_group), _as_user_error(self.directory):
+            if self.groups.rank == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                _check_space(self.directory, _bytes_to_write(trainable))
 
     def _prune(self, saved: Path) -> None:
         # A higher number than the one just saved is no reason to remove anything: it belongs to another branch. And an
         # incomplete one does not count: a run whose last files are damaged would keep nothing to resume from.
         branch = [path for path in self._steps() if path.name <= saved.name]
-        kept = [path for path in branch if _incompleteness(path) is None][-self.keep_last :]
+        kept = [path for path in branch if incompleteness(path) is None][-self.keep_last :]
         for old in branch[: branch.index(kept[0])]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _digests(self, directory: Path, final: Path) -> dict[str, dict[str, Any]]:
-        """Return size and digest of every file; each rank reads a share of the files."""
+    def _entries(self, directory: Path, final: Path) -> dict[str, dict[str, Any]]:
+        """Return what the manifest says of every file; each rank reads a share of the files."""
         dist.barrier(self.groups.cpu_group)
         mine: dict[str, dict[str, Any]] = {}
         with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
             names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
             for name in progress(names[self.groups.rank :: self.groups.world_size], "checkpoint digests"):
-                mine[name] = {"bytes": (directory / name).stat().st_size, "blake2b": _digest(directory / name)}
+                mine[name] = entry_of(directory / name)
         parts = gather_json(mine, self.groups.cpu_group)
         return {name: entry for part in parts for name, entry in sorted(part.items())}
-
-    def _complete(self, temporary: Path, final: Path, digests: dict[str, dict[str, Any]]) -> None:
-        (temporary / "manifest.json").write_text(json.dumps({"files": digests}, indent=1))
-        publish_folder(temporary, final, replaces=True)  # only ever an older save of the same step
 
     # ------------------------------------------------------------------------------------------------ read
 
@@ -140,9 +160,11 @@ class Checkpoints:
         it: so the same command starts from the explicit checkpoint and, killed, resumes. Else the explicit one.
 
         Raises:
-            UserError: the explicit one is to be used and is missing, half-written or damaged.
+            UserError: on all ranks: the run has checkpoints and none can be used; the explicit one is to be used and is
+                missing, half-written or damaged; one cannot be read, or not by all ranks alike.
         """
         origin = None if explicit is None else str(Path(explicit).resolve())
+        problems: dict[str, str] = {}
         for path in self._own(origin) if is_resuming else ():
             problem = self._problem(path)
             if problem is None:
@@ -151,9 +173,19 @@ class Checkpoints:
                         f"taking {path.name} of this run, which descends from {explicit} "
                         "(exp_manager.resume_if_exists=false goes back to that one)"
                     )
-                self.origin = _read_state(path).get("origin")
+                self.origin = read_state(path).get("origin")
                 return path
             self.say(f"skipping {path.name}: {problem}")
+            problems[path.name] = problem
+        is_itself_own = explicit is not None and Path(explicit).resolve().parent == self.directory.resolve()
+        if problems and not (is_itself_own and Path(explicit or "").name in problems):
+            found = "; ".join(f"{name} {problem}" for name, problem in problems.items())
+            fix = "mend one of them, or start anew: set another exp_manager.name"
+            if explicit is not None:
+                fix += ", or exp_manager.resume_if_exists=false to go back to the explicit checkpoint"
+            raise UserError(
+                "exp_manager.exp_dir", str(self.directory), f"has no checkpoint to resume from: {found}", fix
+            )
         if explicit is None:
             return None
         path = Path(explicit)
@@ -179,16 +211,17 @@ class Checkpoints:
         Raises:
             UserError: on all ranks, before anything is loaded: a fixed setting is another one than the checkpoint's.
         """
-        state = _read_state(path)
         with all_ranks_agree(self.groups.cpu_group):
+            state = read_state(path)
             _check_fixed(state.get("fixed", {}), fixed or {})
-        sharded = _sharded_state(trainable, is_loading=True)
-        changed = trainable.load_state(dist_checkpointing.load(sharded, str(path / "model")))
+        with all_ranks_agree(self.groups.cpu_group):
+            loaded = load_plain(_sharded_state(trainable, is_loading=True), path / "model")
+        changed = trainable.load_state(loaded)
         if changed:
             self.say(f"settings changed since the checkpoint was written, new ones apply: {', '.join(changed)}")
-        generators = path / f"rng_rank_{self.groups.rank}.pt"
-        if len(list(path.glob("rng_rank_*.pt"))) == self.groups.world_size:
-            _restore_random_state(torch.load(generators, weights_only=False))
+        if state["num_ranks"] == self.groups.world_size:
+            with all_ranks_agree(self.groups.cpu_group):
+                _load_generators(path / generators_file(self.groups.rank))
         else:
             self.say("another number of ranks than before: random generators start from the seed")
         return state
@@ -197,50 +230,60 @@ class Checkpoints:
         """Return the tensors that ``save`` got."""
         return load_file(path / TENSORS) if (path / TENSORS).is_file() else {}
 
-    def set_aside_others(self, start: Path | None) -> None:
-        """Rename the checkpoints that do not lead to the one this run starts from (None: it starts anew).
-
-        Raises:
-            UserError: on all ranks, when that fails.
-        """
-        with all_ranks_agree(self.groups.cpu_group), _as_user_error(self.directory):
-            if self.groups.rank == 0:
-                steps = self._steps()
-                own = next((index for index, path in enumerate(steps) if start and path.samefile(start)), -1)
-                prefix = f"abandoned_{time.strftime('%Y%m%dT%H%M%S')}_"
-                for path in steps[own + 1 :]:
-                    path.rename(path.with_name(prefix + path.name))
-                if others := ", ".join(path.name for path in steps[own + 1 :]):
-                    self.say(f"this run does not continue {others}: renamed to {prefix}*, delete them when you like")
+    def others(self, start: Path | None) -> list[Path]:
+        """Return the checkpoints that do not lead to the one this run starts from (None: it starts anew). For one rank."""
+        steps = self._steps()
+        own = next((index for index, path in enumerate(steps) if start and path.samefile(start)), -1)
+        return steps[own + 1 :]
 
     def _own(self, origin: str | None) -> list[Path]:
         """Return the run's checkpoints, newest first; with an origin, up to the first that does not descend from it."""
         own: list[str] = []
-        if self.groups.rank == 0:  # one rank looks: the others could see the directory before or after a change
-            unfinished = sorted(path.name for path in self.directory.glob("step_*.tmp"))
-            if unfinished:
-                self.say(f"skipping {', '.join(unfinished)}: never completed")
-            for path in reversed(self._steps()):
-                if origin is not None and _incompleteness(path) is None and _read_state(path).get("origin") != origin:
-                    break
-                own.append(str(path))
+        with all_ranks_agree(self.groups.cpu_group):
+            if self.groups.rank == 0:  # one rank looks: the others could see the directory before or after a change
+                unfinished = sorted(path.name for path in self.directory.glob("step_*.tmp"))
+                if unfinished:
+                    self.say(f"skipping {', '.join(unfinished)}: never completed")
+                for path in reversed(self._steps()):
+                    if origin is not None and incompleteness(path) is None and read_state(path).get("origin") != origin:
+                        break
+                    own.append(str(path))
         return [Path(path) for path in broadcast_json(own, self.groups.cpu_group)]
 
     def _steps(self) -> list[Path]:
-        return sorted(p for p in self.directory.glob("step_*") if _NAME.fullmatch(p.name))
+        """Return the folders of checkpoints, oldest first.
+
+        Raises:
+            UserError: the directory cannot be read; that does not mean that it is empty.
+        """
+        try:
+            return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            rule, fix = f"cannot be read ({error.strerror})", "mend its rights or the file system: nothing was changed"
+            raise UserError(str(self.directory), None, rule, fix) from error
 
     def _problem(self, path: Path) -> str | None:
-        """Return what is wrong with a checkpoint, or None; the same answer on every rank."""
-        problems = gather_json(self._problem_here(path), self.groups.cpu_group)
-        return next((problem for problem in problems if problem is not None), None)
+        """Return what is wrong with a checkpoint, or None; the same answer on every rank.
 
-    def _problem_here(self, path: Path) -> str | None:
-        if problem := _incompleteness(path):
-            return problem
-        for index, (name, entry) in enumerate(sorted(_read_manifest(path).items())):
-            if index % self.groups.world_size == self.groups.rank and _digest(path / name) != entry["blake2b"]:
-                return f"is damaged: {name} has another digest than when it was written"
-        return None
+        Raises:
+            UserError: it cannot be read, or is there for some ranks and not for others.
+        """
+        rank, size, group = self.groups.rank, self.groups.world_size, self.groups.cpu_group
+        with all_ranks_agree(group):
+            mine = incompleteness(path)
+        seen = gather_json([mine, socket.gethostname()], group)
+        lacking = [(number, *each) for number, each in enumerate(seen) if each[0] is not None]
+        if len(lacking) == size:
+            return lacking[0][1]
+        if lacking:
+            number, problem, host = lacking[0]
+            rule = f"{problem}, as rank {number} on {host} sees it, but other ranks see it whole"
+            raise UserError(str(path), None, rule, "give all nodes the same, mounted folder and the same command again")
+        with all_ranks_agree(group):
+            mine = damage(path, rank=rank, world_size=size)
+        return next((problem for problem in gather_json(mine, group) if problem is not None), None)
 
 
 def fixed_settings(
@@ -264,7 +307,7 @@ def fixed_settings(
         "policy.optim.name": (config.policy.optim.name, config.policy.optim.name),
         "data.task": (data.task, data.task),
         "data.reward": (data.reward, data.reward),
-        "data.train": (data.train, _digest(Path(data.train))),
+        "data.train": (data.train, digest(Path(data.train))),
         "trainer.seed": (config.trainer.seed, config.trainer.seed),
         **(contents or {}),
     }
@@ -290,29 +333,6 @@ def _check_fixed(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
         )
 
 
-def _incompleteness(path: Path) -> str | None:
-    """Return what a checkpoint lacks, going by names and sizes; None: nothing."""
-    if not path.is_dir():
-        return "is not a directory"
-    try:
-        files = _read_manifest(path)
-    except (OSError, ValueError, KeyError):
-        return "is incomplete: it has no readable manifest.json"
-    for name, entry in sorted(files.items()):
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            return f"is incomplete: {name} is missing or cut short"
-    return None
-
-
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    return json.loads((path / "manifest.json").read_text())["files"]
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    return json.loads((path / "state.json").read_text())
-
-
 def _sharded_state(trainable: Trainable, *, is_loading: bool = False) -> dict[str, Any]:
     """Return what a checkpoint holds of a model; without an optimizer only its weights are loaded."""
     trainable.update_memory.resume(with_gradients=False)
@@ -334,23 +354,15 @@ def _sharded_state(trainable: Trainable, *, is_loading: bool = False) -> dict[st
     }
 
 
-def _random_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": numpy.random.get_state(),
-        "python": random.getstate(),
-        "megatron": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    numpy.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+def _load_generators(path: Path) -> None:
+    try:
+        restore_generators(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        rule, fix = (
+            f"holds no states of random generators ({described(error)})",
+            "take a checkpoint that this version wrote",
+        )
+        raise UserError(str(path), None, rule, fix) from error
 
 
 def _bytes_to_write(trainable: Trainable) -> int:
@@ -385,8 +397,3 @@ def _is_full(path: Path) -> bool:
     """Return whether less than a MB is free in the place of a checkpoint."""
     there = next((folder for folder in path.parents if folder.is_dir()), None)
     return there is not None and shutil.disk_usage(there).free < 2**20
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_rl.config import Config
@@ -15,6 +14,7 @@ from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.data.pack import pack, response_slice
 from megatron_rl.model.build import build_chunks, build_groups_of
 from megatron_rl.model.forward import PolicyModel, run_model
+from megatron_rl.model.plain_load import load_plain
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import RowKind, TrainingSample
 
@@ -32,13 +32,13 @@ def load_torch_dist(
             also one that has more than the model.
 
     Raises:
-        CheckpointingException: Megatron's; the checkpoint is not of this model.
+        UserError: the checkpoint is not of this model, or holds more than data.
     """
     metadata = {"dp_cp_group": groups.dp_cp_group, "singleton_local_shards": False}
     states: dict[str, Any] = {
         f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
     }
-    loaded = dist_checkpointing.load(states, str(directory), strict=strict)
+    loaded = load_plain(states, Path(directory), strict=strict)
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{index}"], strict=True)
 

@@ -63,7 +63,8 @@ class Watchdog:
         self._state_dir = directory / "state"
         self._stacks_file = directory / f"stacks_rank_{rank}.txt"
         self._state_dir.mkdir(parents=True, exist_ok=True)
-        for old in (self._hang_file, self._stacks_file, self._state_file(rank)):
+        own = self._state_file(rank)
+        for old in (self._hang_file, self._stacks_file, own, *self._state_dir.glob(f"{own.name}.*.tmp")):
             old.unlink(missing_ok=True)
         self._host, self._parent = socket.gethostname(), os.getppid()
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
@@ -240,8 +241,12 @@ def _write_whole(path: Path, text: str) -> None:
     # Not files.write_atomic: it syncs, which may take longer than the time between two states, and gives all writers one
     # temporary name, while several processes may write the same error file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------- for the runtime

@@ -20,6 +20,7 @@ RATES = {
     "explore_rate_any": "failed before, solved (any sample)",
     "styles_ge_3": "problems with 3 styles or more",
 }
+_GENERATED = "rollout/generated_tokens_total"
 COUNTS = {"distinct_answers": "distinct answers a problem", "distinct_styles": "distinct styles a problem"}
 """Lines of the table that only some runs have."""
 
@@ -31,6 +32,8 @@ def sum_up(
     engine: str,
     k_values: Sequence[int],
     seconds: float,
+    origin: str | None,
+    is_exported: bool,
 ) -> None:
     """Write ``summary.json`` of a run, and print its accuracy before and after training.
 
@@ -40,6 +43,8 @@ def sum_up(
         engine: name of the rollout engine.
         k_values: of pass@k.
         seconds: that this start of the run took.
+        origin: the explicit checkpoint that the run began with.
+        is_exported: ``hf/`` holds the final weights.
     """
     by_step = {int(row["step"]): row for row in rows}
     last = max(by_step, default=0)
@@ -47,7 +52,9 @@ def sum_up(
     names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in k_values}
     kept = ("eval/keep_rate", "eval/explore_rate", "eval/distinct", "eval/style")
     names |= {key.removeprefix("eval/"): key for key in after if key.startswith(kept)}
-    summary: dict[str, Any] = {"engine": engine, "steps": last}
+    summary: dict[str, Any] = {"engine": engine, "steps": last, "origin": origin, "is_exported": is_exported}
+    if _GENERATED in after:
+        summary["generated_tokens"] = after[_GENERATED]
     for when, row in (("before", before), ("after", after)):
         summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}
     phases = sorted({key for row in rows for key in row if key.startswith("time/")} | {"eval/seconds"})

@@ -44,6 +44,7 @@ def test_auto_resume_skips_to_the_last_complete_checkpoint(case: Case, capfd: py
     damaged[len(damaged) // 2] ^= 1
     weights.write_bytes(damaged)
     (case.root / "tiny/checkpoints/step_00000008.tmp").mkdir()
+    (case.root / "tiny/summary.json").unlink()  # which says that the run is finished
     capfd.readouterr()
     assert case.run("trainer.max_steps=6") == [0]
     output = capfd.readouterr().out
@@ -98,6 +99,47 @@ def test_disk_full_on_save(
         f"exp_manager.resume_from_checkpoint={small_disk}/tiny/checkpoints/{left[0]}", "trainer.max_steps=2", ranks=2
     )
     assert case.rows()[-1]["step"] == 2
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_training(
+    case: Case, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (small_disk / "filler").write_bytes(bytes(2 * 2**20))
+    assert "are free" in fails(case, capfd, f"exp_manager.exp_dir={small_disk}")
+    assert not (small_disk / "tiny/metrics.jsonl").exists()
+
+
+def test_a_failed_export_is_named_and_loses_nothing_else(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    (case.root / "tiny").mkdir()
+    (case.root / "tiny/hf.new").touch()
+    assert "hf.new" in fails(case, capfd, "trainer.max_steps=1", "exp_manager.export_hf=true")
+    assert json.loads((case.root / "tiny/summary.json").read_text())["steps"] == 1
+    (case.root / "tiny/hf.new").unlink()
+    assert case.run("trainer.max_steps=1", "exp_manager.export_hf=true") == [0]
+    assert (case.root / "tiny/hf/config.json").is_file()
+
+
+def main_that_loses_its_folder(arguments: list[str], folder: Path) -> int:
+    from megatron_rl.run import Run
+
+    finish_step = Run.finish_step
+
+    def finish_and_lose(run: Run, done: int, *rest: object) -> None:
+        finish_step(run, done, *rest)  # type: ignore[arg-type]
+        if done == 2 and run.is_first:
+            folder.rename(folder.with_name("elsewhere"))
+
+    Run.finish_step = finish_and_lose  # type: ignore[assignment]
+    return run_main(arguments)
+
+
+def test_a_folder_that_vanishes_under_a_run_is_named(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = case.root / "tiny"
+    capfd.readouterr()
+    assert run_ranks(main_that_loses_its_folder, 2, case.arguments("trainer.devices=2"), folder) == [2, 2]
+    assert "is not the folder any more that this run has taken" in the_error(capfd)
+    assert not (folder / "metrics.jsonl").exists() and not (folder / "checkpoints").exists()
+    assert [row["step"] for row in case.rows("elsewhere")] == [1, 2]
 
 
 def test_metrics_that_cannot_be_opened_end_all_ranks(case: Case, capfd: pytest.CaptureFixture[str]) -> None:

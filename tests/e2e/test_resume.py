@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,11 @@ def test_a_rollback_keeps_what_it_writes_and_resumes_on_its_own_branch(
     kill_after(case, 5, *back, ranks=2)
     output = capfd.readouterr().out
     assert "settings changed" in output
-    assert "this run does not continue step_00000004, step_00000006: renamed to abandoned_" in output
+    assert "this run does not continue step_00000004, step_00000006: moved, with its metrics, to " in output
     assert steps_of(case) == [4], "keep_last counts the branch just written"
-    assert len(list((case.root / "tiny/checkpoints").glob("abandoned_*_step_0000000[46]"))) == 2
+    [aside] = (case.root / "tiny").glob("abandoned_*")
+    assert len(list(aside.glob("checkpoints/step_0000000[46]"))) == 2
+    assert [row["step"] for row in map(json.loads, (aside / "metrics.jsonl").open())] == [1, 2, 3, 4, 5, 6]
     assert case.run(*back, ranks=2) == [0, 0]
     output = capfd.readouterr().out
     assert "settings changed" not in output
@@ -150,3 +153,97 @@ def test_checkpoints_and_reference_have_their_seconds(case: Case) -> None:
         inside = ("time/checkpoint_s", "time/step_s")
         phases = sum(value for key, value in row.items() if key.startswith("time/") and key not in inside)
         assert phases == pytest.approx(row["time/step_s"], rel=0.01)
+
+
+# ---- one owner
+
+
+def test_a_second_start_is_refused_at_once_and_does_no_harm(case: Case) -> None:
+    first = case.start("trainer.max_steps=5")
+    metrics = case.root / "tiny/metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text()):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.1)
+    started = os.times()
+    second = case.start("trainer.max_steps=5")
+    output, _ = second.communicate(timeout=60)
+    ended = os.times()
+    assert second.returncode == 2 and output.count("\n") == 1
+    assert f"is in use by process {first.pid} of user" in output and "Fix: " in output
+    assert ended.children_user - started.children_user < 2.0, "it has imported torch"
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, output
+    assert [row["step"] for row in case.rows()] == [1, 2, 3, 4, 5]
+    assert (case.root / "tiny/.lock").read_bytes() == b""
+
+
+# ---- nothing is overwritten without a word
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but logs and the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not {"logs", ".lock"} & set(path.parts))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_finished_run_is_left_alone_until_it_is_to_go_on(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, export = case.root / "tiny", "exp_manager.export_hf=true"
+    assert case.run("trainer.max_steps=2", export) == [0]
+    before = contents(folder)
+    capfd.readouterr()
+    assert case.run("trainer.max_steps=2", export, ranks=2) == [0, 0]
+    assert "finished after 2 steps: nothing to do" in capfd.readouterr().out
+    assert contents(folder) == before
+    assert case.run("trainer.max_steps=2", export, "exp_manager.resume_if_exists=false") == [2]
+    error = capfd.readouterr().err
+    assert "resume_if_exists = False: starts a new run, but" in error and "checkpoints, metrics.jsonl, hf" in error
+    assert contents(folder) == before
+    assert case.run("trainer.max_steps=3", export) == [0]
+    assert "in place of an earlier one" in capfd.readouterr().out
+    assert contents(folder)["hf/model.safetensors"] != before["hf/model.safetensors"]
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
+
+
+def test_without_a_checkpoint_an_earlier_start_is_moved_away(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    kill_after(case, 1, "trainer.max_steps=2", "rollout.record=true")
+    folder = case.root / "tiny"
+    (folder / "eval").mkdir()
+    (folder / "eval/step_00000001.json").write_text("old")
+    (folder / "mine.txt").write_text("a user's own")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    capfd.readouterr()
+    assert case.run("trainer.max_steps=2") == [0]
+    [aside] = folder.glob("abandoned_*")
+    line = f"this run continues nothing of metrics.jsonl, eval, rollouts here: moved to {aside}"
+    assert line in capfd.readouterr().out
+    assert (aside / "metrics.jsonl").read_bytes() == metrics and any((aside / "rollouts").iterdir())
+    assert (folder / "mine.txt").exists() and not (folder / "eval").exists()
+    assert [row["step"] for row in case.rows()] == [1, 2]
+
+
+def test_what_is_later_than_the_checkpoint_goes_and_lost_rows_are_counted(
+    case: Case, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run("trainer.max_steps=4") == [0]
+    folder = case.root / "tiny"
+    (folder / "eval").mkdir()
+    for step in (2, 4, 5):
+        (folder / f"eval/step_{step:08d}.json").write_text("{}")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:1]))
+    capfd.readouterr()
+    assert case.run("trainer.max_steps=5") == [0]
+    assert "metrics.jsonl lacks 3 of 4 rows up to step 4" in capfd.readouterr().out
+    assert sorted(path.name for path in (folder / "eval").iterdir()) == ["step_00000002.json", "step_00000004.json"]
+
+
+# ---- generators
+
+
+def test_equal_runs_have_equal_generators(case: Case) -> None:
+    kept = []
+    for name in ("one", "two"):
+        assert case.run(f"exp_manager.name={name}", "trainer.max_steps=2", ranks=2) == [0, 0]
+        kept.append(sorted((case.root / name).glob("checkpoints/step_00000002/rng_rank_*.json")))
+    assert len(kept[0]) == 2
+    assert [path.read_bytes() for path in kept[0]] == [path.read_bytes() for path in kept[1]]

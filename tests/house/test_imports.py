@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert.hf": {"convert.architecture", "convert.tables"},
     "scoring": {"parallel", "tasks"},
     "advantages": {"config"},
-    "convert.offline": {"convert.architecture", "convert.hf", "convert.tables"},
+    "convert.offline": {"convert.architecture", "convert.hf", "convert.tables", "process"},
     "losses": {"config"},
     "metrics": {"config", "plugins", "rewards"},
     "data": {
@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "algorithms": {"advantages", "config", "data", "losses", "plugins", "report", "rewards", "rollout"},
     "model": {
-        "config", "convert.architecture", "convert.hf", "convert.tables", "data", "losses", "metrics", "parallel",
+        "config", "convert.architecture", "convert.hf", "convert.offline", "convert.tables", "data", "losses", "metrics",
+        "parallel",
     },
     "evaluation": {"config", "losses", "metrics", "model", "rewards", "rollout"},
     "weight_sync": {

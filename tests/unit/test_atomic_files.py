@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors, publish_folder, write_atomic
+from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors, fresh_folder, publish_folder, write_atomic
 
 
 @pytest.fixture
@@ -111,3 +111,17 @@ def test_other_errors_pass(tmp_path: Path) -> None:
 def test_without_a_setting_the_path_itself_is_named() -> None:
     with pytest.raises(UserError, match=r"^/x: could not be written \(full\)"), disk_errors(Path("/x")):
         raise OSError(28, "full")
+
+
+def test_links_under_predictable_names_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("kept")
+    (tmp_path / ".x.json.tmp").symlink_to(tmp_path / "precious/file")
+    (tmp_path / "step.tmp").symlink_to(tmp_path / "precious")
+    write_atomic(tmp_path / "x.json", "new")
+    fresh_folder(tmp_path / "step.tmp")
+    (tmp_path / "step.tmp/file").write_text("new")
+    assert (tmp_path / "precious/file").read_text() == "kept"
+    assert (tmp_path / "x.json").read_text() == (tmp_path / "step.tmp/file").read_text() == "new"
+    fresh_folder(tmp_path / "step.tmp")
+    assert not any((tmp_path / "step.tmp").iterdir())

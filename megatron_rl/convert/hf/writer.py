@@ -38,8 +38,8 @@ _COMPANIONS = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "sentencepiece.bpe.model", "spiece.model", "tiktoken.model",
 )  # fmt: skip
-_SPACE_FOR_SMALL_FILES = 2**26
-"""Room for headers and tokenizer."""
+_MAX_SPARE_BYTES = 2**26
+"""Room for what is not counted, such as headers; less beside small weights."""
 
 
 CALL_BYTES = 2**18
@@ -131,7 +131,8 @@ class LayoutWriter:
             self.abort()  # after a rename nothing is left under the temporary name
 
     def _check_target(self) -> None:
-        check_target(self.directory, self._total_bytes)
+        companions = [path for path in (self.source / file for file in _COMPANIONS) if path.is_file()]
+        check_target(self.directory, self._total_bytes + sum(path.stat().st_size for path in companions))
         check_source(self.source)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._partial, ignore_errors=True)  # left by an export that was killed
@@ -209,7 +210,8 @@ def check_target(directory: Path, num_bytes: int) -> None:
             "choose another output directory, or remove it",
         )
     parent = next(path for path in directory.absolute().parents if path.exists())
-    free, needed = shutil.disk_usage(parent).free, num_bytes + _SPACE_FOR_SMALL_FILES
+    needed = num_bytes + min(_MAX_SPARE_BYTES, num_bytes // 8 + 2**20)
+    free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
             str(parent),

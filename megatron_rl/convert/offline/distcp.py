@@ -11,8 +11,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -97,8 +97,7 @@ class Distcp:
         path = self.directory / METADATA_FILE
         try:
             with path.open("rb") as file:
-                read = _MetadataUnpickler(file).load()
-            self._take(read)
+                self._take(read_metadata(file))
         except FileNotFoundError as error:
             raise UserError(
                 str(path),
@@ -305,13 +304,37 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): PurePosixPath,
 }  # fmt: skip
+
+
+_HARMLESS = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+"""Beginnings of the modules whose further classes writers put into ``.metadata``."""
+
+
+def read_metadata(file: BinaryIO, *, is_strict: bool = False) -> Any:
+    """Read ``.metadata`` without executing anything that it names: classes beside those of the format become empty shells.
+
+    Args:
+        file: the open file.
+        is_strict: refuse what no writer of checkpoints puts there.
+
+    Raises:
+        pickle.UnpicklingError: it names something else, and ``is_strict``.
+    """
+    return _MetadataUnpickler(file, is_strict).load()
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads ``.metadata``, knowing only the classes of the format."""
 
+    def __init__(self, file: BinaryIO, is_strict: bool) -> None:
+        super().__init__(file)
+        self._is_strict = is_strict
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if self._is_strict and (module, name) not in _KNOWN and not module.startswith(_HARMLESS):
+            raise pickle.UnpicklingError(f"{METADATA_FILE} names {module}.{name}, which no checkpoint needs")
         return _KNOWN.get((module, name), _Shell)

@@ -10,7 +10,6 @@ crash, and a new start skips it; everything else is written again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from megatron_rl.convert.offline.reporter import Reporter
 from megatron_rl.convert.tables.digest import MASK, as_text
 from megatron_rl.errors import UserError
 from megatron_rl.files import SAME_COMMAND, disk_error, disk_errors, publish_folder
+from megatron_rl.process.lock import try_lock
 
 _PART_BYTES = 2**27
 _MAX_PARTS = 512
@@ -200,15 +200,9 @@ class PartialDirectory:
         return disk_error(self.target, error, fix=_GOES_ON)
 
     def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                str(self.target),
-                None,
-                "is being written by another process",
-                "wait for it, or choose another directory",
-            ) from error
+        if not try_lock(self._journal.fileno()):
+            rule, fix = "is being written by another process", "wait for it, or choose another directory"
+            raise UserError(str(self.target), None, rule, fix)
 
     def _resume(self, identity: Any, file_bytes: Mapping[str, int]) -> None:
         self._journal.seek(0)

@@ -103,13 +103,27 @@ def decode_onto(data: bytes | bytearray, frame: Frame, bits: Bits) -> None:
         return
     if zlib.crc32(data) != frame.checksum:
         raise Damaged("checksum")
-    content = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.uint8)
-    if _is_sparse(frame.changed, len(bits)):
+    is_sparse = _is_sparse(frame.changed, len(bits))
+    num_bytes = frame.changed * (_GAP.itemsize + bits.itemsize) if is_sparse else bits.nbytes
+    content = np.frombuffer(_decompressed(data, num_bytes), np.uint8)
+    if is_sparse:
         split = frame.changed * _GAP.itemsize
         places = np.cumsum(_values(content[:split], _GAP), dtype=np.int64)
+        if places[-1] >= len(bits):
+            raise Damaged("places")
         bits[places] ^= _values(content[split:], bits.dtype)
     else:
         np.bitwise_xor(bits, _values(content, bits.dtype), out=bits)
+
+
+def _decompressed(data: bytes | bytearray, num_bytes: int) -> bytes:
+    """Decompress what is known to become so many bytes; a frame that says otherwise could fill the memory."""
+    try:
+        if zstandard.frame_content_size(data) != num_bytes:
+            raise Damaged("size")
+        return zstandard.ZstdDecompressor().decompress(data)
+    except zstandard.ZstdError as error:
+        raise Damaged(str(error)) from error
 
 
 def _is_sparse(changed: int, total: int) -> bool:

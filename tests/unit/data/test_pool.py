@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from megatron_rl.data.pool import (
     merge,
     num_shards,
 )
+from megatron_rl.data.shard import _with_checksum
 from megatron_rl.errors import UserError
 
 ORIGIN = Provenance("word_problems", "aaaa", "bbbb", {"temperature": 1.0})
@@ -151,9 +153,32 @@ def test_a_shard_that_was_cut_off_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_shard_with_another_number_of_rows_is_refused(tmp_path: Path) -> None:
     path = build(tmp_path / "pool", range(5)) / "shard_000000" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_rows": 4}))
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    path.write_bytes(_with_checksum(manifest | {"num_rows": 4}))
     with pytest.raises(UserError, match="the manifest says 4 rows"):
         Pool(tmp_path / "pool")
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
+    path = build(tmp_path / "pool", range(5)) / "shard_000000" / "manifest.json"
+    good = path.read_bytes()
+    for place in range(8 * len(good)):
+        flipped = bytearray(good)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=r"shard_000000/manifest\.json"):
+            Pool(tmp_path / "pool")
+    path.write_bytes(good)
+    assert len(Pool(tmp_path / "pool")) == 5
+
+
+def test_a_copy_of_a_shard_beside_it_is_not_part_of_the_pool(tmp_path: Path) -> None:
+    pool = build(tmp_path / "pool", range(5))
+    for name in ("shard_000000.bak", "shard_000001x", "shard_7"):
+        shutil.copytree(pool / "shard_000000", pool / name)
+    assert len(Pool(pool)) == 5
+    assert len(Pool(build(pool, range(5, 7)))) == 7
 
 
 def test_a_pool_may_have_more_shards_than_a_process_files(tmp_path: Path) -> None:

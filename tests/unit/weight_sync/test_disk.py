@@ -7,11 +7,14 @@ import os
 import resource
 import shutil
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -370,3 +373,19 @@ def test_a_resumed_run_replaces_what_it_writes_anew(links: Path, tmp_path: Path)
     # a server with the other version 3 takes the full link: its stamp tells them apart
     assert_same_bits(apply(links, ahead, 4), changed(later, 0.1, seed=52))
     assert remove_newer(links, 3) == [links / "00000004.delta", links / "00000003.delta"]
+
+
+def test_a_frame_that_would_fill_the_memory_is_refused() -> None:
+    bits = np.zeros(64, np.uint16)
+    new = bits.copy()
+    new[5] = 7
+    for content in (bytes(2**20), b"", (2**30).to_bytes(4, "little") + b"\1\0"):  # too long, too short, outside
+        data = zstandard.ZstdCompressor().compress(content)
+        with pytest.raises(frames.Damaged):
+            frames.decode_onto(data, frames.Frame(len(data), 1, zlib.crc32(data)), bits)
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(6))
+    with pytest.raises(frames.Damaged, match="size"):
+        frames.decode_onto(unsized, frames.Frame(len(unsized), 1, zlib.crc32(unsized)), bits)
+    assert not bits.any()
+    frames.decode_onto(*frames.encode(new, bits), bits)
+    assert bits[5] == 7

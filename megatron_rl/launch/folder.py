@@ -1,0 +1,160 @@
+"""A run's folder: whether the run in it is finished, and what becomes of an earlier run's files.
+
+Nothing is overwritten without a word. What a run does not continue is moved, not removed:
+
+    <run>/abandoned_<time>/     checkpoints, metrics, evaluations ... under the names that they had
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_rl.config import Config
+from megatron_rl.errors import UserError
+from megatron_rl.files import SAME_COMMAND, disk_errors
+from megatron_rl.launch.rank import Runtime
+from megatron_rl.parallel.agree import broadcast_json
+from megatron_rl.process.lock import identity
+
+METRICS, SUMMARY, CHECKPOINTS = "metrics.jsonl", "summary.json", "checkpoints"
+_BY_STEP = ("eval", "trees", "numerics")
+"""Folders of one file a step."""
+_PRODUCTS = (CHECKPOINTS, METRICS, *_BY_STEP, "rollouts", "hf", SUMMARY, "curves.png")
+_STEP = re.compile(r"step_(\d{8})\..+")
+
+
+def is_finished(config: Config, runtime: Runtime) -> bool:
+    """Return whether the run in this folder has done all that the config asks for, after saying so. A collective."""
+    assert dist.group.WORLD is not None
+    steps = _finished_steps(config) if runtime.rank == 0 else None
+    if steps is not None:
+        line = f"{config.exp_manager.run_dir} holds this run, finished after {steps} steps: nothing to do"
+        print(f"{line} (a higher trainer.max_steps continues it)", flush=True)
+    return broadcast_json(steps, dist.group.WORLD) is not None
+
+
+def _finished_steps(config: Config) -> int | None:
+    manager, trainer = config.exp_manager, config.trainer
+    try:
+        summary = json.loads((manager.run_dir / SUMMARY).read_text())
+        steps, origin = int(summary["steps"]), summary["origin"]
+        is_done = steps >= trainer.max_steps
+        if trainer.max_generated_tokens is not None:
+            is_done |= summary["generated_tokens"] >= trainer.max_generated_tokens
+        is_exported = summary["is_exported"] and (manager.run_dir / "hf").is_dir()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    explicit = manager.resume_from_checkpoint
+    is_this_run = explicit is None or str(Path(explicit).resolve()) == origin
+    is_whole = is_exported or not manager.export_hf
+    return steps if manager.resume_if_exists and is_this_run and is_done and is_whole else None
+
+
+class RunFolder:
+    """The folder of one run, as the one rank that writes there sees it.
+
+    Raises:
+        UserError: from every method, the folder cannot be read or written.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        """Args: the folder; where one-line messages for the user go."""
+        self.path, self.say = path, say
+        with self._touching():
+            self._identity = identity(path)
+
+    def check_unused(self) -> None:
+        """Check that no run has left anything here that a new one would mix with.
+
+        Raises:
+            UserError: there is something.
+        """
+        if found := list(self._products()):
+            raise UserError(
+                "exp_manager.resume_if_exists",
+                False,
+                f"starts a new run, but {self.path} holds one already ({', '.join(found)})",
+                "set another exp_manager.name, or move or remove that folder; leave resume_if_exists out to continue it",
+            )
+
+    def check_same(self) -> None:
+        """Check that the folder is still the one that the run has taken.
+
+        Raises:
+            UserError: it is not.
+        """
+        with self._touching():
+            is_same = identity(self.path) == self._identity
+        if not is_same:
+            rule = "is not the folder any more that this run has taken: it was removed, replaced or unmounted, or its lock was"
+            raise UserError(
+                "exp_manager.exp_dir", str(self.path), rule, "bring it back and give the same command again"
+            )
+
+    def start_at(self, step: int | None, others: Sequence[Path]) -> None:
+        """Take away what the run does not continue, and say what was kept aside.
+
+        Args:
+            step: steps done at the own checkpoint that the run starts from; None: it starts from none, or from another run's.
+            others: own checkpoints of another branch. With some, all that is later than ``step`` is kept aside; without, it is
+                removed, because the same steps are repeated.
+        """
+        with self._touching():
+            if step is None:
+                if names := list(self._products()):
+                    aside = self._move(self.path / name for name in names)
+                    self.say(f"this run continues nothing of {', '.join(names)} here: moved to {aside}")
+                return
+            later = [path for path in self._files_by_step() if _step_of(path) > step]
+            if not others:
+                for path in later:
+                    path.unlink()
+                return
+            aside = self._move([*others, *later])
+            if (self.path / METRICS).is_file():
+                shutil.copyfile(self.path / METRICS, aside / METRICS)
+            names = [path.name for path in others]
+            self.say(f"this run does not continue {', '.join(names)}: moved, with its metrics, to {aside}")
+
+    def _products(self) -> Iterator[str]:
+        """Yield the names of what a run has written here."""
+        for name in _PRODUCTS:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                is_there = any(path.glob("step_*" if name == CHECKPOINTS else "*"))
+            else:
+                is_there = path.is_file() and path.stat().st_size > 0
+            if is_there:
+                yield name
+
+    def _files_by_step(self) -> Iterator[Path]:
+        for name in _BY_STEP:
+            yield from (path for path in (self.path / name).glob("step_*") if _STEP.fullmatch(path.name))
+
+    def _move(self, paths: Iterable[Path]) -> Path:
+        """Move files and folders below one new folder, and return it."""
+        aside = self.path / f"abandoned_{time.strftime('%Y%m%dT%H%M%S')}"
+        while aside.exists():
+            aside = aside.with_name(aside.name + "_")
+        for path in paths:
+            target = aside / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        return aside
+
+    def _touching(self) -> AbstractContextManager[None]:
+        return disk_errors(self.path, field="exp_manager.exp_dir", fix=SAME_COMMAND)
+
+
+def _step_of(path: Path) -> int:
+    found = _STEP.fullmatch(path.name)
+    assert found is not None
+    return int(found.group(1))
