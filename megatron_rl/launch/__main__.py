@@ -1,7 +1,13 @@
 """``python -m megatron_rl.launch <torchrun arguments>``, the command of ``launcher``."""
 
-from megatron_rl.launch.launcher import main
-from megatron_rl.process.lifetime import leave
+from megatron_rl.process.lifetime import run
+
+
+def _launch() -> int:
+    from megatron_rl.launch.launcher import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    leave(main())
+    run(_launch)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megatron_rl.config import Config
 from megatron_rl.launch.meeting import Meeting
+from megatron_rl.process.output import LOG_VARIABLE
 
 ALLOCATOR = {
     # glibc returns large blocks to the kernel at once, and touching them anew can be slow. The gain from keeping
@@ -68,14 +69,19 @@ def start(
     Nodes other than 0 print the folder of their logs instead.
     """
     arguments = torchrun_arguments(config, config_path, overrides, meeting, program=program)
+    logs = config.exp_manager.run_dir.resolve() / "logs"
     if meeting is None or meeting.node_rank == 0:
         print(f"$ torchrun {shlex.join(arguments)}", flush=True)
     else:
         first = meeting.node_rank * config.trainer.devices
         ranks = f"rank_N.log, N from {first} to {first + config.trainer.devices - 1}"
-        logs = config.exp_manager.run_dir / "logs"
         print(f"node {meeting.node_rank} of {config.trainer.num_nodes}: logs in {logs}/{ranks}", flush=True)
-    threads = config.trainer.num_threads
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR, **os.environ}
-    command = [sys.executable, "-m", "megatron_rl.launch", *arguments]
+    environment = {
+        "OMP_NUM_THREADS": str(config.trainer.num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **ALLOCATOR,
+        **os.environ,
+        LOG_VARIABLE: str(logs / ("console.log" if meeting is None else f"console_{meeting.node_rank}.log")),
+    }
+    command = [sys.executable, "-P", "-m", "megatron_rl.launch", *arguments]
     os.execve(sys.executable, command, environment)

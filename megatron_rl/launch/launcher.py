@@ -1,6 +1,12 @@
 """``python -m megatron_rl.launch <torchrun arguments>``: torchrun, with one line instead of a traceback when ranks fail.
 
-The rank has already said why.
+The rank has already said why. Signals end the launcher at any time without a traceback:
+
+    SIGTERM, SIGHUP    until there are ranks: as any program; then torchrun passes the signal on, and ranks die of it
+    SIGINT (Ctrl-C)    the same, but ranks get SIGTERM, since SIGINT is a traceback in Python; a second one waits for nobody
+    SIGKILL            ranks die with the launcher
+
+Signals that the starter had ignored stay so: nohup, or a job in the background of a script.
 """
 
 from __future__ import annotations
@@ -9,26 +15,43 @@ import os
 import signal
 import socket
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
+from megatron_rl.errors import UserError
 from megatron_rl.launch.meeting import read_back
 from megatron_rl.launch.node_watch import NodeWatch
+from megatron_rl.process import scratch
 from megatron_rl.process.hang_report import HANG
-from megatron_rl.process.lifetime import PARENT_VARIABLE
+from megatron_rl.process.lifetime import INTERRUPTED, PARENT_VARIABLE, leave
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+_is_interrupted = False
 
 
 def main() -> int:
     """Run torchrun, and return the exit status: 0; 2 what a user can fix; 4 a hang; 1 a failure; 128 + N ended by signal N."""
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # ranks end with us from their first second on
+    os.environ["PYTHONSAFEPATH"] = "1"  # to them, as -P is to us
+    handled = [name for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if _is_heard(name)]
+    if _is_heard("SIGINT"):
+        signal.signal(signal.SIGINT, _interrupt)
     meeting, num_nodes, timeout_s = read_back(sys.argv[1:])
+    try:
+        scratch.use_own_folder()
+    except OSError as error:
+        fix = "free some space there, or set TMPDIR to another folder"
+        print(f"error: {UserError('TMPDIR', error.filename, str(error.strerror), fix)}", file=sys.stderr)
+        return 2
     watch = None
     if meeting is not None:
         _import_torch_quietly()
         watch = NodeWatch(meeting, num_nodes, timeout_s)
-    status, message = _run_torchrun(watch)
+    status, message = _run_torchrun([f"--signals-to-handle={','.join(handled)}", *sys.argv[1:]], watch)
+    if sys.stdout.isatty():
+        print("\x1b[?25h", end="")  # the cursor, which a rank that died during a progress bar has hidden
     if message:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if watch is not None:
@@ -36,6 +59,20 @@ def main() -> int:
         if status not in (0, 2) and watch.verdict is None and (lost := watch.first_lost()):
             print(f"error: {lost}", file=sys.stderr, flush=True)
     return status
+
+
+def _is_heard(name: str) -> bool:
+    return signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """End by Ctrl-C."""
+    global _is_interrupted
+    end_ranks = signal.getsignal(signal.SIGTERM)  # torchrun's way, once it starts ranks
+    if _is_interrupted or not callable(end_ranks):
+        leave(INTERRUPTED)
+    _is_interrupted = True
+    end_ranks(signal.SIGTERM, frame)
 
 
 def _import_torch_quietly() -> None:
@@ -52,7 +89,7 @@ def _import_torch_quietly() -> None:
         del os.environ[name]
 
 
-def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
+def _run_torchrun(arguments: list[str], watch: NodeWatch | None) -> tuple[int, str | None]:
     """Return the exit status and a message about it."""
     import logging
 
@@ -68,7 +105,7 @@ def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
     for name in ("multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
-        torchrun(sys.argv[1:])
+        torchrun(arguments)
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda item: _distance_from_cause(item[1]))
         status = failure.exitcode if failure.exitcode > 0 else 1
@@ -79,7 +116,8 @@ def _run_torchrun(watch: NodeWatch | None) -> tuple[int, str | None]:
     except SignalException as error:
         if watch is not None and watch.verdict is not None:
             return 1, watch.verdict
-        return 128 + error.sigval, f"ended by {signal.Signals(error.sigval).name}"
+        number = signal.SIGINT if _is_interrupted else signal.Signals(error.sigval)
+        return 128 + number, f"ended by {number.name}"
     except (DistError, RendezvousError) as error:
         reason = str(error).splitlines()[0]
         fix = "start all nodes within trainer.timeout_s, with a free port of node 0 in --rdzv-endpoint"

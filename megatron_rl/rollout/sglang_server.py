@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter
+from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter, see_current_folder
 
 
 def _prepare() -> None:
     """Make this process of the server end with its parent, and make SGLang importable."""
     die_with_starter()
+    see_current_folder()
     # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
     os.environ[PARENT_VARIABLE] = str(os.getpid())
 
