@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_rl.config.rollout import ServersConfig
 from megatron_rl.errors import UserError
 from megatron_rl.process.child import ChildProcess, how_it_ended
+from megatron_rl.rollout.sglang.leftovers import remove_leftovers
 
 LOOK_S = 0.5
 
@@ -96,6 +97,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        remove_leftovers()  # of a run that was killed with its servers
         try:
             for server in self._servers:
                 self._start(server)
@@ -107,6 +109,7 @@ class Supervisor:
             for server in self._servers:
                 if server.process is not None:
                     server.process.kill()
+            remove_leftovers()
 
     def _start(self, server: Managed) -> None:
         server.log.parent.mkdir(parents=True, exist_ok=True)
