@@ -19,6 +19,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -142,15 +143,16 @@ def kind_of(process: psutil.Process, first: int) -> str | None:
 def carry_out(case: Case, root: Path, *, num_kills: int, seed: int) -> Tally:
     """Run a case unkilled, then killed until ``num_kills`` processes are dead, in as many runs as that takes."""
     tally, chance = Tally(case.name), random.Random(f"{seed}/{case.name}")
-    started = time.monotonic()
-    run_killed(case, root, "whole", tally, chance, kills=iter(()))
-    whole_s = time.monotonic() - started
-    number = 0
-    while tally.kills.total() < num_kills and not tally.failed:
-        number += 1
-        kills = _moments(chance, whole_s, num_kills - tally.kills.total())
-        run_killed(case, root, f"killed_{number}", tally, chance, kills=kills)
-        tally.differences += differences(case, root / "whole", root / f"killed_{number}")
+    with tempfile.TemporaryDirectory(prefix="kill", dir="/tmp") as name:  # sockets lie in it, and need a short path
+        started = time.monotonic()
+        run_killed(case, root, "whole", tally, chance, kills=iter(()), temporary=Path(name))
+        whole_s = time.monotonic() - started
+        number = 0
+        while tally.kills.total() < num_kills and not tally.failed:
+            number += 1
+            kills = _moments(chance, whole_s, num_kills - tally.kills.total())
+            run_killed(case, root, f"killed_{number}", tally, chance, kills=kills, temporary=Path(name))
+            tally.differences += differences(case, root / "whole", root / f"killed_{number}")
     return tally
 
 
@@ -161,12 +163,10 @@ def _moments(chance: random.Random, whole_s: float, num_kills: int) -> Iterator[
 
 
 def run_killed(
-    case: Case, root: Path, name: str, tally: Tally, chance: random.Random, *, kills: Iterator[float]
+    case: Case, root: Path, name: str, tally: Tally, chance: random.Random, *, kills: Iterator[float], temporary: Path
 ) -> None:
     """Give a command until it is done, and kill a process of it at each moment."""
-    temporary, log = root / "tmp", root / f"{name}.log"
-    temporary.mkdir(exist_ok=True)
-    is_done = False
+    log, is_done = root / f"{name}.log", False
     while not is_done and not tally.failed:
         start, is_killed = Started(case.command(root, name), log, temporary), False
         tally.starts += 1
@@ -197,7 +197,7 @@ def run_killed(
     tally.finished += is_done
     left = [path for path in temporary.iterdir() if not path.name.startswith(CACHES)]
     left += [path for path in (root / name).rglob("*") if path.name.endswith(".tmp")]
-    tally.leftovers += [str(path.relative_to(root)) for path in left]
+    tally.leftovers += [f"{name}: {path}" for path in left]
 
 
 def _lasts(start: Started, seconds: float) -> bool:
