@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import os, sys
 from megatron_rl.process import lifetime
@@ -44,12 +44,18 @@ def test_after_its_reader_has_gone_output_goes_to_the_log_or_nowhere(tmp_path: P
         assert rest == ["one", "two"]
 
 
+def test_a_verb_whose_reader_has_gone_is_silent() -> None:
+    verb = [sys.executable, "-m", "megatron_rl.commands", "check", "tests/tiny.yaml", "policy.model_path=m"]
+    with subprocess.Popen(verb, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(30)) == ("", 0)
+
+
 def test_a_full_disk_under_the_output_loses_output_only(tmp_path: Path) -> None:
     limit = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (6, 6))\n"  # the log's first line is longer already
     )
-    assert resource.RLIMIT_FSIZE is not None
     with (tmp_path / "out").open("w") as out:
         process = start(limit + PROGRAM, log=tmp_path / "console.log", stdout=out.fileno())
         _, error = process.communicate("go\n", timeout=30)
@@ -94,6 +100,6 @@ def test_a_module_of_the_current_folder_is_nobody_elses(tmp_path: Path) -> None:
         "def program():\n    import secrets, mine\n    return mine.VALUE\n"
         "lifetime.run(program)"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-P", "-c", code]
     assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=30, check=False).returncode == 5
