@@ -13,6 +13,7 @@ last line is the table as JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -38,6 +39,8 @@ END_S = 15.0
 UNSTEADY = ("time/", "memory/", "weight_sync/", "tokens_per_s", "eval/seconds")
 """Metrics that no two runs share."""
 CACHES = ("torchinductor_",)
+Kills = Iterator[tuple[float, str]]
+"""Seconds from the start or the last kill to the next, and the kind of process that it hits."""
 
 
 @dataclass(frozen=True)
@@ -150,20 +153,29 @@ def carry_out(case: Case, root: Path, *, num_kills: int, seed: int) -> Tally:
         number = 0
         while tally.kills.total() < num_kills and not tally.failed:
             number += 1
-            kills = _moments(chance, whole_s, num_kills - tally.kills.total())
+            kills = _draw(chance, case.targets, whole_s, num_kills - tally.kills.total())
             run_killed(case, root, f"killed_{number}", tally, chance, kills=kills, temporary=Path(name))
             tally.differences += differences(case, root / "whole", root / f"killed_{number}")
     return tally
 
 
-def _moments(chance: random.Random, whole_s: float, num_kills: int) -> Iterator[float]:
-    """Seconds from each start or kill to the next kill; at most nine to a run, so that runs come to their end."""
-    for _ in range(min(num_kills, 9)):
-        yield chance.uniform(0.0, 0.7 * whole_s)
+def _draw(chance: random.Random, targets: Sequence[str], whole_s: float, num_kills: int) -> Kills:
+    """Draw the kills of one run, at most nine, so that it comes to an end; each kind is hit equally often."""
+    for number in range(min(num_kills, 9)):
+        if number % len(targets) == 0:
+            order = chance.sample(targets, len(targets))
+        yield chance.uniform(0.0, 0.7 * whole_s), order[number % len(targets)]
 
 
 def run_killed(
-    case: Case, root: Path, name: str, tally: Tally, chance: random.Random, *, kills: Iterator[float], temporary: Path
+    case: Case,
+    root: Path,
+    name: str,
+    tally: Tally,
+    chance: random.Random,
+    *,
+    kills: Kills,
+    temporary: Path,
 ) -> None:
     """Give a command until it is done, and kill a process of it at each moment."""
     log, is_done = root / f"{name}.log", False
@@ -171,17 +183,16 @@ def run_killed(
         start, is_killed = Started(case.command(root, name), log, temporary), False
         tally.starts += 1
         while not is_killed and start.process.poll() is None:
-            pause_s = next(kills, None)
-            if not _lasts(start, case.limit_s if pause_s is None else pause_s):
+            pause_s, target = next(kills, (case.limit_s, None))
+            if not _lasts(start, pause_s):
                 break
-            if pause_s is None:
+            if target is None:
                 tally.failed.append(f"{name}: still running after {case.limit_s:g} s")
                 start.process.kill()
                 break
-            victim = _kill_one(start, case.targets, chance)
-            if victim is not None:
-                tally.kills[victim] += 1
-                is_killed = victim in ("launcher", "program") or victim.startswith("rank")
+            if _kill_one(start, target, chance):
+                tally.kills[target] += 1
+                is_killed = target in ("launcher", "program") or target.startswith("rank")
         ended = time.monotonic()
         try:
             status = start.process.wait(case.limit_s)
@@ -209,17 +220,15 @@ def _lasts(start: Started, seconds: float) -> bool:
     return False
 
 
-def _kill_one(start: Started, targets: Sequence[str], chance: random.Random) -> str | None:
-    """Kill a random process of a random kind that is there; return the kind."""
-    for target in chance.sample(targets, len(targets)):
+def _kill_one(start: Started, target: str, chance: random.Random) -> bool:
+    """Kill a process of a kind, once there is one; return False if the program ends first."""
+    while _lasts(start, 0.02):
         victims = start.victims(target)
         if victims:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 chance.choice(victims).kill()
-            except psutil.NoSuchProcess:
-                return None
-            return target
-    return None
+                return True
+    return False
 
 
 def differences(case: Case, whole: Path, killed: Path) -> list[str]:
@@ -338,10 +347,12 @@ CASES = (
     Case("export", convert("export", "large_megatron"), ("program",), ("*.safetensors",)),
 )
 SERVERS = Case(
-    "servers", servers, ("server", "scheduler", "detokenizer", "launcher", "rank 0", "rank 1"), ("summary.json",),
+    "servers", servers, ("server", "scheduler", "detokenizer", "launcher", "rank 0", "rank 1"), (),
     limit_s=600.0, is_exact=False,
 )  # fmt: skip
-SHORT = Case("short", short, HELPERS, (*TRAINED, "eval/*.json", "rollouts/**/*.*"))
+SHORT = Case(
+    "short", short, ("launcher", "rank 0", "scorer", "fork server"), (*TRAINED, "eval/*.json", "rollouts/**/*.*")
+)
 
 
 def prepare(root: Path) -> None:
