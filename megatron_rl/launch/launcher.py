@@ -42,8 +42,8 @@ def main() -> int:
     try:
         scratch.use_own_folder()
     except OSError as error:
-        fix = "free some space there, or set TMPDIR to another folder"
-        print(f"error: {UserError('TMPDIR', error.filename, str(error.strerror), fix)}", file=sys.stderr)
+        rule, fix = f"takes no folder of ours ({error.strerror})", "free some space there, or set it to another folder"
+        print(f"error: {UserError('TMPDIR', error.filename, rule, fix)}", file=sys.stderr)
         return 2
     watch = None
     if meeting is not None:

@@ -31,7 +31,8 @@ def run(program: Callable[[], int]) -> NoReturn:
     die_with_starter()
     keep_output()
     see_current_folder()
-    os.environ.pop("PYTHONSAFEPATH", None)  # for our own start; programs that a user's reward starts are another matter
+    for name in (PARENT_VARIABLE, "PYTHONSAFEPATH"):  # they are for this start, and not for what a user's reward starts
+        os.environ.pop(name, None)
     try:
         status = program()
     except KeyboardInterrupt:
@@ -46,9 +47,10 @@ def see_current_folder() -> None:
 
     First, where ``python -m`` puts it without ``-P``, a file ``secrets.py`` in it would be everybody's ``secrets``.
     """
-    here = os.getcwd()
-    if not {here, ""} & set(sys.path):
-        sys.path.append(here)
+    with contextlib.suppress(FileNotFoundError):  # it has been removed
+        here = os.getcwd()
+        if not {here, ""} & set(sys.path):
+            sys.path.append(here)
 
 
 def die_with(parent: int) -> None:
