@@ -50,6 +50,8 @@ def main() -> int:
         _import_torch_quietly()
         watch = NodeWatch(meeting, num_nodes, timeout_s)
     status, message = _run_torchrun([f"--signals-to-handle={','.join(handled)}", *sys.argv[1:]], watch)
+    for name in handled:  # what torchrun does on them wants ranks
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
     if sys.stdout.isatty():
         print("\x1b[?25h", end="")  # the cursor, which a rank that died during a progress bar has hidden
     if message:
