@@ -264,7 +264,7 @@ def rows_of(folder: Path, *, is_exact: bool = True) -> list[dict[str, float]]:
 TRAINED = ("hf/*.safetensors", "checkpoints/step_*/model/*.distcp")
 HELPERS = ("launcher", "rank 0", "rank 1", "scorer", "fork server")
 LONG = (
-    "trainer.devices=2", "trainer.max_steps=20", "data.num_scoring_workers=2",
+    "trainer.devices=2", "trainer.max_steps=20", "data.num_scoring_workers=2", "policy.optim.lr=1.0e-4",
     "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
 )  # fmt: skip
 
@@ -335,7 +335,7 @@ def servers(root: Path, run: str) -> list[str]:
 def short(root: Path, run: str) -> list[str]:
     """The smallest run that evaluates, records and saves."""
     evaluated = (f"data.validation={root}/train.jsonl", "eval.every_n_steps=4", "eval.num_problems=4")
-    return verb("train", root, run, "trainer.max_steps=8", *evaluated, "rollout.record=true")
+    return verb("train", root, run, "trainer.max_steps=8", "policy.optim.lr=1.0e-4", *evaluated, "rollout.record=true")
 
 
 CASES = (
