@@ -3,6 +3,7 @@
 # make test               all tests: some 40 minutes on two cores
 #   test-trainer            all but those with real servers
 #   test-servers            those with real SGLang servers
+# make campaign           kill runs at random and compare what they leave: an hour; CASES=servers for those with servers
 # make test-gpu           checks and benchmarks that need a GPU; wants PLATFORM=gpu
 # make lint               ruff, its format, mypy
 # make format             mend what ruff can mend
@@ -30,7 +31,7 @@ DEV_STAMP := .venv/.installed-dev
 BENCH_STAMP := .venv/.installed-bench-gpu
 NVIDIA := $(wildcard /dev/nvidia0)
 
-.PHONY: help quickstart sglang test test-fast test-trainer test-servers test-gpu lint format bench clean
+.PHONY: help quickstart sglang test test-fast test-trainer test-servers campaign test-gpu lint format bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -53,6 +54,9 @@ test-trainer:
 
 test-servers:
 	$(BIN)/python -m pytest --durations=15 tests/servers
+
+campaign: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
+	$(BIN)/python -m tests.e2e.campaign $(CASES)
 
 # Everything that this machine's GPU can run; with PLATFORM=cpu, the word that there is none.
 ifeq ($(PLATFORM) $(NVIDIA),cpu /dev/nvidia0)

@@ -67,5 +67,5 @@ setup(
     package_data={"megatron_rl": ["py.typed"], "megatron_rl.report": ["page.html"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megatron-rl = megatron_rl.commands.cli:main"]},
+    entry_points={"console_scripts": ["megatron-rl = megatron_rl.commands.__main__:main"]},
 )

@@ -1,4 +1,4 @@
-"""Long examples in parts: each is one command, done when its result exists, so that a second start goes on.
+"""Long examples in parts: each is one command, done when its last file exists, so that a second start goes on.
 
 Examples are modules, started in the folder that holds ``examples/``: ``python -m examples.segments.run``. Python then finds
 this file and the examples' own tasks by their plain names, in this process and in every process that a part starts. The same
@@ -8,7 +8,9 @@ run as a script, by its path, would have to change ``sys.path`` first, and no co
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_rl.files import write_atomic
+from megatron_rl.process.lifetime import INTERRUPTED, PARENT_VARIABLE
 
 EXAMPLES = Path("examples")
 PROBLEMS = "--num-warm-start 32000 --num-train 2000 --slip-share 0.3 --forgotten-carry-share 0.6"
@@ -28,30 +33,41 @@ class Part:
 
     name: str
     command: Sequence[str]
-    result: Path
-    """A file or folder that exists once the part is done."""
+    last_file: Path
+    """The file that the part writes last, all at once: ``summary.json`` of a run."""
 
 
 def seconds_of(part: Part) -> float:
     """Run a part that is not done yet; leave the program if it fails.
 
     Returns:
-        The seconds that the part took, over all interruptions.
+        The seconds that the part took, over all starts but those that were killed.
     """
-    path = part.result.parent / f".seconds_of_{part.name.replace(' ', '_')}"
+    path = part.last_file.parent / f".seconds_of_{part.name.replace(' ', '_')}"
     before = float(path.read_text()) if path.exists() else 0.0
-    if part.result.exists():
-        print(f"== {part.name}: {part.result} is there already", flush=True)
+    if part.last_file.exists():
+        print(f"== {part.name}: {part.last_file} is there already", flush=True)
         return before
     print(f"== {part.name}", flush=True)
     started = time.monotonic()
-    status = subprocess.run(part.command, check=False).returncode
+    status = _status_of(part.command)
     total = round(before + time.monotonic() - started, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(total))
+    write_atomic(path, str(total))
     if status:
         sys.exit(status)
     return total
+
+
+def _status_of(command: Sequence[str]) -> int:
+    """Run a command; it ends with this process. After Ctrl-C, which it hears itself, wait for its own end."""
+    with subprocess.Popen(command, env={**os.environ, PARENT_VARIABLE: str(os.getpid())}) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.terminate()
+            return INTERRUPTED
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -61,12 +77,12 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write ``results.json`` in a folder."""
-    (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_atomic(folder / "results.json", json.dumps(report, indent=1) + "\n")
 
 
 def verb(name: str, config: Path, *overrides: str) -> list[str]:
     """Return ``megatron-rl name config ...`` as a command."""
-    return [sys.executable, "-m", "megatron_rl.commands.cli", name, str(config), *overrides]
+    return [sys.executable, "-P", "-m", "megatron_rl.commands", name, str(config), *overrides]
 
 
 def start(folder: Path, seed: int, *, num_held_out: int = 300) -> tuple[dict[str, float], tuple[str, ...]]:
@@ -81,7 +97,7 @@ def start(folder: Path, seed: int, *, num_held_out: int = 300) -> tuple[dict[str
     warm = (f"policy.model_path={folder}/data/model", f"data.train={folder}/data/warm_start.jsonl")
     train = verb("train", EXAMPLES / "quickstart" / "warm_start.yaml", *common, *warm)
     parts = (
-        Part("problems", make, folder / "data" / "model"),
-        Part("warm start", train, folder / "warm_start" / "hf"),
+        Part("problems", make, folder / "data" / "model" / "config.json"),
+        Part("warm start", train, folder / "warm_start" / "summary.json"),
     )
     return {part.name: seconds_of(part) for part in parts}, common

@@ -1,7 +1,7 @@
 """The training program, one process per rank: ``torchrun ... -m megatron_rl.train --config x.yaml section.field=value``.
 
 Training is the two loops below; ``run.py`` builds the parts they use. Nothing here imports torch at the top, so that a wrong
-config is refused in the first second.
+config is refused in the first second, and a launcher that is killed meanwhile leaves no rank.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_rl.config import Config
-from megatron_rl.launch.program import run_program
-from megatron_rl.process.lifetime import die_with_starter, leave
+from megatron_rl.process import lifetime
 
 if TYPE_CHECKING:
+    from megatron_rl.config import Config
     from megatron_rl.launch.rank import Runtime
     from megatron_rl.run import Run
 
@@ -51,6 +50,8 @@ def run_offline(run: Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one rank from its command line; return its exit status: 0 done, 2 something the user can fix."""
+    from megatron_rl.launch.program import run_program
+
     return run_program("megatron_rl.train", train, argv)
 
 
@@ -68,5 +69,4 @@ def train(config: Config, runtime: Runtime) -> None:
 
 
 if __name__ == "__main__":
-    die_with_starter()  # now, not when torch is loaded: a launcher may be killed in between
-    leave(main())
+    lifetime.run(main)

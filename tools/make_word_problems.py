@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl.errors import UserError
+from megatron_rl.commands.verbs import run_script
 from megatron_rl.tasks.word_problems import generate, write_rows
 from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
 
@@ -31,24 +31,16 @@ def main(
 ) -> None:
     """Problems of the three splits share no chain of numbers and operations; only demonstrations have slips."""
     shared = {"seed": seed, "num_operations": num_operations, "shuffle_statements": shuffle_statements}
-    try:
-        size = ModelSize(hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, tied)
-        warm_start = generate(
-            num_warm_start,
-            split="warm_start",
-            slip_share=slip_share,
-            forgotten_carry_share=forgotten_carry_share,
-            **shared,
-        )
-        write_rows(directory / "warm_start.jsonl", warm_start)
-        write_rows(directory / "train.jsonl", generate(num_train, split="train", **shared))
-        write_rows(directory / "held_out.jsonl", generate(num_held_out, split="held_out", **shared))
-        save_model(directory / "model", size)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    size = ModelSize(hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, tied)
+    warm_start = generate(
+        num_warm_start, split="warm_start", slip_share=slip_share, forgotten_carry_share=forgotten_carry_share, **shared
+    )
+    write_rows(directory / "warm_start.jsonl", warm_start)
+    write_rows(directory / "train.jsonl", generate(num_train, split="train", **shared))
+    write_rows(directory / "held_out.jsonl", generate(num_held_out, split="held_out", **shared))
+    save_model(directory / "model", size)
     typer.echo(f"wrote {num_warm_start} + {num_train} + {num_held_out} problems and model/ to {directory}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -18,6 +18,7 @@ from examples.five_styles.task import (
     generate,
     shares_by_style,
 )
+from megatron_rl.commands.verbs import run_script
 from megatron_rl.errors import UserError
 from megatron_rl.tasks.word_problems import Split, write_rows
 from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
@@ -45,24 +46,18 @@ def main(
     tied: bool = ModelSize.is_tied,
 ) -> None:
     """Problems of the three splits share no chain of numbers and operations; only demonstrations have errors."""
-    try:
-        size = ModelSize(hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, tied)
-        shares = shares_by_style(
-            blind=blind_share, slip=slip_share, favoured=favoured, favoured_slip=favoured_slip_share
-        )
-        errors = Errors(shares, choose_class(blind_class))
-        splits: dict[Split, tuple[int, Errors]] = {
-            "warm_start": (num_warm_start, errors),
-            "train": (num_train, errors.without()),
-            "held_out": (num_held_out, errors.without()),
-        }
-        for split, (num_problems, errors_of_split) in splits.items():
-            rows = generate(num_problems, seed=seed, split=split, num_operations=num_operations, errors=errors_of_split)
-            write_rows(directory / f"{split}.jsonl", rows)
-        save_model(directory / "model", size, VOCABULARY)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    size = ModelSize(hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size, tied)
+    shares = shares_by_style(blind=blind_share, slip=slip_share, favoured=favoured, favoured_slip=favoured_slip_share)
+    errors = Errors(shares, choose_class(blind_class))
+    splits: dict[Split, tuple[int, Errors]] = {
+        "warm_start": (num_warm_start, errors),
+        "train": (num_train, errors.without()),
+        "held_out": (num_held_out, errors.without()),
+    }
+    for split, (num_problems, errors_of_split) in splits.items():
+        rows = generate(num_problems, seed=seed, split=split, num_operations=num_operations, errors=errors_of_split)
+        write_rows(directory / f"{split}.jsonl", rows)
+    save_model(directory / "model", size, VOCABULARY)
     typer.echo(f"wrote {num_warm_start} + {num_train} + {num_held_out} problems and model/ to {directory}")
 
 
@@ -74,4 +69,4 @@ def choose_class(name: str) -> ClassOf:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

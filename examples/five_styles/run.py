@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.parts import EXAMPLES, Part, rows_of, seconds_of, verb, write_report
+from megatron_rl.process.lifetime import run
 
 HERE = EXAMPLES / "five_styles"
 KL = 0.02
@@ -100,8 +101,8 @@ def preparation(folder: Path, common: tuple[str, ...], seed: int) -> list[Part]:
     # The folder of presampling is shared by the methods, so it lies beside theirs.
     presample = verb("presample", HERE / "dph_rl.yaml", *common, "exp_manager.name=.")
     return [
-        Part("problems", make, folder / "data" / "model"),
-        Part("warm start", warm_start, folder / "warm_start" / "hf"),
+        Part("problems", make, folder / "data" / "model" / "config.json"),
+        Part("warm start", warm_start, folder / "warm_start" / "summary.json"),
         Part("presample", presample, folder / "presample" / "summary.json"),
     ]
 
@@ -151,4 +152,4 @@ def draw(results: Mapping[str, Mapping[str, float]], png: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

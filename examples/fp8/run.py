@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from examples.parts import EXAMPLES, Part, rows_of, seconds_of, start, verb, write_report
+from megatron_rl.process.lifetime import run
 
 HERE = EXAMPLES / "fp8"
 FOLDER = Path("runs/fp8")
@@ -126,4 +126,4 @@ def draw(runs: dict[str, list[dict[str, Any]]], png: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

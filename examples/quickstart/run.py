@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 from examples.parts import EXAMPLES, Part, seconds_of, verb
+from megatron_rl.files import write_atomic
+from megatron_rl.process.lifetime import run
 
 HERE = EXAMPLES / "quickstart"
 RUNS = Path("runs")
@@ -35,18 +37,20 @@ def main() -> int:
     parser.add_argument("--engine", choices=("transformers", "sglang"), default="transformers")
     uses_sglang = parser.parse_args().engine == "sglang"
     run = RUNS / "quickstart_sglang" if uses_sglang else START
+    problems = [sys.executable, "tools/make_word_problems.py", *PROBLEMS]
+    grpo = verb("train", HERE / "grpo.yaml", *(SGLANG if uses_sglang else ()))
     parts = (
-        Part("problems", [sys.executable, "tools/make_word_problems.py", *PROBLEMS], START / "data" / "model"),
-        Part("warm start", verb("train", HERE / "warm_start.yaml"), START / "warm_start" / "hf"),
-        Part("reinforcement", verb("train", HERE / "grpo.yaml", *(SGLANG if uses_sglang else ())), run / "hf"),
+        Part("problems", problems, START / "data" / "model" / "config.json"),
+        Part("warm start", verb("train", HERE / "warm_start.yaml"), START / "warm_start" / "summary.json"),
+        Part("reinforcement", grpo, run / "summary.json"),
     )
     seconds = {part.name: seconds_of(part) for part in parts}
     summary = json.loads((run / "summary.json").read_text()) | {"seconds_of_parts": seconds}
     summary["seconds"] = round(sum(seconds.values()), 1)
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomic(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"{summary['seconds']:.0f} s in all. Look at {run}/curves.png; the model is in {run}/hf.", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

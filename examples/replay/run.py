@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from examples.parts import EXAMPLES, Part, rows_of, seconds_of, start, verb, write_report
+from megatron_rl.process.lifetime import run
 
 HERE = EXAMPLES / "replay"
 METRIC = "eval/avg@4"
@@ -78,4 +78,4 @@ def draw(curves: dict[str, list[tuple[int, float]]], png: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -9,11 +9,11 @@ again after an interruption, it goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 from examples.parts import EXAMPLES, Part, rows_of, seconds_of, start, verb, write_report
+from megatron_rl.process.lifetime import run
 
 HERE = EXAMPLES / "segments"
 NAIVE = ("algorithm.partition.kind=equal", "algorithm.selection.max_probability=null")
@@ -121,4 +121,4 @@ def draw(curves: dict[str, list[Point]], png: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

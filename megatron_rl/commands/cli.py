@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from megatron_rl.commands import convert as conversion
 from megatron_rl.commands import pool as pool_tools
-from megatron_rl.errors import UserError
+from megatron_rl.commands.verbs import run_verb
+from megatron_rl.process import lifetime
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -179,21 +179,9 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     print(to_yaml(checked), end="")
 
 
-def main() -> None:
-    """Run the console command; a ``UserError`` is one line and status 2."""
-    _see_current_folder()
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _see_current_folder() -> None:
-    """Put the current folder on the path, as ``python -m`` does for the ranks: a user's tasks and rewards lie there."""
-    here = os.getcwd()
-    if here not in sys.path and not sys.flags.safe_path:
-        sys.path.insert(0, here)
+def main() -> NoReturn:
+    """Run the console command."""
+    lifetime.run(lambda: run_verb(app))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -129,17 +127,6 @@ def verify_checkpoint(
     print(f"{a}: {len(lines)} tensors differ from {what}" if lines else f"{a}: every tensor is that of {what}")
     if lines:
         raise typer.Exit(1)
-
-
-def run(command: Callable[..., Any]) -> None:
-    """Run one verb as a script: one line and status 2 for errors that the user can fix."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _say_done(done: Any, seconds: float, reporter: TerminalReporter) -> None:

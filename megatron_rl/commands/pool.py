@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -149,15 +148,6 @@ def build(
             )
             raise UserError(target, None, rule, "lower --min-reward or --first-step, or take another run")
     print(f"{target}: {kept} trajectories; dropped: {_listed(dropped)}")
-
-
-def main() -> None:
-    """Run the commands on their own; an error that the user can fix is one line and status 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 # -------------------------------------------------------------------------------------------------------------- inspect

@@ -17,7 +17,7 @@ from megatron_rl.config import Config, PresampleConfig
 from megatron_rl.config.methods.grpo import GRPOConfig
 from megatron_rl.errors import UserError
 from megatron_rl.launch.program import run_program
-from megatron_rl.process.lifetime import die_with_starter, leave
+from megatron_rl.process import lifetime
 
 if TYPE_CHECKING:
     from megatron_rl.data.pool import Provenance, Trajectory
@@ -245,5 +245,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    die_with_starter()
-    leave(main())
+    lifetime.run(main)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from megatron_rl.config import Config
 from megatron_rl.launch.meeting import Meeting
 from megatron_rl.process.lock import take_lock
+from megatron_rl.process.output import LOG_VARIABLE
 from megatron_rl.process.run_key import VARIABLE as KEY_VARIABLE
 from megatron_rl.process.run_key import run_key
 
@@ -75,22 +76,22 @@ def start(
     """
     arguments = torchrun_arguments(config, config_path, overrides, meeting, program=program)
     held: dict[str, str] = {}
+    logs = config.exp_manager.run_dir.resolve() / "logs"
     if meeting is None or meeting.node_rank == 0:
         held = take_lock(config.exp_manager.run_dir).handed_on()
         print(f"$ torchrun {shlex.join(arguments)}", flush=True)
     else:
         first = meeting.node_rank * config.trainer.devices
         ranks = f"rank_N.log, N from {first} to {first + config.trainer.devices - 1}"
-        logs = config.exp_manager.run_dir / "logs"
         print(f"node {meeting.node_rank} of {config.trainer.num_nodes}: logs in {logs}/{ranks}", flush=True)
-    threads = config.trainer.num_threads
     environment = {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(config.trainer.num_threads),
         "TOKENIZERS_PARALLELISM": "false",
         **ALLOCATOR,
         **os.environ,
         **held,
         KEY_VARIABLE: run_key(config.exp_manager.run_dir).hex(),
+        LOG_VARIABLE: str(logs / ("console.log" if meeting is None else f"console_{meeting.node_rank}.log")),
     }
-    command = [sys.executable, "-m", "megatron_rl.launch", *arguments]
+    command = [sys.executable, "-P", "-m", "megatron_rl.launch", *arguments]
     os.execve(sys.executable, command, environment)

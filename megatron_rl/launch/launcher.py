@@ -1,6 +1,12 @@
 """``python -m megatron_rl.launch <torchrun arguments>``: torchrun, with one line instead of a traceback when ranks fail.
 
-The rank has already said why.
+The rank has already said why. Signals end the launcher at any time without a traceback:
+
+    SIGTERM, SIGHUP    until there are ranks: as any program; then torchrun passes the signal on, and ranks die of it
+    SIGINT (Ctrl-C)    the same, but ranks get SIGTERM, since SIGINT is a traceback in Python; a second one waits for nobody
+    SIGKILL            ranks die with the launcher
+
+Signals that the starter had ignored stay so: nohup, or a job in the background of a script.
 """
 
 from __future__ import annotations
@@ -9,24 +15,39 @@ import os
 import signal
 import socket
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
+from megatron_rl.errors import UserError
 from megatron_rl.launch.meeting import read_back
 from megatron_rl.launch.node_watch import NodeWatch
+from megatron_rl.process import scratch
 from megatron_rl.process.hang_report import HANG
-from megatron_rl.process.lifetime import PARENT_VARIABLE
+from megatron_rl.process.lifetime import INTERRUPTED, PARENT_VARIABLE, leave
 from megatron_rl.process.network import HeldPort
 from megatron_rl.process.run_key import VARIABLE as KEY_VARIABLE
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+_is_interrupted = False
+
 
 def main() -> int:
     """Run torchrun, and return the exit status: 0; 2 what a user can fix; 4 a hang; 1 a failure; 128 + N ended by signal N."""
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # ranks end with us from their first second on
+    os.environ["PYTHONSAFEPATH"] = "1"  # to them, as -P is to us
+    handled = [name for name in ("SIGTERM", "SIGHUP", "SIGQUIT") if _is_heard(name)]
+    if _is_heard("SIGINT"):
+        signal.signal(signal.SIGINT, _interrupt)
     arguments = sys.argv[1:]
     meeting, num_nodes, timeout_s = read_back(arguments)
+    try:
+        scratch.use_own_folder()
+    except OSError as error:
+        rule, fix = f"takes no folder of ours ({error.strerror})", "free some space there, or set it to another folder"
+        print(f"error: {UserError('TMPDIR', error.filename, rule, fix)}", file=sys.stderr)
+        return 2
     watch = held = None
     if meeting is not None:
         key = os.environ.get(KEY_VARIABLE)
@@ -43,7 +64,11 @@ def main() -> int:
         held = HeldPort("127.0.0.1")
         alone = ["--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={held.number}"]
         arguments = [*alone, *(argument for argument in arguments if argument != "--standalone")]
-    status, message = _run_torchrun(arguments, watch)
+    status, message = _run_torchrun([f"--signals-to-handle={','.join(handled)}", *arguments], watch)
+    for name in handled:  # what torchrun does on them wants ranks
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
+    if sys.stdout.isatty():
+        print("\x1b[?25h", end="")  # the cursor, which a rank that died during a progress bar has hidden
     if message:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if watch is not None:
@@ -51,6 +76,20 @@ def main() -> int:
         if status not in (0, 2) and watch.verdict is None and (lost := watch.first_lost()):
             print(f"error: {lost}", file=sys.stderr, flush=True)
     return status
+
+
+def _is_heard(name: str) -> bool:
+    return signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """End by Ctrl-C."""
+    global _is_interrupted
+    end_ranks = signal.getsignal(signal.SIGTERM)  # torchrun's way, once it starts ranks
+    if _is_interrupted or not callable(end_ranks):
+        leave(INTERRUPTED)
+    _is_interrupted = True
+    end_ranks(signal.SIGTERM, frame)
 
 
 def _import_torch_quietly() -> None:
@@ -97,7 +136,8 @@ def _run_torchrun(arguments: list[str], watch: NodeWatch | None) -> tuple[int, s
     except SignalException as error:
         if watch is not None and watch.verdict is not None:
             return 1, watch.verdict
-        return 128 + error.sigval, f"ended by {signal.Signals(error.sigval).name}"
+        number = signal.SIGINT if _is_interrupted else signal.Signals(error.sigval)
+        return 128 + number, f"ended by {number.name}"
     except (DistError, RendezvousError) as error:
         reason = str(error).splitlines()[0]
         fix = "start all nodes within trainer.timeout_s, with a free port of node 0 in --rdzv-endpoint"

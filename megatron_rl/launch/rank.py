@@ -31,6 +31,7 @@ from megatron_rl.metrics import terminal
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.process import activity, lifetime, watchdog
 from megatron_rl.process.network import keep_gloo_on_loopback, own_address
+from megatron_rl.process.output import open_output
 from megatron_rl.process.run_key import run_key
 from megatron_rl.process.signed_store import UNSIGNED, SignedStore
 
@@ -280,7 +281,7 @@ def _console(rank: int) -> TextIO | None:
     """Return the stream for messages to the user, for one rank of each node; it works after output goes to the log."""
     if int(os.environ.get("LOCAL_RANK", rank)) > 0:
         return None
-    return sys.stderr if rank == 0 else os.fdopen(os.dup(2), "w")
+    return sys.stderr if rank == 0 else open_output(os.dup(2))
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:

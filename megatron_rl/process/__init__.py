@@ -1,1 +1,1 @@
-"""Processes: start, activity, hangs and end. This room imports nothing of the package."""
+"""Processes: start, activity, output, hangs and end. This room imports nothing of the package."""

@@ -11,10 +11,46 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
+from megatron_rl.process.output import keep_output
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status after Ctrl-C."""
 PARENT_VARIABLE = "MEGATRON_RL_PARENT"
 """Process id of the starter of a program of ours, which passes it to ``die_with``."""
+
+
+def run(program: Callable[[], int]) -> NoReturn:
+    """Be one of our programs: do its work, and end with the status that it returns.
+
+    It ends with its starter at the latest; output whose reader has gone does not end it; Ctrl-C ends it without a traceback.
+    Import the work inside ``program``: this begins to hold here.
+    """
+    die_with_starter()
+    keep_output()
+    see_current_folder()
+    for name in (PARENT_VARIABLE, "PYTHONSAFEPATH"):  # they are for this start, and not for what a user's reward starts
+        os.environ.pop(name, None)
+    try:
+        status = program()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except SystemExit as end:  # of a parser of arguments, which has said why
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    leave(status)
+
+
+def see_current_folder() -> None:
+    """Put the current folder last on the path: a user's tasks and rewards lie there.
+
+    First, where ``python -m`` puts it without ``-P``, a file ``secrets.py`` in it would be everybody's ``secrets``.
+    """
+    with contextlib.suppress(FileNotFoundError):  # it has been removed
+        here = os.getcwd()
+        if not {here, ""} & set(sys.path):
+            sys.path.append(here)
 
 
 def die_with(parent: int) -> None:
@@ -44,6 +80,7 @@ def leave(status: int) -> NoReturn:
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads any more
+        # There is none, nobody reads it any more, or a signal has interrupted its writing.
+        with contextlib.suppress(AttributeError, OSError, RuntimeError):
             stream.flush()
     os._exit(status)

@@ -63,8 +63,9 @@ class Watchdog:
         self._state_dir = directory / "state"
         self._stacks_file = directory / f"stacks_rank_{rank}.txt"
         self._state_dir.mkdir(parents=True, exist_ok=True)
-        own = self._state_file(rank)
-        for old in (self._hang_file, self._stacks_file, own, *self._state_dir.glob(f"{own.name}.*.tmp")):
+        # Halves: of a rank that was killed in the midst of writing.
+        halves = (*self._state_dir.glob(f"rank_{rank}.json.*.tmp"), directory / f"hang.{rank}.tmp")
+        for old in (self._hang_file, self._stacks_file, self._state_file(rank), *halves):
             old.unlink(missing_ok=True)
         self._host, self._parent = socket.gethostname(), os.getppid()
         self._error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
@@ -192,8 +193,8 @@ class Watchdog:
         self._verdict += f"\n  stacks: {self._hang_file.parent}/stacks_rank_*.txt"
         own = self._hang_file.with_name(f"hang.{self.rank}.tmp")
         with contextlib.suppress(OSError):
-            own.write_text(self._verdict + "\n")
             try:
+                own.write_text(self._verdict + "\n")
                 os.link(own, self._hang_file)  # unlike a rename it fails where the name is taken
             finally:
                 own.unlink()
@@ -245,7 +246,8 @@ def _write_whole(path: Path, text: str) -> None:
         partial.write_text(text)
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 
 from megatron_rl.process import heartbeat
-from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter
+from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter, see_current_folder
 
 KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
 
@@ -22,6 +22,7 @@ KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
 def _prepare() -> None:
     """Make this process of the server end with its parent, and make SGLang importable."""
     die_with_starter()
+    see_current_folder()
     # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     heartbeat.start()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.errors import UserError
+from megatron_rl.files import write_atomic
 from megatron_rl.tasks.word_problems import ANSWER_MARK, NAMES
 
 if TYPE_CHECKING:
@@ -145,4 +146,4 @@ def save_model(directory: Path, size: ModelSize, vocabulary: Sequence[str] = VOC
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    write_atomic(path, json.dumps(value, indent=2) + "\n")

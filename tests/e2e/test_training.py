@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -100,33 +97,6 @@ def test_2k_steps_equal_k_steps_stop_resume_k_steps(case: Case, ranks: int) -> N
     assert case.rows() == case.rows("whole")
 
 
-def test_killed_outright_it_resumes_and_repeats_the_lost_steps(case: Case) -> None:
-    steps = "trainer.max_steps=12"
-    process = case.start(steps, "trainer.devices=2", "exp_manager.checkpoint_callback_params.every_n_train_steps=4")
-    metrics = case.root / "tiny/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 6):
-        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive, f"left behind: {alive}"
-    lost = case.rows()
-
-    second = case.start(steps, "trainer.devices=2", "exp_manager.checkpoint_callback_params.every_n_train_steps=4")
-    output, _ = second.communicate(timeout=180)
-    assert second.returncode == 0, output
-    assert "resuming after step" in output
-    rows = case.rows()
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    assert rows[: len(lost)] == lost
-
-    case.run(steps, "exp_manager.name=whole", ranks=2)
-    assert case.rows("whole") == rows
-
-
 LAYOUTS = {
     "tp2": ["policy.megatron_cfg.tensor_model_parallel_size=2"],
     "tp2sp": ["policy.megatron_cfg.tensor_model_parallel_size=2", "policy.megatron_cfg.sequence_parallel=true"],
@@ -206,23 +176,6 @@ def test_random_initialization_does_not_depend_on_the_layout(case: Case) -> None
     assert case.rows("two")[0]["grad_norm"] == pytest.approx(case.rows("one")[0]["grad_norm"], rel=1e-5)
 
 
-def test_no_rank_is_left_when_the_launcher_is_killed_while_they_start(case: Case) -> None:
-    process = case.start("trainer.max_steps=1000", "trainer.devices=2")
-
-    def ranks() -> list[psutil.Process]:
-        return [p for p in _processes_of(case) if "megatron_rl.train" in p.info["cmdline"] and p.pid != process.pid]
-
-    while not ranks():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 5
-    while left := ranks():
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
-
-
 def _processes_of(case: Case) -> list[psutil.Process]:
     processes = psutil.process_iter(["cmdline", "status"])
     return [
@@ -232,9 +185,15 @@ def _processes_of(case: Case) -> list[psutil.Process]:
     ]
 
 
-def test_no_process_is_left_after_a_clean_exit(case: Case) -> None:
+def test_a_reader_that_goes_does_not_end_the_run_which_leaves_no_process(case: Case) -> None:
+    """As ``| head -1`` does; standard error goes the same way."""
     process = case.start("trainer.max_steps=1", "trainer.devices=2")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert not _processes_of(case) and "$ torchrun" in output
-    assert Path(case.root / "tiny/logs/rank_1.log").exists() and os.path.getsize(case.root / "tiny/metrics.jsonl")
+    assert process.stdout.readline().startswith("$ torchrun")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert not _processes_of(case)
+    logs = case.root / "tiny/logs"
+    first, *rest = (logs / "console.log").read_text().splitlines()
+    assert first.endswith("standard output cannot be written (Broken pipe); it goes on here")
+    assert any(line.startswith("step 1/1") for line in rest) and not any("Traceback" in line for line in rest)
+    assert (logs / "rank_1.log").exists() and os.path.getsize(case.root / "tiny/metrics.jsonl")

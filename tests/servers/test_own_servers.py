@@ -225,7 +225,8 @@ def test_interrupted_from_the_keyboard(start: Callable[..., Started]) -> None:
     run = start("trainer.max_steps=1000")
     run.wait_for(lambda: len(run.find("megatron_rl.rollout.sglang_server")) >= 1)
     run.process.send_signal(signal.SIGINT)
-    assert run.end(END_S) != 0
+    assert run.end(END_S) == 130
+    assert run.output.read_text().splitlines()[-1] == "error: ended by SIGINT"
 
 
 def test_port_taken(start: Callable[..., Started]) -> None:

@@ -78,7 +78,7 @@ def server_command(
     else:
         settings |= {"base_gpu_id": base_gpu_id, "enable_memory_saver": releases_memory}
     settings |= passed
-    return [sys.executable, "-m", "megatron_rl.rollout.sglang_server", *_arguments(settings)]
+    return [sys.executable, "-P", "-m", "megatron_rl.rollout.sglang_server", *_arguments(settings)]
 
 
 def server_environment(

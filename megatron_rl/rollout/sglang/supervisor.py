@@ -19,6 +19,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.process import heartbeat
 from megatron_rl.process.child import ChildProcess, how_it_ended
 from megatron_rl.process.heartbeat import Heartbeats
+from megatron_rl.rollout.sglang.leftovers import remove_leftovers
 
 LOOK_S = 0.5
 SCHEDULER_ANSWERS = "/server_info"
@@ -116,6 +117,7 @@ class Supervisor:
                 server.silent_s = 0.0
 
     def _run(self) -> None:
+        remove_leftovers()  # of a run that was killed with its servers
         try:
             for server in self._servers:
                 self._start(server)
@@ -131,6 +133,7 @@ class Supervisor:
             for server in self._servers:
                 if server.process is not None:
                     server.process.kill()
+            remove_leftovers()
 
     def _start(self, server: Managed) -> None:
         server.log.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +36,8 @@ from megatron_rl.types import Completion
 from tests.forked import run_ranks
 
 ORIGIN = Provenance("word_problems", "aaaa", "bbbb", {"temperature": 0.7, "top_k": 0})
+
+ROOT = Path(__file__).parents[3]
 
 
 def build(directory: Path, problem_ids: list[str]) -> Path:
@@ -89,24 +93,10 @@ def test_verify_names_the_first_damaged_row(tmp_path: Path) -> None:
 
 
 def test_an_error_is_one_line_and_status_2(tmp_path: Path) -> None:
-    result = run_ranks(status_of_the_tool, 1, tmp_path)[0]
-    assert result == (2, f"error: {tmp_path}: holds no finished shard. Fix: point at a pool, or build one first.\n")
-
-
-def status_of_the_tool(directory: Path) -> tuple[object, str]:
-    import contextlib
-    import io
-    import sys
-
-    from megatron_rl.commands.pool import main
-
-    sys.argv = ["sample_pool.py", "verify", str(directory)]
-    with contextlib.redirect_stderr(io.StringIO()) as printed:
-        try:
-            main()
-        except SystemExit as end:
-            return end.code, printed.getvalue()
-    return 0, printed.getvalue()
+    command = [sys.executable, "tools/sample_pool.py", "verify", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    error = f"error: {tmp_path}: holds no finished shard. Fix: point at a pool, or build one first.\n"
+    assert (done.returncode, done.stderr) == (2, error)
 
 
 def test_merge(tmp_path: Path) -> None:

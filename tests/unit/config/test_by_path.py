@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.commands import cli
+from megatron_rl.commands.cli import app
+from megatron_rl.commands.verbs import run_verb
 from megatron_rl.config import load_config
 from megatron_rl.config.files import stored_pools
 from megatron_rl.errors import UserError
@@ -174,11 +175,9 @@ def check(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """The command, in this process: its status, and what it writes to stdout and stderr."""
     monkeypatch.syspath_prepend(folder)
 
-    def run(*overrides: str, config: Path = TINY) -> tuple[object, str, str]:
+    def run(*overrides: str, config: Path = TINY) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["megatron-rl", "check", str(config), "policy.model_path=m", *overrides])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code, *capsys.readouterr()
+        return run_verb(app), *capsys.readouterr()
 
     return run
 

@@ -96,9 +96,9 @@ def test_torchrun_is_told_where_and_who_and_never_to_restart() -> None:
 
 def test_the_command_refuses_before_torch_is_imported() -> None:
     code = (
-        "import sys, megatron_rl.commands.cli as cli\n"
+        "import sys\nfrom megatron_rl.commands.cli import app\nfrom megatron_rl.commands.verbs import run_verb\n"
         f"sys.argv = ['megatron-rl', 'train', {str(TINY)!r}, 'policy.model_path=m', 'trainer.num_nodes=2']\n"
-        "try:\n    cli.main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+        "status = run_verb(app)\nassert 'torch' not in sys.modules\nsys.exit(status)\n"
     )
     names = ("MASTER_ADDR", "NODE_RANK", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST", "SLURM_NODEID")
     without = [word for name in names for word in ("-u", name)]

@@ -82,7 +82,7 @@ def what_the_launcher_says(monkeypatch: pytest.MonkeyPatch, *failed_ranks: int) 
         raise error
 
     monkeypatch.setattr("torch.distributed.run.main", torchrun)
-    return launcher._run_torchrun(None)
+    return launcher._run_torchrun([], None)
 
 
 def test_the_launcher_points_at_the_log_of_a_rank_that_failed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,10 +275,14 @@ def test_an_idle_process_ends_itself_with_message_stacks_and_report(tmp_path: Pa
 
 @pytest.mark.slow
 def test_beats_keep_it_alive_and_the_end_is_told(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    for half in ("state/rank_0.json.123.tmp", "hang.0.tmp"):  # of an earlier start, killed in the midst of writing
+        (tmp_path / half).touch()
     process = start(tmp_path, beats=30, every_s=LIMIT_S / 10)
     end(process)
     assert process.returncode == 0
     assert json.loads((tmp_path / "state/rank_0.json").read_text())["has_ended"]
+    assert not list(tmp_path.rglob("*.tmp"))
     assert not (tmp_path / "hang.txt").exists()
 
 

@@ -110,8 +110,8 @@ def reward(problem, response): ...
 SCORE = """
 import sys
 sys.path = [entry for entry in sys.path if entry]  # as in a console script: no current folder
-from megatron_rl.commands import cli
-cli._see_current_folder()
+from megatron_rl.process.lifetime import see_current_folder
+see_current_folder()
 from megatron_rl.scoring.workers import ScoringPool
 from megatron_rl.types import Problem
 with ScoringPool(["my_task:TASK"], reward=sys.argv[1] or None, num_workers=1, timeout_s=5.0) as pool:
