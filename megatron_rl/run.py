@@ -25,6 +25,7 @@ from megatron_rl.launch.folder import RunFolder
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
+from megatron_rl.metrics.timing import resident_bytes
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
 from megatron_rl.model.generators import seed_generators
@@ -165,6 +166,7 @@ class Run:
             metrics |= self._numerics.finish_step(done, self.directory / "numerics", self.say)
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
+        metrics["memory/resident_bytes"] = float(resident_bytes())
         if self.reference:
             metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
         self._checkpoint_seconds = {}

@@ -15,11 +15,13 @@ from megatron_rl.process.run_key import VARIABLE as KEY_VARIABLE
 from megatron_rl.process.run_key import run_key
 
 ALLOCATOR = {
-    # glibc returns large blocks to the kernel at once, and touching them anew can be slow. The gain from keeping
-    # them depends on the machine: benchmarks/results/cpu_step.md.
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_TOP_PAD_": "67108864",
+    # glibc's own settings give pages back to the kernel and fetch them again all the time, which can be slow. With every block
+    # kept, large and small ones cut each other's room to pieces, and the heap grows to several times what is in use. So
+    # blocks are kept up to the largest limit that every glibc accepts, and larger ones are mapped:
+    # docs/results/memory-over-time.md.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
 }
 
 

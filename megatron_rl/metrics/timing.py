@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from typing import Protocol
 
 from megatron_rl.metrics.rows import Row
@@ -18,17 +20,19 @@ class MemoryMeter(Protocol):
 
 
 class ProcessMemory:
-    """Peak bytes that torch allocated on the current device once it uses CUDA, else the resident size of this process.
+    """Peak bytes that torch allocated on the current device once it uses CUDA, else the peak of this process's resident size.
 
-    On CUDA it owns torch's peak counter: each reading resets it. Resident size has no counter that can be reset, so it
-    is sampled; memory that a phase frees before its end is not seen.
+    Each reading resets the counter that it reads: torch's, or the kernel's ``VmHWM``. A kernel that has none, or lets nobody
+    reset it, has the resident size sampled: memory that a phase frees before its end is then not seen.
     """
 
     def __init__(self) -> None:
-        import psutil
-
-        self._process = psutil.Process()
-        self._resident = self._process.memory_info().rss
+        self._status: FileIO | None = None
+        self._resident = resident_bytes()
+        with contextlib.suppress(OSError):  # kept open: a border comes many times a step
+            self._reset = open("/proc/self/clear_refs", "wb", buffering=0)  # noqa: SIM115
+            self._reset.write(b"5")
+            self._status = open("/proc/self/status", "rb", buffering=0)  # noqa: SIM115
 
     def peak_bytes(self) -> int:
         """Return the highest number of bytes since the last call."""
@@ -38,8 +42,21 @@ class ProcessMemory:
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             return peak
-        before, self._resident = self._resident, self._process.memory_info().rss
-        return max(before, self._resident)
+        if self._status is None:
+            before, self._resident = self._resident, resident_bytes()
+            return max(before, self._resident)
+        self._status.seek(0)
+        _, found, rest = self._status.read(8192).partition(b"VmHWM:")
+        assert found, "/proc/self/status has no VmHWM"
+        self._reset.write(b"5")
+        return 1024 * int(rest.split(maxsplit=1)[0])
+
+
+def resident_bytes() -> int:
+    """Return the resident size of this process now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 class PhaseTimer:

@@ -338,6 +338,8 @@ def _sharded_state(trainable: Trainable, *, is_loading: bool = False) -> dict[st
     trainable.update_memory.resume(with_gradients=False)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Rank 0 of the data-parallel ranks writes, so the others need no copy. From GPUs it would go over gloo too.
+        "distrib_optim_fully_reshardable_mem_efficient": trainable.groups.device.type == "cpu",
         "dp_cp_group": trainable.groups.dp_cp_group,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,

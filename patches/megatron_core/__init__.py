@@ -44,13 +44,13 @@ def apply_everywhere() -> list[str]:
 
 def apply_cpu() -> list[str]:
     """Import Megatron-Core without its compiler, then apply what CPU and gloo need. Returns the topics in order."""
-    from . import collectives, device, jit, rng
+    from . import checkpoint_memory, collectives, device, jit, rng
 
     with jit.without_compiler():
         for module in _MODULES:
             importlib.import_module(module)
     # ``rng`` adds to the view of torch.cuda that ``device`` hands out; the others are independent of each other.
-    return ["jit", *_apply(device, rng, collectives)]
+    return ["jit", *_apply(device, rng, collectives, checkpoint_memory)]
 
 
 def _apply(*topics: ModuleType) -> list[str]:

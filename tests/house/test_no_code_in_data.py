@@ -11,8 +11,8 @@ READER = "megatron_rl/convert/offline/distcp.py"
 """The one reader of a format that is a pickle: it knows the classes of that format and runs nothing."""
 SENDER = {
     "megatron_rl/rollout/sglang/client.py",
-    "megatron_rl/convert/offline/distcp.py",
     "megatron_rl/convert/offline/archive.py",
+    "megatron_rl/model/plain_load.py",
 }
 """Those that write a pickle because the reader is SGLang or torch."""
 

@@ -560,6 +560,17 @@ def test_resident_memory_sees_what_a_phase_allocates():
     assert meter.peak_bytes() - before < 48 << 20
 
 
+def test_resident_memory_sees_what_a_phase_frees_before_its_end():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_initialized():
+        pytest.skip("measures CUDA memory here")
+    meter = ProcessMemory()
+    before = meter.peak_bytes()
+    with mmap.mmap(-1, 64 << 20) as block:
+        block.write(b"x" * (64 << 20))
+    assert meter.peak_bytes() - before > 48 << 20
+
+
 @pytest.mark.gpu
 def test_cuda_peak_is_that_of_the_phase():
     torch = pytest.importorskip("torch")
