@@ -195,6 +195,6 @@ def test_full_disk_is_noticed_first(
     source: Path, shape: ModelShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(UserError, match="GiB free"):
+    with pytest.raises(UserError, match="MiB free"):
         HFWriter(tmp_path / "out", shape, source=source)
     assert left_over(tmp_path) == []
