@@ -216,9 +216,13 @@ def check_target(directory: Path, num_bytes: int) -> None:
         raise UserError(
             str(parent),
             None,
-            f"has {free / 2**30:.1f} GiB free, the checkpoint needs {needed / 2**30:.1f} GiB",
+            f"has {_amount(free)} free, the checkpoint needs {_amount(needed)}",
             "free disk space or choose another output directory",
         )
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def check_source(source: Path) -> None:

@@ -194,7 +194,7 @@ def test_source_without_config(shape: ModelShape, tmp_path: Path) -> None:
 def test_full_disk_is_noticed_first(
     source: Path, shape: ModelShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))
-    with pytest.raises(UserError, match="GiB free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match="MiB free"):
         HFWriter(tmp_path / "out", shape, source=source)
     assert left_over(tmp_path) == []
