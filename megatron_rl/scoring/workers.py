@@ -160,14 +160,26 @@ class ScoringPool:
         self.close()
 
     def _start(self) -> ProcessPool:
-        pool = ProcessPool(
-            max_workers=self._num_workers,
-            initializer=_prepare_worker,
-            initargs=(self._preload, self._task_names, self._reward),
-            context=self._context,
+        for _ in range(MAX_ATTEMPTS):
+            pool = ProcessPool(
+                max_workers=self._num_workers,
+                initializer=_prepare_worker,
+                initargs=(self._preload, self._task_names, self._reward),
+                context=self._context,
+            )
+            try:
+                pool.schedule(_score_chunk, args=(self._reward, [], 0.0))  # pebble starts workers at the first task
+                return pool
+            except RuntimeError:  # somebody has killed the fork server in that instant
+                pool.stop()
+                pool.join()
+        raise self._no_start()
+
+    def _no_start(self) -> RuntimeError:
+        return RuntimeError(
+            f"scoring workers for {', '.join(self._task_names)} do not start: {MAX_ATTEMPTS} pools broke before the first "
+            "score. What the workers wrote to stderr says why"
         )
-        pool.schedule(_score_chunk, args=(self._reward, [], 0.0))  # pebble starts workers at the first task
-        return pool
 
     def _send(self, chunk: _JobChunk, jobs: Sequence[Job]) -> ProcessFuture:
         if self._pool is None:
@@ -203,10 +215,7 @@ class ScoringPool:
             if chunk.attempt < MAX_ATTEMPTS:
                 todo.append(replace(chunk, attempt=chunk.attempt + 1))
             elif not self._has_answered:
-                raise RuntimeError(
-                    f"scoring workers for {', '.join(self._task_names)} do not start: {MAX_ATTEMPTS} pools broke before the "
-                    "first score. What the workers wrote to stderr says why"
-                )
+                raise self._no_start()
             elif chunk.is_single:
                 scores[chunk.indices[0]] = _failure("crash: the scoring pool broke")
             else:

@@ -328,7 +328,12 @@ def servers(root: Path, run: str) -> list[str]:
     sizes = ("rollout.max_new_tokens=150", "policy.train_micro_batch_tokens=1024", "algorithm.overlong.buffer=150")
     served = ("rollout.engine=sglang", "rollout.sglang_cfg.max_total_tokens=8192", "rollout.servers.num_per_node=2")
     health = ("rollout.servers.health_interval_s=1", "rollout.servers.health_timeout_s=12")
-    unlimited = ("rollout.servers.max_restarts=100", "trainer.max_steps=16", "trainer.devices=2")
+    unlimited = (
+        "rollout.servers.max_restarts=100",
+        "trainer.max_steps=16",
+        "trainer.devices=2",
+        "policy.optim.lr=1.0e-4",
+    )
     return verb("train", root, run, *sizes, *served, *health, *unlimited)
 
 

@@ -167,3 +167,19 @@ def test_scoring_workers_find_tasks_and_rewards_in_the_current_folder(folder: Pa
     (folder / "bin" / "score.py").write_text(SCORE)
     done = run(folder, "bin/score.py", reward)
     assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
+
+
+def test_a_fork_server_that_dies_at_its_first_start_is_replaced(folder: Path) -> None:
+    (folder / "fatal.py").write_text(
+        "import os, pathlib, signal\nmark = pathlib.Path('mark')\n"
+        "if not mark.exists():\n    mark.touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with (folder / "my_task.py").open("a") as file:
+        file.write("object.__setattr__(TASK, 'preload', ('fatal',))\n")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}  # the fork server looks nowhere else
+    command = [sys.executable, "-c", SCORE, "half:reward"]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (folder / "mark").exists()
+    assert (done.returncode, done.stdout) == (0, "0.5\n"), done.stderr
