@@ -47,6 +47,7 @@ def _in_place_of(original: Callable[..., Any]) -> Callable[..., Any]:
                         whole = None if state is None else state[index][dtype][key][start:end]
                         start = end
                         if group.size() == 1:
+                            assert whole is not None
                             _fill(whole, self, shard["param_map"], key)
                             continue
                         part = torch.zeros(bucket.grad_data.numel() // group.size())
