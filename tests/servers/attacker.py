@@ -25,7 +25,7 @@ def main() -> None:
         if not can_connect(host, port):
             continue
         got["reachable"].append([host, port])
-        if is_http(host, port):
+        if [host, port] in knows["servers"]:
             got["answered"] += ask_all(host, port, knows["routes"])
             got["sockets"] += [port] if opens_a_socket(host, port) else []
         else:
@@ -45,10 +45,6 @@ def can_connect(host: str, port: int) -> bool:
     with suppress(OSError), socket.create_connection((host, port), timeout=2):
         return True
     return False
-
-
-def is_http(host: str, port: int) -> bool:
-    return ask(host, port, "GET", "/health", None) is not None
 
 
 def ask(host: str, port: int, method: str, path: str, authorization: str | None, **headers: str) -> int | None:
