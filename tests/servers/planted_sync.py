@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -12,13 +13,17 @@ import psutil
 from megatron_rl import train
 
 MARK = "MEGATRON_RL_TEST_MARK"
+VARIABLE = "MEGATRON_RL_TEST_FAULTS"
 FAULTS = {
-    1: ("before", "server", signal.SIGKILL),
-    2: ("during", "scheduler", signal.SIGSTOP),
-    3: ("after", "server", signal.SIGKILL),
-    4: ("before", "server", signal.SIGSTOP),
+    "1": ("before", "server", "SIGKILL", 1),
+    "2": ("during", "scheduler", "SIGSTOP", 1),
+    "3": ("ending", "server", "SIGKILL", 1),
+    "4": ("after", "server", "SIGSTOP", 1),
 }
-"""By version: when, which process of a server in the update, and the signal."""
+"""By version: when, which process of a server, the signal, and how many servers. ``VARIABLE`` has others as JSON.
+
+Before: rank 0 has trained, and nothing is sent. During: the first message. Ending: digests are compared. After: servers serve.
+"""
 
 
 def find(number: int, part: str) -> psutil.Process:
@@ -43,41 +48,45 @@ def plant() -> None:
     from megatron_rl.run import Run
     from megatron_rl.weight_sync import shards
 
-    armed: list[tuple[str, str, signal.Signals]] = []
+    faults = json.loads(os.environ[VARIABLE]) if VARIABLE in os.environ else FAULTS
+    armed: list[tuple[str, str, str, int]] = []
     honest = {
-        "publish": Run.publish, "join": shards.ShardSender._join, "send": shards._Connection.send,
-        "conclude": shards.ShardSender._conclude,
+        "publish": Run.publish, "send": shards._Connection.send,
+        "conclude": shards.ShardSender._conclude, "transfer": shards.ShardSender._transfer,
     }  # fmt: skip
+    updated: list[int] = []
+    """Servers of the last transfer, which are up."""
 
-    def strike(when: str, server: int) -> None:
+    def strike(when: str) -> None:
         if not armed or armed[0][0] != when:
             return
-        _, part, how = armed.pop()
-        if os.environ["RANK"] == "0":
-            find(server, part).send_signal(how)
-            print(f"planted: {how.name} to the {part} of server {server}, {when} an update", flush=True)
+        _, part, how, count = armed.pop()
+        for server in sorted(updated)[:count] if os.environ["RANK"] == "0" else ():
+            find(server, part).send_signal(signal.Signals[how])
+            print(f"planted: {how} to the {part} of server {server}, {when} an update", flush=True)
 
     def publish(run: Any, *, version: int) -> None:
-        armed[:] = [FAULTS[version]] if version in FAULTS else []
+        armed[:] = [faults[str(version)]] if str(version) in faults else []
+        strike("before")
         honest["publish"](run, version=version)
+        strike("after")
 
-    def join(sender: Any, specs: Any, futures: Any) -> Any:
-        strike("before", min(specs))
-        return honest["join"](sender, specs, futures)
+    def transfer(sender: Any, connections: Any, *rest: Any) -> Any:
+        updated[:] = [connection.server for connection in connections]
+        return honest["transfer"](sender, connections, *rest)
 
     def send(link: Any, *rest: Any) -> Any:
-        strike("during", link.server)
+        strike("during")
         return honest["send"](link, *rest)
 
-    def conclude(sender: Any, connections: Any, *rest: Any) -> Any:
-        deliveries = honest["conclude"](sender, connections, *rest)
-        if connections:
-            strike("after", connections[0].server)
+    def conclude(sender: Any, *rest: Any) -> Any:
+        deliveries = honest["conclude"](sender, *rest)
+        strike("ending")
         return deliveries
 
     Run.publish = publish  # type: ignore[method-assign, assignment]
-    shards.ShardSender._join = join  # type: ignore[method-assign, assignment]
     shards._Connection.send = send  # type: ignore[method-assign, assignment]
+    shards.ShardSender._transfer = transfer  # type: ignore[method-assign, assignment]
     shards.ShardSender._conclude = conclude  # type: ignore[method-assign, assignment]
 
 
