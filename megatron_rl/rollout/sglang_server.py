@@ -10,8 +10,10 @@ module body runs in every process of the server. Only the patches may happen her
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from typing import Any
 
 from megatron_rl.process import heartbeat
 from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter, see_current_folder
@@ -26,6 +28,8 @@ def _prepare() -> None:
     # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     heartbeat.start()
+    if key := os.environ.get(KEY_VARIABLE):
+        _keep_out_of_logs(key)
 
     import torch
 
@@ -37,6 +41,20 @@ def _prepare() -> None:
         from megatron_rl.patches import sglang
 
         sglang.apply_cpu()
+
+
+def _keep_out_of_logs(secret: str) -> None:
+    """Put stars in the place of a secret in all that is logged: SGLang logs its arguments at the start."""
+    make = logging.getLogRecordFactory()
+
+    def make_without(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        text = record.getMessage()
+        if secret in text:
+            record.msg, record.args = text.replace(secret, "***"), ()
+        return record
+
+    logging.setLogRecordFactory(make_without)
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ def test_a_stranger_gets_nothing(case: Case, other_network: tuple[str, list[str]
         assert all(row["rollout/staleness"] == 0.0 and row["mismatch/log_prob_abs_diff_max"] < 1e-3 for row in rows)
     finally:
         for launcher in launchers:
-            launcher.send_signal(signal.SIGINT)
+            launcher.send_signal(signal.SIGTERM)
         for launcher in launchers:
             launcher.communicate(timeout=60)
         held.close()
