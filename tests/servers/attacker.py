@@ -1,6 +1,6 @@
-"""A stranger who knows addresses and ports of a run: ``python attacker.py < what it knows as JSON > what it got as JSON``.
+"""A stranger who knows addresses and ports of a run: ``python attacker.py [USER] < what it knows > what it got``, both as JSON.
 
-Run as another user of the machine, or in another network namespace. It needs nothing of this package.
+It becomes another user of the machine once it has imported what it needs, or runs in another network namespace.
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 WRONG_KEYS = ("", "Bearer ", "Bearer wrong", "Basic d3Jvbmc6d3Jvbmc=")
 
 
 def main() -> None:
     knows = json.load(sys.stdin)
+    for user in sys.argv[1:]:
+        os.setgroups([])
+        os.setgid(int(user))
+        os.setuid(int(user))
     got: dict[str, Any] = {"reachable": [], "answered": [], "stores": {}, "files": [], "sockets": []}
     for host, port in knows["ports"]:
         if not can_connect(host, port):
@@ -80,8 +86,6 @@ def opens_a_socket(host: str, port: int) -> bool:
 
 def spoil(host: str, port: int) -> list[str]:
     """Write over all that is in a store, and over what may be asked for later; returns the names of what was there."""
-    import torch.distributed as dist
-
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     names = list(store.list_keys())
     for name in names:

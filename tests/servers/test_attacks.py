@@ -59,14 +59,11 @@ def other_network() -> Iterator[tuple[str, list[str]]]:
 
 def attack(command: list[str], knows: dict[str, Any], user: int | None) -> dict[str, Any]:
     run = subprocess.run(
-        [*command, sys.executable, str(ATTACKER)],
+        [*command, sys.executable, str(ATTACKER), *([] if user is None else [str(user)])],
         input=json.dumps(knows),
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
         cwd="/",
         env={"OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"], "HOME": "/"},
     )
