@@ -72,6 +72,7 @@ def test_a_run_is_compared_with_another_one_and_only_on_the_same_problems(
     assert case.run(*evaluation(case), *named, ranks=2) == [0, 0]
     for row in case.rows("second"):
         assert rates(row).keys() == {"eval/keep_rate_greedy", "eval/keep_rate_any"}
+    named[0] = "exp_manager.name=third"
     capfd.readouterr()
     assert case.run(*evaluation(case), *named, "eval.num_problems=5", ranks=2) == [2, 2]
     assert "1 of its 6 are not evaluated here" in capfd.readouterr().err

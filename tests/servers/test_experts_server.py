@@ -26,7 +26,7 @@ async def complete(url: str, model: torch.nn.Module, requests: list[Request]) ->
         await client.begin_update(1, pause_mode="abort", adapter=adapter, timeout_s=60.0)
         bucket = serialize([(name, tensor.detach()) for name, tensor in checkpoint_views(model).items()])
         await client.send(bucket, tensor_parallel_size=1, timeout_s=60.0)
-        await client.end_update(1, pause_mode="abort", adapter=adapter, timeout_s=60.0)
+        await client.end_update(1, pause_mode="abort", adapter=adapter, timeout_s=60.0, patience_s=60.0)
         shape = (LAYERS, CHOSEN)
         return [
             await client.generate(r, stop_ids=[2], experts=shape, adapter=adapter, version=1, timeout_s=60.0)
