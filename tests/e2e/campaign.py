@@ -279,7 +279,7 @@ def verb(name: str, root: Path, run: str, *overrides: str, config: Path = CONFIG
 
 def grpo(root: Path, run: str) -> list[str]:
     """GRPO with a KL term, evaluation and recorded rollouts on two data-parallel ranks."""
-    evaluated = (f"data.validation={root}/train.jsonl", "eval.every_n_steps=4", "eval.num_problems=8")
+    evaluated = (f"data.validation={root}/held_out.jsonl", "eval.every_n_steps=4", "eval.num_problems=8")
     return verb("train", root, run, *LONG, *evaluated, "rollout.record=true")
 
 
@@ -287,7 +287,7 @@ def rlep(root: Path, run: str) -> list[str]:
     """RLEP that replays its own successes, on two data-parallel ranks, with evaluation."""
     replay = ("data.task=tests.e2e.parity_task:TASK", "algorithm.name=rlep", "algorithm.replay.source=online")
     sizes = ("algorithm.kl.coef=0", "algorithm.overlong.buffer=0", "policy.train_micro_batch_tokens=320")
-    evaluated = (f"data.validation={root}/train.jsonl", "eval.every_n_steps=4", "eval.num_problems=8")
+    evaluated = (f"data.validation={root}/held_out.jsonl", "eval.every_n_steps=4", "eval.num_problems=8")
     return verb("train", root, run, *LONG, *replay, *sizes, *evaluated)
 
 
@@ -339,7 +339,7 @@ def servers(root: Path, run: str) -> list[str]:
 
 def short(root: Path, run: str) -> list[str]:
     """The smallest run that evaluates, records and saves."""
-    evaluated = (f"data.validation={root}/train.jsonl", "eval.every_n_steps=4", "eval.num_problems=4")
+    evaluated = (f"data.validation={root}/held_out.jsonl", "eval.every_n_steps=4", "eval.num_problems=4")
     return verb("train", root, run, "trainer.max_steps=8", "policy.optim.lr=1.0e-4", *evaluated, "rollout.record=true")
 
 
@@ -370,7 +370,8 @@ def prepare(root: Path) -> None:
         {"question": f"What is {n} plus {n % 7}?", "answer": f"{n} + {n % 7} = {n + n % 7}\n#### {n + n % 7}"}
         for n in range(24)
     ]
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("train", "held_out"):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def prepare_large(root: Path) -> None:
