@@ -5,6 +5,7 @@ It becomes another user of the machine once it has imported what it needs, or ru
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401  found in its folder now: another user may not read that
 import http.client
 import json
 import os

@@ -134,7 +134,7 @@ def test_a_stranger_gets_nothing(case: Case, other_network: tuple[str, list[str]
             before = metrics.read_text().count("\n")
             got = attack(command, {**knows, "mark": secrets[1], "files": what}, user)
             print(json.dumps({**got, "answered": len(got["answered"])}))
-            health = {"/health", "/health_generate"}
+            health = {"/health", "/health_generate", "/ready"}
             assert {path for path, *_ in got["answered"]} <= health, got["answered"]
             assert not got["files"] and not got["sockets"]
             assert open_to_http[0] in got["reachable"] and open_to_http[1] in got["reachable"]
