@@ -34,6 +34,7 @@ from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process import activity
+from megatron_rl.process.heap import trim_heap
 from megatron_rl.report.curves import plot_curves
 from megatron_rl.report.summary import sum_up
 from megatron_rl.rollout.build import build_engine
@@ -337,6 +338,7 @@ class Run:
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
             state |= self.inputs.stream.state()
             path = self.checkpoints.save(done, self.policy.trainable, state, self.algorithm.state())
+            trim_heap()  # a fraction of a second, for several times the size of the checkpoint
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
             self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
             self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")
