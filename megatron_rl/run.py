@@ -407,7 +407,7 @@ class Run:
         if self.is_first:
             baseline = self._baseline
             # Without the row, a file of step 0 is of another run, which had this folder before.
-            if baseline is None and any(row["step"] == 0 for row in self.logger.rows()):
+            if baseline is None and self.logger.has_row(0):
                 try:
                     baseline = self.evaluator.read_results(results_path(self.directory, 0), field="eval")
                 except UserError as error:  # no reason to end a run that was resumed with other problems

@@ -47,6 +47,10 @@ class MetricsLogger:
         """Read the file's rows, in the order of steps; none on ranks that do not write."""
         return [] if self._file is None else read_metrics(self.path)
 
+    def has_row(self, step: int) -> bool:
+        """Return whether a step has a row; never on ranks that do not write."""
+        return self._file is not None and self._file.has_row(step)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the row after ``step`` training steps; a second call for the last step adds to its row.
 
@@ -109,8 +113,6 @@ class MetricsLogger:
             file.append({"step": step, **values})
         else:
             # At most once an evaluation, so the whole file is rewritten atomically: there always is one row a step.
-            rows = {int(row["step"]): row for row in self.rows()}
-            rows[step] = rows.get(step, {"step": step}) | values
-            file.rewrite(list(rows.values()))
+            file.add(step, values)
         for guard in self._sinks:
             guard.log(step, values)
