@@ -78,6 +78,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak_") as folder:
         shared = set(SHARED_MEMORY.iterdir())
         status, samples = soak(Path(folder), arguments)
+        if not samples:
+            sys.exit(f"the run ended before its first sample, with status {status}")
         left = sorted({*SHARED_MEMORY.iterdir()} - shared) + sorted((Path(folder) / "tmp").iterdir())
     if arguments.samples:
         lines = [json.dumps({"step": sample.step, **sample.uses}) for sample in samples]
@@ -86,7 +88,12 @@ def main() -> int:
     for kind, figures in kinds.items():
         print(f"{kind}: {figures}")
     fits = status == 0 and all(figures["mb_per_100_steps"] <= MOST_MB_PER_100_STEPS for figures in kinds.values())
-    figures = {"engine": arguments.engine, "steps": samples[-1].step, "status": status, "within_limits": fits}
+    figures = {
+        "engine": arguments.engine,
+        "last_sampled_step": samples[-1].step,
+        "status": status,
+        "within_limits": fits,
+    }
     print(json.dumps({**figures, "left_behind": [path.name for path in left], "kinds": kinds}))
     return 0 if fits else 1
 
@@ -111,7 +118,8 @@ def soak(folder: Path, arguments: argparse.Namespace) -> tuple[int, list[Sample]
     metrics = folder / "soak" / "metrics.jsonl"
     while run.poll() is None:
         time.sleep(arguments.every_s)
-        if (step := _last_step(metrics)) > 0 and (uses := _uses(run.pid)):
+        # Not after the last step: some ranks end before others.
+        if 0 < (step := _last_step(metrics)) < arguments.steps and (uses := _uses(run.pid)):
             samples.append(Sample(step, uses))
     return run.returncode, samples
 

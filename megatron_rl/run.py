@@ -35,6 +35,7 @@ from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process import activity
+from megatron_rl.process.heap import trim_heap
 from megatron_rl.report.curves import plot_curves
 from megatron_rl.report.summary import sum_up
 from megatron_rl.rollout.build import build_engine
@@ -362,12 +363,12 @@ class Run:
             if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
                 self.release_engine_memory()
             started = time.monotonic()
-            with all_ranks_agree(self.groups.cpu_group):
-                num_rows = self.logger.sync()
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
-            state["num_rows"] = num_rows
+            with all_ranks_agree(self.groups.cpu_group):
+                state["num_rows"] = self.logger.sync()
             state |= self.inputs.stream.state()
             path = self.checkpoints.save(done, self.policy.trainable, state, self.algorithm.state())
+            trim_heap()  # a fraction of a second, for several times the size of the checkpoint
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
             self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
             self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")

@@ -120,8 +120,6 @@ class MetricsLogger:
             file.append({"step": step, **values})
         else:
             # At most once an evaluation, so the whole file is rewritten atomically: there always is one row a step.
-            rows = {int(row["step"]): row for row in self.rows()}
-            rows[step] = rows.get(step, {"step": step}) | values
-            file.rewrite(list(rows.values()))
+            file.add(step, values)
         for guard in self._sinks:
             guard.log(step, values)

@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 
 from megatron_rl.errors import UserError
-from megatron_rl.files import SAME_COMMAND, disk_errors, sync, write_atomic
+from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors, sync, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,26 @@ class MetricsFile:
             while data:  # a disk that is nearly full takes a part, and refuses the rest
                 data = data[self._file.write(data) :]
         self._steps.add(int(row["step"]))
+
+    def add(self, step: int, values: Row) -> None:
+        """Add values to the row of a step, which may be new. Other rows are copied one by one: a long run has many."""
+        row: Row | None = {"step": step, **values}
+        with _as_user_error(self.path):
+            self._file.close()
+            with atomic_file(self.path) as temporary, self.path.open("rb") as old, temporary.open("wb") as new:
+                for line in old:
+                    if not line.strip():
+                        continue
+                    [found], _ = _parse(line)
+                    if row is not None and found["step"] >= step:
+                        is_same = found["step"] == step
+                        new.write(_encode(found | values if is_same else row))
+                        line, row = b"" if is_same else line, None
+                    new.write(line)
+                if row is not None:
+                    new.write(_encode(row))
+            self._file = self._open()
+        self._steps.add(step)
 
     def rewrite(self, rows: list[Row]) -> None:
         """Replace the content, in the order of steps."""

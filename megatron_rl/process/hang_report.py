@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import linecache
+import functools
+import itertools
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,8 +97,15 @@ def _collective(frame: FrameType | None) -> str:
     # Other waits (threads, processes) have a Python frame of their own. A frame that runs may have no line.
     if innermost is None or innermost.f_lineno is None:
         return ""
-    is_wait = ".wait()" in linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
-    return innermost.f_code.co_name if is_wait else ""
+    return innermost.f_code.co_name if _is_wait(innermost.f_code.co_filename, innermost.f_lineno) else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_wait(path: str, number: int) -> bool:
+    """Return whether a line of code waits. ``linecache`` would keep every file that a rank was ever seen in."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
+        return ".wait()" in next(itertools.islice(lines, number - 1, None), "")
+    return False
 
 
 def _is_ours(path: str) -> bool:

@@ -1,15 +1,14 @@
-"""Hold, save and load the distributed optimizer's state when the inner optimizer is torch's Adam.
+"""Save and load the distributed optimizer when the inner one is torch's Adam.
 
 Why: without Transformer Engine and Apex the inner optimizer is torch's, which has no state before its first step and
-    one ``step`` tensor per parameter. So the moments come to lie between the first step's activations and cut the heap to
-    pieces for the rest of the run, ``sharded_state_dict`` fails on a fresh optimizer, the loader misses ``step``
+    one ``step`` tensor per parameter. So ``sharded_state_dict`` fails on a fresh optimizer, the loader misses ``step``
     among the per-parameter tensors, and it hands all parameters the *same* tensor: each step after a resume then
     advances the count once per parameter, the bias corrections are wrong, and nothing says so.
-Upstream: ``_get_megatron_optimizer_based_on_param_groups`` in megatron/core/optimizer/__init__.py;
-    ``DistributedOptimizer.load_state_dict`` and ``._set_main_param_and_optimizer_states`` in distrib_optimizer.py there
+Upstream: ``DistributedOptimizer.state_dict``, ``.load_state_dict``, ``.sharded_state_dict`` and
+    ``._set_main_param_and_optimizer_states`` in megatron/core/optimizer/distrib_optimizer.py
 Versions: 0.16.1 - 0.19.2 (tested on both; in 0.19 still one tensor for all)
 Remove when: upstream clones the step for each parameter (as it does for ``HybridDeviceOptimizer``) and allocates the
-    state when it builds the optimizer.
+    state before it builds the sharded state dict.
 Tested by: tests/unit/patches/test_patch_optimizer.py
 """
 
@@ -26,25 +25,24 @@ from .upstream import replace
 
 
 def apply() -> None:
-    """Wrap the three functions; with Transformer Engine or Apex there is nothing to do."""
-    import megatron.core.optimizer
+    """Wrap three methods of ``DistributedOptimizer``; with Transformer Engine or Apex there is nothing to do."""
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    replace(megatron.core.optimizer, "_get_megatron_optimizer_based_on_param_groups", _with_state)
-    replace(distrib_optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", _with_step)
-    replace(distrib_optimizer.DistributedOptimizer, "load_state_dict", _with_own_steps)
+    optimizer = distrib_optimizer.DistributedOptimizer
+    replace(optimizer, "sharded_state_dict", _with_state)
+    replace(optimizer, "_set_main_param_and_optimizer_states", _with_step)
+    replace(optimizer, "load_state_dict", _with_own_steps)
 
 
 def _with_state(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def build(*args: Any, **kwargs: Any) -> Any:
-        optimizer = original(*args, **kwargs)
-        _allocate(optimizer.optimizer)
-        return optimizer
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _allocate(self.optimizer)
+        return original(self, *args, **kwargs)
 
-    return build
+    return sharded_state_dict
 
 
 def _allocate(inner: torch.optim.Optimizer | None) -> None:

@@ -6,6 +6,7 @@ import mmap
 import resource
 import subprocess
 import sys
+import tracemalloc
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -143,6 +144,18 @@ def test_evaluation_joins_the_row_of_its_step(open_logger):
     ]
     log.log(3, {"reward/mean": 0.7})
     assert log.rows()[-1] == {"step": 3, "reward/mean": 0.7}
+
+
+def test_an_evaluation_does_not_hold_all_rows(open_logger):
+    log = open_logger()
+    for step in range(1, 501):
+        log.log(step, {f"metric_{i}": i / 7 for i in range(50)})
+    tracemalloc.start()
+    log.log_eval(500, {"greedy": 0.5})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000  # bytes; the file has 500,000
+    assert len(log.rows()) == 500 and log.rows()[-1]["eval/greedy"] == 0.5
 
 
 def test_late_evaluation_without_a_row_is_put_in_order(open_logger):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import linecache
 import os
 import signal
 import subprocess
@@ -171,6 +172,12 @@ def test_a_shared_helper_is_left_out_for_its_caller() -> None:
         compile("def gather(innermost): return innermost()", f"{hang_report._PACKAGE}parallel/agree.py", "exec"), names
     )
     assert locate(names["gather"](sys._getframe))[1].endswith(":test_a_shared_helper_is_left_out_for_its_caller")
+
+
+def test_looking_at_a_rank_keeps_no_source_files() -> None:
+    linecache.clearcache()
+    assert locate(sys._getframe()) == ("", "test_watchdog.py:test_looking_at_a_rank_keeps_no_source_files")
+    assert not linecache.cache
 
 
 def test_an_asynchronous_wait_shows_by_its_line() -> None:
