@@ -15,6 +15,7 @@ from types import FrameType
 HANG = "hang: "
 """First line of the message."""
 _PACKAGE = str(Path(__file__).parent.parent) + os.sep
+_STORE = f"{_PACKAGE}process/signed_store.py"
 _LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _COLLECTIVES = tuple(f"torch/distributed/{name}.py" for name in ("distributed_c10d", "c10d_logger", "rendezvous"))
 
@@ -68,6 +69,8 @@ def locate(frame: FrameType | None) -> tuple[str, str]:
         this package, its shared helpers in ``parallel`` left out, or of a user's own file. A collective on a GPU has
         returned long before it is done, so its wait shows as the place that needs the result.
     """
+    while frame is not None and frame.f_code.co_filename == _STORE:  # which a collective asks while ranks meet
+        frame = frame.f_back
     collective, where = _collective(frame), ""
     while frame is not None:
         path = frame.f_code.co_filename
