@@ -11,6 +11,7 @@ import yaml
 
 from megatron_rl import errors
 from megatron_rl.commands import cli
+from megatron_rl.commands.verbs import run_verb
 from megatron_rl.config import Config, load_config, save_resolved, shown
 from megatron_rl.errors import UserError
 from megatron_rl.launch.rank import difference
@@ -107,10 +108,8 @@ def test_paths_stay_readable() -> None:
 def test_check_prints_the_interpolation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["check", str(TINY), "policy.model_path=m", f"{'.'.join(KEYS)}={WRITTEN}"]
     monkeypatch.setattr(sys, "argv", ["megatron-rl", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out = capsys.readouterr().out
-    assert ended.value.code == 0 and SECRET not in out
+    status, out = run_verb(cli.app), capsys.readouterr().out
+    assert status == 0 and SECRET not in out
     assert yaml.safe_load(out)["exp_manager"]["mlflow_logger_kwargs"]["tracking_uri"] == WRITTEN
 
 

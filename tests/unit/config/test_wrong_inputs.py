@@ -26,6 +26,7 @@ import contextlib, io, json, os, sys, time, traceback
 from pathlib import Path
 import typer
 from megatron_rl.commands import cli
+from megatron_rl.commands.verbs import run_verb
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
 from megatron_rl.launch import command
@@ -52,7 +53,7 @@ for row in json.load(sys.stdin):
             if row["verb"] == "load":
                 load(*row["arguments"])
             sys.argv = ["megatron-rl", row["verb"], *row["arguments"]]
-            cli.main()
+            status = run_verb(cli.app)
         except SystemExit as error:
             status = error.code
         except BaseException:
