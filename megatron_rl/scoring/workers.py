@@ -46,6 +46,8 @@ CHUNKS_PER_WORKER = 4
 """More even out unequal jobs, fewer cost less traffic."""
 MAX_CHUNK_JOBS = 256
 MAX_ATTEMPTS = 3
+DYING_S = 1.0
+"""Seconds until a fork server that was killed is gone, and a new one is started in its place."""
 """A chunk is sent this often at most when pools break and nothing says which job did it."""
 STALL_S = 60.0
 """A pool that gives no sign for this long beyond a job's deadline is replaced; its first workers start within this time."""
@@ -173,6 +175,7 @@ class ScoringPool:
             except RuntimeError:  # somebody has killed the fork server in that instant
                 pool.stop()
                 pool.join()
+                time.sleep(DYING_S)
         raise self._no_start()
 
     def _no_start(self) -> RuntimeError:
