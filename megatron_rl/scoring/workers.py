@@ -46,9 +46,9 @@ CHUNKS_PER_WORKER = 4
 """More even out unequal jobs, fewer cost less traffic."""
 MAX_CHUNK_JOBS = 256
 MAX_ATTEMPTS = 3
+"""A chunk is sent this often at most when pools break and nothing says which job did it."""
 DYING_S = 1.0
 """Seconds until a fork server that was killed is gone, and a new one is started in its place."""
-"""A chunk is sent this often at most when pools break and nothing says which job did it."""
 STALL_S = 60.0
 """A pool that gives no sign for this long beyond a job's deadline is replaced; its first workers start within this time."""
 RESTALL_S = 15.0
