@@ -43,7 +43,7 @@ eval: {every_n_steps: 100, num_samples: 2, num_samples_during: 2, k_values: [1, 
 
 
 class Use(NamedTuple):
-    """What the processes of one kind hold together."""
+    """Resources that all processes of one kind hold together."""
 
     megabytes: float = 0.0
     """Resident, 10^6 bytes each."""

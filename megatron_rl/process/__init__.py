@@ -1,1 +1,1 @@
-"""Processes: start, activity, output, hangs and end. This room imports nothing of the package."""
+"""Processes: start, activity, output, hangs and end. Of the package it imports only errors and files."""

@@ -186,7 +186,7 @@ def _processes_of(case: Case) -> list[psutil.Process]:
 
 
 def test_a_reader_that_goes_does_not_end_the_run_which_leaves_no_process(case: Case) -> None:
-    """As ``| head -1`` does; standard error goes the same way."""
+    """The reader takes one line, like ``| head -1``; standard error goes the same way."""
     process = case.start("trainer.max_steps=1", "trainer.devices=2")
     assert process.stdout.readline().startswith("$ torchrun")
     process.stdout.close()

@@ -8,13 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LOADS = {"pickle.loads", "pickle.load", "pickle.Unpickler", "dill.loads", "joblib.load", "marshal.loads", "shelve.open"}
 READER = "megatron_rl/convert/offline/distcp.py"
-"""The one reader of a format that is a pickle: it knows the classes of that format and runs nothing."""
+"""Reader of the one format that is a pickle: it knows the classes of that format and runs nothing."""
 SENDER = {
     "megatron_rl/rollout/sglang/client.py",
     "megatron_rl/convert/offline/archive.py",
     "megatron_rl/model/plain_load.py",
 }
-"""Those that write a pickle because the reader is SGLang or torch."""
+"""Modules that write a pickle, because its reader is SGLang or torch."""
 
 
 def calls() -> list[tuple[str, str, ast.Call | ast.Attribute]]:

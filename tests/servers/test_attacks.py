@@ -1,4 +1,4 @@
-"""What a stranger gets from a run of two nodes with servers: another user of the machine, and one from another network."""
+"""A stranger tries every port of a run of two nodes with servers: as another user of the machine, and from another network."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def attack(command: list[str], knows: dict[str, Any], user: int | None) -> dict[
 
 
 def routes(address: str, port: int, key: str) -> list[tuple[str, str]]:
-    """Method and path of all that a server offers, as its owner is told."""
+    """Return method and path of all that a server offers, as its owner is told."""
     url = f"http://{address}:{port}/openapi.json"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
     with urllib.request.urlopen(request, timeout=30) as reply:
@@ -195,7 +195,7 @@ json.dump([asked[pid] for pid in asked if os.waitpid(pid, 0)[1] == 0], sys.stdou
 
 
 def find_stores(places: list[tuple[str, int]]) -> list[list[Any]]:
-    """Those places where a store of torch answers."""
+    """Return the places where a store of torch answers."""
     command = [sys.executable, "-c", FIND_STORES]
     run = subprocess.run(command, input=json.dumps(places), capture_output=True, text=True, timeout=LIMIT_S)
     return json.loads(run.stdout)

@@ -1,4 +1,4 @@
-"""What a killed SGLang server leaves on the machine: 16 KB of shared memory, through which its scheduler tells its load."""
+"""Leftovers of a killed SGLang server: 16 KB of shared memory, through which its scheduler tells its load."""
 
 from __future__ import annotations
 

@@ -559,11 +559,16 @@ def test_synchronize_runs_at_every_border():
     assert len(calls) == 3
 
 
-def test_resident_memory_sees_what_a_phase_allocates():
+@pytest.fixture
+def meter() -> ProcessMemory:
+    """A meter of the resident size, which another takes the place of once CUDA is in use."""
     torch = pytest.importorskip("torch")
     if torch.cuda.is_initialized():
         pytest.skip("measures CUDA memory here")
-    meter = ProcessMemory()
+    return ProcessMemory()
+
+
+def test_resident_memory_sees_what_a_phase_allocates(meter: ProcessMemory):
     before = meter.peak_bytes()
     block = mmap.mmap(-1, 64 << 20)  # not from the heap, whose free pages may be resident already
     block.write(b"x" * (64 << 20))
@@ -573,11 +578,7 @@ def test_resident_memory_sees_what_a_phase_allocates():
     assert meter.peak_bytes() - before < 48 << 20
 
 
-def test_resident_memory_sees_what_a_phase_frees_before_its_end():
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_initialized():
-        pytest.skip("measures CUDA memory here")
-    meter = ProcessMemory()
+def test_resident_memory_sees_what_a_phase_frees_before_its_end(meter: ProcessMemory):
     before = meter.peak_bytes()
     with mmap.mmap(-1, 64 << 20) as block:
         block.write(b"x" * (64 << 20))
