@@ -75,7 +75,7 @@ def work(
     world_size = TRAINING.num_ranks + ROLLOUT.tp_size
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     dist.init_process_group("gloo", store=dist.PrefixStore("world", store), rank=rank, world_size=world_size)
-    group = make_group(backend, store, "transfer", rank, world_size, 300.0)
+    group = make_group(backend, store, "transfer", rank, world_size, host="127.0.0.1", timeout_s=300.0)
     plan = make_plan(shape, TRAINING, ROLLOUT)
     messages = make_messages(plan, bucket_elements=2**23)
     tp_rank = rank - TRAINING.num_ranks

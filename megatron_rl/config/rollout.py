@@ -58,11 +58,11 @@ class ServersConfig:
         if last_port > MAX_PORT:
             rule = f"is too high for {self.num_per_node} servers a node: the last port would be {last_port}, above {MAX_PORT}"
             raise UserError("rollout.servers.base_port", self.base_port, rule, "lower it")
-        if self.health_interval_s >= self.health_timeout_s:
+        if 2 * self.health_interval_s > self.health_timeout_s:
             raise UserError(
                 "rollout.servers.health_interval_s",
                 self.health_interval_s,
-                f"must be below rollout.servers.health_timeout_s = {self.health_timeout_s:g}",
+                f"must be at most half of rollout.servers.health_timeout_s = {self.health_timeout_s:g}",
                 "ask several times within the limit",
             )
         if self.key_file is not None and self.urls is None:

@@ -18,8 +18,8 @@ class HeldPort:
     """A port reserved for a program that we start, until ``close``.
 
     A server takes many seconds from its start to its own ``bind``, and a port that was merely free before is another
-    program's by then. This one is bound and never listened on: the kernel hands it to nobody, and lets a program that asks
-    for it by number bind beside us where both set SO_REUSEADDR, as servers do.
+    program's by then, or that of another user who waits for what we send there. This one is bound with SO_REUSEPORT and never
+    listened on: the kernel lets only sockets that set the option too, of the same user, bind beside it (``socket_beside``).
     """
 
     def __init__(self, host: str, number: int = 0) -> None:
@@ -30,20 +30,38 @@ class HeldPort:
             number: 0 takes any.
 
         Raises:
-            OSError: a program listens there.
+            OSError: a program listens there, or holds the port.
         """
-        self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._socket.bind((host, number))
-        except OSError:
-            self._socket.close()
-            raise
+        if number:  # a listener of this user that sets SO_REUSEPORT itself would let us in
+            _bound(host, number, socket.SO_REUSEADDR).close()
+        self._socket = _bound(host, number, socket.SO_REUSEPORT)
         self.number = int(self._socket.getsockname()[1])
 
     def close(self) -> None:
         """Release the port. Safe to call twice."""
         self._socket.close()
+
+
+def socket_beside(host: str, port: int) -> socket.socket:
+    """Return a bound socket on a port that a ``HeldPort`` of this user may hold.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    return _bound(host, port, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+
+
+def _bound(host: str, port: int, *options: int) -> socket.socket:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    found = socket.socket(family)
+    try:
+        for option in options:
+            found.setsockopt(socket.SOL_SOCKET, option, 1)
+        found.bind((host, port))
+    except OSError:
+        found.close()
+        raise
+    return found
 
 
 def listening_socket(host: str, port: int = 0) -> socket.socket:

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from typing import Any
 
 from megatron_rl.process import heartbeat
 from megatron_rl.process.lifetime import PARENT_VARIABLE, die_with_starter, see_current_folder
+from megatron_rl.process.network import keep_gloo_on_loopback, socket_beside
 
 KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
+MEETING_VARIABLE = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+"""SGLang's own: the URL by which a server's ranks meet. One of a file says that they are all on this machine."""
 
 
 def _prepare() -> None:
@@ -28,6 +32,8 @@ def _prepare() -> None:
     # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     heartbeat.start()
+    if os.environ.get(MEETING_VARIABLE, "").startswith("file:"):
+        keep_gloo_on_loopback()
     if key := os.environ.get(KEY_VARIABLE):
         _keep_out_of_logs(key)
 
@@ -57,6 +63,18 @@ def _keep_out_of_logs(secret: str) -> None:
     logging.setLogRecordFactory(make_without)
 
 
+def _listen_beside_the_held_port() -> None:
+    """Let uvicorn bind the port that the starter of this server holds for it."""
+    import uvicorn
+
+    serve = uvicorn.Server.serve
+
+    async def serve_beside(self: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        await serve(self, sockets or [socket_beside(self.config.host, self.config.port)])
+
+    uvicorn.Server.serve = serve_beside  # type: ignore[method-assign]
+
+
 def main() -> None:
     """Serve until stopped. SGLang's own children end with this process."""
     from sglang.launch_server import run_server
@@ -70,6 +88,7 @@ def main() -> None:
     keys = ["--api-key", key, "--admin-api-key", key] if key else []
     # It asks for no key where a browser would open a socket, and nothing of ours does.
     app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, WebSocketRoute)]
+    _listen_beside_the_held_port()
     arguments = prepare_server_args([*sys.argv[1:], *keys])
     try:
         run_server(arguments)

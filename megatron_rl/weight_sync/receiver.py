@@ -35,6 +35,7 @@ from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors
+from megatron_rl.process.network import own_address
 from megatron_rl.process.signed_store import SignedStore, open_store
 from megatron_rl.weight_sync.mailbox import Mailbox
 from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, receive_messages
@@ -115,13 +116,28 @@ def _spec_type() -> TypeAdapter[TransferSpec]:
     return TypeAdapter(TransferSpec)
 
 
-def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout_s: float) -> Channel:
-    """Make a process group apart from the default one, or a ``Mailbox`` in its place; every member calls this."""
+def make_group(
+    backend: str, store: dist.Store, name: str, rank: int, size: int, *, host: str, timeout_s: float
+) -> Channel:
+    """Make a process group apart from the default one, or a ``Mailbox`` in its place; every member calls this.
+
+    Args:
+        backend: ``gloo``, ``nccl`` or ``ipc``.
+        store: shared by all members.
+        name: of the group.
+        rank: of this member.
+        size: number of members.
+        host: address of the store; gloo listens on the address that reaches it.
+        timeout_s: limit of joining.
+    """
     own = dist.PrefixStore(name, store)
     if backend == "ipc":
         return Mailbox(own, rank, timeout_s)
     if backend == "gloo":
-        return cast(Channel, dist.ProcessGroupGloo(own, rank, size, timedelta(seconds=timeout_s)))
+        gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(1, host))]
+        gloo._timeout = timedelta(seconds=timeout_s)
+        return cast(Channel, dist.ProcessGroupGloo(own, rank, size, gloo))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
     return cast(Channel, dist.ProcessGroupNCCL(own, rank, size, options))
@@ -176,7 +192,10 @@ def _receive(model: torch.nn.Module, spec: TransferSpec, store: SignedStore, tp_
     if name not in _groups:
         _groups.clear()
         size = spec.training.num_ranks + spec.rollout.tp_size
-        _groups[name] = make_group(spec.backend, store, name, rank, size, min(JOIN_S, spec.timeout_s)), store
+        _groups[name] = (
+            make_group(spec.backend, store, name, rank, size, host=spec.host, timeout_s=min(JOIN_S, spec.timeout_s)),
+            store,
+        )
     group, _ = _groups[name]
     messages, overlaps = _mine(spec, tp_rank)
     started = time.monotonic()

@@ -208,8 +208,8 @@ class ShardSender:
 
     def _make_group(self, name: str) -> Channel:
         size = self._training.num_ranks + self._rollout.tp_size
-        timeout_s = min(JOIN_S, self._rendezvous.timeout_s)
-        return make_group(self._rendezvous.backend, self._store, name, self._rank, size, timeout_s)
+        host, timeout_s = self._rendezvous.host, min(JOIN_S, self._rendezvous.timeout_s)
+        return make_group(self._rendezvous.backend, self._store, name, self._rank, size, host=host, timeout_s=timeout_s)
 
     def _transfer(self, connections: Sequence[_Connection], parameters: Mapping[str, Tensor]) -> None:
         """Send all messages; a failure is noted on its connection."""

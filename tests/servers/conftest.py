@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 import threading
 import time
 import urllib.request
@@ -26,7 +27,7 @@ _held: list[HeldPort] = []
 
 def start_server(model: Path, log: Path, **passed: Any) -> tuple[ChildProcess, str]:
     """A server with our flags on a free port; not ready yet."""
-    port, nccl_port = hold_port(), hold_port()
+    port = hold_port()
     command = server_command(
         passed,
         model_path=str(model),
@@ -34,13 +35,15 @@ def start_server(model: Path, log: Path, **passed: Any) -> tuple[ChildProcess, s
         is_cpu=True,
         host="127.0.0.1",
         port=port,
-        nccl_port=nccl_port,
         base_gpu_id=0,
         releases_memory=False,
         seed=0,
     )
     size = int(passed.get("tp_size", 1))
-    environment = server_environment(key="", is_cpu=True, tensor_parallel_size=size, num_servers=1, num_cores=2)
+    meeting = Path(tempfile.mkdtemp(dir=log.parent)) / "store"
+    environment = server_environment(
+        key="", port=port, meeting=meeting, is_cpu=True, tensor_parallel_size=size, num_servers=1, num_cores=2
+    )
     return ChildProcess(command, log=log, environment=environment), f"http://127.0.0.1:{port}"
 
 

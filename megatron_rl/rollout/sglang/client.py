@@ -35,6 +35,10 @@ class Refused(Exception):
     """A refusal by the server (HTTP 4xx); a retry is of no use."""
 
 
+class Unauthorized(Refused):
+    """A refusal for want of the right key."""
+
+
 class SGLangClient:
     """Client of one server. Methods raise ``Unavailable`` or ``Refused`` and nothing else."""
 
@@ -200,7 +204,8 @@ class SGLangClient:
                 if response.status >= 500:
                     raise Unavailable("server_error", f"{self.url}{path}: {response.status} {await _text(response)}")
                 if response.status >= 400:
-                    raise Refused(f"{self.url}{path}: {response.status} {await _text(response)}")
+                    kind = Unauthorized if response.status in (401, 403) else Refused
+                    raise kind(f"{self.url}{path}: {response.status} {await _text(response)}")
                 if response.content_type == "application/json":
                     return await response.json()
                 return await response.text()

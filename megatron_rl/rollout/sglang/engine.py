@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -245,13 +246,14 @@ class SGLangEngine:
                 is_cpu=self._is_cpu,
                 host=host,
                 port=port,
-                nccl_port=self._hold_port(host),  # another one at every start: the last may be lingering
                 base_gpu_id=first_gpu + index * size,
                 releases_memory=servers.placement == "colocated",
                 seed=config.trainer.seed + number,
             )
             environment = server_environment(
                 key=key,
+                port=port,
+                meeting=Path(tempfile.mkdtemp(prefix="megatron_rl_meeting_")) / "store",
                 is_cpu=self._is_cpu,
                 tensor_parallel_size=size,
                 num_servers=servers.num_per_node,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.sglang_server import KEY_VARIABLE
+from megatron_rl.rollout.sglang_server import KEY_VARIABLE, MEETING_VARIABLE
 
 CPU_KV_TOKENS = 65_536
 """KV pool of a CPU server unless the config says otherwise: SGLang's own default is most of the machine's memory."""
@@ -37,7 +38,6 @@ def server_command(
     is_cpu: bool,
     host: str,
     port: int,
-    nccl_port: int,
     base_gpu_id: int,
     releases_memory: bool,
     seed: int,
@@ -51,7 +51,7 @@ def server_command(
         records_experts: completions carry the chosen experts.
         overrides: fields of config.json.
         is_cpu: no GPU here.
-        host, port, nccl_port: where to listen; tensor-parallel ranks meet at the last.
+        host, port: where to listen.
         base_gpu_id: first GPU.
         releases_memory: the trainer wants the memory between rollouts.
         seed: of this server.
@@ -60,7 +60,6 @@ def server_command(
         "model_path": model_path,
         "host": host,
         "port": port,
-        "nccl_port": nccl_port,
         "dtype": str(dtype).removeprefix("torch."),
         # Weights come from the trainer before the first request; reading them from disk would only cost time.
         "load_format": "dummy",
@@ -82,10 +81,23 @@ def server_command(
 
 
 def server_environment(
-    *, key: str, is_cpu: bool, tensor_parallel_size: int, num_servers: int, num_cores: int
+    *, key: str, port: int, meeting: Path, is_cpu: bool, tensor_parallel_size: int, num_servers: int, num_cores: int
 ) -> dict[str, str]:
-    """Return the environment variables of one server's processes; every request but that for its health needs the key."""
-    environment = {KEY_VARIABLE: key}
+    """Return the environment variables of one server's processes.
+
+    Args:
+        key: that every request but that for its health needs.
+        port: where it listens.
+        meeting: file that is not there yet, in a folder that only this user sees. Tensor-parallel ranks meet in it: what SGLang
+            does by default, a store that listens on a port, believes whoever comes first.
+        is_cpu: no GPU here.
+        tensor_parallel_size: of the server.
+        num_servers: on this machine.
+        num_cores: of this machine.
+    """
+    environment = {KEY_VARIABLE: key, MEETING_VARIABLE: f"file://{meeting}"}
+    # SGLang's shared memory between ranks on a CPU has these two in its name.
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if not is_cpu:
         return environment
     # One core of a server's share is for its HTTP process. Waiting threads sleep, because spinning ones would take cores

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from megatron_rl.config.rollout import ServersConfig, WeightSyncConfig
 from megatron_rl.errors import UserError
 from megatron_rl.process import activity
-from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unavailable
+from megatron_rl.rollout.sglang.client import Refused, SGLangClient, Unauthorized, Unavailable
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER
 from megatron_rl.rollout.sglang.versions import Adapter, adapter_for
 
@@ -219,9 +219,19 @@ class Fleet:
                 await self._get_to_know(server)
             # An answer of the scheduler: one of the HTTP process alone would bring a frozen server back for another update.
             version = str((await server.client.info(STATE_TIMEOUT_S)).get("weight_version"))
-        except (Unavailable, Refused) as error:
-            if server.is_known:
+        except Unavailable as error:
+            if server.is_known:  # of one that is still starting there is nothing else to expect
                 server.reason = str(error)
+            self._fail_if_none_for_too_long()
+        except Refused as error:
+            server.reason = str(error)
+            if isinstance(error, Unauthorized):
+                self.failure = self.failure or UserError(
+                    "rollout.servers.key_file",
+                    None,
+                    f"has not the key that {server.name} asks for",
+                    "name a file with the key that the server was started with",
+                )
             self._fail_if_none_for_too_long()
             return
         except UserError as error:

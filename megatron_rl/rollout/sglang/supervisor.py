@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_rl.config.rollout import ServersConfig
-from megatron_rl.errors import UserError
+from megatron_rl.errors import UserError, described
 from megatron_rl.process import heartbeat
 from megatron_rl.process.child import ChildProcess, how_it_ended
 from megatron_rl.process.heartbeat import Heartbeats
 from megatron_rl.rollout.sglang.leftovers import remove_leftovers
 
 LOOK_S = 0.5
+KILLED_STARTS = 2
+"""Further starts of a server that was killed before it had ever answered."""
 SCHEDULER_ANSWERS = "/server_info"
 """A question that the scheduler answers, also while generation is paused. That for ``/health`` generates a token, which a
 server that is asked for its memory does not survive."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks without a proxy of the environment, which would learn the key."""
 
 
 @dataclass
@@ -119,21 +124,34 @@ class Supervisor:
     def _run(self) -> None:
         remove_leftovers()  # of a run that was killed with its servers
         try:
-            for server in self._servers:
-                self._start(server)
-            looked_s = time.monotonic()
-            while not self._stop.wait(LOOK_S):
-                now = time.monotonic()
-                # Less than has passed where this process itself was stopped, or the machine gave it no time.
-                passed_s, looked_s = min(now - looked_s, 3 * LOOK_S), now
-                for server in self._servers:
-                    if self._failure is None:
-                        self._look(server, passed_s)
+            self._watch()
+        except (
+            Exception
+        ) as error:  # a thread's error reaches nobody, and the run would wait for servers that never come
+            traceback.print_exc()
+            self._failure = UserError(
+                "rollout.servers",
+                ", ".join(server.name for server in self._servers),
+                f"can be watched no more: {described(error)}",
+                "see the traceback in this rank's log",
+            )
         finally:
             for server in self._servers:
                 if server.process is not None:
                     server.process.kill()
             remove_leftovers()
+
+    def _watch(self) -> None:
+        for server in self._servers:
+            self._start(server)
+        looked_s = time.monotonic()
+        while not self._stop.wait(LOOK_S):
+            now = time.monotonic()
+            # Less than has passed where this process itself was stopped, or the machine gave it no time.
+            passed_s, looked_s = min(now - looked_s, 3 * LOOK_S), now
+            for server in self._servers:
+                if self._failure is None:
+                    self._look(server, passed_s)
 
     def _start(self, server: Managed) -> None:
         server.log.parent.mkdir(parents=True, exist_ok=True)
@@ -152,25 +170,27 @@ class Supervisor:
             if time.monotonic() - server.started_s > self._config.start_timeout_s:
                 self._replace(server, "did not answer in time")
         else:
-            if not self._is_busy.is_set():
-                server.silent_s += passed_s
+            # After a weight update an answer is due health_timeout_s later, whatever went before.
+            server.silent_s = 0.0 if self._is_busy.is_set() else server.silent_s + passed_s
             frozen_s = server.heartbeats.silence_s(passed_s)
             if max(server.silent_s, frozen_s) >= limit_s:
                 self._replace(server, f"gave no sign of life for {max(server.silent_s, frozen_s):.0f} s")
 
     def _replace(self, server: Managed, reason: str) -> None:
         assert server.process is not None
-        is_alive = server.process.status() is None
+        status = server.process.status()
         server.process.kill()  # its children too
         server.reasons.append(reason)
-        if not server.has_been_up and is_alive:
+        # Its own error would come again; a signal came from outside, maybe for want of memory, and may not.
+        is_hopeless = not server.has_been_up and (status is None or status >= 0 or server.num_restarts >= KILLED_STARTS)
+        if is_hopeless and status is None:
             self._failure = UserError(
                 "rollout.servers.start_timeout_s",
                 self._config.start_timeout_s,
                 f"{server.name} did not answer within it",
                 f"see {server.log}; raise the limit for large models and slow disks",
             )
-        elif not server.has_been_up:
+        elif is_hopeless:
             self._failure = UserError(
                 "rollout.sglang_cfg",
                 server.name,
@@ -192,7 +212,7 @@ class Supervisor:
     def _answers(self, url: str, *, timeout_s: float) -> bool:
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self._key}"})
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with _DIRECT.open(request, timeout=timeout_s) as response:
                 return bool(response.status == 200)
         except (OSError, ValueError):  # URLError, HTTPError and time-outs are OSErrors
             return False

@@ -171,6 +171,7 @@ BOUNDS = overridden(
     ("rollout.servers.request_timeout_s=1e30", "less than or equal to"),
     ("rollout.servers.health_timeout_s=1e30", "less than or equal to"),
     ("rollout.servers.health_interval_s=0", "greater than"),
+    ("rollout.servers.health_interval_s=40", "at most half"),
     ("rollout.servers.base_port=70000", "less than or equal to 65535"),
     ("rollout.servers.base_port=0", "greater than"),
     (["rollout.servers.num_per_node=2", "rollout.servers.base_port=65535"], "the last port would be 65536"),

@@ -1,0 +1,109 @@
+"""The thread that starts and watches servers: what it gives up, what it tries again, and whom it tells the key."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.rollout import ServersConfig
+from megatron_rl.process.child import ChildProcess
+from megatron_rl.rollout.sglang import supervisor
+from megatron_rl.rollout.sglang.supervisor import KILLED_STARTS, Managed, Supervisor
+
+KILLS_ITSELF = "import os; os.kill(os.getpid(), 9)"
+SERVES = """
+import http.server, sys
+class Yes(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Yes).serve_forever()
+"""
+Watch = Callable[[Managed], Supervisor]
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.02)
+    made: list[Supervisor] = []
+
+    def start(server: Managed) -> Supervisor:
+        made.append(Supervisor([server], ServersConfig(), key="the-key"))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+def managed(folder: Path, program: str, *, port: int = 9) -> Managed:
+    log = folder / "log"
+
+    def start(variables: Mapping[str, str]) -> ChildProcess:
+        return ChildProcess([sys.executable, "-c", program, str(port)], log=log, environment=dict(variables))
+
+    return Managed("server 0", f"http://127.0.0.1:{port}", log, start)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_one_that_is_killed_before_it_answers_is_started_again_but_not_for_ever(tmp_path: Path, watch: Watch) -> None:
+    server = managed(tmp_path, KILLS_ITSELF)
+    watched = watch(server)
+    wait_for(lambda: watched.failure)
+    assert server.num_restarts == KILLED_STARTS and "killed by SIGKILL" in str(watched.failure)
+
+
+def test_one_that_ends_with_an_error_of_its_own_is_not_started_again(tmp_path: Path, watch: Watch) -> None:
+    server = managed(tmp_path, "import sys; sys.exit('no such model')")
+    watched = watch(server)
+    wait_for(lambda: watched.failure)
+    assert server.num_restarts == 0 and "no such model" in str(watched.failure)
+
+
+def test_an_error_of_the_thread_itself_ends_the_run(tmp_path: Path, watch: Watch) -> None:
+    def start(_variables: Mapping[str, str]) -> ChildProcess:
+        raise OSError(11, "no more processes")
+
+    watched = watch(Managed("server 0", "http://127.0.0.1:9", tmp_path / "log", start))
+    wait_for(lambda: watched.failure)
+    assert "no more processes" in str(watched.failure)
+
+
+def test_a_proxy_of_the_environment_never_sees_the_key(
+    tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        asked: list[bytes] = []
+
+        def listen() -> None:
+            while True:
+                try:
+                    connection, _ = proxy.accept()
+                except OSError:
+                    return
+                asked.append(connection.recv(4096))
+                connection.close()
+
+        threading.Thread(target=listen, daemon=True).start()
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        server = managed(tmp_path, SERVES, port=port)
+        watch(server)
+        wait_for(lambda: server.is_up)
+        assert asked == []
