@@ -122,3 +122,16 @@ def test_a_module_of_the_current_folder_is_nobody_elses(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-P", "-c", code]
     assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=30, check=False).returncode == 5
+
+
+@pytest.mark.parametrize(
+    ("program", "said"), [("commands --version", "megatron-rl"), ("launch --nnodes=x", "invalid int value")]
+)
+def test_nor_where_a_program_starts_without_the_flag(tmp_path: Path, program: str, said: str) -> None:
+    for name in ("secrets", "ctypes", "logging"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the user')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
+    command = [sys.executable, "-m", *f"megatron_rl.{program}".split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert said in done.stdout + done.stderr and "of the user" not in done.stderr, done.stderr
