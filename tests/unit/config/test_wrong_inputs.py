@@ -514,6 +514,19 @@ PASSED = [
         (f"{SERVER}.dtype=int4", "must be one of"),
         (f"{SERVER}.schedule_policy=5", "must be one of"),
         (f"{SERVER}.dp_size=2", "rollout.servers.num_per_node"),
+        *(
+            (f"{SERVER}.{name}={value}", "must be a whole number of at least 1")
+            for name in ("tp_size", "ep_size", "pp_size")
+            for value in ("0", "-1", "null")
+        ),
+        (f"{SERVER}.moe_dense_tp_size=0", "must be a whole number of at least 1"),
+        (f"{SERVER}.enable_metrics=true", "open to everybody"),
+        (f"{SERVER}.enable_dp_attention=true", "TCP ports without a key"),
+        (f"{SERVER}.attn_dp_size=2", "TCP ports without a key"),
+        (f"{SERVER}.grpc_mode=true", "asks for no key"),
+        (f"{SERVER}.grpc_port=40000", "asks for no key"),
+        (f"{SERVER}.kv_events_config='{{}}'", "asks for no key"),
+        (f"{SERVER}.tokenizer_worker_num=2", "does not start"),
         (f"{SERVER}.port=30000", "rollout.servers.base_port"),
         (f"{SERVER}.api_key=abc", "is drawn at random"),
         (f"{SERVER}.admin_api_key=abc", "is drawn at random"),
