@@ -289,6 +289,12 @@ YAML = [
         Row("policy.optim", (f"policy.optim={value}", "policy.optim.lr=1e-4"), "is a section")
         for value in ("5", "[1]", "null")
     ),
+    Row(
+        "trainer",
+        config=f'defaults: {TINY}\ntrainer: "${{data}}"\n',
+        overrides=("trainer.max_steps=3",),
+        words="is an interpolation",
+    ),
     *(Row("trainer", (f"trainer={value}",), "is a section, not a value") for value in ("5", "[1,2]", "null", "")),
     *(Row("algorithm", (f"algorithm={value}",), "is a section, not a value") for value in ("5", "[1]", "grpo", "")),
     Row("5", config="5: 1\n", words="not as a text"),
