@@ -545,6 +545,16 @@ PASSED = [
 
 CLEAR = "holds a secret in clear text"
 SECRETS = overridden(
+    *(
+        (f"exp_manager.wandb_logger_kwargs.{name}=abc", CLEAR)
+        for name in ("secret_key", "private_key", "auth", "pwd", "x-api-key", "session_token")
+    ),
+    *(
+        (f"exp_manager.mlflow_logger_kwargs.tracking_uri=http://host/x?a=b&{name}=abc", CLEAR)
+        for name in ("api_key", "token", "key", "X-Amz-Signature")
+    ),
+    ("exp_manager.wandb_logger_kwargs.notes=see http://me:abc@host", CLEAR),
+    ("exp_manager.wandb_logger_kwargs.password=1234", CLEAR),
     ("exp_manager.wandb_logger_kwargs.api_key=abc", CLEAR),
     ("exp_manager.wandb_logger_kwargs.password=abc", CLEAR),
     ("exp_manager.mlflow_logger_kwargs.tags.auth_token=abc", CLEAR),
