@@ -20,7 +20,8 @@ RUNTIME = [
     "pydantic>=2.14",
     "PyYAML",
     "typer",
-    "math-verify[antlr4_13_2]==0.9.0",
+    "math-verify==0.9.0",
+    "antlr4-python3-runtime==4.13.2",  # math-verify's extra for it: pip warns of a name inside, and older ones leave it out
     "pebble>=5.2",
     "aiohttp",
     "zstandard>=0.25",

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from urllib.parse import parse_qsl, urlsplit
+
 MAX_SHOWN = 300
 """Characters of a value, or of another error's message, that are printed."""
 MIN_HIDDEN = 8
 """Length from which on a secret is looked for inside other texts: shorter ones are parts of words."""
+MASK = "***"
+SECRET_NAME = re.compile(
+    r"(.*_)?(api_?key|access_?key|private_?key|secret_?key|password|passwd|passphrase|pwd|secret|credentials?|auth|authorization)"
+    r"|((.*_)?(access|api|auth|bearer|hf|login|refresh|security|session)_)?token",
+    re.IGNORECASE,
+)
+"""Names of secrets, with underscores for hyphens."""
+SECRET_PARAMETER = re.compile(rf"{SECRET_NAME.pattern}|(.*_)?(key|sig|signature)", re.IGNORECASE)
+"""Names of secrets behind the ``?`` of a URL."""
 _HIDDEN: dict[str, str] = {}
 
 
@@ -22,18 +34,55 @@ def without_secrets(text: str) -> str:
     return text
 
 
+def is_clear_text(name: str, value: object) -> bool:
+    """Tell a secret that is written out: by its name, or because it is a URL that holds one. An interpolation is none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return False
+    text = str(value)
+    return "${" not in text and text != "" and (_is_name(SECRET_NAME, name) or any(map(_holds_secret, text.split())))
+
+
+def _is_name(names: re.Pattern[str], name: str) -> bool:
+    return names.fullmatch(name.replace("-", "_")) is not None
+
+
+def _holds_secret(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        has_password = parts.password is not None
+    except ValueError:
+        return False
+    given = parse_qsl(parts.query) if parts.netloc else []
+    return has_password or any(_is_name(SECRET_PARAMETER, name) for name, _ in given)
+
+
+def _masked(name: str, value: object) -> object:
+    """Return a value of a config without secrets: interpolations in place of those known, a mask for those written out."""
+    if isinstance(value, dict):
+        return {key: _masked(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_masked(name, inner) for inner in value]
+    if isinstance(value, str):
+        value = _HIDDEN.get(value, value)
+    return MASK if is_clear_text(name, value) else value
+
+
+def _last_name(field: str) -> str:
+    return next((part for part in reversed(field.split(".")) if not part.isdecimal()), "")
+
+
 class UserError(ValueError):
     """Something the user gave is wrong. Prints as ``field = value: rule. Fix: fix.``, always on one line.
 
     Args:
         field: what is wrong, as the user would find it: a dotted config key, ``file:line``, a path.
-        value: the value received; ``None`` where showing one would say nothing.
+        value: the value received; ``None`` where showing one would say nothing. Secrets in it are masked.
         rule: what has to hold, in a few words, without a full stop.
         fix: what to do about it, without a full stop.
     """
 
     def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
-        value = _HIDDEN.get(value, value) if isinstance(value, str) else value
+        value = _masked(_last_name(field), value)
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
         shown = "" if value is None else f" = {shortened(without_secrets(repr(value)))}"
         super().__init__(without_secrets(f"{one_line(field)}{shown}: {one_line(rule)}. Fix: {one_line(fix)}."))

@@ -1,14 +1,12 @@
 """``megatron-rl``, and ``python -m megatron_rl.commands``: the verbs of ``cli``, whose imports take a while already."""
 
-from __future__ import annotations
-
-from typing import NoReturn
-
-from megatron_rl.process import lifetime
+from megatron_rl.process.path import leave_current_folder
 
 
-def main() -> NoReturn:
-    """Run the console command."""
+def main() -> None:
+    """Run the console command; this does not return."""
+    from megatron_rl.process import lifetime
+
     lifetime.run(_run)
 
 
@@ -20,4 +18,5 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
+    leave_current_folder()
     main()

@@ -34,7 +34,7 @@ def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not all(key.split(".")) or key != key.strip():
-            raise UserError("override", item, "must read section.field=value", "for example trainer.max_steps=100")
+            raise UserError("override", key + equals, "must read section.field=value", "for example trainer.max_steps=100")
         value: Any = _read_value(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -129,7 +129,8 @@ def _merge(below: Tree, above: Tree, where: tuple[str, ...] = ()) -> Tree:
     """Return ``below`` with what ``above`` gives; lists are replaced whole.
 
     Raises:
-        UserError: a value stands where ``below`` has a section, whose settings would be lost.
+        UserError: a value stands where ``below`` has a section, or a section where it has an interpolation: settings would be
+            lost.
     """
     merged = dict(below)
     for key, value in above.items():
@@ -139,6 +140,11 @@ def _merge(below: Tree, above: Tree, where: tuple[str, ...] = ()) -> Tree:
         elif known and isinstance(known, dict) and not (isinstance(value, str) and "${" in value):
             field = ".".join((*where, key))
             raise UserError(field, value, "is a section, not a value", f"give its fields, as {field}.FIELD=VALUE")
+        elif isinstance(known, str) and "${" in known and isinstance(value, dict):
+            field = ".".join((*where, key))
+            rule = "is an interpolation, which would be lost with all that it stands for"
+            fix = "change the section that it refers to, or write this one out where the interpolation stands"
+            raise UserError(field, known, rule, fix)
         elif value != "???" or key not in below:  # which says that only the user knows
             merged[key] = value
     return merged

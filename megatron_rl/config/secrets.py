@@ -15,19 +15,14 @@ from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 
 from megatron_rl.config.schema import Config
-from megatron_rl.errors import UserError, hide
+from megatron_rl.errors import UserError, hide, is_clear_text
 from megatron_rl.files import atomic_file, disk_errors
 
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
-SECRET_NAME = re.compile(
-    r"(.*_)?(api_?key|access_?key|password|passwd|secret|credentials?)|((.*_)?(access|api|auth|bearer|hf|login)_)?token",
-    re.IGNORECASE,
-)
 
 Keys = tuple[str, ...]
 _TEXTS: dict[tuple[Keys, str], str] = {}
@@ -51,7 +46,7 @@ def remember(written: Any, resolved: Any, *, is_path: Callable[[Keys], bool]) ->
 
 
 def refuse_clear_text(written: Any, where: Keys = ()) -> None:
-    """Refuse secrets that are written out, as in ``api_key: abc`` and ``http://user:password@host``.
+    """Refuse secrets that are written out: ``api_key: abc``, ``http://user:password@host``, ``http://host/?token=abc``.
 
     Raises:
         UserError: there is one.
@@ -59,22 +54,13 @@ def refuse_clear_text(written: Any, where: Keys = ()) -> None:
     if isinstance(written, dict | list):
         for key, inner in written.items() if isinstance(written, dict) else enumerate(written):
             refuse_clear_text(inner, (*where, str(key)))
-    elif isinstance(written, str) and written and "${" not in written:
-        names = [key for key in where if not key.isdecimal()]
-        if SECRET_NAME.fullmatch(names[-1]) or _has_password(written):
-            raise UserError(
-                ".".join(where),
-                None,
-                "holds a secret in clear text, which would be saved, printed and seen by others on the machine",
-                "export it as a variable, and give ${oc.env:VARIABLE}",
-            )
-
-
-def _has_password(text: str) -> bool:
-    try:
-        return urlsplit(text).password is not None
-    except ValueError:
-        return False
+    elif is_clear_text(next((key for key in reversed(where) if not key.isdecimal()), ""), written):
+        raise UserError(
+            ".".join(where),
+            None,
+            "holds a secret in clear text, which would be saved, printed and seen by others on the machine",
+            "export it as a variable, and give ${oc.env:VARIABLE}",
+        )
 
 
 def _pairs(written: Any, resolved: Any, where: Keys = ()) -> Iterator[tuple[Keys, str, str]]:

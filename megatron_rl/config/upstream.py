@@ -110,10 +110,25 @@ SGLANG_OWNED: dict[str, str] = {
         ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_keyfile_password", "enable_ssl_refresh"),
         "is not supported: the servers of a run speak plain http",
     ),
+    "enable_metrics": "is not supported: SGLang's /metrics is open to everybody, also where a server has a key",
+    **dict.fromkeys(
+        ("grpc_mode", "grpc_port", "smg_grpc_mode", "smg_http_sidecar_port", "sidecar"),
+        "is not supported: it opens a port that asks for no key",
+    ),
+    "kv_events_config": "is not supported: events go out by a port that asks for no key",
+    **dict.fromkeys(
+        ("enable_dp_attention", "attn_dp_size", "dwdp_size"),
+        "is not supported: such a server's queues are TCP ports without a key, in place of files",
+    ),
+    "tokenizer_worker_num": "is fixed at 1: with more, SGLang takes no key and does not start",
     "base_gpu_id": "follows rollout.servers.placement",
     "enable_memory_saver": "follows rollout.servers.placement",
     "enable_return_routed_experts": "follows policy.router_replay",
 }
+SGLANG_SIZES = frozenset({"tp_size", "pp_size", "ep_size", "attn_cp_size", "dcp_size", "moe_dp_size"})
+"""Numbers of ranks of one server. SGLang gives each a whole number, and looks at some of them only while it starts."""
+SGLANG_OPTIONAL_SIZES = frozenset({"moe_dense_tp_size", "shared_experts_tp_size", "elastic_ep_initial_size", "max_ep_size"})
+"""Those that may be null, too."""
 
 
 @cache
@@ -182,6 +197,9 @@ def check_sglang(given: Mapping[str, object]) -> None:
         forms = [value, [value], *([str(value)] if type(value) in (int, float) else [])]
         if value is not None and not any(map(known[name].kind.fits, forms)):
             raise _not_of_kind(field, value, known[name].kind)
+        is_size = name in SGLANG_SIZES or (name in SGLANG_OPTIONAL_SIZES and value is not None)
+        if is_size and (not isinstance(value, int) or value < 1):
+            raise UserError(field, value, "must be a whole number of at least 1", "correct it, or leave it out")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

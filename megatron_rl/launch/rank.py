@@ -222,6 +222,8 @@ def _wait_for_others_to_speak() -> bool:
 def _join_others(config: Config, runtime: Runtime) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    if config.trainer.num_nodes > 1:
+        _check_meeting_address(config.trainer.num_nodes, os.environ["MASTER_ADDR"])
     if own_address(config.trainer.num_nodes, *config.rollout.servers.hosts) == "127.0.0.1":
         keep_gloo_on_loopback()
     timeout = timedelta(seconds=config.trainer.timeout_s)
@@ -241,6 +243,20 @@ def _join_others(config: Config, runtime: Runtime) -> None:
             f"must be one folder for all nodes: on {socket.gethostname()} it holds another key than where other ranks run",
             "choose a folder on a file system that all nodes share, by its full path",
         ) from error
+
+
+def _check_meeting_address(num_nodes: int, master: str) -> None:
+    """Check that node 0's name leads to an address that other machines reach, unless all nodes are said to be on this one."""
+    field, host = "MASTER_ADDR", socket.gethostname()
+    name_it = "give --rdzv-endpoint (or MASTER_ADDR) an IPv4 address of node 0 in the nodes' network, the same on every node"
+    try:
+        address = own_address(num_nodes)
+    except OSError as error:
+        rule = f"leads {host} to no IPv4 address ({error.strerror}), and gloo's and the servers' addresses are such"
+        raise UserError(field, master, rule, name_it) from error
+    if address.startswith("127.") and master != "localhost" and not master.startswith("127."):
+        rule = f"leads {host} to its own loopback, where no other machine reaches it: mostly a line 127.0.1.1 of /etc/hosts"
+        raise UserError(field, master, rule, f"{name_it}, or take its name off that line")
 
 
 def _device(config: Config) -> torch.device:

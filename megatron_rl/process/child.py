@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_rl.process.lifetime import PARENT_VARIABLE
+from megatron_rl.process.output import open_log
 
 
 class ChildProcess:
@@ -20,11 +21,11 @@ class ChildProcess:
 
         Args:
             command: program and arguments.
-            log: file that its output is appended to.
+            log: file that its output is appended to; a link is replaced.
             environment: variables added to this process's.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
+        with open(open_log(log), "ab") as output:
             self._process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,

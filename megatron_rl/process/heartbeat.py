@@ -32,10 +32,8 @@ def start() -> None:
 
 def _beat(file: Path) -> None:
     while True:
-        try:
+        with contextlib.suppress(OSError):  # the disk is full for a while, or the starter is gone, and so are we soon
             file.touch(mode=0o600)
-        except OSError:  # the starter is gone and took the folder with it, or the disk is full
-            return
         time.sleep(BEAT_S)
 
 

@@ -45,7 +45,7 @@ def run(program: Callable[[], int]) -> NoReturn:
 def see_current_folder() -> None:
     """Put the current folder last on the path: a user's tasks and rewards lie there.
 
-    First, where ``python -m`` puts it without ``-P``, a file ``secrets.py`` in it would be everybody's ``secrets``.
+    First, where ``python -m`` puts it without ``-P``, it would be in the way (path.py).
     """
     with contextlib.suppress(FileNotFoundError):  # it has been removed
         here = os.getcwd()

@@ -43,6 +43,18 @@ def open_output(descriptor: int, like: TextIO | None = None) -> TextIO:
     return io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
+def open_log(path: str | os.PathLike[str]) -> int:
+    """Open a log for appending. A link in its place would lead output into any file of the user's: it is replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if os.path.islink(path):
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            os.unlink(path)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+
+
 class _Descriptor(io.FileIO):
     """A descriptor that is pointed elsewhere once it cannot be written."""
 
@@ -64,7 +76,7 @@ class _Descriptor(io.FileIO):
         path = "" if self._is_moved else os.environ.get(LOG_VARIABLE, "")
         self._is_moved = True
         try:
-            new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            new = open_log(path)
         except OSError:
             new, path = os.open(os.devnull, os.O_WRONLY), ""
         os.dup2(new, self.fileno())

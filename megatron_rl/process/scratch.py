@@ -20,6 +20,9 @@ import tempfile
 from pathlib import Path
 
 PREFIX = "megatron_rl-"
+UNLOCKED_PREFIX = "megatron_rl_"
+"""Begins the name of a folder on a file system without locks. A kill leaves it behind for good."""
+NUM_TRIES = 3
 MAX_PARENT_LENGTH = 50
 """Sockets lie in the folder, some levels down, and the kernel takes paths of 107 bytes for them."""
 
@@ -35,31 +38,56 @@ def use_own_folder() -> Path:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(parent / f"torchinductor_{_user()}"))
     if len(str(parent)) > MAX_PARENT_LENGTH:
         parent = Path("/tmp")
-    for old in parent.glob(f"{PREFIX}*"):
-        if (lock := _lock(old)) is not None:
-            _remove(old)
-            os.close(lock)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    while _lock(folder) is None:  # another launcher took it for a leftover, in the instant before the lock
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    _remove_leftovers(parent)
+    folder = _locked_folder(parent)
     atexit.register(_remove, folder)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     return folder
 
 
-def _lock(folder: Path) -> int | None:
-    """Return a descriptor that holds the lock of one of our folders; None if another process has it, or the folder is gone."""
+def _remove_leftovers(parent: Path) -> None:
+    """Remove folders of dead processes: our user's, whose lock can be had. What the file system does not say is left alone."""
+    for old in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = _lock(old)
+            if os.fstat(lock).st_uid == os.getuid():
+                _remove(old)
+            os.close(lock)
+
+
+def _locked_folder(parent: Path) -> Path:
+    """Make a folder whose lock this process holds until its end; without locks, one that nobody takes for a leftover."""
+    for _ in range(NUM_TRIES):
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        try:
+            _lock(folder)
+        except OSError as error:
+            _remove(folder)
+            if not isinstance(error, BlockingIOError | FileNotFoundError):
+                break
+            # Another launcher took it for a leftover, in the instant before the lock.
+        else:
+            return folder
+    return Path(tempfile.mkdtemp(prefix=UNLOCKED_PREFIX, dir=parent))
+
+
+def _lock(folder: Path) -> int:
+    """Return a descriptor that holds the lock of a folder.
+
+    Raises:
+        BlockingIOError: another process has it.
+        FileNotFoundError: the folder is gone.
+        OSError: the file system cannot say, or the folder is none of ours.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        status = os.fstat(descriptor)
-        if status.st_uid == os.getuid() and os.path.samestat(status, folder.stat()):
-            return descriptor
-    os.close(descriptor)
-    return None
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError(f"{folder} was replaced")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _remove(folder: Path) -> None:

@@ -12,6 +12,7 @@ whenever a server comes back without the current weights. A new transport of our
 
 from __future__ import annotations
 
+import atexit
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, error_to_json, raise_first
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.process.lock import FolderLock, take_lock
 from megatron_rl.process.network import own_address
 from megatron_rl.rollout.engine import ServerPort
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER
@@ -290,7 +292,10 @@ class Shards:
 
 
 class SharedDirectory:
-    """Rank 0 writes what has changed and the checkpoint that it makes; servers load that. A ``Transport``."""
+    """Rank 0 writes what has changed and the checkpoint that it makes; servers load that. A ``Transport``.
+
+    Versions of another run are removed as leftovers, so rank 0 holds the directory's lock until the process ends.
+    """
 
     metrics: Mapping[str, float] = {}
 
@@ -309,9 +314,15 @@ class SharedDirectory:
         base: checkpoint that training started from.
         full_every: versions from one full copy to the next.
         cpu_group: all ranks, over gloo.
+
+        Raises:
+            UserError: on all ranks; another run has the directory.
         """
         self._tensors, self._directory, self._base, self._group = tensors, directory, base, cpu_group
         self._is_writer = dist.get_rank(cpu_group) == 0
+        with all_ranks_agree(cpu_group):
+            if self._is_writer:
+                atexit.register(_take_directory(directory).release)
         self._publisher = disk.DiskPublisher(directory, full_every=full_every)
         self._written: tuple[int, str] | None = None
 
@@ -338,6 +349,14 @@ class SharedDirectory:
             if old not in (path, base):
                 shutil.rmtree(old, ignore_errors=True)
         return str(path)
+
+
+def _take_directory(directory: Path) -> FolderLock:
+    field = "weight_sync.directory"
+    try:
+        return take_lock(directory, field=field)
+    except UserError as error:
+        raise UserError(field, str(directory), error.rule, error.fix.replace("exp_manager.name", field)) from error
 
 
 def _consume(tensors: NamedTensors) -> None:

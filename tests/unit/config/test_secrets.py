@@ -131,6 +131,28 @@ def test_errors_do_not_tell(override: str) -> None:
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"exp_manager.api_key={SECRET}",
+        f"exp_manager.keys={{auth: {SECRET}}}",
+        f"exp_manager.keys=[{{auth: [{SECRET}]}}]",
+        f"exp_manager.url=http://me:{SECRET}@host",
+        f"exp_manager.url=http://host?api_key={SECRET}",
+        f"exp_manager.api_key='{SECRET}",  # not YAML
+        f"exp_manager..api_key={SECRET}",
+        f"policy.megatron_cfg.secret_key={SECRET}",
+        f"rollout.sglang_cfg.auth={SECRET}",
+        f"rollout.sglang_cfg.api_key={SECRET}",
+    ],
+)
+def test_errors_do_not_tell_what_is_written_out_either(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(override)
+    assert SECRET not in str(caught.value) and SECRET not in str(caught.value.args)
+    assert str(caught.value).startswith(("exp_manager", "policy", "rollout", "override"))
+
+
 def test_errors_of_others_do_not_tell() -> None:
     load()
     error = UserError("exp_manager", {"uri": URI}, f"ConnectionError: {URI} refuses", f"try {URI} later")
@@ -176,6 +198,10 @@ class Sink:
         "algorithm.name=grpo",
         "exp_manager.wandb_logger_kwargs.notes=a token",
         "exp_manager.wandb_logger_kwargs.max_tokens=many",
+        "exp_manager.wandb_logger_kwargs.author=me",
+        "exp_manager.wandb_logger_kwargs.auth=true",
+        "exp_manager.wandb_logger_kwargs.notes=http://host/?page=3",
+        "exp_manager.wandb_logger_kwargs.notes=what?token=1",
     ],
 )
 def test_a_word_that_looks_like_a_secret_is_none(override: str) -> None:

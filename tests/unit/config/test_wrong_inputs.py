@@ -290,6 +290,12 @@ YAML = [
         Row("policy.optim", (f"policy.optim={value}", "policy.optim.lr=1e-4"), "is a section")
         for value in ("5", "[1]", "null")
     ),
+    Row(
+        "trainer",
+        config=f'defaults: {TINY}\ntrainer: "${{data}}"\n',
+        overrides=("trainer.max_steps=3",),
+        words="is an interpolation",
+    ),
     *(Row("trainer", (f"trainer={value}",), "is a section, not a value") for value in ("5", "[1,2]", "null", "")),
     *(Row("algorithm", (f"algorithm={value}",), "is a section, not a value") for value in ("5", "[1]", "grpo", "")),
     Row("5", config="5: 1\n", words="not as a text"),
@@ -515,6 +521,19 @@ PASSED = [
         (f"{SERVER}.dtype=int4", "must be one of"),
         (f"{SERVER}.schedule_policy=5", "must be one of"),
         (f"{SERVER}.dp_size=2", "rollout.servers.num_per_node"),
+        *(
+            (f"{SERVER}.{name}={value}", "must be a whole number of at least 1")
+            for name in ("tp_size", "ep_size", "pp_size")
+            for value in ("0", "-1", "null")
+        ),
+        (f"{SERVER}.moe_dense_tp_size=0", "must be a whole number of at least 1"),
+        (f"{SERVER}.enable_metrics=true", "open to everybody"),
+        (f"{SERVER}.enable_dp_attention=true", "TCP ports without a key"),
+        (f"{SERVER}.attn_dp_size=2", "TCP ports without a key"),
+        (f"{SERVER}.grpc_mode=true", "asks for no key"),
+        (f"{SERVER}.grpc_port=40000", "asks for no key"),
+        (f"{SERVER}.kv_events_config='{{}}'", "asks for no key"),
+        (f"{SERVER}.tokenizer_worker_num=2", "does not start"),
         (f"{SERVER}.port=30000", "rollout.servers.base_port"),
         (f"{SERVER}.api_key=abc", "is drawn at random"),
         (f"{SERVER}.admin_api_key=abc", "is drawn at random"),
@@ -527,6 +546,16 @@ PASSED = [
 
 CLEAR = "holds a secret in clear text"
 SECRETS = overridden(
+    *(
+        (f"exp_manager.wandb_logger_kwargs.{name}=abc", CLEAR)
+        for name in ("secret_key", "private_key", "auth", "pwd", "x-api-key", "session_token")
+    ),
+    *(
+        (f"exp_manager.mlflow_logger_kwargs.tracking_uri=http://host/x?a=b&{name}=abc", CLEAR)
+        for name in ("api_key", "token", "key", "X-Amz-Signature")
+    ),
+    ("exp_manager.wandb_logger_kwargs.notes=see http://me:abc@host", CLEAR),
+    ("exp_manager.wandb_logger_kwargs.password=1234", CLEAR),
     ("exp_manager.wandb_logger_kwargs.api_key=abc", CLEAR),
     ("exp_manager.wandb_logger_kwargs.password=abc", CLEAR),
     ("exp_manager.mlflow_logger_kwargs.tags.auth_token=abc", CLEAR),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,3 +134,26 @@ def test_another_number_of_processes_than_configured_is_refused() -> None:
     runtime._check_world_size(config("trainer.devices=2"), 2)
     with pytest.raises(UserError, match=r"devices \* num_nodes = 2, but torchrun started 4 processes"):
         runtime._check_world_size(config("trainer.devices=2"), 4)
+
+
+@pytest.mark.parametrize(
+    ("master", "words"),
+    [
+        ("2130706433", "to its own loopback"),  # 127.0.0.1 as one number: a name that is loopback only once it is resolved
+        ("2001:db8::1", "to no IPv4 address"),
+    ],
+)
+def test_a_node_0_that_others_cannot_reach_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, master: str, words: str
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", master)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with pytest.raises(UserError, match=f"MASTER_ADDR = '{master}': leads .* {words}.*--rdzv-endpoint") as caught:
+        runtime._join_others(config("trainer.num_nodes=2"), runtime.Runtime(0, 2, torch.device("cpu")))
+    assert "\n" not in str(caught.value) and "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.parametrize("master", ["localhost", "127.0.0.1", "127.1.2.3"])
+def test_nodes_that_are_said_to_be_on_one_machine_meet_on_loopback(monkeypatch: pytest.MonkeyPatch, master: str) -> None:
+    monkeypatch.setenv("MASTER_ADDR", master)
+    runtime._check_meeting_address(2, master)

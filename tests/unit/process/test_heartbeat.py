@@ -64,6 +64,23 @@ def test_one_that_stops_is_silent_until_it_goes_on(heartbeats: Heartbeats, work:
     assert not list(heartbeats.folder.iterdir())
 
 
+def test_signs_come_again_after_one_that_failed(heartbeats: Heartbeats) -> None:
+    process = start(heartbeats, "heartbeat.BEAT_S = 0.01\ntime.sleep(60)")
+    try:
+        away = heartbeats.folder.with_name(f"{heartbeats.folder.name}_away")
+        heartbeats.folder.rename(away)
+        time.sleep(1.5)
+        away.rename(heartbeats.folder)
+        last = (heartbeats.folder / str(process.pid)).stat().st_mtime_ns
+        deadline = time.monotonic() + 10
+        while (heartbeats.folder / str(process.pid)).stat().st_mtime_ns == last:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_clock_that_jumps_is_a_sign_like_any_other(heartbeats: Heartbeats) -> None:
     file = heartbeats.folder / str(os.getpid())
     file.touch()

@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from megatron_rl.process.child import ChildProcess
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
@@ -42,6 +45,22 @@ def test_after_its_reader_has_gone_output_goes_to_the_log_or_nowhere(tmp_path: P
         first, *rest = (tmp_path / "console.log").read_text().splitlines()
         assert first == f"process {process.pid}: standard output cannot be written (Broken pipe); it goes on here"
         assert rest == ["one", "two"]
+
+
+def test_a_log_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("console.log", "server_0.log"):
+        (tmp_path / name).symlink_to(victim)
+    process = start(log=tmp_path / "console.log")
+    process.stdout.close()
+    process.stdout = None
+    process.communicate("go\n", timeout=30)
+    child = ChildProcess(["echo", "three"], log=tmp_path / "server_0.log", environment={})
+    while child.status() is None:
+        time.sleep(0.01)
+    assert victim.read_text() == "mine"
+    assert "two" in (tmp_path / "console.log").read_text() and (tmp_path / "server_0.log").read_text() == "three\n"
 
 
 def test_a_verb_whose_reader_has_gone_is_silent() -> None:
@@ -103,3 +122,16 @@ def test_a_module_of_the_current_folder_is_nobody_elses(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-P", "-c", code]
     assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=30, check=False).returncode == 5
+
+
+@pytest.mark.parametrize(
+    ("program", "said"), [("commands --version", "megatron-rl"), ("launch --nnodes=x", "invalid int value")]
+)
+def test_nor_where_a_program_starts_without_the_flag(tmp_path: Path, program: str, said: str) -> None:
+    for name in ("secrets", "ctypes", "logging"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the user')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
+    command = [sys.executable, "-m", *f"megatron_rl.{program}".split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert said in done.stdout + done.stderr and "of the user" not in done.stderr, done.stderr

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
+
+from megatron_rl.process import scratch
 
 PROGRAM = """
 import sys, tempfile
@@ -46,3 +52,30 @@ def test_one_that_lives_keeps_its_folder_and_one_that_died_does_not() -> None:
             process.communicate("end\n", timeout=30)
             assert process.returncode == 0
         assert [path.name for path in parent.iterdir()] == ["megatron_rl-of-somebody"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "none"), OSError(errno.EBADF, "NFS"), BlockingIOError()], ids=repr)
+def test_without_locks_there_is_one_folder_that_no_launcher_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def refuse(_descriptor: int, _how: int) -> None:
+        raise error
+
+    left = tmp_path / "megatron_rl-left"
+    left.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", refuse)
+        scratch._remove_leftovers(tmp_path)
+        folder = scratch._locked_folder(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([folder, left])
+    scratch._remove_leftovers(tmp_path)
+    assert [*tmp_path.iterdir()] == [folder], "one with a lock again judges what has one"
+
+
+def test_a_file_system_that_says_another_owner_gives_one_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    folder = scratch._locked_folder(tmp_path)
+    scratch._remove_leftovers(tmp_path)
+    assert [*tmp_path.iterdir()] == [folder]

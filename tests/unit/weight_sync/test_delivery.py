@@ -276,3 +276,27 @@ def test_servers_of_an_engine_from_outside_get_shards_only_where_these_are_asked
     monkeypatch.setattr("megatron_rl.weight_sync.delivery.ShardSender", Asked)
     assert alone(sent_by_an_engine_from_outside, "auto") == "WholeTensors"
     assert "a server cannot take shards" in alone(sent_by_an_engine_from_outside, "shards")
+
+
+def two_runs_over(directory: Path) -> tuple[list[str], str]:
+    """Names in the directory after a second run has come, and what it says."""
+    disk = ["rollout.engine=sglang", "weight_sync.transport=disk", f"weight_sync.directory={directory}"]
+    groups: Any = SimpleNamespace(cpu_group=dist.group.WORLD, device=torch.device("cpu"))
+    shape: Any = None
+    config = load_config(TINY, ["policy.model_path=m", *disk])
+    error = ""
+    for _ in range(2):
+        try:
+            choose_transports(config, shape, groups, tensors=lambda: iter(TENSORS), parameters=dict)
+        except UserError as failure:
+            error += str(failure)
+    return sorted(path.name for path in directory.iterdir()), error
+
+
+def test_a_second_run_over_a_directory_ends_before_it_removes_anything(tmp_path: Path) -> None:
+    for name in ("served_00000003", "00000003.full"):
+        (tmp_path / name).mkdir()
+    for names, error in run_ranks(two_runs_over, 2, tmp_path):
+        assert names == [".lock", "00000003.full", "served_00000003"]
+        assert error.startswith(f"weight_sync.directory = '{tmp_path}': is in use by process ")
+        assert error.endswith("or choose another weight_sync.directory.") and "\n" not in error
