@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import socket
 import statistics
 import time
 from collections import Counter
@@ -28,7 +29,6 @@ import torch.distributed as dist
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import shard_shape
 from megatron_rl.convert.tables.table import entries, hf_tensors
-from megatron_rl.process.network import HeldPort
 from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, receive_messages, send_messages
 from megatron_rl.weight_sync.plan import TrainingLayout, make_plan
 from megatron_rl.weight_sync.receiver import make_group
@@ -172,8 +172,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     results: Queue[dict[str, object]] = context.Queue()
     shape = model_of(arguments.layers)
-    held = HeldPort("127.0.0.1")  # until this process ends
-    port = held.number
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     ranks = range(TRAINING.num_ranks + ROLLOUT.tp_size)
     given = [(rank, port, shape, arguments.repeats, arguments.backend, results) for rank in ranks]
     processes = [context.Process(target=work, args=each, daemon=True) for each in given]

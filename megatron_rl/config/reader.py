@@ -34,7 +34,9 @@ def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not all(key.split(".")) or key != key.strip():
-            raise UserError("override", key + equals, "must read section.field=value", "for example trainer.max_steps=100")
+            raise UserError(
+                "override", key + equals, "must read section.field=value", "for example trainer.max_steps=100"
+            )
         value: Any = _read_value(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}

@@ -127,7 +127,9 @@ SGLANG_OWNED: dict[str, str] = {
 }
 SGLANG_SIZES = frozenset({"tp_size", "pp_size", "ep_size", "attn_cp_size", "dcp_size", "moe_dp_size"})
 """Numbers of ranks of one server. SGLang gives each a whole number, and looks at some of them only while it starts."""
-SGLANG_OPTIONAL_SIZES = frozenset({"moe_dense_tp_size", "shared_experts_tp_size", "elastic_ep_initial_size", "max_ep_size"})
+SGLANG_OPTIONAL_SIZES = frozenset(
+    {"moe_dense_tp_size", "shared_experts_tp_size", "elastic_ep_initial_size", "max_ep_size"}
+)
 """Those that may be null, too."""
 
 

@@ -248,7 +248,9 @@ def _join_others(config: Config, runtime: Runtime) -> None:
 def _check_meeting_address(num_nodes: int, master: str) -> None:
     """Check that node 0's name leads to an address that other machines reach, unless all nodes are said to be on this one."""
     field, host = "MASTER_ADDR", socket.gethostname()
-    name_it = "give --rdzv-endpoint (or MASTER_ADDR) an IPv4 address of node 0 in the nodes' network, the same on every node"
+    name_it = (
+        "give --rdzv-endpoint (or MASTER_ADDR) an IPv4 address of node 0 in the nodes' network, the same on every node"
+    )
     try:
         address = own_address(num_nodes)
     except OSError as error:

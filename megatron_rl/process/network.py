@@ -36,10 +36,16 @@ class HeldPort:
             _bound(host, number, socket.SO_REUSEADDR).close()
         self._socket = _bound(host, number, socket.SO_REUSEPORT)
         self.number = int(self._socket.getsockname()[1])
+        _held[self.number] = self._socket
 
     def close(self) -> None:
         """Release the port. Safe to call twice."""
+        _held.pop(self.number, None)
         self._socket.close()
+
+
+_held: dict[int, socket.socket] = {}
+"""Ports that this process holds, for ``listening_socket``."""
 
 
 def socket_beside(host: str, port: int) -> socket.socket:
@@ -69,7 +75,7 @@ def listening_socket(host: str, port: int = 0) -> socket.socket:
 
     Args:
         host: name or address; nothing else on this machine listens then.
-        port: 0 takes any.
+        port: 0 takes any; one that this process holds is listened on where it is held.
 
     A name that means nothing on this machine (the address of a cluster's service in front of it), or that its own host table
     maps to loopback although others use it, leaves no single address: the socket then listens on all, and a warning says so.
@@ -77,6 +83,10 @@ def listening_socket(host: str, port: int = 0) -> socket.socket:
     Raises:
         OSError: the port is taken, or the name is unknown.
     """
+    if port in _held:
+        listener = _held[port].dup()
+        listener.listen(_BACKLOG)
+        return listener
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for family, _, _, _, address in found:
         if ipaddress.ip_address(address[0]).is_loopback and not _names_loopback(host):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.launch.node_watch import BEAT_S, GRACE_S, LOST_S
-from megatron_rl.process.network import HeldPort
 from tests.e2e.conftest import Case
 
 LAUNCH = Path(__file__).parents[2] / "examples/launch"
@@ -76,12 +76,16 @@ class Nodes:
             time.sleep(0.1)
 
 
+def free_port(host: str) -> int:
+    """A moment ago, at least."""
+    with socket.create_server((host, 0)) as free:
+        return int(free.getsockname()[1])
+
+
 @pytest.fixture
 def nodes(case: Case) -> Iterator[Nodes]:
-    port = HeldPort("127.0.0.1")
-    nodes = Nodes(case, port.number)
+    nodes = Nodes(case, free_port("127.0.0.1"))
     yield nodes
-    port.close()
     for pid in nodes.processes():
         os.kill(pid, signal.SIGKILL)
     for launcher in nodes.launchers:

@@ -17,11 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_rl.process.network import HeldPort
 from megatron_rl.process.run_key import FILE
 from megatron_rl.rollout.sglang_server import KEY_VARIABLE
 from tests.e2e.conftest import Case
-from tests.e2e.test_multinode import Nodes
+from tests.e2e.test_multinode import Nodes, free_port
 
 ATTACKER = Path(__file__).with_name("attacker.py")
 NOBODY = 65534
@@ -83,8 +82,7 @@ def routes(address: str, port: int, key: str) -> list[tuple[str, str]]:
 
 def test_a_stranger_gets_nothing(case: Case, other_network: tuple[str, list[str]]) -> None:
     host, elsewhere = other_network
-    held = HeldPort(host)
-    nodes = Nodes(case, held.number, host)
+    nodes = Nodes(case, free_port(host), host)
     overrides = (
         "trainer.devices=1",
         "trainer.max_steps=100000",
@@ -149,7 +147,6 @@ def test_a_stranger_gets_nothing(case: Case, other_network: tuple[str, list[str]
             launcher.send_signal(signal.SIGTERM)
         for launcher in launchers:
             launcher.communicate(timeout=60)
-        held.close()
     nodes.assert_none_left()
 
 

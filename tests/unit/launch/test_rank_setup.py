@@ -139,7 +139,10 @@ def test_another_number_of_processes_than_configured_is_refused() -> None:
 @pytest.mark.parametrize(
     ("master", "words"),
     [
-        ("2130706433", "to its own loopback"),  # 127.0.0.1 as one number: a name that is loopback only once it is resolved
+        (
+            "2130706433",
+            "to its own loopback",
+        ),  # 127.0.0.1 as one number: a name that is loopback only once it is resolved
         ("2001:db8::1", "to no IPv4 address"),
     ],
 )
@@ -154,6 +157,8 @@ def test_a_node_0_that_others_cannot_reach_is_one_line(
 
 
 @pytest.mark.parametrize("master", ["localhost", "127.0.0.1", "127.1.2.3"])
-def test_nodes_that_are_said_to_be_on_one_machine_meet_on_loopback(monkeypatch: pytest.MonkeyPatch, master: str) -> None:
+def test_nodes_that_are_said_to_be_on_one_machine_meet_on_loopback(
+    monkeypatch: pytest.MonkeyPatch, master: str
+) -> None:
     monkeypatch.setenv("MASTER_ADDR", master)
     runtime._check_meeting_address(2, master)

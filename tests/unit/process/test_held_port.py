@@ -11,7 +11,7 @@ import sys
 import pytest
 from aiohttp import web
 
-from megatron_rl.process.network import HeldPort, socket_beside
+from megatron_rl.process.network import HeldPort, listening_socket, socket_beside
 
 HOST = "127.0.0.1"
 STRANGER = """
@@ -85,3 +85,11 @@ def test_another_user_cannot_listen_where_a_server_will() -> None:
     done = subprocess.run([sys.executable, "-c", STRANGER, str(held.number)], capture_output=True, text=True)
     held.close()
     assert done.returncode == 0, done.stderr
+
+
+def test_the_process_that_holds_it_can_listen_there_itself() -> None:
+    held = HeldPort(HOST)
+    with listening_socket(HOST, held.number) as server, socket.create_connection((HOST, held.number), timeout=5):
+        held.close()
+        connection, _ = server.accept()
+        connection.close()

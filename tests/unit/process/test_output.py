@@ -133,5 +133,7 @@ def test_nor_where_a_program_starts_without_the_flag(tmp_path: Path, program: st
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("PYTHONSAFEPATH", None)
     command = [sys.executable, "-m", *f"megatron_rl.{program}".split()]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert said in done.stdout + done.stderr and "of the user" not in done.stderr, done.stderr

@@ -54,7 +54,9 @@ def test_one_that_lives_keeps_its_folder_and_one_that_died_does_not() -> None:
         assert [path.name for path in parent.iterdir()] == ["megatron_rl-of-somebody"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "none"), OSError(errno.EBADF, "NFS"), BlockingIOError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "none"), OSError(errno.EBADF, "NFS"), BlockingIOError()], ids=repr
+)
 def test_without_locks_there_is_one_folder_that_no_launcher_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
