@@ -223,6 +223,7 @@ class Fleet:
             if server.is_known:  # of one that is still starting there is nothing else to expect
                 server.reason = str(error)
             self._fail_if_none_for_too_long()
+            return
         except Refused as error:
             server.reason = str(error)
             if isinstance(error, Unauthorized):
