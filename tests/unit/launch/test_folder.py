@@ -120,3 +120,17 @@ def test_a_folder_that_another_start_has_taken_over_says_who(tmp_path: Path) -> 
     RunFolder(tmp_path, print, is_writer=False).check_same()
     held.release()
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 7
+
+
+@pytest.mark.parametrize("name", ["tensorboard/events.out", "wandb_run_id.txt", "mlflow_run_id.txt"])
+def test_a_new_run_does_not_go_on_in_the_sinks_of_another(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("of an earlier run")
+    said: list[str] = []
+    folder = RunFolder(tmp_path, said.append)
+    with pytest.raises(UserError, match=name.partition("/")[0]):
+        folder.check_unused()
+    folder.start_at(None, [])
+    assert not (tmp_path / name).exists() and len(list(tmp_path.glob(f"abandoned_*/{name}"))) == 1
+    assert name.partition("/")[0] in said[0]
+    folder.check_unused()
