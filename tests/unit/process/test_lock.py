@@ -159,14 +159,19 @@ def test_a_lock_that_is_replaced_is_another_one(tmp_path: Path) -> None:
     mine.release()
 
 
-def start_without_locks(folder: Path) -> subprocess.Popen[str]:
+@contextmanager
+def holder_without_locks(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds the lock of a folder whose file system has none, and says who holds it when it is asked."""
     command = [sys.executable, "-c", WITHOUT_LOCKS, str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while process.stdout.readline() != "holds\n":
-        assert process.poll() is None
-    return process
+    try:
+        assert process.stdout is not None
+        while process.stdout.readline() != "holds\n":
+            assert process.poll() is None
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def asked(process: subprocess.Popen[str]) -> str:
@@ -177,17 +182,15 @@ def asked(process: subprocess.Popen[str]) -> str:
 
 
 def test_an_owner_that_was_only_stopped_learns_who_has_the_folder(tmp_path: Path) -> None:
-    with start_without_locks(tmp_path) as old:
+    with holder_without_locks(tmp_path) as old:
         before = lock.identity(tmp_path)
         old.send_signal(signal.SIGSTOP)
-        with start_without_locks(tmp_path) as new:
+        with holder_without_locks(tmp_path) as new:
             assert lock.identity(tmp_path) != before
             old.send_signal(signal.SIGCONT)
             time.sleep(0.5)  # several of its beats
             assert json.loads((tmp_path / ".lock").read_text())["pid"] == new.pid
             assert asked(old).startswith(f"process {new.pid} of user") and asked(new) == "None"
-            new.kill()
-        old.kill()
 
 
 def test_of_two_owners_at_once_the_one_that_is_named_goes_on(
