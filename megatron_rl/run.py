@@ -21,6 +21,7 @@ from megatron_rl.data.pack import full_batches
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.distance import distance_metrics
 from megatron_rl.evaluation.evaluator import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
+from megatron_rl.launch.finished import result_settings
 from megatron_rl.launch.folder import RunFolder
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
@@ -72,7 +73,7 @@ class Run:
         seed_generators(config.trainer.seed)
         self.groups = build_groups_of(config, runtime.device)
         with all_ranks_agree(self.groups.cpu_group):
-            self.folder, manager = RunFolder(self.directory, self.say), config.exp_manager
+            self.folder, manager = RunFolder(self.directory, self.say, is_writer=self.is_first), config.exp_manager
             if self.is_first and is_trained and not manager.resume_if_exists and manager.resume_from_checkpoint is None:
                 self.folder.check_unused()
         self.inputs = Inputs(config, self.groups, self.say)
@@ -85,8 +86,7 @@ class Run:
         self.evaluator = Evaluator(self.inputs.held_out, config.eval, config.rollout.max_new_tokens)
         with all_ranks_agree(self.groups.cpu_group):
             # Read now, so that a wrong file is found before training; by rank 0, whose own disk it may be on.
-            is_read = config.eval.is_used and self.is_first
-            self._baseline = self.evaluator.read_baseline() if is_read else None
+            self._baseline = self.evaluator.read_baseline() if config.eval.is_used and self.is_first else None
         with ExitStack() as parts:  # stops the parts that were started, also if a later one cannot be built
             self._build(parts)
             self._parts = parts.pop_all()
@@ -173,8 +173,7 @@ class Run:
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full, or gone
-            if self.is_first:
-                self.folder.check_same()
+            self.folder.check_same()
             self.logger.log(done, metrics)
         every = self.config.eval.every_n_steps
         if self._is_last(done) and self.config.eval.after:
@@ -277,15 +276,15 @@ class Run:
                 seconds=time.monotonic() - self.started,
                 origin=self.checkpoints.origin,
                 is_exported=self.config.exp_manager.export_hf and failure is None,
+                settings=self._settings,
             )
         if failure is not None:
             raise failure
 
     def _export(self) -> UserError | None:
-        target = self.directory / "hf"
+        source, target = Path(self.config.policy.model_path), self.directory / "hf"
         was_there = target.is_dir()
         try:
-            source = Path(self.config.policy.model_path)
             export_hf(self.policy.chunks, self.shape, self.groups, source=source, target=target)
         except UserError as error:
             return error
@@ -332,6 +331,7 @@ class Run:
     def _resume(self) -> int:
         manager = self.config.exp_manager
         self._fixed = fixed_settings(self.config, self.shape, self.inputs.pool_contents)
+        self._settings = result_settings(self.config) if self.is_first else {}  # now: files may change under a long run
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
         is_own, self._num_rows = False, 0
         if path is not None:
@@ -365,6 +365,7 @@ class Run:
             started = time.monotonic()
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
             with all_ranks_agree(self.groups.cpu_group):
+                self.folder.check_same()
                 state["num_rows"] = self.logger.sync()
             state |= self.inputs.stream.state()
             path = self.checkpoints.save(done, self.policy.trainable, state, self.algorithm.state())
@@ -383,9 +384,7 @@ class Run:
             # A fresh run starts without rows; a resumed one keeps those up to its checkpoint.
             logger.resume_at(self.start_step if self.start_step else -1)
             if self.is_first and (lost := self._num_rows - logger.num_rows) > 0:
-                self.say(
-                    f"{logger.path} lacks {lost} of {self._num_rows} rows up to step {self.start_step}: they are lost"
-                )
+                self.say(f"{logger.path} lacks {lost} of {self._num_rows} rows up to step {self.start_step}")
         return logger
 
     def _build_engine(self) -> RolloutEngine:
@@ -428,6 +427,7 @@ class Run:
         self.timer.flush()  # evaluation has its own figure and does not count into a step
         metrics = evaluation.metrics | self._keep_and_explore(evaluation.results) | distance
         with all_ranks_agree(self.groups.cpu_group):
+            self.folder.check_same()
             if self.is_first:
                 save_results(self.directory, evaluation.results)
             self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
@@ -439,8 +439,7 @@ class Run:
         """
         rates: dict[str, float] = {}
         if self.is_first:
-            baseline = self._baseline
-            own = results_path(self.directory, 0)
+            baseline, own = self._baseline, results_path(self.directory, 0)
             if baseline is None and own.is_file():
                 try:
                     baseline = self.evaluator.read_results(own, field="eval")

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: Config, runtime: Runtime) -> None:
     """Do the whole run of one rank; its process group is initialised."""
-    from megatron_rl.launch.folder import is_finished
+    from megatron_rl.launch.finished import is_finished
     from megatron_rl.run import Run
 
     if is_finished(config, runtime):

@@ -11,8 +11,8 @@ from megatron_rl.config import Config
 from megatron_rl.launch.meeting import Meeting
 from megatron_rl.process.lock import take_lock
 from megatron_rl.process.output import LOG_VARIABLE
+from megatron_rl.process.run_key import FILE, FILE_VARIABLE, draw_key, given_key, write_key
 from megatron_rl.process.run_key import VARIABLE as KEY_VARIABLE
-from megatron_rl.process.run_key import run_key
 
 ALLOCATOR = {
     # glibc's own settings give pages back to the kernel and fetch them again all the time, which can be slow. With every block
@@ -69,30 +69,31 @@ def start(
     *,
     program: str = "megatron_rl.train",
 ) -> None:
-    """Take the run's folder, print the torchrun command and become it. This does not return.
+    """Take this node's lock of the run's folder, print the torchrun command and become it. This does not return.
 
-    Nodes other than 0 take nothing, and print the folder of their logs instead.
+    Nodes other than 0 print the folder of their logs instead of the command.
 
     Raises:
-        UserError: another start has the folder, or it cannot be written.
+        UserError: another start has the folder, or it cannot be written, or there is no way to have a key.
     """
     arguments = torchrun_arguments(config, config_path, overrides, meeting, program=program)
-    held: dict[str, str] = {}
-    logs = config.exp_manager.run_dir.resolve() / "logs"
-    if meeting is None or meeting.node_rank == 0:
-        held = take_lock(config.exp_manager.run_dir).handed_on()
+    node_rank, folder, key = 0 if meeting is None else meeting.node_rank, config.exp_manager.run_dir, given_key()
+    logs = folder.resolve() / "logs"
+    handed_on = take_lock(folder, node_rank).handed_on()
+    if node_rank == 0:
+        key = key or (draw_key() if meeting is None else write_key(folder))
         print(f"$ torchrun {shlex.join(arguments)}", flush=True)
     else:
-        first = meeting.node_rank * config.trainer.devices
+        first = node_rank * config.trainer.devices
         ranks = f"rank_N.log, N from {first} to {first + config.trainer.devices - 1}"
-        print(f"node {meeting.node_rank} of {config.trainer.num_nodes}: logs in {logs}/{ranks}", flush=True)
+        print(f"node {node_rank} of {config.trainer.num_nodes}: logs in {logs}/{ranks}", flush=True)
+    handed_on |= {FILE_VARIABLE: str(folder.absolute() / FILE)} if key is None else {KEY_VARIABLE: key.hex()}
     environment = {
         "OMP_NUM_THREADS": str(config.trainer.num_threads),
         "TOKENIZERS_PARALLELISM": "false",
         **ALLOCATOR,
         **os.environ,
-        **held,
-        KEY_VARIABLE: run_key(config.exp_manager.run_dir).hex(),
+        **handed_on,
         LOG_VARIABLE: str(logs / ("console.log" if meeting is None else f"console_{meeting.node_rank}.log")),
     }
     command = [sys.executable, "-P", "-m", "megatron_rl.launch", *arguments]

@@ -1,4 +1,4 @@
-"""A run's folder: whether the run in it is finished, and what becomes of an earlier run's files.
+"""A run's folder: whose it is, and what becomes of an earlier run's files.
 
 Nothing is overwritten without a word. What a run does not continue is moved, not removed:
 
@@ -7,7 +7,6 @@ Nothing is overwritten without a word. What a run does not continue is moved, no
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
@@ -15,47 +14,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch.distributed as dist
-
-from megatron_rl.config import Config
 from megatron_rl.errors import UserError
 from megatron_rl.files import SAME_COMMAND, disk_errors
-from megatron_rl.launch.rank import Runtime
-from megatron_rl.parallel.agree import broadcast_json
-from megatron_rl.process.lock import identity
+from megatron_rl.process.lock import identity, other_holder
 
 METRICS, SUMMARY, CHECKPOINTS = "metrics.jsonl", "summary.json", "checkpoints"
 _BY_STEP = ("eval", "trees", "numerics")
 """Folders of one file a step."""
-_PRODUCTS = (CHECKPOINTS, METRICS, *_BY_STEP, "rollouts", "hf", SUMMARY, "curves.png")
+_SINKS = ("tensorboard", "wandb_run_id.txt", "mlflow_run_id.txt")
+"""Events, and the ids under which tracking services know the run: another run must not go on there."""
+_PRODUCTS = (CHECKPOINTS, METRICS, *_BY_STEP, "rollouts", "hf", SUMMARY, "curves.png", *_SINKS)
 _STEP = re.compile(r"step_(\d{8})\..+")
-
-
-def is_finished(config: Config, runtime: Runtime) -> bool:
-    """Return whether the run in this folder has done all that the config asks for, after saying so. A collective."""
-    assert dist.group.WORLD is not None
-    steps = _finished_steps(config) if runtime.rank == 0 else None
-    if steps is not None:
-        line = f"{config.exp_manager.run_dir} holds this run, finished after {steps} steps: nothing to do"
-        print(f"{line} (a higher trainer.max_steps continues it)", flush=True)
-    return broadcast_json(steps, dist.group.WORLD) is not None
-
-
-def _finished_steps(config: Config) -> int | None:
-    manager, trainer = config.exp_manager, config.trainer
-    try:
-        summary = json.loads((manager.run_dir / SUMMARY).read_text())
-        steps, origin = int(summary["steps"]), summary["origin"]
-        is_done = steps >= trainer.max_steps
-        if trainer.max_generated_tokens is not None:
-            is_done |= summary["generated_tokens"] >= trainer.max_generated_tokens
-        is_exported = summary["is_exported"] and (manager.run_dir / "hf").is_dir()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    explicit = manager.resume_from_checkpoint
-    is_this_run = explicit is None or str(Path(explicit).resolve()) == origin
-    is_whole = is_exported or not manager.export_hf
-    return steps if manager.resume_if_exists and is_this_run and is_done and is_whole else None
 
 
 class RunFolder:
@@ -65,9 +34,9 @@ class RunFolder:
         UserError: from every method, the folder cannot be read or written.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        """Args: the folder; where one-line messages for the user go."""
-        self.path, self.say = path, say
+    def __init__(self, path: Path, say: Callable[[str], None], *, is_writer: bool = True) -> None:
+        """Args: the folder; where one-line messages for the user go; whether this is the rank that writes there."""
+        self.path, self.say, self._is_writer = path, say, is_writer
         with self._touching():
             self._identity = identity(path)
 
@@ -86,13 +55,18 @@ class RunFolder:
             )
 
     def check_same(self) -> None:
-        """Check that the folder is still the one that the run has taken.
+        """Check, as the rank that writes, that the folder is still the one that the run has taken, and still its own.
 
         Raises:
             UserError: it is not.
         """
+        if not self._is_writer:
+            return
         with self._touching():
-            is_same = identity(self.path) == self._identity
+            other, is_same = other_holder(self.path), identity(self.path) == self._identity
+        if other is not None:
+            rule = f"was taken over by {other}, which got no sign of life from this run for a while"
+            raise UserError("exp_manager.exp_dir", str(self.path), rule, "leave the folder to that run")
         if not is_same:
             rule = "is not the folder any more that this run has taken: it was removed, replaced or unmounted, or its lock was"
             raise UserError(
@@ -107,6 +81,7 @@ class RunFolder:
             others: own checkpoints of another branch. With some, all that is later than ``step`` is kept aside; without, it is
                 removed, because the same steps are repeated.
         """
+        self.check_same()
         with self._touching():
             if step is None:
                 if names := list(self._products()):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.errors import UserError
 from megatron_rl.launch.meeting import read_back
-from megatron_rl.launch.node_watch import NodeWatch
+from megatron_rl.launch.node_watch import NodeWatch, key_of_this_start
 from megatron_rl.process import scratch
 from megatron_rl.process.hang_report import HANG
 from megatron_rl.process.lifetime import INTERRUPTED, PARENT_VARIABLE, leave
@@ -50,15 +50,17 @@ def main() -> int:
         return 2
     watch = held = None
     if meeting is not None:
-        key = os.environ.get(KEY_VARIABLE)
-        if key is None:
-            print(
-                f"error: {KEY_VARIABLE}: must hold the run's key. Fix: start each node with megatron-rl.",
-                file=sys.stderr,
-            )
-            return 2
         _import_torch_quietly()
-        watch = NodeWatch(meeting, num_nodes, timeout_s, bytes.fromhex(key))
+        from torch.distributed import DistError
+
+        try:
+            key = key_of_this_start(meeting, timeout_s)
+        except (UserError, DistError) as error:
+            is_ours = isinstance(error, UserError)
+            print(f"error: {error if is_ours else _not_met(error)}", file=sys.stderr, flush=True)
+            return 2 if is_ours else 1
+        os.environ[KEY_VARIABLE] = key.hex()
+        watch = NodeWatch(meeting, num_nodes, timeout_s, key)
     elif "--standalone" in arguments:
         # torchrun's own meeting for one node keeps pickles in a store; anybody who reached it could run code here.
         held = HeldPort("127.0.0.1")
@@ -139,10 +141,14 @@ def _run_torchrun(arguments: list[str], watch: NodeWatch | None) -> tuple[int, s
         number = signal.SIGINT if _is_interrupted else signal.Signals(error.sigval)
         return 128 + number, f"ended by {number.name}"
     except (DistError, RendezvousError) as error:
-        reason = str(error).splitlines()[0]
-        fix = "start all nodes within trainer.timeout_s, with a free port of node 0 in --rdzv-endpoint"
-        return 1, f"the nodes did not meet, says {socket.gethostname()}: {reason.rstrip('.')}. Fix: {fix}."
+        return 1, _not_met(error)
     return 0, None
+
+
+def _not_met(error: Exception) -> str:
+    reason = str(error).splitlines()[0]
+    fix = "start all nodes within trainer.timeout_s, with a free port of node 0 in --rdzv-endpoint"
+    return f"the nodes did not meet, says {socket.gethostname()}: {reason.rstrip('.')}. Fix: {fix}."
 
 
 def _distance_from_cause(failure: ProcessFailure) -> tuple[int, float]:

@@ -14,11 +14,17 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_rl.errors import UserError
 from megatron_rl.launch.meeting import Meeting
+from megatron_rl.process.run_key import FILE_VARIABLE, given_key
+from megatron_rl.process.run_key import VARIABLE as KEY_VARIABLE
 
 if TYPE_CHECKING:
+    from torch.distributed import PrefixStore
+
     from megatron_rl.process.signed_store import SignedStore
 
 BEAT_S = 1.0
@@ -27,6 +33,33 @@ LOST_S = 20.0
 """Seconds of silence after which a node counts as dead: far above what a slow file system or a busy machine causes."""
 GRACE_S = 5.0
 """Seconds for this node's ranks to end after another node has ended: mostly they fail too, with a better message."""
+
+
+def key_of_this_start(meeting: Meeting, timeout_s: float) -> bytes:
+    """Return the run key: of node 0 as it was handed on, of another node once node 0 has proven to have the same.
+
+    So a start that no node 0 belongs to, because that was refused, never says anything in the store of the run that goes on.
+
+    Raises:
+        UserError: there is none, or another than that of node 0.
+        DistError: node 0 did not come.
+    """
+    from megatron_rl.process.signed_store import find_key
+
+    key, path = given_key(), os.environ.get(FILE_VARIABLE)
+    if meeting.node_rank == 0 and key is not None:
+        return key
+    if key is None and (path is None or meeting.node_rank == 0):
+        raise UserError(KEY_VARIABLE, None, "must hold the run's key", "start each node with megatron-rl")
+    return find_key(_launchers_store(meeting, timeout_s), Path(path or "."), str(meeting.node_rank), timeout_s)
+
+
+def _launchers_store(meeting: Meeting, timeout_s: float) -> PrefixStore:
+    from torch.distributed import PrefixStore, TCPStore
+
+    timeout = timedelta(seconds=timeout_s)
+    bare = TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return PrefixStore("launchers", bare)
 
 
 class NodeWatch:
@@ -80,21 +113,20 @@ class NodeWatch:
         return f"node {node} is lost: no sign of life for {LOST_S:.0f} s"
 
     def _talk(self) -> None:
-        from torch.distributed import PrefixStore, TCPStore
-
-        from megatron_rl.process.signed_store import SignedStore
+        from megatron_rl.process.signed_store import SignedStore, answer
 
         me = self._meeting.node_rank
         with suppress(Exception):  # a store that is gone; what follows from that is for _judge to say
-            host, port, timeout = self._meeting.host, self._meeting.port, timedelta(seconds=self._timeout_s)
-            bare = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-            store = SignedStore(PrefixStore("launchers", bare), self._key)
+            unsigned = _launchers_store(self._meeting, self._timeout_s)
+            store = SignedStore(unsigned, self._key)
             for beat in itertools.count(1):
                 store.set(f"beats of {me}", str(beat))
                 if self._status is not None and not self._has_left.is_set():
                     store.set(f"status of {me}", str(self._status))
                     self._has_left.set()
                 for node, beats in self._num_beats.items():
+                    if me == 0 and node not in self._heard_at:  # once it is there, nobody else may come in its place
+                        answer(unsigned, self._key, str(node))
                     self._num_beats[node] = _number(store, f"beats of {node}") or beats
                     if self._num_beats[node] > beats:
                         self._heard_at[node] = time.monotonic()

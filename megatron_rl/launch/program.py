@@ -56,8 +56,13 @@ def run_program(
 
 
 def _take_folder(config: Config) -> FolderLock | None:
-    """Take the run's folder as rank 0, unless the launcher did so for us; None on other ranks."""
-    folder = config.exp_manager.run_dir
-    if int(os.environ.get("RANK", 0)) > 0 or is_held_by_parent(folder):
+    """Take the run's folder for this node, unless the launcher did so for us; None on all but the first rank of a node.
+
+    torchrun tells a rank its node. Another starter may not: then rank 0 alone takes the folder.
+    """
+    folder, rank = config.exp_manager.run_dir, int(os.environ.get("RANK", 0))
+    node_rank = int(os.environ.get("GROUP_RANK", 0))
+    is_first = rank == 0 or (node_rank > 0 and os.environ.get("LOCAL_RANK") == "0")
+    if not is_first or is_held_by_parent(folder, node_rank):
         return None
-    return take_lock(folder)
+    return take_lock(folder, node_rank)

@@ -32,8 +32,8 @@ from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_j
 from megatron_rl.process import activity, lifetime, watchdog
 from megatron_rl.process.network import keep_gloo_on_loopback, own_address
 from megatron_rl.process.output import open_output
-from megatron_rl.process.run_key import run_key
-from megatron_rl.process.signed_store import UNSIGNED, SignedStore
+from megatron_rl.process.run_key import FILE, VARIABLE, WAY_OUT, draw_key, given_key, write_key
+from megatron_rl.process.signed_store import UNSIGNED, SignedStore, answer, find_key
 
 _store: SignedStore | None = None
 """The default group's store, which lives as long as the process."""
@@ -230,19 +230,30 @@ def _join_others(config: Config, runtime: Runtime) -> None:
     store, rank, world_size = next(rendezvous("env://", runtime.rank, runtime.world_size, timeout=timeout))
     store.set_timeout(timeout)
     global _store
-    _store = SignedStore(store, run_key(config.exp_manager.run_dir))
+    _store = SignedStore(store, given_key() or _key_among_ranks(config, runtime, store))
     backend = "cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
         if UNSIGNED not in str(error):
             raise
-        raise UserError(
-            "exp_manager.exp_dir",
-            str(config.exp_manager.exp_dir),
-            f"must be one folder for all nodes: on {socket.gethostname()} it holds another key than where other ranks run",
-            "choose a folder on a file system that all nodes share, by its full path",
-        ) from error
+        rule = f"is another key on {socket.gethostname()} than where other ranks run, or a stranger writes into their store"
+        raise UserError(VARIABLE, None, rule, WAY_OUT) from error
+
+
+def _key_among_ranks(config: Config, runtime: Runtime, store: dist.Store) -> bytes:
+    """Return the key of a start without our launcher: rank 0, which holds the folder, writes one and proves it."""
+    if runtime.world_size == 1:
+        return draw_key()
+    folder, limit_s = config.exp_manager.run_dir, config.trainer.timeout_s
+    store = dist.PrefixStore("run key", store)
+    if runtime.rank > 0:
+        return find_key(store, folder / FILE, str(runtime.rank), limit_s)
+    key, end, waiting = write_key(folder), time.monotonic() + limit_s, list(range(1, runtime.world_size))
+    while waiting and time.monotonic() < end:
+        waiting = [rank for rank in waiting if not answer(store, key, str(rank))]
+        time.sleep(0.05)
+    return key
 
 
 def _check_meeting_address(num_nodes: int, master: str) -> None:

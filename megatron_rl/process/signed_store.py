@@ -5,19 +5,31 @@ they take for true (addresses of peers, digests of weights, the end of a node), 
 
     key in the store  ->  HMAC-SHA256(run key, key in the store, value), value
 
-A value without it raises at the reader. Keys in the store are used once in a run, so an old value does not fit a new place.
-Counters (``add``) stay bare: a stranger can spoil one, and the run ends, but nobody believes a number that matters.
+A value without it raises at the reader. Keys in the store are used once in a start, and each start has another run key, so an
+old value does not fit a new place. Counters (``add``) stay bare: a stranger can spoil one, and the run ends, but nobody
+believes a number that matters.
+
+Who has to read the run key from a file may find that of an earlier start there. Before it believes anything, it asks the
+starter to sign a name that it has just drawn:
+
+    find_key  --- question of <name>: a number --->  answer
+              <--- answer to <number>, signed -----
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import secrets
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_rl.errors import UserError
 from megatron_rl.process.network import listening_socket
+from megatron_rl.process.run_key import VARIABLE, WAY_OUT, given_key, read_key
 
 
 def open_store(host: str, key: bytes, *, port: int | None, timeout: timedelta) -> tuple[SignedStore, int]:
@@ -126,3 +138,60 @@ class SignedStore(dist.Store):
     def _signature(self, key: str, data: bytes) -> bytes:
         name = key.encode()
         return hmac.digest(self._key, len(name).to_bytes(8, "big") + name + data, "sha256")
+
+
+def answer(store: dist.Store, key: bytes, name: str) -> bool:
+    """Prove the run key to the member of this name, who asks in ``find_key``; return False if it has not asked yet."""
+    question = _question(name)
+    if not store.check([question]):
+        return False
+    SignedStore(store, key).set(_answer(store.get(question)), b"")
+    return True
+
+
+def find_key(store: dist.Store, path: Path, name: str, limit_s: float) -> bytes:
+    """Return the run key of this start, which the other side proves by ``answer``.
+
+    It is the one in the environment, or in a file: over NFS, the file of an earlier start can be seen for some seconds more.
+
+    Args:
+        store: without signatures.
+        path: the file.
+        name: of this member, in the store.
+        limit_s: time limit in seconds.
+
+    Raises:
+        UserError: the environment holds another key than that of the other side, or the file does so to the end.
+        DistError: nobody answers, or the connection breaks.
+    """
+    end, number, given, is_answered = time.monotonic() + limit_s, secrets.token_bytes(16), given_key(), False
+    store.set(_question(name), number)  # type: ignore[arg-type]
+    while time.monotonic() < end:
+        if store.check([_answer(number)]):
+            key = given or read_key(path)
+            if key is not None:
+                try:
+                    SignedStore(store, key).get(_answer(number))
+                    return key
+                except RuntimeError as error:
+                    if UNSIGNED not in str(error):
+                        raise
+            if given is not None:
+                raise UserError(VARIABLE, None, "is another key than that of node 0", WAY_OUT)
+            if not is_answered:
+                print(f"{path} is not the key of this start yet: reading it again for up to {limit_s:g} s", flush=True)
+            is_answered = True
+        time.sleep(0.2)
+    if not is_answered:
+        raise dist.DistError(f"node 0 gave no answer for {limit_s:g} s")
+    rule = "must be one folder for all nodes: its .key is not the one that node 0 has written"
+    fix = f"choose a folder on a file system that all nodes share, by its full path; or {WAY_OUT}"
+    raise UserError("exp_manager.exp_dir", str(path.parent), rule, fix)
+
+
+def _question(name: str) -> str:
+    return f"question of {name}"
+
+
+def _answer(number: bytes) -> str:
+    return f"answer to {number[:16].hex()}"

@@ -34,6 +34,7 @@ def sum_up(
     seconds: float,
     origin: str | None,
     is_exported: bool,
+    settings: Mapping[str, Any],
 ) -> None:
     """Write ``summary.json`` of a run, and print its accuracy before and after training.
 
@@ -45,6 +46,7 @@ def sum_up(
         seconds: that this start of the run took.
         origin: the explicit checkpoint that the run began with.
         is_exported: ``hf/`` holds the final weights.
+        settings: that the result depends on.
     """
     by_step = {int(row["step"]): row for row in rows}
     last = max(by_step, default=0)
@@ -59,7 +61,7 @@ def sum_up(
         summary |= {f"{name}_{when}": row[key] for name, key in names.items() if key in row}
     phases = sorted({key for row in rows for key in row if key.startswith("time/")} | {"eval/seconds"})
     summary["seconds_by_phase"] = {key: round(sum(row.get(key, 0.0) for row in rows), 3) for key in phases}
-    summary["seconds"] = round(seconds, 3)
+    summary |= {"seconds": round(seconds, 3), "settings": settings}
     write_summary(directory / "summary.json", summary)
     if before and after:
         print_before_after(before, after, k_values)

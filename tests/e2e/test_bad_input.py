@@ -142,6 +142,30 @@ def test_a_folder_that_vanishes_under_a_run_is_named(case: Case, capfd: pytest.C
     assert [row["step"] for row in case.rows("elsewhere")] == [1, 2]
 
 
+def main_that_loses_its_lock(arguments: list[str], lock: Path) -> int:
+    from megatron_rl.run import Run
+
+    save_if_due = Run._save_if_due
+
+    def lose_and_save(run: Run, done: int) -> None:
+        if run.is_first and done == 2:
+            holder = {**json.loads(lock.read_text()), "pid": 7, "host": "node7", "user": "ann"}
+            lock.with_name("new").write_text(json.dumps(holder))
+            lock.with_name("new").rename(lock)
+        save_if_due(run, done)
+
+    Run._save_if_due = lose_and_save  # type: ignore[method-assign]
+    return run_main(arguments)
+
+
+def test_a_run_whose_folder_was_taken_over_writes_no_checkpoint(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = case.root / "tiny"
+    capfd.readouterr()
+    assert run_ranks(main_that_loses_its_lock, 2, case.arguments("trainer.devices=2"), folder / ".lock") == [2, 2]
+    assert "was taken over by process 7 of user ann on node7, since" in the_error(capfd)
+    assert [row["step"] for row in case.rows()] == [1, 2] and not list(folder.glob("checkpoints/*"))
+
+
 def test_metrics_that_cannot_be_opened_end_all_ranks(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     (case.root / "tiny/metrics.jsonl").mkdir(parents=True)
     assert "metrics.jsonl': could not be written" in fails(case, capfd)

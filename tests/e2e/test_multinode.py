@@ -134,7 +134,7 @@ def test_nodes_with_different_configs_end_before_anything_is_written(case: Case,
         assert "trainer.max_steps: rank 0 has 4, rank 2, 3 6" in error and "different: trainer.seed" in error
     assert time.monotonic() - started < START_S
     nodes.assert_none_left()
-    assert {path.name for path in (case.root / "tiny").iterdir()} == {"logs", ".key", ".lock"}
+    assert {path.name for path in (case.root / "tiny").iterdir()} == {"logs", ".key", ".lock", ".lock.1"}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,35 @@ def test_the_loss_of_a_node_ends_the_other(case: Case, nodes: Nodes, victim: int
         launchers[victim].send_signal(signal.SIGCONT)
         output, _ = launchers[victim].communicate(timeout=LOSS_BOUND_S)
         assert launchers[victim].returncode not in (0, 2), output
+    nodes.assert_none_left()
+
+
+def test_a_second_start_of_a_node_does_no_harm(case: Case, nodes: Nodes) -> None:
+    long = ["trainer.max_steps=100000", "exp_manager.create_checkpoint_callback=false", "trainer.timeout_s=60"]
+    first = [nodes.start(0, *long), nodes.start(1, *long)]
+    folder = case.root / "tiny"
+
+    def wait_for_rows(number: int) -> None:
+        deadline = time.monotonic() + START_S
+        while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < number:
+            assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in first)
+            time.sleep(0.1)
+
+    wait_for_rows(1)
+    states = sorted(path.name for path in (folder / "logs/state").iterdir())
+    for node_rank in (0, 1):
+        second = nodes.start(node_rank, *long)
+        (error,) = errors(second.communicate(timeout=START_S)[0])
+        assert second.returncode == 2 and f"is in use by process {first[node_rank].pid} of user" in error
+    (folder / ".lock.1").unlink()  # as where locks do not reach
+    second = nodes.start(1, *long, "trainer.timeout_s=3")
+    (error,) = errors(second.communicate(timeout=START_S)[0])
+    assert second.returncode == 1 and "the nodes did not meet" in error and "node 0 gave no answer" in error
+    wait_for_rows((folder / "metrics.jsonl").read_text().count("\n") + 3)
+    assert sorted(path.name for path in (folder / "logs/state").iterdir()) == states
+    first[0].send_signal(signal.SIGTERM)
+    for launcher in first:
+        launcher.communicate(timeout=LOSS_BOUND_S)
     nodes.assert_none_left()
 
 

@@ -25,6 +25,8 @@ from megatron_rl.rollout.sglang.leftovers import remove_leftovers
 LOOK_S = 0.5
 KILLED_STARTS = 2
 """Further starts of a server that was killed before it had ever answered."""
+CHILD_KILLED = "exit code: -"
+"""Words of SGLang about a process of its own that a signal has ended."""
 SCHEDULER_ANSWERS = "/server_info"
 """A question that the scheduler answers, also while generation is paused. That for ``/health`` generates a token, which a
 server that is asked for its memory does not survive."""
@@ -182,7 +184,8 @@ class Supervisor:
         server.process.kill()  # its children too
         server.reasons.append(reason)
         # Its own error would come again; a signal came from outside, maybe for want of memory, and may not.
-        is_hopeless = not server.has_been_up and (status is None or status >= 0 or server.num_restarts >= KILLED_STARTS)
+        was_killed = status is not None and (status < 0 or CHILD_KILLED in reason)
+        is_hopeless = not server.has_been_up and (not was_killed or server.num_restarts >= KILLED_STARTS)
         if is_hopeless and status is None:
             self._failure = UserError(
                 "rollout.servers.start_timeout_s",

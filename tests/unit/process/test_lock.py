@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +34,23 @@ again = "import time; from megatron_rl.process.lock import inherited_lock\\nwith
 again += " print('holds', flush=True); time.sleep(60)"
 os.execve(sys.executable, [sys.executable, "-c", again], {**os.environ, **held.handed_on()})
 """
+
+WITHOUT_LOCKS = """
+import errno, fcntl, sys
+from pathlib import Path
+from megatron_rl.process import lock
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock, lock.BEAT_S, lock.SILENT_S = no_locks, 0.05, 0.3
+held = lock.take_lock(Path(sys.argv[1]))
+print("holds", flush=True)
+for _ in sys.stdin:
+    print(lock.other_holder(Path(sys.argv[1])), flush=True)
+"""
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
 
 
 @contextmanager
@@ -113,9 +131,6 @@ def test_a_lock_that_the_server_keeps_for_a_dead_machine_has_a_way_out(tmp_path:
 def test_signs_of_life_decide_where_the_file_system_has_no_locks(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
     monkeypatch.setattr(fcntl, "flock", no_locks)
     first = lock.take_lock(tmp_path)
     with pytest.raises(UserError, match=f"process {os.getpid()} of user"):
@@ -142,3 +157,59 @@ def test_a_lock_that_is_replaced_is_another_one(tmp_path: Path) -> None:
     lock.take_lock(tmp_path).release()
     assert lock.identity(tmp_path) != before
     mine.release()
+
+
+@contextmanager
+def holder_without_locks(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock of a folder whose file system has none, and says who holds it when it is asked."""
+    command = [sys.executable, "-c", WITHOUT_LOCKS, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        while process.stdout.readline() != "holds\n":
+            assert process.poll() is None
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def asked(process: subprocess.Popen[str]) -> str:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("who has it?\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def test_an_owner_that_was_only_stopped_learns_who_has_the_folder(tmp_path: Path) -> None:
+    with holder_without_locks(tmp_path) as old:
+        before = lock.identity(tmp_path)
+        old.send_signal(signal.SIGSTOP)
+        with holder_without_locks(tmp_path) as new:
+            assert lock.identity(tmp_path) != before
+            old.send_signal(signal.SIGCONT)
+            time.sleep(0.5)  # several of its beats
+            assert json.loads((tmp_path / ".lock").read_text())["pid"] == new.pid
+            assert asked(old).startswith(f"process {new.pid} of user") and asked(new) == "None"
+
+
+def test_of_two_owners_at_once_the_one_that_is_named_goes_on(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = lock.take_lock(tmp_path)
+    other = {**json.loads((tmp_path / ".lock").read_text()), "pid": 1}
+    (tmp_path / ".lock").write_text(json.dumps(other))  # into the same file
+    time.sleep(0.2)
+    mine.release()
+    assert json.loads((tmp_path / ".lock").read_text()) == other
+    assert "process 1 of user" in str(lock.other_holder(tmp_path))
+
+
+def test_each_node_has_a_lock_of_its_own(tmp_path: Path) -> None:
+    first, second = lock.take_lock(tmp_path), lock.take_lock(tmp_path, 1)
+    for node_rank in (0, 1):
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} of user"):
+            lock.take_lock(tmp_path, node_rank)
+    first.release()
+    second.release()
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.1"}

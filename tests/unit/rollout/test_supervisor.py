@@ -17,6 +17,7 @@ from megatron_rl.rollout.sglang import supervisor
 from megatron_rl.rollout.sglang.supervisor import KILLED_STARTS, Managed, Supervisor
 
 KILLS_ITSELF = "import os; os.kill(os.getpid(), 9)"
+LOSES_A_CHILD = "import sys; sys.exit('RuntimeError: Rank 0 scheduler died during initialization (exit code: -9).')"
 SERVES = """
 import http.server, sys
 class Yes(http.server.BaseHTTPRequestHandler):
@@ -59,11 +60,14 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_one_that_is_killed_before_it_answers_is_started_again_but_not_for_ever(tmp_path: Path, watch: Watch) -> None:
-    server = managed(tmp_path, KILLS_ITSELF)
+@pytest.mark.parametrize(("program", "words"), [(KILLS_ITSELF, "killed by SIGKILL"), (LOSES_A_CHILD, "scheduler died")])
+def test_one_that_is_killed_before_it_answers_is_started_again_but_not_for_ever(
+    tmp_path: Path, watch: Watch, program: str, words: str
+) -> None:
+    server = managed(tmp_path, program)
     watched = watch(server)
     wait_for(lambda: watched.failure)
-    assert server.num_restarts == KILLED_STARTS and "killed by SIGKILL" in str(watched.failure)
+    assert server.num_restarts == KILLED_STARTS and words in str(watched.failure)
 
 
 def test_one_that_ends_with_an_error_of_its_own_is_not_started_again(tmp_path: Path, watch: Watch) -> None:
