@@ -1,5 +1,5 @@
 # make quickstart         watch a model learn by reinforcement, about eight minutes on two CPU cores
-# make test-fast          unit tests, rules of the house, every config: under three minutes
+# make test-fast          unit tests, rules of the house, every config: some four minutes
 # make test               all tests: some 40 minutes on two cores
 #   test-trainer            all but those with real servers
 #   test-servers            those with real SGLang servers
