@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -245,14 +246,19 @@ def _key_among_ranks(config: Config, runtime: Runtime, store: dist.Store) -> byt
     """Return the key of a start without our launcher: rank 0, which holds the folder, writes one and proves it."""
     if runtime.world_size == 1:
         return draw_key()
-    folder, limit_s = config.exp_manager.run_dir, config.trainer.timeout_s
-    store = dist.PrefixStore("run key", store)
+    folder, limit_s, prefix = config.exp_manager.run_dir, config.trainer.timeout_s, "run key"
     if runtime.rank > 0:
-        return find_key(store, folder / FILE, str(runtime.rank), limit_s)
-    key, end, waiting = write_key(folder), time.monotonic() + limit_s, list(range(1, runtime.world_size))
-    while waiting and time.monotonic() < end:
-        waiting = [rank for rank in waiting if not answer(store, key, str(rank))]
-        time.sleep(0.05)
+        return find_key(dist.PrefixStore(prefix, store), folder / FILE, str(runtime.rank), limit_s)
+    key, own = write_key(folder), dist.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
+
+    def answer_all() -> None:
+        waiting, end = list(range(1, runtime.world_size)), time.monotonic() + limit_s
+        while waiting and time.monotonic() < end:
+            waiting = [rank for rank in waiting if not answer(own, key, str(rank))]
+            time.sleep(0.05)
+
+    # Meanwhile this rank goes on to where a missing rank is noticed, and named.
+    threading.Thread(target=answer_all, name="run-key", daemon=True).start()
     return key
 
 
