@@ -130,7 +130,7 @@ SGLANG_SIZES = frozenset({"tp_size", "pp_size", "ep_size", "attn_cp_size", "dcp_
 SGLANG_OPTIONAL_SIZES = frozenset(
     {"moe_dense_tp_size", "shared_experts_tp_size", "elastic_ep_initial_size", "max_ep_size"}
 )
-"""Those that may be null, too."""
+"""Numbers of ranks that may be null as well."""
 
 
 @cache

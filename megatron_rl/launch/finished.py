@@ -1,4 +1,4 @@
-"""Whether the folder holds this run, finished: then there is nothing to do.
+"""Tell a folder that holds this run, finished, from others: then there is nothing to do.
 
 A finished run keeps in ``summary.json`` the settings that its result depends on, and digests of the files that it read. A start
 with others is another run, and is refused: it would neither do what it asks for nor may it write over what is there.

@@ -1,4 +1,4 @@
-"""What a start takes on its node, and what it hands on to the launcher and the ranks."""
+"""A start takes a lock and a key on its node, and hands them on to the launcher and the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rank 0 concludes from a server's refusals."""
+"""A server that refuses for want of the right key ends the run, and the error names the field."""
 
 from __future__ import annotations
 
