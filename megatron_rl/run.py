@@ -93,7 +93,8 @@ class Run:
 
     def _build(self, parts: ExitStack) -> None:
         config = self.config
-        # Servers come first: they take long to start, and do so while the policy is built.
+        # The engine comes first: servers on GPUs of their own take long to start, and do so while the policy is built. Those
+        # on the trainer's start in the first ``publish``, when the policy is there and has released what only updates need.
         is_sampled = config.trainer.stage == "rl" or config.eval.is_used
         engine = self._build_engine() if is_sampled else None
         if engine is not None:
@@ -240,7 +241,7 @@ class Run:
             self._evaluate(0, self.config.eval.num_samples)
 
     def release_engine_memory(self) -> None:
-        """Release a colocated engine's GPU memory for the training phase."""
+        """Release a colocated engine's GPU memory for the training phase. None of its servers starts before ``publish``."""
         with self.timer("weight_sync"):
             self.rollouts.engine.release_memory()
 
@@ -256,6 +257,8 @@ class Run:
         if self.config.offloads_during_rollouts:
             with self.timer("offload"):
                 self.policy.trainable.update_memory.release()
+        if self.config.rollout.is_colocated and self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what building, updating or loading has left
 
     @activity.phase("finish")
     def finish(self) -> None:
@@ -373,7 +376,7 @@ class Run:
             # In the row of the next step: this step's has to be on disk before its checkpoint is.
             self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
             self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")
-            if is_away and not self._is_last(done):
+            if is_away and self.config.trainer.stage == "rl" and not self._is_last(done):
                 self.publish(version=done)
 
     def _build_logger(self) -> MetricsLogger:
@@ -424,6 +427,8 @@ class Run:
         if probes or self.rollouts.engine.weight_version != done:
             self.publish(version=done)
         evaluation = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples)
+        if self.config.trainer.stage == "sft":  # nothing else is sampled until the next evaluation
+            self.release_engine_memory()
         self.timer.flush()  # evaluation has its own figure and does not count into a step
         metrics = evaluation.metrics | self._keep_and_explore(evaluation.results) | distance
         with all_ranks_agree(self.groups.cpu_group):

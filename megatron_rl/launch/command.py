@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_rl.config import Config
 from megatron_rl.launch.meeting import Meeting
@@ -23,6 +23,25 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+
+GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Torch's settings of its GPU allocator, under their new and their old name."""
+
+
+def gpu_variables(config: Config, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for GPUs that ranks get unless the user has set them. On a CPU they have no effect.
+
+    Args:
+        config: of the run.
+        given: the user's environment.
+    """
+    # Megatron counts on one hardware queue to overlap communication of tensor parallelism with products, up to Hopper.
+    found = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    # Segments that grow leave few fragments under packs of many lengths. Colocated servers open the trainer's weights by CUDA
+    # IPC, and of such a segment only by pidfd_getfd, which containers forbid (pytorch/pytorch#165685).
+    if not config.rollout.is_colocated and not any(name in given for name in GPU_ALLOCATOR):
+        found["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return found
 
 
 def torchrun_arguments(
@@ -92,6 +111,7 @@ def start(
         "OMP_NUM_THREADS": str(config.trainer.num_threads),
         "TOKENIZERS_PARALLELISM": "false",
         **ALLOCATOR,
+        **gpu_variables(config, os.environ),
         **os.environ,
         **handed_on,
         LOG_VARIABLE: str(logs / ("console.log" if meeting is None else f"console_{meeting.node_rank}.log")),

@@ -12,6 +12,10 @@ from pathlib import Path
 from megatron_rl.process.lifetime import PARENT_VARIABLE
 from megatron_rl.process.output import open_log
 
+TRAINER_ALONE = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+"""Variables that suit the trainer and not a server: torch_memory_saver, by which a colocated server releases its memory,
+refuses expandable segments, and one hardware queue serialises a server's streams."""
+
 
 class ChildProcess:
     """One start of one program. It ends when this process ends, at the latest (lifetime.py)."""
@@ -22,7 +26,7 @@ class ChildProcess:
         Args:
             command: program and arguments.
             log: file that its output is appended to; a link is replaced.
-            environment: variables added to this process's.
+            environment: variables added to this process's; torchrun's and those of ``TRAINER_ALONE`` are not handed on.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(open_log(log), "ab") as output:
@@ -52,9 +56,10 @@ class ChildProcess:
 
 
 def _inherited() -> dict[str, str]:
-    """Return the environment without torchrun's variables: a server would take itself for this rank."""
+    """Return the environment without torchrun's variables, by which a server would take itself for this rank, and without
+    those that are for the trainer."""
     prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_", "LOCAL_")
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *TRAINER_ALONE)
     return {key: value for key, value in os.environ.items() if key not in names and not key.startswith(prefixes)}
 
 

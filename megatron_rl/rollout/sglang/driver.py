@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,22 @@ class Driver:
                 wait([future], timeout=0.1)
             else:
                 time.sleep(0.1)
+
+    def wait_for_answers(self, running: Mapping[str, bool]) -> tuple[bool, list[Any] | None]:
+        """Wait up to ``MEET_S`` for servers that are starting.
+
+        Args:
+            running: URL of each server with a process; True if that has answered.
+
+        Returns:
+            Whether the fleet has an answer of all of them, and the error that ends the run, if any.
+        """
+        deadline = time.monotonic() + MEET_S
+        while True:
+            is_done, error = self.loop.call(lambda: self.fleet.has_answer_of(running)), self.fleet.failure
+            if error or time.monotonic() > deadline or (is_done and all(running.values())):
+                return is_done, error_to_json(error)
+            time.sleep(0.1)
 
     def _is_one_still_starting(self) -> bool:
         """Check whether a server has never answered: a run that began with only some servers would hide a mistake."""

@@ -4,6 +4,9 @@ rank 0        requests -> Dispatch (event loop) -> completions --broadcast--> al
 other ranks   meet rank 0 once a second, so that an error reaches them soon, and so that all ranks can deliver the
               current weights to a server that came back without them
 first rank of each node   Supervisor (thread): starts, watches and restarts the servers of the node
+
+Servers on the trainer's GPUs start only while the trainer has released its memory: between ``resume_memory`` and
+``release_memory``. Others start at once.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ class SGLangEngine:
     def __init__(
         self, config: Config, model: ServedModel, *, device: torch.device, cpu_group: dist.ProcessGroup
     ) -> None:
-        """Start the servers and return at once; the first ``update_weights`` waits for them.
+        """Start the servers, colocated ones at the first ``resume_memory``, and return at once.
+
+        The first ``update_weights`` waits for them.
 
         Args:
             config: of the run.
@@ -75,6 +80,7 @@ class SGLangEngine:
             logs = [log for servers, _ in by_rank for _, log in servers]
         if self._is_first:
             self._driver = Driver(config, model, urls, logs, key=self._key)
+            self._driver.fleet.may_start = not config.rollout.is_colocated
 
     # ------------------------------------------------------------------------------------------------ RolloutEngine
 
@@ -142,18 +148,50 @@ class SGLangEngine:
                 activity.beat()  # servers have deadlines of their own
 
     def release_memory(self) -> None:
-        """Release the memory of colocated servers; separate ones keep theirs."""
+        """Release the memory of colocated servers, which start no more until ``resume_memory``; separate ones keep theirs.
+
+        A server that is starting is waited for, because only one that answers can be asked for its memory.
+
+        Raises:
+            UserError: on all ranks; a server does not start, or refuses.
+        """
         if self._config.rollout.servers.placement != "colocated":
             return
+        if self._supervisor is not None:
+            self._supervisor.hold_starts()
+        self._wait_for_starting()
         if self._supervisor is not None:
             self._supervisor.set_busy(True)  # until new weights are in
         dist.barrier(self._group)
         together(self._driver, lambda driver: driver.fleet.release_memory(), self._group, what="release of memory")
 
+    def _wait_for_starting(self) -> None:
+        """Wait until every server with a process answers. The supervisor ends those that never will."""
+        with progress(None, "waiting for servers that start"):
+            while True:
+                mine = self._supervisor
+                by_rank = gather_json(
+                    [error_to_json(mine.failure), mine.running()] if mine else [None, {}], self._group
+                )
+                raise_first([error for error, _ in by_rank])
+                running = {url: is_up for _, servers in by_rank for url, is_up in servers.items()}
+                verdict = self._driver.wait_for_answers(running) if self._driver is not None else None
+                is_done, error = broadcast_json(verdict, self._group)
+                raise_first([error])
+                if is_done and all(running.values()):
+                    return
+                activity.beat()
+
     def resume_memory(self) -> None:
-        """Give colocated servers their memory back."""
+        """Give colocated servers their memory back, and let those start that are down.
+
+        The trainer has released its own on every rank by then: a server takes what is free.
+        """
         if self._config.rollout.servers.placement != "colocated":
             return
+        dist.barrier(self._group)
+        if self._supervisor is not None:
+            self._supervisor.allow_starts()
         together(self._driver, lambda driver: driver.fleet.resume_memory(), self._group, what="resumption of memory")
 
     def metrics(self) -> dict[str, float]:
@@ -227,7 +265,8 @@ class SGLangEngine:
                 return [], error_to_json(error)
             number = node * servers.num_per_node + index
             managed.append(self._managed(number, index, host, port, size))
-        self._supervisor = Supervisor(managed, servers, key=str(self._key))
+        is_colocated = config.rollout.is_colocated
+        self._supervisor = Supervisor(managed, servers, key=str(self._key), may_start=not is_colocated)
         return [(server.url, str(server.log)) for server in managed], None
 
     def _managed(self, number: int, index: int, host: str, port: int, size: int) -> Managed:
@@ -246,7 +285,7 @@ class SGLangEngine:
                 is_cpu=self._is_cpu,
                 host=host,
                 port=port,
-                base_gpu_id=first_gpu + index * size,
+                base_gpu_id=first_gpu + index * config.rollout.gpus_per_server,
                 releases_memory=servers.placement == "colocated",
                 seed=config.trainer.seed + number,
             )

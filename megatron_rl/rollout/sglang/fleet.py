@@ -96,6 +96,8 @@ class Fleet:
         self._probe: asyncio.Task[None] | None = None
         self._is_quiet = False
         """True while weights are loading or memory is released; health checks are off."""
+        self.may_start = True
+        """False while servers that are down stay down, because the trainer has their memory: none is overdue then."""
 
     def start(self) -> None:
         """Start to watch the servers."""
@@ -259,7 +261,9 @@ class Fleet:
 
     def _fail_if_none_for_too_long(self) -> None:
         limit_s = self.config.start_timeout_s
-        if all(s.state == "down" and time.monotonic() - s.last_sign_s > limit_s for s in self.servers):
+        if self.may_start and all(
+            s.state == "down" and time.monotonic() - s.last_sign_s > limit_s for s in self.servers
+        ):
             self.failure = self.failure or UserError(
                 "rollout.servers",
                 [s.client.url for s in self.servers],
@@ -367,11 +371,18 @@ class Fleet:
                 f"see {server.log or 'its log'}",
             )
 
+    def has_answer_of(self, urls: Iterable[str]) -> bool:
+        """Check whether none of these servers is down, so that each can be asked for its memory."""
+        up = {server.client.url for server in self.servers if server.state != "down"}
+        return up.issuperset(urls)
+
     async def release_memory(self) -> None:
         """Release the memory of all servers that are up; health checks are off until new weights are in."""
-        self._is_quiet = True
+        self._is_quiet, self.may_start = True, False
 
         async def release(server: Server, _: Adapter) -> None:
+            if server.has_released:
+                return
             async with server.asking:  # a running health check ends first
                 await server.client.release_memory(self.sync.timeout_s)
             server.has_released = True
@@ -379,7 +390,10 @@ class Fleet:
         await self._each(self.servers, release)
 
     async def resume_memory(self) -> None:
-        """Give released memory back; a server that was restarted meanwhile has its memory already."""
+        """Give released memory back; one that ended meanwhile is started now, and has its whole time limit for that."""
+        self.may_start = True
+        for server in self.servers:
+            server.last_sign_s = time.monotonic()
 
         async def resume(server: Server, _: Adapter) -> None:
             await server.client.resume_memory(self.sync.timeout_s)

@@ -3,6 +3,11 @@
 Threads do this, because restarts must go on while the rank trains or waits in a collective. It knows processes, not
 weights: a restarted server comes back with random weights (``load_format: dummy``), its stamp says so, and rank 0
 (fleet.py) has the current weights delivered before it serves.
+
+A server on the trainer's GPUs fixes the size of its cache by the memory that is free while it starts, so starts have a gate:
+
+    trainer has the memory    gate closed   a server that ends stays down
+    trainer has released it   gate open     what is down starts
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ class Managed:
     start: Callable[[Mapping[str, str]], ChildProcess]
     """Starts it, with further environment variables."""
     process: ChildProcess | None = None
+    """None before its first start, and from an end behind a closed gate to the next start."""
     heartbeats: Heartbeats = field(default_factory=Heartbeats)
     has_been_up: bool = False
     """True once it has answered since the run began."""
@@ -65,18 +71,22 @@ class Supervisor:
     its memory is released. A heartbeat of each process (process/heartbeat.py) shows less, and is due in every phase.
     """
 
-    def __init__(self, servers: list[Managed], config: ServersConfig, *, key: str) -> None:
-        """Start every server and the threads that watch them.
+    def __init__(self, servers: list[Managed], config: ServersConfig, *, key: str, may_start: bool = True) -> None:
+        """Start the threads that start and watch every server.
 
         Args:
             servers: of this node.
             config: deadlines and ``max_restarts``.
             key: of the servers.
+            may_start: False keeps the gate closed until ``allow_starts``.
         """
         self._servers, self._config, self._key = servers, config, key
         self._num_taken = 0
         self._failure: UserError | None = None
         self._is_busy = threading.Event()
+        self._may_start = may_start
+        self._gate = threading.Lock()
+        """Held while a server starts, so that none is half started when the gate closes."""
         self._stop = threading.Event()
         # One thread starts all servers: the kernel ends a child when the *thread* that started it ends. It never waits for an
         # answer; that is for the others.
@@ -103,6 +113,21 @@ class Supervisor:
         else:
             self._is_busy.clear()
 
+    def allow_starts(self) -> None:
+        """Open the gate: servers that are down start."""
+        with self._gate:
+            self._may_start = True
+
+    def hold_starts(self) -> None:
+        """Close the gate: from now on no server starts. One that is starting goes on; ``running`` has it."""
+        with self._gate:
+            self._may_start = False
+
+    def running(self) -> dict[str, bool]:
+        """Return the URL of every server with a process, and whether it has answered since that was started."""
+        with self._gate:
+            return {server.url: server.is_up for server in self._servers if server.process is not None}
+
     def close(self) -> None:
         """Kill the servers. Harmless when repeated."""
         self._stop.set()
@@ -115,7 +140,7 @@ class Supervisor:
     def _ask(self, server: Managed) -> None:
         while not self._stop.wait(self._config.health_interval_s if server.is_up else LOOK_S):
             if not server.is_up:
-                if self._answers(f"{server.url}/model_info", timeout_s=2.0):
+                if server.process is not None and self._answers(f"{server.url}/model_info", timeout_s=2.0):
                     server.is_up = server.has_been_up = True
                     server.silent_s = 0.0
             elif not self._is_busy.is_set() and self._answers(
@@ -144,23 +169,29 @@ class Supervisor:
             remove_leftovers()
 
     def _watch(self) -> None:
-        for server in self._servers:
-            self._start(server)
         looked_s = time.monotonic()
-        while not self._stop.wait(LOOK_S):
+        while True:
             now = time.monotonic()
             # Less than has passed where this process itself was stopped, or the machine gave it no time.
             passed_s, looked_s = min(now - looked_s, 3 * LOOK_S), now
             for server in self._servers:
-                if self._failure is None:
+                if self._failure is None and server.process is None:
+                    self._start(server)
+                elif self._failure is None:
                     self._look(server, passed_s)
+            if self._stop.wait(LOOK_S):
+                return
 
     def _start(self, server: Managed) -> None:
-        server.log.parent.mkdir(parents=True, exist_ok=True)
-        server.log_start = server.log.stat().st_size if server.log.exists() else 0
-        server.heartbeats.forget()
-        server.process = server.start({heartbeat.VARIABLE: str(server.heartbeats.folder)})
-        server.is_up, server.silent_s, server.started_s = False, 0.0, time.monotonic()
+        """Start a server if the gate is open."""
+        with self._gate:
+            if not self._may_start:
+                return
+            server.log.parent.mkdir(parents=True, exist_ok=True)
+            server.log_start = server.log.stat().st_size if server.log.exists() else 0
+            server.heartbeats.forget()
+            server.process = server.start({heartbeat.VARIABLE: str(server.heartbeats.folder)})
+            server.is_up, server.silent_s, server.started_s = False, 0.0, time.monotonic()
 
     def _look(self, server: Managed, passed_s: float) -> None:
         assert server.process is not None
@@ -182,6 +213,7 @@ class Supervisor:
         assert server.process is not None
         status = server.process.status()
         server.process.kill()  # its children too
+        server.process, server.is_up = None, False
         server.reasons.append(reason)
         # Its own error would come again; a signal came from outside, maybe for want of memory, and may not.
         was_killed = status is not None and (status < 0 or CHILD_KILLED in reason)
@@ -209,7 +241,8 @@ class Supervisor:
             )
         else:
             server.num_restarts += 1
-            print(f"{server.name} {reason}; restart {server.num_restarts}", flush=True)
+            when = "" if self._may_start else ", once the trainer has released its memory"
+            print(f"{server.name} {reason}; restart {server.num_restarts}{when}", flush=True)
             self._start(server)
 
     def _answers(self, url: str, *, timeout_s: float) -> bool:

@@ -95,3 +95,26 @@ def test_ranks_without_our_launcher_share_a_new_key(tmp_path: Path) -> None:
     assert first == second != old.hex() and read_key(tmp_path / "tiny" / FILE) == bytes.fromhex(first)
     assert run_ranks(key_of_rank, 1, tmp_path) != [first]
     assert read_key(tmp_path / "tiny" / FILE) == bytes.fromhex(first), "one rank needs no file"
+
+
+GPU = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def test_ranks_get_variables_for_gpus_unless_the_user_has_set_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> dict[str, str]:
+        return {name: value for name, value in handed_on(tmp_path).items() if name in GPU}
+
+    for name in GPU:
+        monkeypatch.delenv(name, raising=False)
+    assert found() == {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name, value in (("CUDA_DEVICE_MAX_CONNECTIONS", "32"), ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")):
+        monkeypatch.setenv(name, value)
+    assert found() == {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
+
+
+def test_memory_that_servers_open_by_cuda_ipc_does_not_grow(tmp_path: Path) -> None:
+    colocated = ["rollout.engine=sglang", "rollout.servers.placement=colocated"]
+    given = load_config(TINY, ["policy.model_path=m", *colocated])
+    assert command.gpu_variables(given, {}) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}

@@ -137,3 +137,19 @@ def test_nor_where_a_program_starts_without_the_flag(tmp_path: Path, program: st
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert said in done.stdout + done.stderr and "of the user" not in done.stderr, done.stderr
+
+
+def test_a_server_gets_no_variables_that_are_for_the_trainer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    given |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "RANK": "3", "NCCL_SOCKET_IFNAME": "eth1", "NCCL_DEBUG": "WARN"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    child = ChildProcess(["env"], log=tmp_path / "server_0.log", environment={"OWN": "1"})
+    while child.status() is None:
+        time.sleep(0.01)
+    lines = (tmp_path / "server_0.log").read_text().splitlines()
+    names = {line.partition("=")[0] for line in lines}
+    assert not names & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS", "RANK"}
+    assert {"NCCL_SOCKET_IFNAME=eth1", "NCCL_DEBUG=WARN", "OWN=1"} <= set(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import threading
@@ -51,6 +53,11 @@ def managed(folder: Path, program: str, *, port: int = 9) -> Managed:
         return ChildProcess([sys.executable, "-c", program, str(port)], log=log, environment=dict(variables))
 
     return Managed("server 0", f"http://127.0.0.1:{port}", log, start)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -105,9 +112,45 @@ def test_a_proxy_of_the_environment_never_sees_the_key(
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        server = managed(tmp_path, SERVES, port=port)
+        server = managed(tmp_path, SERVES, port=free_port())
         watch(server)
         wait_for(lambda: server.is_up)
         assert asked == []
+
+
+def test_behind_a_closed_gate_nothing_starts_and_what_ends_stays_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Colocated servers: the gate is open while the trainer has released its memory."""
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.02)
+    server = managed(tmp_path, SERVES, port=free_port())
+    watched = Supervisor([server], ServersConfig(), key="the-key", may_start=False)
+    try:
+        time.sleep(0.3)
+        assert watched.running() == {} and server.process is None and watched.failure is None
+        watched.allow_starts()
+        wait_for(lambda: watched.running() == {server.url: True})
+        first = server.process
+        assert first is not None
+        watched.hold_starts()
+        time.sleep(0.2)
+        assert server.process is first, "what serves goes on"
+        os.kill(first.pid, signal.SIGKILL)
+        wait_for(lambda: watched.running() == {})
+        time.sleep(0.3)
+        assert server.process is None and watched.failure is None and server.num_restarts == 1
+        watched.allow_starts()
+        wait_for(lambda: watched.running() == {server.url: True})
+        assert server.num_restarts == 1 and server.process is not first
+    finally:
+        watched.close()
+
+
+def test_one_that_is_starting_when_the_gate_closes_is_told_of(tmp_path: Path, watch: Watch) -> None:
+    """Only then can its memory be waited for."""
+    server = managed(tmp_path, f"import time; time.sleep(1.5)\n{SERVES}", port=free_port())
+    watched = watch(server)
+    wait_for(lambda: server.process)
+    watched.hold_starts()
+    assert watched.running() == {server.url: False}
+    wait_for(lambda: watched.running() == {server.url: True})
