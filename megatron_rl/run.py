@@ -18,9 +18,10 @@ from megatron_rl.convert.hf.random_weights import RandomReader
 from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.data.inputs import Inputs
 from megatron_rl.data.pack import full_batches
+from megatron_rl.doctor.memory_advice import check_gpu
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.distance import distance_metrics
-from megatron_rl.evaluation.evaluator import EvalResults, Evaluator, keep_and_explore_rates, results_path, save_results
+from megatron_rl.evaluation.evaluator import Evaluator, save_results
 from megatron_rl.launch.finished import result_settings
 from megatron_rl.launch.folder import RunFolder
 from megatron_rl.launch.rank import Runtime
@@ -78,6 +79,9 @@ class Run:
                 self.folder.check_unused()
         self.inputs = Inputs(config, self.groups, self.say)
         self.shape = self.inputs.shape
+        with all_ranks_agree(self.groups.cpu_group):
+            if is_trained:
+                check_gpu(config, self.shape, self.groups, longest=self.inputs.longest_row)
         with all_ranks_agree(self.groups.cpu_group):  # a module from outside may fail on one machine alone
             self.algorithm = build_algorithm(config)
             if config.trainer.stage == "rl":
@@ -430,25 +434,12 @@ class Run:
         if self.config.trainer.stage == "sft":  # nothing else is sampled until the next evaluation
             self.release_engine_memory()
         self.timer.flush()  # evaluation has its own figure and does not count into a step
-        metrics = evaluation.metrics | self._keep_and_explore(evaluation.results) | distance
+        rates: dict[str, float] = {}  # by files that rank 0 reads
+        if self.is_first:
+            rates = self.evaluator.rates(evaluation.results, self._baseline, run_dir=self.directory, say=self.say)
+        metrics = evaluation.metrics | broadcast_json(rates, self.groups.cpu_group) | distance
         with all_ranks_agree(self.groups.cpu_group):
             self.folder.check_same()
             if self.is_first:
                 save_results(self.directory, evaluation.results)
             self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
-
-    def _keep_and_explore(self, results: EvalResults) -> dict[str, float]:
-        """Return keep and explore rates against ``eval.baseline``, else this run's step 0.
-
-        Rank 0 reads the files, every rank gets the rates.
-        """
-        rates: dict[str, float] = {}
-        if self.is_first:
-            baseline, own = self._baseline, results_path(self.directory, 0)
-            if baseline is None and own.is_file():
-                try:
-                    baseline = self.evaluator.read_results(own, field="eval")
-                except UserError as error:  # no reason to end a run that was resumed with other problems
-                    self.say(f"no keep and explore rates: {error}")
-            rates = {} if baseline is None else keep_and_explore_rates(baseline, results)
-        return broadcast_json(rates, self.groups.cpu_group)

@@ -1,4 +1,4 @@
-"""Watch a language model learn by reinforcement on two CPU cores: data, supervised warm start, GRPO, evaluation.
+"""Watch a language model learn by reinforcement on two CPU cores, or up to two GPUs: data, warm start, GRPO, evaluation.
 
     make quickstart                    (or: .venv/bin/python -m examples.quickstart.run)
     make quickstart ENGINE=sglang      the same from a real SGLang server; fewer steps, because it is slower on a CPU
@@ -31,17 +31,41 @@ forgotten more often than not make the middle itself wrong, which is what RL mov
 SGLANG = ("rollout.engine=sglang", "exp_manager.name=quickstart_sglang", "trainer.max_steps=40")
 
 
+def of_machine(num_gpus: int, *, uses_sglang: bool = False) -> list[str]:
+    """Return the overrides for a machine: on a CPU none, for the files are made for that.
+
+    Args:
+        num_gpus: that torch sees.
+        uses_sglang: rollouts come from servers: on GPUs one on each of the trainer's, so that one GPU is enough.
+    """
+    if num_gpus == 0:
+        return []
+    devices = min(2, num_gpus)
+    found = [f"trainer.devices={devices}", "trainer.precision=bf16"]
+    if uses_sglang:
+        found += ["rollout.servers.placement=colocated", f"rollout.servers.num_per_node={devices}"]
+    return found
+
+
 def main() -> int:
     """Run the three parts in turn; return the status of the first that fails."""
+    import torch
+
     parser = argparse.ArgumentParser(description="The quickstart.")
     parser.add_argument("--engine", choices=("transformers", "sglang"), default="transformers")
     uses_sglang = parser.parse_args().engine == "sglang"
     run = RUNS / "quickstart_sglang" if uses_sglang else START
     problems = [sys.executable, "tools/make_word_problems.py", *PROBLEMS]
-    grpo = verb("train", HERE / "grpo.yaml", *(SGLANG if uses_sglang else ()))
+    num_gpus = torch.cuda.device_count()
+    served = (*SGLANG, *of_machine(num_gpus, uses_sglang=True))
+    grpo = verb("train", HERE / "grpo.yaml", *(served if uses_sglang else of_machine(num_gpus)))
     parts = (
         Part("problems", problems, START / "data" / "model" / "config.json"),
-        Part("warm start", verb("train", HERE / "warm_start.yaml"), START / "warm_start" / "summary.json"),
+        Part(
+            "warm start",
+            verb("train", HERE / "warm_start.yaml", *of_machine(num_gpus)),
+            START / "warm_start" / "summary.json",
+        ),
         Part("reinforcement", grpo, run / "summary.json"),
     )
     seconds = {part.name: seconds_of(part) for part in parts}

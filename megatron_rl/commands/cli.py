@@ -149,11 +149,14 @@ def memory(
     overrides: Overrides = None,
     gpu_gb: Annotated[float, typer.Option(help="memory of one GPU: 80 (H100), 141 (H200)", metavar="GB")] = 80.0,
 ) -> None:
-    """Estimate the memory of one GPU of each pipeline stage; status 1 if it does not fit."""
+    """Estimate the memory of one GPU of each pipeline stage; status 1, and overrides with which it fits, if it does not."""
     from megatron_rl.config import load_config
-    from megatron_rl.doctor.memory import estimate, print_estimate
+    from megatron_rl.doctor.memory import GB, estimate, print_estimate
+    from megatron_rl.doctor.memory_advice import advise
 
-    if not print_estimate(estimate(load_config(config, overrides or [])), gpu_gb=gpu_gb):
+    checked = load_config(config, overrides or [])
+    if not print_estimate(estimate(checked), gpu_gb=gpu_gb):
+        print(advise(checked, gpu_gb * GB))
         raise typer.Exit(1)
 
 

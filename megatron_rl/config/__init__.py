@@ -6,7 +6,7 @@ pass-through fields against the upstream sources (upstream.py). Nothing in this 
 """
 
 from megatron_rl.config.data import PresampleConfig
-from megatron_rl.config.files import check_files, check_names, read_model_shape
+from megatron_rl.config.files import check_files, check_names, check_shape, read_model_shape
 from megatron_rl.config.load import load_config
 from megatron_rl.config.methods import MethodConfig
 from megatron_rl.config.methods.base import OtherSections
@@ -28,6 +28,7 @@ __all__ = [
     "PresampleConfig",
     "check_files",
     "check_names",
+    "check_shape",
     "load_config",
     "read_model_shape",
     "save_resolved",

@@ -89,7 +89,7 @@ def read_model_shape(config: Config) -> ModelShape:
             "policy.model_path", str(directory), "is not a directory", "give a Hugging Face checkpoint directory"
         )
     shape = read_shape(directory)
-    _check_layout(config, shape)
+    check_shape(config, shape)
     return shape
 
 
@@ -105,7 +105,8 @@ def _check_writable(run_dir: Path) -> None:
     raise UserError("exp_manager.exp_dir", str(run_dir), rule, fix)
 
 
-def _check_layout(config: Config, shape: ModelShape) -> None:
+def check_shape(config: Config, shape: ModelShape) -> None:
+    """Raise ``UserError`` if a model of this shape does not fit the layout or the lengths of a config."""
     policy = config.policy
     # Megatron then deals the remaining layers out itself, and says so where they do not divide.
     is_uneven = any(

@@ -142,6 +142,11 @@ class RolloutConfig:
         return self.engine == "sglang" and self.servers.urls is None
 
     @property
+    def gpus_per_server(self) -> int:
+        """GPUs of one server of ours."""
+        return int(self.sglang_cfg.get("tp_size", 1)) * int(self.sglang_cfg.get("pp_size", 1))
+
+    @property
     def is_colocated(self) -> bool:
         """Our servers and the trainer use the same GPUs, in turn."""
         return self.starts_servers and self.servers.placement == "colocated"

@@ -59,6 +59,7 @@ class Config:
         check_sizes(self.algorithm)
         self._check_batch_arithmetic()
         self._check_limits()
+        self._check_gpus()
         with settings_code(self.algorithm.name):
             self.algorithm.check(OtherSections(self.trainer, self.policy, self.rollout, self.data, self.eval))
         sync, is_ours = self.weight_sync, not plugins.is_path(self.rollout.engine)
@@ -99,6 +100,21 @@ class Config:
                     f"must be below trainer.{name} = {longer_s:g}, because the ranks wait for each other in a weight update",
                     "lower it, or raise the other",
                 )
+
+    def _check_gpus(self) -> None:
+        """Check what holds on GPUs alone: who shares them, and what their attention can do."""
+        rollout, policy, trainer = self.rollout, self.policy, self.trainer
+        taken = rollout.servers.num_per_node * rollout.gpus_per_server
+        if rollout.is_colocated and trainer.accelerator != "cpu" and taken != trainer.devices:
+            raise UserError(
+                "rollout.servers.num_per_node",
+                rollout.servers.num_per_node,
+                f"times the GPUs of a server, rollout.sglang_cfg.tp_size = {rollout.gpus_per_server}, must be "
+                f"trainer.devices = {trainer.devices}, so that each of the trainer's GPUs is shared by one server",
+                _fix_of_sharing(trainer.devices, rollout.gpus_per_server),
+            )
+        if trainer.accelerator == "gpu" and policy.megatron_cfg.get("transformer_impl") != "local":
+            check_attention(trainer.precision, policy.context_parallel_size)
 
     def _check_stage(self) -> None:
         stage = self.algorithm.stage
@@ -172,3 +188,21 @@ class Config:
                 "pipelining, whose schedule takes a micro-batch for every pipeline rank at a time",
                 f"use a multiple of {unit}, or leave virtual_pipeline_model_parallel_size out",
             )
+
+
+def _fix_of_sharing(devices: int, size: int) -> str:
+    """Say how servers share a node's GPUs evenly."""
+    if devices % size == 0:
+        return f"set it to {devices // size}, or rollout.servers.placement=separate with GPUs for servers alone"
+    return f"set rollout.sglang_cfg.tp_size to a divisor of {devices}, and this to {devices} / tp_size"
+
+
+def check_attention(precision: str, context_parallel_size: int) -> None:
+    """Raise ``UserError`` for what no attention of Transformer Engine computes: float32 over context-parallel ranks."""
+    if precision == "fp32" and context_parallel_size > 1:
+        raise UserError(
+            "policy.megatron_cfg.context_parallel_size",
+            context_parallel_size,
+            "must be 1 with trainer.precision=fp32 on GPUs: Transformer Engine shares no float32 sequence out",
+            "set trainer.precision=bf16, leave it out, or set policy.megatron_cfg.transformer_impl=local",
+        )

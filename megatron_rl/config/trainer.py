@@ -63,6 +63,8 @@ class TrainerConfig:
     offload_during_rollouts: bool | None = None
     """Gradients and optimizer state leave the GPU while rollouts are sampled; null does so where servers share the trainer's
     GPUs (``rollout.servers.placement: colocated``)."""
+    check_memory: bool = True
+    """End at the start if the model, by the estimate of docs/memory.md, needs more than a GPU has. false tries it."""
     numerics: NumericsConfig = Field(default_factory=NumericsConfig)
 
     @property

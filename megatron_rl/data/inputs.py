@@ -101,16 +101,19 @@ class Inputs:
         prompts = [*self.prompts.items, *self.held_out]
         return max(len(prompt.prompt_ids) for prompt in prompts) + self._config.rollout.max_new_tokens
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that is trained on."""
+        if self._config.trainer.stage == "rl":
+            return max(len(p.prompt_ids) for p in self.prompts.items) + self._config.rollout.max_new_tokens
+        return max(row.num_tokens for row in self.demonstrations.items)
+
     # ---- whether rows fit
 
     def _check_budget(self) -> None:
         """A row that no micro-batch has room for is found before anything is built."""
         policy = self._config.policy
-        if self._config.trainer.stage == "rl":
-            longest = max(len(p.prompt_ids) for p in self.prompts.items) + self._config.rollout.max_new_tokens
-        else:
-            longest = max(row.num_tokens for row in self.demonstrations.items)
-        longest = pack_layout(policy).padded(longest)
+        longest = pack_layout(policy).padded(self.longest_row)
         if longest > policy.train_micro_batch_tokens:
             raise too_long(longest, policy.train_micro_batch_tokens)
         # Groups get as many replays as there are, so a rank can have one row more than another: it shares a micro-batch.

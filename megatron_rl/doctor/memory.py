@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -17,12 +18,30 @@ from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import padded_vocab_size, shard_shape
 from megatron_rl.convert.tables.table import Entry, entries
 from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
+from megatron_rl.weight_sync.plan import TrainingLayout
 
 GB = 1e9
 LOGIT_ROWS, LOGITS = 4096, 1 << 26
-"""Tokens of a chunk, and logits that exist at a time: ``parallel.vocab``'s ``CHUNK_TOKENS`` and ``BLOCK_ELEMENTS``."""
+"""Tokens of a chunk, and logits that exist at a time: ``parallel.vocab``'s ``CHUNK_TOKENS`` and ``BLOCK_ELEMENTS``. Repeated,
+because that module needs torch, and a plan does not; a test holds them together."""
 CONTEXT_BYTES = int(1.5 * GB)
 """Bytes that a process takes before any tensor: CUDA's context, buffers of NCCL and cuBLAS."""
+SERVER_RESIDUE_BYTES = 3 * GB
+"""Bytes that a server keeps when it has released weights and cache: its CUDA context, NCCL's buffers, the workspaces of
+attention, and its CUDA graphs, none of which torch_memory_saver covers. Not measured: 2 to 4 GB are reported of others."""
+FULL = 0.9
+"""Share of a GPU that a plan should not exceed: the rest is for fragments, and for what an estimate misses."""
+ROWS = {
+    "weights": "weights", "gradients": "gradients", "optimizer state": "optimizer", "activations": "activations",
+    "one layer at work": "working", "float32 gradients, while the optimizer steps": "stepping",
+    "the engine's model": "engine", "the engine's cache": "engine_cache", "what the server keeps": "residue",
+    "the server's weights, while sampling": "server",
+}  # fmt: skip
+"""Label of a row -> field of ``StageMemory``."""
+ALWAYS = ("weights", "gradients", "optimizer", "activations", "working")
+"""Fields that are shown where they are 0, too."""
+PROMPT_TOKENS = 1024
+"""Tokens of the longest prompt where nothing says it: neither ``data.max_prompt_tokens`` nor the problems themselves."""
 
 
 @dataclass(frozen=True)
@@ -39,76 +58,130 @@ class StageMemory:
     """Activations kept for backward, of all micro-batches in flight."""
     working: int
     """Bytes on top while one layer, or the output layer, is computed."""
+    stepping: int
+    """Bytes on top while the optimizer steps: float32 copies of its share of the gradients, where those have 16 bits."""
+    engine: int
+    """The model of the engine in the trainer's process, whole on every rank and always there; 0 without one."""
+    engine_cache: int
+    """Keys, values and logits of that engine while it generates."""
     server: int
     """Weights of the rollout server that shares the GPU; 0 if none does."""
+    server_share: float | None
+    """``mem_fraction_static``: what that server takes for weights and cache, of what it finds free. None: it chooses."""
     offloads: bool
     """True if gradients and optimizer state leave the GPU while rollouts are sampled."""
 
     @property
-    def updating(self) -> int:
-        """Bytes during an update; a colocated server has released its memory."""
-        static = self.weights + self.gradients + self.optimizer
-        return static + self.activations + self.working + CONTEXT_BYTES
+    def residue(self) -> int:
+        """Bytes that a colocated server keeps all the time."""
+        return int(SERVER_RESIDUE_BYTES) if self.server else 0
 
     @property
     def starting(self) -> int:
-        """Bytes while a checkpoint is read at the start: nothing is offloaded yet, and a colocated server may run."""
-        return self.weights + self.gradients + self.optimizer + self.server + 2 * CONTEXT_BYTES
+        """Bytes when the policy is built or a checkpoint is read: nothing is offloaded, no colocated server has started."""
+        return self.weights + self.gradients + self.optimizer + self.engine + CONTEXT_BYTES
+
+    @property
+    def updating(self) -> int:
+        """Bytes during an update, at its fullest moment; a colocated server has released its memory."""
+        return self.starting + self.residue + max(self.activations + self.working, self.stepping)
 
     @property
     def sampling(self) -> int:
-        """Bytes while rollouts are sampled, without the server's KV cache, which gets the rest."""
+        """Bytes while rollouts are sampled, without a server's KV cache, which gets the rest."""
         kept = 0 if self.offloads else self.gradients + self.optimizer
-        return self.weights + kept + self.server + 2 * CONTEXT_BYTES
+        return self.weights + kept + self.engine + self.engine_cache + self.server + self.residue + CONTEXT_BYTES
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the smallest GPU on which this stage updates and samples."""
+        least = 0
+        if self.server and self.server_share:
+            least = round(self.server / self.server_share) - self._beside_the_start
+        return max(self.updating, self.sampling, least)
+
+    def server_cache(self, gpu_bytes: float) -> int:
+        """Return the bytes of a colocated server's KV cache on a GPU of this size; not above 0 where the server does not start.
+
+        SGLang (kv_cache_configurator.py): what was free before its weights times ``mem_fraction_static``, less the weights.
+        """
+        room = gpu_bytes - self.sampling
+        if self.server_share is not None:
+            room = min(room, self.server_share * (gpu_bytes + self._beside_the_start) - self.server)
+        return int(room)
+
+    @property
+    def _beside_the_start(self) -> int:
+        """Bytes, below 0, that a server finds taken when it starts: the trainer's, and its own context."""
+        return self.server + self.residue - CONTEXT_BYTES - self.sampling
 
 
-def estimate(config: Config, shape: ModelShape | None = None) -> list[StageMemory]:
+def estimate(config: Config, shape: ModelShape | None = None, *, longest: int | None = None) -> list[StageMemory]:
     """Estimate each pipeline stage.
 
     Args:
         config: the run's.
         shape: the model's; None reads it.
+        longest: tokens of the longest row; None takes them from the config's limits.
 
     Raises:
         UserError: the model cannot be read, or the layout does not fit it.
     """
     shape = read_model_shape(config) if shape is None else shape
-    layout, policy = training_layout(config, shape), config.policy
+    layout, policy, rollout = training_layout(config, shape), config.policy, config.rollout
     passed = policy.megatron_cfg
     width = 2 if config.trainer.precision == "bf16" else 4
-    per_stage = layout.tp_size * layout.dp_size
-    expert_replicas = per_stage // (layout.expert_tp_size * layout.ep_size)
-    server = _server_bytes(config, shape, width) if config.rollout.is_colocated else 0
+    expert_replicas = max(1, layout.tp_size * layout.dp_size // (layout.expert_tp_size * layout.ep_size))
+    server = _server_bytes(config, shape, width) if rollout.is_colocated else 0
+    is_in_process = rollout.engine == "transformers" and (config.trainer.stage == "rl" or config.eval.is_used)
+    gradient = 4 if policy.ddp_cfg.get("grad_reduce_in_fp32", True) else width
+    # The precision-aware optimizer reads the gradients where they are.
+    is_copied = gradient == 2 and not policy.optim.optimizer_cfg.get("use_precision_aware_optimizer")
     found = []
-    for stage in range(layout.pp_size):
-        count = {"dense": 0, "expert": 0, "linear": 0}
-        for entry in entries(shape).values():
-            is_shared = entry.is_copy and layout.pp_size == 1
-            if is_shared or entry.is_float32 or layout.stage_of(entry, shape.num_layers) != stage:
-                continue  # in float32 are the biases of routers alone: a few numbers, without gradient
-            _, cut, ranks = layout.holders(entry, shape)[0]
-            if stage * per_stage not in ranks:  # an expert of other ranks
-                continue
-            size = prod(shard_shape(entry.kind, shape, cut))
-            count["dense" if entry.expert is None else "expert"] += size
-            count["linear"] += size if _is_linear(entry) else 0
+    for stage, count in enumerate(_counts(shape, layout)):
+        share = count["dense"] / layout.dp_size + count["expert"] / expert_replicas
         total = count["dense"] + count["expert"]
-        state = _optimizer_bytes(config)
-        reduced_in_fp32 = policy.ddp_cfg.get("grad_reduce_in_fp32", True)
         found.append(
             StageMemory(
                 stage=stage,
                 num_parameters=total,
                 weights=_weight_bytes(passed, total, count["linear"], width),
-                gradients=total * (4 if reduced_in_fp32 else width),
-                optimizer=round(state * (count["dense"] / layout.dp_size + count["expert"] / max(1, expert_replicas))),
+                gradients=total * gradient,
+                optimizer=round(_optimizer_bytes(config) * share),
                 activations=_activation_bytes(config, shape, stage, width),
                 working=_working_bytes(config, shape, stage, width),
+                stepping=round(4 * share) if is_copied else 0,
+                engine=_model_size(shape) * width if is_in_process else 0,
+                engine_cache=_engine_cache(config, shape, width, longest) if is_in_process else 0,
                 server=server,
+                server_share=rollout.sglang_cfg.get("mem_fraction_static"),
                 offloads=config.offloads_during_rollouts,
             )
         )
     return found
+
+
+@cache
+def _counts(shape: ModelShape, layout: TrainingLayout) -> list[dict[str, int]]:
+    """Count the parameters of the first rank of each pipeline stage: ``dense``, ``expert``, and of both the ``linear`` ones."""
+    counts = [{"dense": 0, "expert": 0, "linear": 0} for _ in range(layout.pp_size)]
+    for entry in entries(shape).values():
+        if (entry.is_copy and layout.pp_size == 1) or entry.is_float32:
+            continue  # in float32 are the biases of routers alone: a few numbers, without gradient
+        stage = layout.stage_of(entry, shape.num_layers)
+        _, cut, ranks = layout.holders(entry, shape)[0]
+        if stage * layout.tp_size * layout.dp_size not in ranks:  # an expert of other ranks
+            continue
+        size = prod(shard_shape(entry.kind, shape, cut))
+        counts[stage]["dense" if entry.expert is None else "expert"] += size
+        counts[stage]["linear"] += size if _is_linear(entry) else 0
+    return counts
+
+
+@cache
+def _model_size(shape: ModelShape) -> int:
+    """Count the parameters of the whole model."""
+    return sum(prod(shard_shape(entry.kind, shape, 1)) for entry in entries(shape).values() if not entry.is_copy)
 
 
 def _is_linear(entry: Entry) -> bool:
@@ -250,15 +323,35 @@ def _working_bytes(config: Config, shape: ModelShape, stage: int, width: int) ->
         )
         # Of a block, while backward starts the next: three tensors in float32 and one that products take.
         logits = min(LOGITS, min(tokens, LOGIT_ROWS) * columns) * (3 * 4 + width)
-        largest = max(largest, logits + 2 * tokens * shape.hidden_size * width)
+        # Autograd gets an empty gradient of the output layer, whose own is in Megatron's buffer. Not where the embedding is the
+        # same tensor on the same stage: there the embedding's gradient is the one.
+        stand_in = 0 if shape.tied and policy.pipeline_parallel_size == 1 else columns * shape.hidden_size * width
+        largest = max(largest, logits + 2 * tokens * shape.hidden_size * width + stand_in)
     return round(largest)
 
 
 def _server_bytes(config: Config, shape: ModelShape, width: int) -> int:
-    layout = rollout_layout(config)
-    total = sum(prod(shard_shape(entry.kind, shape, 1)) for entry in entries(shape).values() if not entry.is_copy)
     width = 1 if config.weight_sync.quantization else width
-    return round(total * width / layout.tp_size)
+    return round(_model_size(shape) * width / rollout_layout(config).tp_size)
+
+
+def longest_row(config: Config) -> int:
+    """Return the tokens of the longest row that an online run may sample, by its limits."""
+    return (config.data.max_prompt_tokens or PROMPT_TOKENS) + config.rollout.max_new_tokens
+
+
+def _engine_cache(config: Config, shape: ModelShape, width: int, longest: int | None) -> int:
+    """Return the bytes that the engine in process takes while it generates: a full batch of the longest rows."""
+    rows = config.rollout.max_batch_size
+    tokens = rows * (longest or longest_row(config))
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    # Key and value of a head. Latent attention caches them for every head.
+    head, groups = (
+        (2 * shape.head_dim, groups) if shape.latent is None else (shape.head_dim + shape.latent.v_head_dim, heads)
+    )
+    cache = tokens * shape.num_layers * groups * head * width
+    repeated = tokens * heads * head * width  # transformers gives every query head a copy, a layer at a time
+    return cache + repeated + 3 * rows * shape.vocab_size * 4  # logits, their softmax and what is drawn from
 
 
 def print_estimate(found: list[StageMemory], *, gpu_gb: float) -> bool:
@@ -267,21 +360,31 @@ def print_estimate(found: list[StageMemory], *, gpu_gb: float) -> bool:
     from rich.table import Table
 
     table = Table("GB of one GPU", *(f"stage {memory.stage}" for memory in found), title="memory, estimated")
-    rows = {
-        "weights": "weights", "gradients": "gradients", "optimizer state": "optimizer", "activations": "activations",
-        "one layer at work": "working",
-    }  # fmt: skip
-    for label, field in rows.items():
-        table.add_row(label, *(f"{getattr(memory, field) / GB:.1f}" for memory in found))
-    table.add_row("CUDA and NCCL", *(f"{CONTEXT_BYTES / GB:.1f}" for _ in found), end_section=True)
-    table.add_row("while updating", *(f"{memory.updating / GB:.1f}" for memory in found))
+
+    def row(label: str, values: list[int], *, ends: bool = False) -> None:
+        table.add_row(label, *(f"{value / GB:.1f}" for value in values), end_section=ends)
+
+    for label, field in ROWS.items():
+        values = [getattr(memory, field) for memory in found]
+        if any(values) or field in ALWAYS:
+            row(label, values)
+    row("CUDA and NCCL", [CONTEXT_BYTES for _ in found], ends=True)
+    row("at the start", [memory.starting for memory in found])
+    row("while updating", [memory.updating for memory in found])
     if found[0].server:
-        table.add_row("while sampling, without cache", *(f"{memory.sampling / GB:.1f}" for memory in found))
-        free = [gpu_gb - memory.sampling / GB for memory in found]
-        table.add_row("left for the server's cache", *(f"{left:.1f}" for left in free))
+        row("while sampling, without cache", [memory.sampling for memory in found])
+        share = found[0].server_share
+        label = (
+            "left for the server's cache" if share is None else f"the server's cache, by mem_fraction_static {share:g}"
+        )
+        row(label, [memory.server_cache(gpu_gb * GB) for memory in found])
+    elif found[0].engine:
+        row("while sampling", [memory.sampling for memory in found])
     console = Console()
     console.print(table)
-    fullest = max(max(memory.updating, memory.sampling if memory.server else 0) for memory in found) / GB
+    fullest = max(memory.needed for memory in found) / GB
     fits = fullest <= gpu_gb
     console.print(f"{'fits' if fits else 'does not fit'}: {fullest:.1f} of {gpu_gb:g} GB on the fullest GPU")
+    if fits and fullest > FULL * gpu_gb:
+        console.print(f"tight: above {FULL:.0%}, fragments may fill the rest")
     return fits

@@ -8,7 +8,7 @@ results of step 0, or of another run (``eval.baseline``)  --> keep_and_explore_r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -134,6 +134,25 @@ class Evaluator:
                 "evaluate on the same problems (data.validation, eval.num_problems), or measure the baseline again",
             )
         return results
+
+    def rates(
+        self, results: EvalResults, baseline: EvalResults | None, *, run_dir: Path, say: Callable[[str], None]
+    ) -> dict[str, float]:
+        """Return keep and explore rates against a baseline, else against the run's own step 0; nothing without either.
+
+        Args:
+            results: of now.
+            baseline: of ``eval.baseline``.
+            run_dir: holds the run's evaluations.
+            say: is told why step 0 cannot be read.
+        """
+        own = results_path(run_dir, 0)
+        if baseline is None and own.is_file():
+            try:
+                baseline = self.read_results(own, field="eval")
+            except UserError as error:  # no reason to end a run that was resumed with other problems
+                say(f"no keep and explore rates: {error}")
+        return {} if baseline is None else keep_and_explore_rates(baseline, results)
 
     def read_baseline(self) -> EvalResults | None:
         """Read the results that ``eval.baseline`` names, with the errors of ``read_results``; None if it names none."""

@@ -28,7 +28,7 @@ _NO_MATTER = (
     *(f"weight_sync.{name}" for name in ("transport", "directory", "full_every", "pause_mode", "bucket_bytes", "timeout_s")),
     *(f"trainer.{name}" for name in (
         "accelerator", "devices", "num_nodes", "threads_per_rank", "max_steps", "max_generated_tokens", "timeout_s",
-        "hang_timeout_s", "offload_during_rollouts", "numerics",
+        "hang_timeout_s", "offload_during_rollouts", "check_memory", "numerics",
     )),
 )  # fmt: skip
 """Fields and sections on which no result depends but for rounding, or whose amount the summary has (steps, tokens)."""

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megatron_rl.config import Config
+from megatron_rl.config.schema import check_attention
 from megatron_rl.convert.architecture.rope import RopeScaling, YarnScaling
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import padded_vocab_size
@@ -81,6 +82,7 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     is_local = not uses_transformer_engine(config.policy.megatron_cfg.get("transformer_impl"), device)
     settings["transformer_impl"] = "local" if is_local else "transformer_engine"
     if not is_local:
+        check_attention(config.trainer.precision, config.policy.context_parallel_size)
         settings |= _fused_kernels(shape)
     elif config.policy.megatron_cfg.get("cpu_offloading"):
         raise UserError(

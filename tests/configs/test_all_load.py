@@ -34,3 +34,14 @@ def test_there_are_exemplars() -> None:
     assert {"grpo.yaml", "spo_chain.yaml", "spo_tree.yaml", "grpo_gsm8k.yaml", "grpo_qwen2.5_32b.yaml", "sft.yaml"} <= {
         p.name for p in FILES
     }
+
+
+@pytest.mark.parametrize(("name", "gpus", "ranks"), [("grpo_1.5b_one_gpu", 1, 1), ("grpo_7b_one_node", 8, 4)])
+def test_recipes_for_small_machines(name: str, gpus: int, ranks: int) -> None:
+    """What they say of themselves; tests/unit/doctor holds that they fit."""
+    config = load_config(ROOT / f"configs/{name}.yaml", GIVEN)
+    assert (config.trainer.devices, config.data_parallel_size, config.num_updates_per_step) == (gpus, ranks, 4)
+    assert config.rollout.is_colocated and config.trainer.precision == "bf16"
+    assert config.data.max_prompt_tokens is not None
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    assert longest <= config.policy.train_micro_batch_tokens

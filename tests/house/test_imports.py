@@ -51,12 +51,12 @@ ALLOWED: dict[str, set[str]] = {
         "rollout",
     },
     "doctor": {
-        "algorithms", "config", "convert.architecture", "convert.hf", "convert.tables", "model", "patches",
+        "algorithms", "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "patches",
         "weight_sync",
     },
     "run": {
-        "algorithms", "config", "convert.hf", "data", "evaluation", "launch", "metrics", "model", "parallel",
-        "process", "report", "rollout", "scoring", "weight_sync",
+        "algorithms", "config", "convert.hf", "data", "doctor", "evaluation", "launch", "metrics", "model",
+        "parallel", "process", "report", "rollout", "scoring", "weight_sync",
     },
     "commands": {
         "algorithms", "config", "convert.architecture", "convert.offline", "convert.tables", "data", "doctor",

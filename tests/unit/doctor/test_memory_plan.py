@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_rl.commands.cli import app
 from megatron_rl.config import load_config
 from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.doctor.memory import GB, LOGIT_ROWS, LOGITS, estimate
+from megatron_rl.doctor.memory_advice import check_fits
 from megatron_rl.errors import UserError
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, random_samples, tiny_config
 from tests.tiny_models import make_tiny_model
+from tests.unit.doctor.shapes import write_model
 
 ROOT = Path(__file__).parents[3]
 LAYOUTS: list[dict[str, Any]] = [
@@ -103,15 +107,7 @@ def test_logits_are_those_of_the_code_that_holds_them() -> None:
 @pytest.fixture(scope="module")
 def qwen_32b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen2.5-32B's shape."""
-    directory = tmp_path_factory.mktemp("qwen")
-    fields = {
-        "model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
-        "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768, "torch_dtype": "bfloat16",
-        "hidden_act": "silu", "bos_token_id": 151643, "eos_token_id": 151645,
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(fields))
-    return directory
+    return write_model(tmp_path_factory.mktemp("qwen"), "32B")
 
 
 FP8 = ("policy.megatron_cfg.fp8=e4m3", "policy.megatron_cfg.fp8_recipe=blockwise")
@@ -132,10 +128,11 @@ def test_32b_recipes_fit_80_gb(method: str, bits: tuple[str, ...], nodes: int, q
     assert sum(memory.num_parameters for memory in found) * 8 == pytest.approx(32.76e9, rel=0.01)
     for memory in found:
         assert memory.updating < 72 * GB, "a tenth is left for fragments"
-        # The server takes its share of the whole GPU while the trainer's weights are there.
-        share = config.rollout.sglang_cfg["mem_fraction_static"] * 80 * GB
-        assert memory.server < share / 2 and memory.sampling - memory.server + share < 80 * GB
-        assert memory.starting - memory.server + share < 80 * GB
+        # The server starts when the trainer has nothing but its weights on the GPU, and shares what it finds.
+        found = 80 * GB - memory.weights - 2 * 1.5 * GB
+        assert memory.server_cache(80 * GB) == pytest.approx(0.8 * found - memory.server)
+        assert memory.server_cache(80 * GB) > 4 * memory.server
+        assert memory.starting == memory.weights + memory.gradients + memory.optimizer + 1.5 * GB
 
 
 def test_it_would_notice_a_layout_that_does_not(qwen_32b: Path) -> None:
@@ -160,6 +157,82 @@ def test_types_of_the_optimizer_reach_megatron(tmp_path: Path) -> None:
     assert run_ranks(found, 1) == [True]
     with pytest.raises(UserError, match="exp_avg_dtype = 'float8': must be one of fp32, fp16, bf16, fp8"):
         tiny_config(model, "policy.optim.optimizer_cfg.exp_avg_dtype=float8")
+
+
+def plan_of(model: Path, *overrides: str, file: str = "grpo.yaml") -> Any:
+    given = (f"policy.model_path={model}", "data.train=t.jsonl", "data.task=gsm8k", *overrides)
+    return estimate(load_config(ROOT / "configs" / file, given))[0]
+
+
+def test_the_engine_in_process_has_a_model_of_its_own_on_every_rank(tmp_path: Path) -> None:
+    model, eight = write_model(tmp_path, "7B"), "trainer.devices=8"
+    own, recorded = plan_of(model, eight), plan_of(model, eight, "rollout.engine=recorded", "rollout.recorded_dir=r")
+    assert own.engine == 2 * recorded.num_parameters and recorded.engine == 0 == recorded.engine_cache
+    assert own.updating - recorded.updating == own.starting - recorded.starting == own.engine
+    sft = load_config(ROOT / "configs/sft.yaml", [f"policy.model_path={model}", "data.train=t", "data.task=gsm8k"])
+    assert estimate(sft)[0].engine == 0, "without evaluation it samples nothing"
+
+
+def test_a_colocated_server_keeps_something(tmp_path: Path) -> None:
+    model = write_model(tmp_path, "1.5B")
+    colocated = plan_of(model, file="grpo_1.5b_one_gpu.yaml")
+    separate = plan_of(model, "rollout.servers.placement=separate", file="grpo_1.5b_one_gpu.yaml")
+    assert colocated.updating - separate.updating == 3 * GB and separate.residue == separate.server == 0
+
+
+def test_gradients_in_16_bits_are_copied_when_the_optimizer_steps(tmp_path: Path) -> None:
+    model = write_model(tmp_path, "0.5B")
+    summed = "policy.ddp_cfg.grad_reduce_in_fp32=false"
+    few = ("policy.train_micro_batch_tokens=256", summed)
+    plan = plan_of(model, *few)
+    assert plan.stepping == 4 * plan.num_parameters == plan.updating - plan.starting > plan.activations + plan.working
+    assert plan_of(model, *few, "trainer.devices=2").stepping == plan.stepping / 2
+    assert plan_of(model, summed, "policy.optim.optimizer_cfg.use_precision_aware_optimizer=true").stepping == 0
+    assert plan_of(model).stepping == plan_of(model, summed, "trainer.precision=fp32").stepping == 0
+
+
+def test_the_output_layer_has_a_stand_in_for_its_gradient_unless_it_is_the_embedding(tmp_path: Path) -> None:
+    tokens = "policy.train_micro_batch_tokens=1024"
+    block = 2**26 * (3 * 4 + 2)
+    seven = plan_of(write_model(tmp_path, "7B"), tokens)
+    assert seven.working == block + 2 * 1024 * 3584 * 2 + 152064 * 3584 * 2
+    half = plan_of(write_model(tmp_path, "0.5B"), tokens)
+    assert half.working == block + 2 * 1024 * 896 * 2
+
+
+@pytest.mark.parametrize(("name", "model"), [("grpo_1.5b_one_gpu", "1.5B"), ("grpo_7b_one_node", "7B")])
+def test_recipes_for_small_machines_fit_with_a_tenth_to_spare(name: str, model: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path, model)
+    command = ["plan", "memory", str(ROOT / f"configs/{name}.yaml"), f"policy.model_path={path}", "data.train=t.jsonl"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "fits: " in done.output and "tight" not in done.output
+    assert "at the start" in done.output and "the server's cache, by mem_fraction_static 0.8" in done.output
+    assert plan_of(path, file=f"{name}.yaml").needed < 72 * GB
+
+
+def test_what_does_not_fit_is_said_with_overrides_that_do(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "7B")
+    recipe = str(ROOT / "configs/grpo_7b_one_node.yaml")
+    command = ["plan", "memory", recipe, f"policy.model_path={path}", "data.train=t.jsonl", "--gpu-gb", "40"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "does not fit: " in done.output
+    line = done.output.splitlines()[-1].partition(" with: ")[2]
+    assert CliRunner().invoke(app, [*command, *shlex.split(line)]).exit_code == 0
+
+
+def test_a_gpu_that_is_too_small_is_one_error_before_anything_is_built(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "32B")
+    config = load_config(ROOT / "configs/grpo_qwen2.5_32b.yaml", [f"policy.model_path={path}", "data.train=t.jsonl"])
+    shape = read_shape(path)
+    check_fits(config, shape, rank=16, stage=1, gpu_bytes=int(80 * GB), longest=10240)
+    with pytest.raises(UserError) as caught:
+        check_fits(config, shape, rank=16, stage=1, gpu_bytes=int(40 * GB), longest=10240)
+    error = caught.value
+    assert (error.field, error.value) == ("GPU of rank 16", "40.0 GB")
+    assert "pipeline stage 1 needs 42.4 GB while updating" in error.rule
+    assert "add policy." in error.fix and "trainer.check_memory=false" in error.fix
+    with pytest.raises(UserError, match=r"no setting that was tried fits: .* GB are missing"):
+        check_fits(config, shape, rank=0, stage=0, gpu_bytes=int(10 * GB), longest=10240)
 
 
 @pytest.mark.slow

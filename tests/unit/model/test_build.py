@@ -142,3 +142,17 @@ def test_transformer_engine_is_not_replaced_without_a_word(chosen: str | None, m
     with pytest.raises(UserError, match=r"transformer_impl.*: needs Transformer Engine on a GPU.*set it to local"):
         specs.uses_transformer_engine(chosen, torch.device("cuda"))
     assert not specs.uses_transformer_engine("local", torch.device("cuda"))
+
+
+def test_transformer_engine_shares_no_float32_sequence_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With accelerator auto the config alone does not show it."""
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
+
+    def chosen(device: str, *overrides: str) -> int:
+        config = tiny_config(model, *overrides, cp=2)
+        return build.transformer_config(config, read_shape(model), torch.device(device)).context_parallel_size
+
+    with pytest.raises(UserError, match="context_parallel_size = 2: must be 1 with trainer.precision=fp32"):
+        chosen("cuda")
+    local = "policy.megatron_cfg.transformer_impl=local"
+    assert chosen("cuda", "trainer.precision=bf16") == chosen("cpu") == chosen("cuda", local) == 2
