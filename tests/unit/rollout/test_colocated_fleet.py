@@ -6,13 +6,21 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from megatron_rl.config.rollout import ServersConfig, WeightSyncConfig
+from megatron_rl.rollout.sglang import fleet
 from megatron_rl.rollout.sglang.client import Unavailable
 from megatron_rl.rollout.sglang.fleet import Fleet, Server
 from megatron_rl.rollout.sglang.versions import adapter_for
 
 ADAPTER = adapter_for("0.5.23", "")
 START_S = 0.4
+
+
+@pytest.fixture(autouse=True)
+def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "POLL_S", 0.02)
 
 
 class Client:
@@ -48,22 +56,22 @@ def test_a_death_in_a_long_update_leaves_the_whole_time_for_the_start_after_it()
     client = Client()
 
     async def update() -> Fleet:
-        fleet = fleet_of(client)
-        fleet.start()
-        await fleet.release_memory()
+        watched = fleet_of(client)
+        watched.start()
+        await watched.release_memory()
         client.lives = False
-        await fleet.mark_down(fleet.servers[0], "died")
+        await watched.mark_down(watched.servers[0], "died")
         await asyncio.sleep(4 * START_S)
-        assert fleet.failure is None, "nothing can start now"
-        await fleet.resume_memory()
+        assert watched.failure is None, "nothing can start now"
+        await watched.resume_memory()
         await asyncio.sleep(START_S / 4)
-        assert fleet.failure is None, "its time has just begun"
+        assert watched.failure is None, "its time has just begun"
         client.lives = True
         async with asyncio.timeout(10):
-            while not fleet.stale():
+            while not watched.stale():
                 await asyncio.sleep(0.05)
-        await fleet.stop()
-        return fleet
+        await watched.stop()
+        return watched
 
     assert asyncio.run(update()).failure is None
 
@@ -72,17 +80,17 @@ def test_one_that_does_not_come_up_behind_the_open_gate_ends_the_run() -> None:
     client = Client()
 
     async def update() -> Fleet:
-        fleet = fleet_of(client)
-        fleet.start()
-        await fleet.release_memory()
+        watched = fleet_of(client)
+        watched.start()
+        await watched.release_memory()
         client.lives = False
-        await fleet.resume_memory()  # finds out that it is gone
-        assert fleet.servers[0].state == "down" and fleet.failure is None
+        await watched.resume_memory()  # finds out that it is gone
+        assert watched.servers[0].state == "down" and watched.failure is None
         async with asyncio.timeout(10):
-            while fleet.failure is None:
+            while watched.failure is None:
                 await asyncio.sleep(0.05)
-        await fleet.stop()
-        return fleet
+        await watched.stop()
+        return watched
 
     assert "no server answered" in str(asyncio.run(update()).failure)
 
@@ -91,13 +99,13 @@ def test_memory_that_is_released_is_not_released_again() -> None:
     client = Client()
 
     async def twice() -> None:
-        fleet = fleet_of(client)
-        assert fleet.has_answer_of(["http://server"])
+        watched = fleet_of(client)
+        assert watched.has_answer_of(["http://server"])
         for _ in range(2):
-            await fleet.release_memory()
-        await fleet.resume_memory()
-        await fleet.mark_down(fleet.servers[0], "died")
-        assert not fleet.has_answer_of(["http://server"]) and fleet.has_answer_of([])
+            await watched.release_memory()
+        await watched.resume_memory()
+        await watched.mark_down(watched.servers[0], "died")
+        assert not watched.has_answer_of(["http://server"]) and watched.has_answer_of([])
 
     asyncio.run(twice())
     assert client.asked == {"release": 1, "resume": 1}
