@@ -91,16 +91,22 @@ def add_ratio(line: dict[str, Any], recipe: str) -> None:
 
 def layers_that_fit(total_bytes: int, overrides: Sequence[str]) -> int:
     """The most layers whose update in any recipe leaves ``FREE_SHARE`` of ``total_bytes``; at least one."""
-    from megatron_rl.doctor.memory import estimate
-
     layers = 0
     with tempfile.TemporaryDirectory() as folder:
         while True:
             model = write_model(Path(folder), Sizes(num_hidden_layers=layers + 1))
-            needed = max(estimate(load(model, *overrides, *recipe))[0].updating for recipe in RECIPES.values())
+            needed = max(update_bytes(load(model, *overrides, *recipe)) for recipe in RECIPES.values())
             if needed > (1 - FREE_SHARE) * total_bytes:
                 return max(1, layers)
             layers += 1
+
+
+def update_bytes(config: Any) -> int:
+    """What the plan says of an update, without the engine that a run would have in its process."""
+    from megatron_rl.doctor.memory import estimate
+
+    memory = estimate(config)[0]
+    return memory.updating - memory.engine
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +117,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from megatron_rl.algorithms import build_algorithm
-    from megatron_rl.doctor.memory import estimate
     from megatron_rl.model.build import build_groups_of
 
     overrides = [f"policy.train_micro_batch_tokens={tokens}", *arguments.set]
@@ -142,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model_flops": operations / seconds,
         "mfu": round(operations / seconds / matmul_flops(), 4),
         "peak_bytes": peak_bytes,
-        "estimated_bytes": estimate(config)[0].updating,
+        "estimated_bytes": update_bytes(config),
     }
 
 

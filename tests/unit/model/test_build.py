@@ -152,7 +152,7 @@ def test_transformer_engine_shares_no_float32_sequence_out(model: Path, monkeypa
         config = tiny_config(model, *overrides, cp=2)
         return build.transformer_config(config, read_shape(model), torch.device(device)).context_parallel_size
 
-    with pytest.raises(UserError, match="context_parallel_size = 2: must be 1 with trainer.precision=fp32"):
+    with pytest.raises(UserError, match=r"context_parallel_size = 2: must be 1 with trainer.precision=fp32"):
         chosen("cuda")
     local = "policy.megatron_cfg.transformer_impl=local"
     assert chosen("cuda", "trainer.precision=bf16") == chosen("cpu") == chosen("cuda", local) == 2
