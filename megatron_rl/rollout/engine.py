@@ -172,7 +172,10 @@ class RolloutEngine(Protocol):
         ...
 
     def resume_memory(self) -> None:
-        """Take back the memory of ``release_memory``."""
+        """Take back the memory of ``release_memory``.
+
+        Called before each ``update_weights``, also the first, when this rank's trainer has released what only updates need.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:
