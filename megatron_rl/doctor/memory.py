@@ -18,7 +18,7 @@ from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import padded_vocab_size, shard_shape
 from megatron_rl.convert.tables.table import Entry, entries
 from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
-from megatron_rl.weight_sync.plan import TrainingLayout
+from megatron_rl.weight_sync.pieces import TrainingLayout
 
 GB = 1e9
 LOGIT_ROWS, LOGITS = 4096, 1 << 26
@@ -169,8 +169,8 @@ def _counts(shape: ModelShape, layout: TrainingLayout) -> list[dict[str, int]]:
         if (entry.is_copy and layout.pp_size == 1) or entry.is_float32:
             continue  # in float32 are the biases of routers alone: a few numbers, without gradient
         stage = layout.stage_of(entry, shape.num_layers)
-        _, cut, ranks = layout.holders(entry, shape)[0]
-        if stage * layout.tp_size * layout.dp_size not in ranks:  # an expert of other ranks
+        _, cut, ranks = layout.shards(entry, shape)[0]
+        if 0 not in ranks:  # an expert of other ranks
             continue
         size = prod(shard_shape(entry.kind, shape, cut))
         counts[stage]["dense" if entry.expert is None else "expert"] += size
