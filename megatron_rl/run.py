@@ -25,6 +25,7 @@ from megatron_rl.launch.finished import result_settings
 from megatron_rl.launch.folder import RunFolder
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
+from megatron_rl.metrics.profiler import StepProfiler
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics.timing import resident_bytes
 from megatron_rl.model.build import build_groups_of
@@ -114,6 +115,12 @@ class Run:
         )
         if self._writes_checkpoints:
             self.checkpoints.check_space(self.policy.trainable)
+        self._profiler = StepProfiler(
+            config.trainer.profile,
+            self.directory / "profile",
+            self.groups.rank,
+            lambda message: print(message, flush=True),
+        )
         self.start_step = self._resume()
         self.logger = self._build_logger()
         parts.callback(self.logger.close)
@@ -139,7 +146,8 @@ class Run:
             activity.set_step(step + 1)
             if self._numerics is not None and (step + 1) % self.config.trainer.numerics.every_n_steps == 0:
                 self._numerics.watch()
-            yield step
+            with self._profiler.step(step + 1):
+                yield step
 
     def finish_step(
         self,
