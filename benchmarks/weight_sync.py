@@ -1,14 +1,14 @@
-"""Shards to shards on one machine, against raw sends and receives of the same bytes between the same processes.
+"""Shards to shards on one machine, against raw copies of the same bytes between the same processes.
 
-    python benchmarks/weight_sync.py [--layers 12] [--repeats 3] [--backend gloo]
+    python benchmarks/weight_sync.py [--layers 12] [--repeats 3] [--way memory] [--device cpu]
 
-Backends: ``gloo`` between CPUs; ``nccl`` with a GPU for each of the six processes; ``ipc`` by handles, all on the first GPU
-(without one: through shared memory, to try the script).
+Ways: ``memory``, as between ranks of one machine: shared memory, or with ``--device cuda`` handles of the first GPU's memory;
+``network``, as between machines: gloo, or with ``--device cuda`` NCCL and a GPU for each of the six processes.
 
 Processes stand where the trainer's ranks (TP2 x PP2) and the server's (TP2) do, and hold parameters of Qwen2.5-0.5B's sizes in
-bfloat16. In turn: ``raw``, each pair's bytes as one message from and into memory that is already there; ``shards``, the plan's
-messages from parameters into parameters. Then the digests of both ends, which are compared. Times are those of the slowest
-process. The last line is JSON: ``throughput_vs_raw`` (1 is raw speed), ``digests_equal``, ``digest_vs_transfer``.
+bfloat16. In turn: ``raw``, each pair's bytes at once: by memory one copy into a shared buffer and one out of it, by network one
+message; ``shards``, a whole update by the code that servers run, which compares digests of both ends. Times are those of the
+slowest process. The last line is JSON: ``throughput_vs_raw`` (1 is raw speed), ``digests_equal``, ``digest_vs_transfer``.
 """
 
 from __future__ import annotations
@@ -16,27 +16,37 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import socket
+import os
 import statistics
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing.queues import Queue
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import shard_shape
-from megatron_rl.convert.tables.table import entries, hf_tensors
-from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, receive_messages, send_messages
-from megatron_rl.weight_sync.plan import TrainingLayout, make_plan
-from megatron_rl.weight_sync.receiver import make_group
+from megatron_rl.convert.tables.table import entries
+from megatron_rl.process.network import listening_socket
+from megatron_rl.weight_sync.meeting import Rendezvous, ServerMeeting
+from megatron_rl.weight_sync.network import make_group, receive, send, wait_for
+from megatron_rl.weight_sync.pieces import ServedForm, TrainingLayout
+from megatron_rl.weight_sync.places import GpuPlace, Places
+from megatron_rl.weight_sync.plan import make_plan
+from megatron_rl.weight_sync.receiver import take
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
+from megatron_rl.weight_sync.shards import ShardSender
+from megatron_rl.weight_sync.shared import BucketReader, BucketWriter
 
 TRAINING = TrainingLayout(tp_size=2, pp_size=2)
 ROLLOUT = RolloutLayout(num_servers=1, tp_size=2)
-DTYPE = torch.bfloat16
+FORM, DTYPE = ServedForm("bfloat16"), torch.bfloat16
+BUCKET_BYTES = 2**26
+NUM_RANKS = TRAINING.num_ranks
 
 
 def model_of(num_layers: int) -> ModelShape:
@@ -49,116 +59,156 @@ def model_of(num_layers: int) -> ModelShape:
     )  # fmt: skip
 
 
+def places_of(way: str, *, is_cpu: bool) -> Places:
+    """Put all ranks on one machine, or the server's on another."""
+    gpu = None if is_cpu else 0
+    far = 1 if way == "network" else 0
+    return Places((GpuPlace(0, gpu),) * NUM_RANKS, (GpuPlace(far, gpu),) * ROLLOUT.tp_size)
+
+
 def trainer_parameters(shape: ModelShape, rank: int) -> dict[str, torch.Tensor]:
-    """Random shards of one trainer rank, by global Megatron name."""
+    """Random shards of one trainer rank, by global Megatron name; ranks that hold the same have equal ones."""
     found = {}
-    generator = torch.Generator().manual_seed(rank)
-    for entry in entries(shape).values():
-        for _, size, ranks in TRAINING.holders(entry, shape):
-            if rank in ranks and not entry.is_copy:
+    for number, entry in enumerate(entries(shape).values()):
+        stage = TRAINING.stage_of(entry, shape.num_layers)
+        for cut, size, ranks in TRAINING.shards(entry, shape):
+            if rank - stage * TRAINING.ranks_per_stage in ranks and not entry.is_copy:
+                generator = torch.Generator().manual_seed(100 * number + cut)
                 extent = shard_shape(entry.kind, shape, size)
-                # Ranks have equal copies of what is replicated.
-                seed = generator if entry.kind.name != "replicated" else torch.Generator().manual_seed(hash(extent))
-                found[entry.name] = torch.empty(extent, dtype=DTYPE).normal_(generator=seed)
+                found[entry.name] = torch.empty(extent, dtype=DTYPE).normal_(generator=generator)
     return found
 
 
+def pairs_of(shape: ModelShape, places: Places) -> Counter[tuple[int, int]]:
+    """Return the bytes of each (trainer rank, server rank)."""
+    plan = make_plan(shape, TRAINING, ROLLOUT, places, FORM, bucket_bytes=BUCKET_BYTES)
+    found: Counter[tuple[int, int]] = Counter()
+    for stream in plan.streams:
+        for carried in stream.carried:
+            for taker in carried.takers:
+                found[stream.sender, taker] += carried.bundle.num_bytes
+    return found
+
+
+class Served(torch.nn.Module):
+    """The parameters of a server rank, whose names have dots."""
+
+    def __init__(self, shape: ModelShape, tp_rank: int, device: torch.device) -> None:
+        """Fill them with zeros."""
+        super().__init__()
+        expected = served_parameters(shape, ROLLOUT, tp_rank)
+        self.held = {p.name: torch.nn.Parameter(torch.zeros(p.shape, dtype=DTYPE, device=device)) for p in expected}
+        if shape.tied:
+            self.held.pop("lm_head.weight", None)
+
+    def named_parameters(self, *_: Any, **__: Any) -> Any:
+        """Yield them."""
+        yield from self.held.items()
+
+
 def work(
-    rank: int, port: int, shape: ModelShape, repeats: int, backend: str, results: Queue[dict[str, object]]
+    rank: int,
+    port: int,
+    shape: ModelShape,
+    repeats: int,
+    way: str,
+    kind: str,
+    inbox: list[Any],
+    done: Any,
+    results: Any,
 ) -> None:
-    """One process, a trainer's rank or a server's."""
+    """Be one process, a trainer's rank or a server's."""
     torch.set_num_threads(1)
-    device = torch.device("cpu")
-    if backend != "gloo" and torch.cuda.is_available():
-        device = torch.device("cuda", rank if backend == "nccl" else 0)
+    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", rank if way == "network" else 0)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    world_size = TRAINING.num_ranks + ROLLOUT.tp_size
+    tp_rank, world_size = rank - NUM_RANKS, NUM_RANKS + ROLLOUT.tp_size
+    is_trainer = tp_rank < 0
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=dist.PrefixStore("world", store), rank=rank, world_size=world_size)
-    group = make_group(backend, store, "transfer", rank, world_size, host="127.0.0.1", timeout_s=300.0)
-    plan = make_plan(shape, TRAINING, ROLLOUT)
-    messages = make_messages(plan, bucket_elements=2**23)
-    tp_rank = rank - TRAINING.num_ranks
-    is_sender = tp_rank < 0
-    if is_sender:
-        parameters = trainer_parameters(shape, rank)
-    else:
-        served = served_parameters(shape, ROLLOUT, tp_rank)
-        parameters = {p.name: torch.zeros(p.shape, dtype=DTYPE) for p in served}
-    parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
-    totals: Counter[tuple[int, int]] = Counter()
-    for message in messages:
-        totals[message.sender, message.receiver] += message.num_elements
-    flats = {
-        pair: torch.ones(n, dtype=DTYPE, device=device)
-        for pair, n in totals.items()
-        if pair[0] == rank or pair[1] == tp_rank
-    }
+    backend = "gloo" if kind == "cpu" or way == "memory" else "nccl"
+    everyone = make_group(backend, store, "all", rank, world_size, host="127.0.0.1", timeout_s=300.0)
+    places = places_of(way, is_cpu=kind == "cpu")
+    totals = pairs_of(shape, places)
+    mine = {pair: n for pair, n in totals.items() if pair[0] == rank or pair[1] == tp_rank}
+    flats = {pair: torch.ones(n, dtype=torch.uint8, device=device) for pair, n in mine.items()}
+    shared: dict[tuple[int, int], Any] = {}
+    if way == "memory":
+        for pair, size in mine.items():
+            if is_trainer:
+                shared[pair] = BucketWriter(1, size, device)
+                store.set(f"raw/{pair}", json.dumps(shared[pair].handle()))
+            else:
+                shared[pair] = BucketReader(json.loads(store.get(f"raw/{pair}")), 0)
+    rounds: dict[tuple[int, int], int] = dict.fromkeys(mine, 0)
+
+    def meet(key: str) -> None:
+        store.add(key, 1)
+        while store.add(key, 0) < world_size:
+            time.sleep(0.0005)
 
     def raw() -> None:
         works = []
-        for (sender, receiver), flat in flats.items():
-            if is_sender:
-                works.append(group.send([flat], TRAINING.num_ranks + receiver, 0))
+        for pair, flat in flats.items():
+            number = rounds[pair]
+            rounds[pair] += 1
+            if way == "network":
+                works.append(
+                    send(everyone, flat, NUM_RANKS + pair[1], 0) if is_trainer else receive(everyone, flat, pair[0], 0)
+                )
+            elif is_trainer:
+                shared[pair].buffer(number).copy_(flat)
+                shared[pair].publish(number)
             else:
-                works.append(group.recv([flat], sender, 0))
+                while not shared[pair].is_there(number):
+                    time.sleep(0.0002)
+                flat.copy_(shared[pair].buffer(number))
+                shared[pair].done(number)
         for each in works:
-            each.wait()
-
-    def shards() -> None:
-        if is_sender:
-            mine = [message for message in messages if message.sender == rank]
-
-            def send(flat: torch.Tensor, message: Message) -> dist.Work:
-                return group.send([flat], TRAINING.num_ranks + message.receiver, message.tag)
-
-            for _ in send_messages(mine, parameters, dtype=DTYPE, send=send):
-                pass
-        else:
-            mine = [message for message in messages if message.receiver == tp_rank]
-            receive_messages(
-                mine,
-                parameters,
-                dtype=DTYPE,
-                receive=lambda flat, message: group.recv([flat], message.sender, message.tag),
-            )
-
-    extents, digests = hf_tensors(shape), torch.zeros(len(plan.overlaps), dtype=torch.int64)
-    senders = {copy.overlap.index: copy.sender for copy in plan.copies}
-
-    def prove() -> None:
-        overlaps = [p for p in plan.overlaps if (senders[p.index] == rank if is_sender else p.tp_rank == tp_rank)]
-        found = digest_overlaps(overlaps, parameters, extents, dtype=DTYPE, is_sender=is_sender)
-        for overlap, value in zip(overlaps, found):
-            digests[overlap.index] = value - 2**64 if value >= 2**63 else value
-
-    def timed(what: Callable[[], None]) -> float:
-        dist.barrier()
-        started = time.perf_counter()
-        what()
+            wait_for(everyone, each, 300.0)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        return float(seconds)
+            torch.cuda.synchronize()
 
-    timed(raw), timed(shards)  # first touch of memory
-    times: dict[str, list[float]] = {"raw": [], "shards": [], "digest": []}
-    for _ in range(repeats):
-        for name, what in (("raw", raw), ("shards", shards), ("digest", prove)):
-            times[name].append(timed(what))
-    both = [torch.zeros_like(digests) for _ in range(world_size)]
-    dist.all_gather(both, digests)
-    sent, held = sum(both[: TRAINING.num_ranks]), sum(both[TRAINING.num_ranks :])
-    if rank == 0:
-        results.put(
-            {
-                "times": times,
-                "bytes": sum(totals.values()) * DTYPE.itemsize,
-                "messages": len(messages),
-                "equal": torch.equal(sent, held) and bool(sent.ne(0).all()),
-            }
-        )
+    for number in range(1 + repeats):
+        meet(f"raw{number}")
+        started = time.perf_counter()
+        raw()
+        results.put(("raw", number, time.perf_counter() - started))
+    meet("raw is done")
+    flats.clear()
+    shared.clear()
+    if not is_trainer:
+        model = Served(shape, tp_rank, device)
+        for _ in range(1 + repeats):
+            take(model, inbox[tp_rank].get(), tp_rank)
+            done.put(tp_rank)
+        return
+    dist.init_process_group("gloo", store=dist.PrefixStore("trainer", store), rank=rank, world_size=NUM_RANKS)
+    assert dist.group.WORLD is not None
+    parameters = {name: tensor.to(device) for name, tensor in trainer_parameters(shape, rank).items()}
+    rendezvous = Rendezvous("127.0.0.1", "gloo" if kind == "cpu" else "nccl", 300.0, BUCKET_BYTES, lambda _: places)
+    meeting = ServerMeeting(rendezvous, dist.group.WORLD)
+    sender = ShardSender(lambda: parameters, shape, TRAINING, meeting, form=FORM, device=device)
+
+    def post(server: int, payload: bytes) -> Future[str | None]:
+        for box in inbox:
+            box.put(payload)
+        future: Future[str | None] = Future()
+
+        def wait() -> None:
+            for _ in inbox:
+                done.get()
+            future.set_result(None)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return future
+
+    for number in range(1 + repeats):
+        outcome = sender.send([0], ROLLOUT, post=post if rank == 0 else None)
+        if rank == 0:
+            figures = {name.removeprefix("weight_sync/"): value for name, value in sender.metrics.items()}
+            results.put(
+                ("shards", number, figures | {"equal": outcome[0].state == "proven", "total": sum(totals.values())})
+            )
     dist.barrier()
 
 
@@ -167,34 +217,49 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--backend", choices=["gloo", "nccl", "ipc"], default="gloo")
+    parser.add_argument("--way", choices=["memory", "network"], default="memory")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    results: Queue[dict[str, object]] = context.Queue()
-    shape = model_of(arguments.layers)
-    with socket.create_server(("127.0.0.1", 0)) as free:
+    results: Queue[Any] = context.Queue()
+    inbox, done = [context.Queue() for _ in range(ROLLOUT.tp_size)], context.Queue()
+    shape, count = model_of(arguments.layers), arguments.repeats
+    with listening_socket("127.0.0.1") as free:
         port = free.getsockname()[1]
-    ranks = range(TRAINING.num_ranks + ROLLOUT.tp_size)
-    given = [(rank, port, shape, arguments.repeats, arguments.backend, results) for rank in ranks]
+    given = [
+        (rank, port, shape, count, arguments.way, arguments.device, inbox, done, results)
+        for rank in range(NUM_RANKS + ROLLOUT.tp_size)
+    ]
+    os.environ["OMP_NUM_THREADS"] = "1"
     processes = [context.Process(target=work, args=each, daemon=True) for each in given]
     for process in processes:
         process.start()
-    found: dict = results.get(timeout=900)
+    found = [results.get(timeout=900) for _ in range((1 + count) * (len(processes) + 1))]
     for process in processes:
         process.join()
-    times = {name: statistics.median(values) for name, values in found["times"].items()}
-    gigabytes = found["bytes"] / 1e9
-    print(f"{gigabytes:.2f} GB in {found['messages']} messages between 4 trainer ranks and a server of 2")
-    for name, seconds in times.items():
-        print(
-            f"{name:8} {seconds:7.2f} s  {gigabytes / seconds:6.2f} GB/s   all: {[round(t, 2) for t in found['times'][name]]}"
-        )
+    # The first round of each touches memory for the first time.
+    raw = [
+        max(seconds for what, n, seconds in found if what == "raw" and n == number) for number in range(1, 1 + count)
+    ]
+    shards = [figures for what, number, figures in found if what == "shards" and number > 0]
+    gigabytes = shards[0]["total"] / 1e9
+    times = {
+        "raw": raw,
+        "shards": [max(figures["receive_s"], figures["send_s"]) for figures in shards],
+        "digests": [figures["digest_s"] for figures in shards],
+    }
+    print(f"{gigabytes:.2f} GB between {NUM_RANKS} trainer ranks and a server of {ROLLOUT.tp_size}, by {arguments.way}")
+    for name, all_of_it in times.items():
+        seconds = statistics.median(all_of_it)
+        print(f"{name:8} {seconds:7.2f} s  {gigabytes / seconds:6.2f} GB/s   all: {[round(t, 2) for t in all_of_it]}")
+    median = {name: statistics.median(values) for name, values in times.items()}
     line = {
-        "throughput_vs_raw": round(times["raw"] / times["shards"], 3),
-        "digests_equal": found["equal"],
-        "digest_vs_transfer": round(times["digest"] / times["shards"], 3),
+        "throughput_vs_raw": round(median["raw"] / median["shards"], 3),
+        "digests_equal": all(figures["equal"] for figures in shards),
+        "digest_vs_transfer": round(median["digests"] / median["shards"], 3),
         "gigabytes": round(gigabytes, 3),
-        "backend": arguments.backend,
+        "way": arguments.way,
+        "device": arguments.device,
     }
     print(json.dumps(line))
 

@@ -136,7 +136,7 @@ app.add_typer(plan, name="plan")
 
 @plan.command()
 def weights(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show what each weight sync moves: bytes of every rank, rounds, and how far that is from the least possible."""
+    """Show what each weight sync moves: bytes of every rank and between machines, messages and partners."""
     from megatron_rl.config import load_config
     from megatron_rl.doctor.weight_traffic import print_report, report
 

@@ -170,7 +170,7 @@ class WeightSyncConfig:
     with a fresh cache. ``in_place``: they go on with the old cache, so their next tokens belong to neither version.
     ``abort``: they end and are asked again."""
     bucket_bytes: PositiveInt = 512 * 2**20
-    """Whole tensors in one request, or small pieces of shards in one message."""
+    """Most bytes that a rank hands on at once; a sender has two such buffers while it sends (on a CPU at most 4 MiB each)."""
     timeout_s: Seconds = 600.0
     """Deadline of each request of an update."""
 

@@ -86,8 +86,8 @@ def estimate(config: Config, shape: ModelShape | None = None) -> list[StageMemor
             is_shared = entry.is_copy and layout.pp_size == 1
             if is_shared or entry.is_float32 or layout.stage_of(entry, shape.num_layers) != stage:
                 continue  # in float32 are the biases of routers alone: a few numbers, without gradient
-            _, cut, ranks = layout.holders(entry, shape)[0]
-            if stage * per_stage not in ranks:  # an expert of other ranks
+            _, cut, ranks = layout.shards(entry, shape)[0]
+            if 0 not in ranks:  # an expert of other ranks
                 continue
             size = prod(shard_shape(entry.kind, shape, cut))
             count["dense" if entry.expert is None else "expert"] += size

@@ -31,7 +31,7 @@ from megatron_rl.files import disk_errors
 from megatron_rl.metrics import terminal
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.process import activity, lifetime, watchdog
-from megatron_rl.process.network import keep_gloo_on_loopback, own_address
+from megatron_rl.process.network import keep_gloo_on, own_address
 from megatron_rl.process.output import open_output
 from megatron_rl.process.run_key import FILE, VARIABLE, WAY_OUT, draw_key, given_key, write_key
 from megatron_rl.process.signed_store import UNSIGNED, SignedStore, answer, find_key
@@ -225,8 +225,7 @@ def _join_others(config: Config, runtime: Runtime) -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
     if config.trainer.num_nodes > 1:
         _check_meeting_address(config.trainer.num_nodes, os.environ["MASTER_ADDR"])
-    if own_address(config.trainer.num_nodes, *config.rollout.servers.hosts) == "127.0.0.1":
-        keep_gloo_on_loopback()
+    keep_gloo_on(own_address(config.trainer.num_nodes, *config.rollout.servers.hosts))
     timeout = timedelta(seconds=config.trainer.timeout_s)
     store, rank, world_size = next(rendezvous("env://", runtime.rank, runtime.world_size, timeout=timeout))
     store.set_timeout(timeout)

@@ -9,7 +9,10 @@ import os
 import socket
 from typing import Any
 
+import psutil
+
 logger = logging.getLogger(__name__)
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _BACKLOG = 4096
 """Connections that may wait to be accepted: all ranks of a large run come at once."""
 
@@ -116,11 +119,22 @@ def _names_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def keep_gloo_on(address: str) -> None:
+    """Let gloo's groups use the interface of one of this machine's addresses, unless the environment names an interface.
+
+    By itself gloo takes the address of the host's name, which on many machines is loopback.
+    """
+    for interface, addresses in psutil.net_if_addrs().items():
+        if address in {each.address for each in addresses}:
+            os.environ.setdefault(_GLOO_INTERFACE, interface)
+            return
+
+
 def keep_gloo_on_loopback() -> None:
-    """Let gloo's groups listen on loopback alone, unless the environment names another interface."""
+    """Let gloo's groups listen on loopback alone, whatever the environment says: all ranks are on this machine."""
     loopback = "lo"
     if loopback in {name for _, name in socket.if_nameindex()}:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ[_GLOO_INTERFACE] = loopback
 
 
 def own_address(num_nodes: int, *peers: str) -> str:

@@ -1,7 +1,7 @@
 """Delivery of new weights to servers: all transports, and the choice among them.
 
-    Shards            each trainer rank -> each server rank, digests of both ends compared     servers with our weight loader
-    WholeTensors      rank 0 -> each server                                                    any server
+    ThroughLoader     trainer ranks -> server ranks: shards, with digests compared; or whole    servers with our weight loader
+    OverHttp          rank 0 -> each server, whole tensors as text                             any server
     SharedDirectory   rank 0 -> files -> each server                                           servers that see the files
 
 A delivery pauses its servers and stamps them ``updating:N`` before the first byte, goes through the transports until none of
@@ -17,10 +17,10 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,9 +35,11 @@ from megatron_rl.process.network import own_address
 from megatron_rl.rollout.engine import ServerPort
 from megatron_rl.rollout.sglang.flags import WEIGHT_LOADER
 from megatron_rl.weight_sync import disk
-from megatron_rl.weight_sync.layouts import training_layout
+from megatron_rl.weight_sync.layouts import places_of, served_form, training_layout
+from megatron_rl.weight_sync.meeting import Delivery, Post, Rendezvous, ServerMeeting
 from megatron_rl.weight_sync.served import RolloutLayout
-from megatron_rl.weight_sync.shards import Delivery, Rendezvous, ShardSender
+from megatron_rl.weight_sync.shards import ShardSender
+from megatron_rl.weight_sync.whole import WholeSender
 
 NUM_RESENDS = 1
 """Repeats of a transfer that did not arrive as it was sent."""
@@ -161,38 +163,132 @@ def choose_transports(
     if sync.transport == "disk":
         base, directory = Path(config.policy.model_path), Path(str(sync.directory)).absolute()
         return [SharedDirectory(tensors, directory, base, full_every=sync.full_every, cpu_group=groups.cpu_group)]
-    whole = WholeTensors(tensors, bucket_bytes=sync.bucket_bytes, cpu_group=groups.cpu_group)
+    over_http = OverHttp(tensors, bucket_bytes=sync.bucket_bytes, cpu_group=groups.cpu_group)
     # SGLang's servers have our weight loader. Those of an engine from outside are asked if the config wants shards of them.
-    may_take_shards = config.rollout.engine == "sglang" or sync.transport == "shards"
-    # Digests are of the weights as they are trained.
-    if not may_take_shards or sync.transport == "tensors" or sync.quantization is not None:
-        return [whole]
-    sender = ShardSender(
-        parameters,
-        shape,
-        training_layout(config, shape),
-        _rendezvous(config, is_cpu=groups.device.type == "cpu"),
-        dtype=torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
-        cpu_group=groups.cpu_group,
-    )
-    has_fallback = sync.transport == "auto"
-    shards = Shards(sender, has_fallback=has_fallback, cpu_group=groups.cpu_group)
-    return [shards, whole] if has_fallback else [shards]
+    if config.rollout.engine != "sglang" and sync.transport != "shards":
+        return [over_http]
+    form, layout = served_form(config), training_layout(config, shape)
+    meeting = ServerMeeting(_rendezvous(config, is_cpu=groups.device.type == "cpu"), groups.cpu_group)
+    whole = WholeSender(tensors, shape, layout, meeting, form=form, device=groups.device)
+    fallbacks: list[Transport] = [
+        ThroughLoader(whole, name="tensors", has_fallback=True, cpu_group=groups.cpu_group),
+        over_http,
+    ]
+    # SGLang turns weights with one scale a tensor around as it loads them: no shard of ours would fit.
+    has_form = form.fp8 is None or form.fp8.granularity == "block"
+    if sync.transport == "tensors" or not has_form:
+        return fallbacks
+    shards = ShardSender(parameters, shape, layout, meeting, form=form, device=groups.device)
+    is_auto = sync.transport == "auto"
+    return [
+        ThroughLoader(shards, name="shards", has_fallback=is_auto, cpu_group=groups.cpu_group),
+        *(fallbacks if is_auto else ()),
+    ]
 
 
 def _rendezvous(config: Config, *, is_cpu: bool) -> Rendezvous:
-    servers, sync = config.rollout.servers, config.weight_sync
-    on_gpu: Literal["ipc", "nccl"] = "ipc" if servers.placement == "colocated" else "nccl"
+    sync = config.weight_sync
     return Rendezvous(
-        host=own_address(config.trainer.num_nodes, *servers.hosts),
-        backend="gloo" if is_cpu else on_gpu,
+        host=own_address(config.trainer.num_nodes, *config.rollout.servers.hosts),
+        network="gloo" if is_cpu else "nccl",
         timeout_s=sync.timeout_s,
         bucket_bytes=sync.bucket_bytes,
+        places=partial(places_of, config, is_cpu=is_cpu),
     )
 
 
-class WholeTensors:
-    """Rank 0 gives each server every tensor, whole. A ``Transport``."""
+class Sender(Protocol):
+    """What hands weights to servers with our weight loader: ``ShardSender``, ``WholeSender``."""
+
+    metrics: dict[str, float]
+
+    def send(self, servers: Sequence[int], layout: RolloutLayout, *, post: Post | None) -> dict[int, Delivery]:
+        """Send the current weights; return the outcome by server. A collective."""
+        ...
+
+
+class ThroughLoader:
+    """The trainer's ranks hand weights to our loader in the servers' ranks. A ``Transport``."""
+
+    def __init__(self, sender: Sender, *, name: str, has_fallback: bool, cpu_group: dist.ProcessGroup) -> None:
+        """Args:
+        sender: of this trainer.
+        name: of the transport in the config, for messages.
+        has_fallback: servers that cannot take weights so get them another way; else they end the run.
+        cpu_group: all ranks, over gloo.
+        """
+        self._sender, self._name, self._has_fallback = sender, name, has_fallback
+        self._is_first = dist.get_rank(cpu_group) == 0
+        self._unfit: set[int] = set()
+        """Servers whose parameters turned out not to be cut as the plan says."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Bytes, seconds, and the number of servers that were proven."""
+        return self._sender.metrics
+
+    def send(self, port: ServerPort, servers: Sequence[int], version: int) -> list[int]:
+        """Send weights, once more where they did not arrive, and return servers that cannot take them."""
+        others: list[int] = []
+        failed, deliveries = list(servers), dict[int, Delivery]()
+        for _ in range(1 + NUM_RESENDS):
+            fit, unfit, layout = self._choose(port, failed)
+            others += unfit
+            if not fit:
+                break
+            deliveries = self._sender.send(fit, layout, post=port.post if self._is_first else None)
+            self._note(port, deliveries)
+            others += [server for server, delivery in deliveries.items() if delivery.state == "unfit"]
+            failed = [server for server, delivery in deliveries.items() if delivery.state in ("failed", "mismatch")]
+        lost = [f"server {server}: {deliveries[server].detail}" for server in self._choose(port, failed)[0]]
+        if lost:
+            raise UserError(
+                FIELD,
+                self._name,
+                f"weights did not arrive as they were sent, {1 + NUM_RESENDS} times over; nothing is sampled from them "
+                f"({'; '.join(lost)})",
+                "see the servers' logs"
+                + ("; weight_sync.transport=tensors sends whole tensors" if self._name == "shards" else ""),
+            )
+        if others and not self._has_fallback:
+            reasons = "; ".join(f"server {s}: {deliveries[s].detail}" for s in others if s in deliveries)
+            raise UserError(
+                FIELD,
+                self._name,
+                f"a server cannot take shards ({reasons or 'it was started without our weight loader'})",
+                f"start it with --custom-weight-loader {WEIGHT_LOADER}, or use weight_sync.transport=auto",
+            )
+        return others
+
+    def _choose(self, port: ServerPort, servers: Sequence[int]) -> tuple[list[int], list[int], RolloutLayout]:
+        """Divide the servers that are up into those that have our loader and others; the first all have the layout's sizes."""
+        known = port.servers()
+        fit = [server for server in known if server.takes_payloads and server.number not in self._unfit]
+        size = min(((server.tp_size, server.ep_size) for server in fit), default=(1, 1))
+        takers = {server.number for server in fit if (server.tp_size, server.ep_size) == size}
+        up = {server.number for server in known if server.is_up}
+        there = [number for number in servers if number in up]
+        return (
+            [number for number in there if number in takers],
+            [number for number in there if number not in takers],
+            RolloutLayout(len(known), *size),
+        )
+
+    def _note(self, port: ServerPort, deliveries: Mapping[int, Delivery]) -> None:
+        """Count and remember what did not go well."""
+        for server, delivery in deliveries.items():
+            if delivery.state == "unfit":
+                self._unfit.add(server)
+            if not delivery.is_good and self._is_first:
+                port.count(f"sync_{delivery.state}")
+                logger.warning("weights to server %d: %s (%s)", server, delivery.state, delivery.detail)
+
+
+class OverHttp:
+    """Rank 0 posts every tensor, whole, to each server: for servers without our loader. A ``Transport``.
+
+    SGLang takes them as text, once for each of its ranks: slow, and meant for small models.
+    """
 
     metrics: Mapping[str, float] = {}
 
@@ -214,81 +310,6 @@ class WholeTensors:
                 error = port.send_bucket(servers, bucket)
         raise_first([broadcast_json(error_to_json(error), self._group)])
         return []
-
-
-class Shards:
-    """Each trainer rank sends server ranks what they lack of its shards, with proof. A ``Transport``."""
-
-    def __init__(self, sender: ShardSender, *, has_fallback: bool, cpu_group: dist.ProcessGroup) -> None:
-        """Args:
-        sender: of this trainer.
-        has_fallback: servers that cannot take shards get the weights another way; else they end the run.
-        cpu_group: all ranks, over gloo.
-        """
-        self._sender, self._has_fallback = sender, has_fallback
-        self._is_first = dist.get_rank(cpu_group) == 0
-        self._unfit: set[int] = set()
-        """Servers whose parameters turned out not to be cut as the plan says."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Bytes, seconds, and the number of servers that were proven."""
-        return self._sender.metrics
-
-    def send(self, port: ServerPort, servers: Sequence[int], version: int) -> list[int]:
-        """Send shards, once more where they did not arrive, and return servers that cannot take them."""
-        others: list[int] = []
-        failed, deliveries = list(servers), dict[int, Delivery]()
-        for _ in range(1 + NUM_RESENDS):
-            fit, unfit, layout = self._choose(port, failed)
-            others += unfit
-            if not fit:
-                break
-            deliveries = self._sender.send(fit, layout, post=port.post if self._is_first else None)
-            self._note(port, deliveries)
-            others += [server for server, delivery in deliveries.items() if delivery.state == "unfit"]
-            failed = [server for server, delivery in deliveries.items() if delivery.state in ("failed", "mismatch")]
-        lost = [f"server {server}: {deliveries[server].detail}" for server in self._choose(port, failed)[0]]
-        if lost:
-            raise UserError(
-                FIELD,
-                "shards",
-                f"weights did not arrive as they were sent, {1 + NUM_RESENDS} times over; nothing is sampled from them "
-                f"({'; '.join(lost)})",
-                "see the servers' logs; weight_sync.transport=tensors sends whole tensors",
-            )
-        if others and not self._has_fallback:
-            reasons = "; ".join(f"server {s}: {deliveries[s].detail}" for s in others if s in deliveries)
-            raise UserError(
-                FIELD,
-                "shards",
-                f"a server cannot take shards ({reasons or 'it was started without our weight loader'})",
-                f"start it with --custom-weight-loader {WEIGHT_LOADER}, or use weight_sync.transport=auto",
-            )
-        return others
-
-    def _choose(self, port: ServerPort, servers: Sequence[int]) -> tuple[list[int], list[int], RolloutLayout]:
-        """Divide the servers that are up into those that take shards and others; the first all have the layout's sizes."""
-        known = port.servers()
-        fit = [server for server in known if server.takes_payloads and server.number not in self._unfit]
-        size = min(((server.tp_size, server.ep_size) for server in fit), default=(1, 1))
-        takers = {server.number for server in fit if (server.tp_size, server.ep_size) == size}
-        up = {server.number for server in known if server.is_up}
-        there = [number for number in servers if number in up]
-        return (
-            [number for number in there if number in takers],
-            [number for number in there if number not in takers],
-            RolloutLayout(len(known), *size),
-        )
-
-    def _note(self, port: ServerPort, deliveries: Mapping[int, Delivery]) -> None:
-        """Count and remember what did not go well."""
-        for server, delivery in deliveries.items():
-            if delivery.state == "unfit":
-                self._unfit.add(server)
-            if delivery.state != "proven" and self._is_first:
-                port.count(f"sync_{delivery.state}")
-                logger.warning("weights to server %d: %s (%s)", server, delivery.state, delivery.detail)
 
 
 class SharedDirectory:

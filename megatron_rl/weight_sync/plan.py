@@ -1,240 +1,204 @@
-"""The transfer plan: the copies that turn a trainer's shards into a server's, each byte once and no byte in vain.
+"""The transfer plan: which trainer rank hands which bundles to which server ranks, each byte once and no byte in vain.
 
-A plan is a function of the model's shape and both layouts alone. So every rank computes the same one without communication,
-and a laptop computes it for any cluster. Both sides are boxes of Hugging Face tensors (``convert.tables.kinds`` for
-Megatron, ``served`` for SGLang); a copy is the overlap of two boxes.
+    stream    bundles that one trainer rank hands on: to all server ranks of its machine through memory, or to one
+              elsewhere over the network
+
+A plan is a function of the model's shape, both layouts and the places of all ranks. So every rank computes the same one without
+communication, and a laptop computes it for any cluster.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from math import prod
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_rl.convert.architecture.shape import ModelShape
-from megatron_rl.convert.tables.kinds import Extent, boxes
-from megatron_rl.convert.tables.table import Entry, entries
-from megatron_rl.weight_sync.served import RolloutLayout, ServedParameter, served_parameters
+from megatron_rl.weight_sync.pieces import Bundle, ServedForm, TrainingLayout, make_bundles
+from megatron_rl.weight_sync.places import GpuPlace, Places, by_node
+from megatron_rl.weight_sync.served import RolloutLayout
+
+CPU_BUCKET_BYTES = 4 * 2**20
+"""Most bytes of a bucket on a CPU: it stays in the cache between the copy into it and the copy out of it."""
 
 
 @dataclass(frozen=True)
-class TrainingLayout:
-    """Megatron's ranks: tensor parallel inside context and data parallel inside pipeline parallel."""
+class Carried:
+    """A bundle in a stream."""
 
-    tp_size: int = 1
-    pp_size: int = 1
-    dp_size: int = 1
-    """Ranks with the same weights, except for experts: data times context parallel size."""
-    vpp_size: int = 1
-    ep_size: int = 1
-    etp_size: int | None = None
-    """Tensor-parallel size of each expert; ``tp_size`` unless given."""
-
-    @property
-    def num_ranks(self) -> int:
-        """World size."""
-        return self.tp_size * self.dp_size * self.pp_size
-
-    @property
-    def expert_tp_size(self) -> int:
-        """Ranks that each expert is cut over."""
-        return self.tp_size if self.etp_size is None else self.etp_size
-
-    def stage_of(self, entry: Entry, num_layers: int) -> int:
-        """Return the pipeline rank that holds a parameter."""
-        name = entry.name
-        if name.startswith("decoder.layers."):
-            chunk = int(name.split(".", 3)[2]) // (num_layers // (self.pp_size * self.vpp_size))
-            return chunk % self.pp_size
-        return 0 if name.startswith("embedding.") else self.pp_size - 1
-
-    def holders(self, entry: Entry, shape: ModelShape) -> list[tuple[int, int, list[int]]]:
-        """Return (rank in the cut, its size, world ranks with that shard) for each shard of a parameter."""
-        per_stage = self.tp_size * self.dp_size
-        first = self.stage_of(entry, shape.num_layers) * per_stage
-        if entry.expert is None:
-            return [
-                (rank, self.tp_size, list(range(first + rank, first + per_stage, self.tp_size)))
-                for rank in range(self.tp_size)
-            ]
-        cut, owner = self.expert_tp_size, entry.expert // (shape.num_experts // self.ep_size)
-        step = cut * self.ep_size
-        return [(rank, cut, list(range(first + owner * cut + rank, first + per_stage, step))) for rank in range(cut)]
+    bundle: Bundle
+    takers: tuple[int, ...]
+    """Receivers: server number times its tensor-parallel size, plus the rank in it."""
+    origin: int
+    """World rank that has it: the sender, or one on another machine that the sender fetches it from."""
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """A rectangle that a trainer's parameter and a server rank's parameter share; the same for every server."""
-
-    index: int
-    hf_name: str
-    hf_start: Extent
-    size: Extent
-    """Size in the dimensions of the Hugging Face tensor, as ``hf_start``."""
-    source: str
-    """Global Megatron name of the parameter."""
-    source_start: Extent
-    target: str
-    """SGLang's name of the parameter."""
-    target_start: Extent
-    """Corner in that parameter; may have one more dimension in front, the expert's place."""
-    tp_rank: int
-    """Rank in the server."""
-    holders: tuple[int, ...]
-    """World ranks of the trainer that have it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One overlap, from a trainer's rank to a server's."""
+@dataclass(frozen=True)
+class WeightStream:
+    """Bundles that one trainer rank hands on, in order."""
 
     sender: int
-    """World rank of the trainer."""
-    receiver: int
-    """Server number times its tensor-parallel size, plus the rank in it."""
-    overlap: Overlap
+    """World rank."""
+    is_local: bool
+    """True: to receivers of its own machine. False: to one receiver elsewhere."""
+    carried: tuple[Carried, ...]
+    bucket_bytes: int
+    """Most bytes that are handed on at once."""
+
+    @cached_property
+    def receivers(self) -> tuple[int, ...]:
+        """All takers, in order."""
+        return tuple(sorted({taker for carried in self.carried for taker in carried.takers}))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """All copies, server by server, overlap by overlap."""
+    """All streams."""
 
-    overlaps: list[Overlap]
-    copies: list[Copy]
-    sent: dict[int, int] = field(default_factory=dict)
-    """Elements that each trainer rank sends."""
-    received: dict[int, int] = field(default_factory=dict)
-    """Elements that each server rank gets."""
-    held: int = 0
-    """Elements of all server ranks' parameters, without padding of the vocabulary."""
+    places: Places
+    bundles: list[Bundle]
+    streams: list[WeightStream]
+    num_pieces: int
+    held: int
+    """Bytes of all server ranks' parameters, without padding of the vocabulary."""
 
-    @property
-    def received_ratio(self) -> float:
-        """Received over held: 1.0 if nothing is missing or sent in vain."""
-        return sum(self.received.values()) / self.held
+    def origins(self) -> dict[int, int]:
+        """Return by bundle a rank that gives it to somebody."""
+        found: dict[int, int] = {}
+        for stream in self.streams:
+            for carried in stream.carried:
+                found.setdefault(carried.bundle.number, carried.origin)
+        return found
 
-    @property
-    def balance(self) -> float:
-        """The busiest sender's load over the mean load of all ranks that send."""
-        return max(self.sent.values()) * len(self.sent) / sum(self.sent.values())
+    def sent(self) -> dict[int, int]:
+        """Return the bytes that each trainer rank hands on or gives to another one."""
+        found: dict[int, int] = defaultdict(int)
+        for stream in self.streams:
+            for carried in stream.carried:
+                found[stream.sender] += carried.bundle.num_bytes * len(carried.takers)
+                if carried.origin != stream.sender:
+                    found[carried.origin] += carried.bundle.num_bytes
+        return dict(found)
+
+    def received(self) -> dict[int, int]:
+        """Return the bytes that each server rank gets."""
+        found: dict[int, int] = defaultdict(int)
+        for stream in self.streams:
+            for carried in stream.carried:
+                for taker in carried.takers:
+                    found[taker] += carried.bundle.num_bytes
+        return dict(found)
+
+    def partners(self) -> dict[int, int]:
+        """Return the number of trainer ranks that each server rank gets something from."""
+        pairs = {(stream.sender, taker) for stream in self.streams for c in stream.carried for taker in c.takers}
+        found: dict[int, int] = defaultdict(int)
+        for _, taker in pairs:
+            found[taker] += 1
+        return dict(found)
 
 
-def make_plan(shape: ModelShape, training: TrainingLayout, rollout: RolloutLayout) -> Plan:
+def between_nodes(streams: Iterable[WeightStream], places: Places) -> int:
+    """Return the bytes that go from one machine to another."""
+    total = 0
+    for stream in streams:
+        node = places.trainer[stream.sender].node
+        for carried in stream.carried:
+            is_fetched = places.trainer[carried.origin].node != node
+            elsewhere = [taker for taker in carried.takers if places.servers[taker].node != node]
+            total += carried.bundle.num_bytes * (is_fetched + len(elsewhere))
+    return total
+
+
+def make_plan(
+    shape: ModelShape,
+    training: TrainingLayout,
+    rollout: RolloutLayout,
+    places: Places,
+    form: ServedForm,
+    *,
+    bucket_bytes: int,
+) -> Plan:
     """Return the plan.
 
     Args:
         shape: of the model.
         training: of the trainer.
         rollout: of the servers.
+        places: of all ranks of both.
+        form: of the servers' parameters.
+        bucket_bytes: most bytes that a rank hands on at once.
 
     Raises:
         UserError: a layout does not fit the model.
     """
-    served = [served_parameters(shape, rollout, tp_rank) for tp_rank in range(rollout.tp_size)]
-    overlaps = list(_overlaps(_sources(shape, training), served))
-    count = len(overlaps)
-    loads: dict[int, int] = dict.fromkeys(range(training.num_ranks), 0)
-    received: dict[int, int] = defaultdict(int)
-    senders = [0] * (count * rollout.num_servers)
-    # Largest first, each to the holder that has sent least: the last ones are small enough to level the loads.
-    for index in sorted(range(len(senders)), key=lambda i: -prod(overlaps[i % count].size)):
-        overlap = overlaps[index % count]
-        senders[index] = min(overlap.holders, key=loads.__getitem__)
-        loads[senders[index]] += prod(overlap.size)
-    copies = []
-    for index, sender in enumerate(senders):
-        server, number = divmod(index, count)
-        overlap = overlaps[number]
-        receiver = server * rollout.tp_size + overlap.tp_rank
-        received[receiver] += prod(overlap.size)
-        copies.append(Copy(sender, receiver, overlap))
-    served_boxes = (box for of_rank in served for parameter in of_rank for box in parameter.boxes)
-    held = sum(prod(box.size) for box in served_boxes) * rollout.num_servers
-    return Plan(overlaps, copies, {rank: load for rank, load in loads.items() if load}, dict(received), held)
+    assert len(places.trainer) == training.num_ranks and len(places.servers) == rollout.num_ranks, places
+    bundles, num_pieces, held = make_bundles(shape, training, rollout, form, bucket_bytes)
+    streams = list(_make_streams(bundles, rollout, places, bucket_bytes))
+    return Plan(places, bundles, streams, num_pieces, held * rollout.num_servers)
 
 
-def _overlaps(sources: dict[str, list[_TrainerBox]], served: list[list[ServedParameter]]) -> Iterator[Overlap]:
-    count = 0
-    for tp_rank, parameters in enumerate(served):
-        for parameter in parameters:
-            for box in parameter.boxes:
-                for source in sources[box.hf_name]:
-                    shared = _meet(box.hf_start, box.size, source.hf_start, source.size)
-                    if shared is None:
-                        continue
-                    start, size = shared
-                    source_start = _shift(start, source.hf_start, source.start)
-                    target_start = _shift(start, box.hf_start, box.start)
-                    yield Overlap(
-                        count, box.hf_name, start, size, source.name, source_start, parameter.name, target_start, tp_rank,
-                        tuple(source.ranks),
-                    )  # fmt: skip
-                    count += 1
+def _make_streams(
+    bundles: Sequence[Bundle], rollout: RolloutLayout, places: Places, bucket_bytes: int
+) -> Iterator[WeightStream]:
+    """Yield the streams: first local ones, then those over the network."""
+    nodes = by_node(places.trainer)
+    needed = [
+        sorted((b for b in bundles if tp_rank in b.tp_ranks), key=lambda bundle: len(bundle.holders))
+        for tp_rank in range(rollout.tp_size)
+    ]
+    local: dict[int, dict[tuple[int, int], list[int]]] = defaultdict(lambda: defaultdict(list))
+    remote: dict[tuple[int, int], list[int]] = defaultdict(list)
+    relays: dict[tuple[int, int], tuple[int, int]] = {}
+    origins: dict[int, set[int]] = defaultdict(set)
+    for receiver, place in enumerate(places.servers):
+        server, tp_rank = divmod(receiver, rollout.tp_size)
+        near, partners = nodes.get(place.node, []), set[int]()
+        for bundle in needed[tp_rank]:  # those that few hold come first
+            turn = server * len(bundle.tp_ranks) + bundle.tp_ranks.index(tp_rank)
+            here = [rank for rank in near if rank in bundle.holders]
+            if not near:
+                sender = _choose(bundle.holders, partners, turn)
+                remote[sender, receiver].append(bundle.number)
+            elif here:
+                sender = _choose(_on_gpu(here, place, places) or here, partners, turn)
+                local[sender][bundle.number, sender].append(receiver)
+            else:  # comes to the machine once, by the rank whose GPU needs it first
+                at = place.node, bundle.number
+                if at not in relays:
+                    sender = _choose(_on_gpu(near, place, places) or near, partners, turn)
+                    relays[at] = sender, _choose(bundle.holders, origins[sender], turn)
+                    origins[sender].add(relays[at][1])
+                sender, origin = relays[at]
+                local[sender][bundle.number, origin].append(receiver)
+            partners.add(sender)
+    given: dict[int, Counter[int]] = defaultdict(Counter)
+    for (_, number), (sender, origin) in relays.items():
+        given[origin][sender] += bundles[number].num_bytes
+    # A rank gives all that ask for the same bucket at once.
+    fan_out = max((round(to.total() / max(to.values())) for to in given.values()), default=1)
+    lanes, sources = Counter(sender for sender, _ in remote), Counter(receiver for _, receiver in remote)
+
+    def most_of(rank: int) -> int:
+        return bucket_bytes if places.trainer[rank].gpu is not None else min(bucket_bytes, CPU_BUCKET_BYTES)
+
+    for sender, carried in sorted(local.items()):
+        # What is fetched from one rank is one run of bytes.
+        parts = sorted(carried.items(), key=lambda item: (item[0][1] != sender, item[0][1], item[0][0]))
+        carried_by_it = tuple(Carried(bundles[number], tuple(takers), origin) for (number, origin), takers in parts)
+        yield WeightStream(sender, True, carried_by_it, most_of(sender) // fan_out)
+    for (sender, receiver), numbers in sorted(remote.items()):
+        carried_by_it = tuple(Carried(bundles[number], (receiver,), sender) for number in sorted(numbers))
+        most = most_of(sender) // max(lanes[sender], sources[receiver])
+        yield WeightStream(sender, False, carried_by_it, most)
 
 
-@dataclass(frozen=True, slots=True)
-class _TrainerBox:
-    """A box of a Hugging Face tensor, and the ranks that hold it."""
-
-    name: str
-    start: Extent
-    hf_start: Extent
-    size: Extent
-    ranks: list[int]
+def _choose(ranks: Sequence[int], partners: Collection[int], turn: int) -> int:
+    """Choose among ranks that have the same: one that more comes from anyway, else each in turn."""
+    known = [rank for rank in ranks if rank in partners] or ranks
+    return known[turn % len(known)]
 
 
-def _sources(shape: ModelShape, training: TrainingLayout) -> dict[str, list[_TrainerBox]]:
-    found: dict[str, list[_TrainerBox]] = defaultdict(list)
-    for entry in entries(shape).values():
-        if entry.is_copy:
-            continue
-        for rank, size, ranks in training.holders(entry, shape):
-            for box in boxes(entry.kind, shape, rank, size):
-                source = _TrainerBox(entry.name, box.shard_start, box.hf_start, box.size, ranks)
-                found[entry.hf_names[box.tensor]].append(source)
-            if entry.kind.name == "replicated":  # every rank of the cut has all of it
-                found[entry.hf_names[0]][-1].ranks.extend(
-                    r for other, _, more in training.holders(entry, shape) if other != rank for r in more
-                )
-                break
-    return found
-
-
-def _meet(a_start: Extent, a_size: Extent, b_start: Extent, b_size: Extent) -> tuple[Extent, Extent] | None:
-    """Return start and size of the overlap of two rectangles, or None."""
-    start = tuple(map(max, a_start, b_start))
-    size = tuple(min(a + n, b + m) - s for a, n, b, m, s in zip(a_start, a_size, b_start, b_size, start, strict=True))
-    return (start, size) if min(size) > 0 else None
-
-
-def _shift(start: Extent, origin: Extent, place: Extent) -> Extent:
-    """Move a corner with its rectangle from ``origin`` to ``place``, which may have more dimensions in front."""
-    front = len(place) - len(origin)
-    return (*place[:front], *(p + s - o for p, s, o in zip(place[front:], start, origin, strict=True)))
-
-
-def rounds(plan: Plan) -> Iterator[list[Copy]]:
-    """Yield copies in rounds: each rank sends to at most one rank and receives from at most one; big pairs first."""
-    pairs: dict[tuple[int, int], list[Copy]] = defaultdict(list)
-    for copy in plan.copies:
-        pairs[copy.sender, copy.receiver].append(copy)
-    heap = [(-sum(prod(c.overlap.size) for c in of_pair), pair) for pair, of_pair in pairs.items()]
-    heapq.heapify(heap)
-    while heap:
-        busy_senders: set[int] = set()
-        busy_receivers: set[int] = set()
-        later, now = [], []
-        while heap:
-            item = heapq.heappop(heap)
-            sender, receiver = item[1]
-            if sender in busy_senders or receiver in busy_receivers:
-                later.append(item)
-                continue
-            busy_senders.add(sender)
-            busy_receivers.add(receiver)
-            now += pairs[item[1]]
-        yield now
-        heap = later
-        heapq.heapify(heap)
+def _on_gpu(ranks: Sequence[int], place: GpuPlace, places: Places) -> list[int]:
+    return [rank for rank in ranks if place.gpu is not None and places.trainer[rank].gpu == place.gpu]

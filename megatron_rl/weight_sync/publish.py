@@ -14,8 +14,10 @@ from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import iterate_hf_tensors, named_parameters
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.weight_sync.delivery import WeightDelivery, choose_transports
-from megatron_rl.weight_sync.layouts import rollout_layout
-from megatron_rl.weight_sync.quantize import Fp8Format, check_served, quantization_config, quantized
+from megatron_rl.weight_sync.fp8_format import quantization_config
+from megatron_rl.weight_sync.layouts import fp8_format, rollout_layout
+from megatron_rl.weight_sync.quantize import quantized
+from megatron_rl.weight_sync.served import check_served
 
 
 class WeightSync:
@@ -52,19 +54,7 @@ class WeightSync:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         policy = self._policy
         tensors = iterate_hf_tensors(policy.chunks, policy.shape, policy.groups)
-        # Only rank 0 hands tensors over; the others are there for the collectives behind the iterator.
-        return tensors if self._format is None or policy.groups.rank != 0 else quantized(tensors, self._format)
-
-
-def fp8_format(config: Config) -> Fp8Format | None:
-    """Return how servers get their linear layers; None means as trained."""
-    match config.weight_sync.quantization:
-        case "fp8_block":
-            return Fp8Format("block", config.weight_sync.power_of_two_scales)
-        case "fp8_tensor":
-            return Fp8Format("tensor", config.weight_sync.power_of_two_scales)
-        case _:
-            return None
+        return tensors if self._format is None else quantized(tensors, self._format)
 
 
 def served_overrides(config: Config, shape: ModelShape) -> dict[str, Any]:

@@ -20,10 +20,7 @@ All parts of a fused layer share one scale, because SGLang would take the larges
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,55 +32,26 @@ from megatron_rl.convert.tables.digest import digest
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
-from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
+from megatron_rl.weight_sync.fp8_format import (
+    BLOCK,
+    Fp8Format,
+    grid,
+    is_quantized,
+    parts_of_fused,
+    quantization_config,
+)
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
-BLOCK = 128
 
 _SMALLEST_SCALE = 2.0**-126
 """The least normal float32: a quotient by less could overflow, and GPUs may flush less to zero."""
 _BAND_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Elements widened to float32 at a time: they fit a core's cache, or keep a GPU busy."""
-_KEPT = ("embed_tokens", "lm_head", "gate", "router")
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
-"""Layers that SGLang stacks into one; the third as Mixtral's experts name them, the last is DeepSeek's."""
 
 
 Padding = tuple[int, int, int, int]
 """(left, right, top, bottom)."""
-
-
-@dataclass(frozen=True)
-class Fp8Format:
-    """The storage format of weights in eight bits."""
-
-    granularity: Literal["block", "tensor"] = "block"
-    power_of_two: bool = False
-    """Scales are rounded up to powers of two, which e8m0 can hold. SGLang then also quantises activations that way."""
-
-    def scale_name(self, name: str) -> str:
-        """Return the name of the tensor with the scales of ``name``."""
-        return name + ("_scale_inv" if self.granularity == "block" else "_scale")
-
-    def scale_shape(self, extent: Extent) -> Extent:
-        """Return the shape of that tensor: one number for each block, or a scalar."""
-        return _grid(extent) if self.granularity == "block" else ()
-
-
-def is_quantized(name: str, extent: Extent) -> bool:
-    """Check whether a Hugging Face tensor is the weight of a linear layer of the decoder, routers excluded."""
-    layer = name.split(".")[-2] if "." in name else ""
-    return name.startswith("model.layers.") and name.endswith(".weight") and len(extent) == 2 and layer not in _KEPT
-
-
-def parts_of_fused(name: str) -> tuple[str, ...]:
-    """Return all weights that SGLang fuses into one layer with this one, itself included."""
-    prefix, layer, last = name.rsplit(".", 2)
-    for parts in _FUSED:
-        if layer in parts:
-            return tuple(f"{prefix}.{part}.{last}" for part in parts)
-    return (name,)
 
 
 def block_amax(name: str, piece: Tensor, start: Extent = (0, 0)) -> Tensor:
@@ -102,8 +70,8 @@ def block_amax(name: str, piece: Tensor, start: Extent = (0, 0)) -> Tensor:
     Raises:
         UserError: the piece holds infinities or NaN.
     """
-    grid, bands = _bands(piece, start)
-    found = piece.new_empty(grid, dtype=torch.float32)
+    touched, bands = _bands(piece, start)
+    found = piece.new_empty(touched, dtype=torch.float32)
     for rows, blocks, padding in bands:
         band = _padded(piece[rows].float().abs(), padding)
         found[blocks] = band.unflatten(0, (-1, BLOCK)).amax(1).unflatten(1, (-1, BLOCK)).amax(2)
@@ -268,55 +236,6 @@ def _kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(".e_score_correction_bias") else dtype
 
 
-def quantization_config(names: Iterable[str], fmt: Fp8Format) -> dict[str, object]:
-    """Return ``quantization_config`` of config.json, as SGLang and transformers read it.
-
-    Args:
-        names: of the model's tensors.
-        fmt: the format; transformers reads ``granularity="block"`` only.
-    """
-    routers = [name.removesuffix(".weight") for name in names if name.endswith((".gate.weight", ".router.weight"))]
-    fields: dict[str, object] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "modules_to_not_convert": ["lm_head", *routers],
-    }
-    if fmt.granularity == "block":
-        fields["weight_block_size"] = [BLOCK, BLOCK]
-    if fmt.power_of_two:
-        fields["scale_fmt"] = "ue8m0"
-    return fields
-
-
-def check_served(shape: ModelShape, fmt: Fp8Format, layout: RolloutLayout) -> None:
-    """Raise ``UserError`` if SGLang would refuse the format: a rank's part of a layer must consist of whole blocks.
-
-    Args:
-        shape: of the model.
-        fmt: the format; scales of whole tensors fit any layout.
-        layout: of the servers.
-    """
-    # ``served`` does not cut latent attention: there SGLang itself refuses.
-    if fmt.granularity == "tensor" or shape.latent is not None:
-        return
-    extents = hf_tensors(shape)
-    for parameter in served_parameters(shape, layout, tp_rank=0):
-        for part in parameter.boxes:
-            extent = extents[part.hf_name]
-            if not is_quantized(part.hf_name, extent):
-                continue
-            is_stacked = len(parts_of_fused(part.hf_name)) > 1
-            for what, size, whole in zip(("rows", "columns"), part.size, extent):
-                if size % BLOCK and (size < whole or (is_stacked and what == "rows")):
-                    raise UserError(
-                        "rollout.sglang_cfg.tp_size",
-                        layout.tp_size,
-                        f"a rank holds {size} {what} of {part.hf_name}, where SGLang wants whole blocks of {BLOCK}",
-                        "choose another size, or one scale for each tensor",
-                    )
-
-
 def export_fp8(
     tensors: Iterable[tuple[str, Tensor]], directory: str | Path, shape: ModelShape, fmt: Fp8Format, *,
     source: str | Path, dtype: Dtype | None = None,
@@ -350,10 +269,6 @@ def export_fp8(
     return digests
 
 
-def _grid(extent: Extent) -> Extent:
-    return tuple(ceil(size / BLOCK) for size in extent)
-
-
 def _padded(band: Tensor, padding: Padding) -> Tensor:
     return pad(band, padding) if any(padding) else band  # torch copies even without padding
 
@@ -367,15 +282,15 @@ def _bands(piece: Tensor, start: Extent) -> tuple[Extent, Iterator[tuple[slice, 
     """
     rows, columns = piece.shape
     top, left = (place % BLOCK for place in start)
-    grid = _grid((top + rows, left + columns))
-    right = grid[1] * BLOCK - left - columns
-    per_band = max(1, _BAND_ELEMENTS.get(piece.device.type, 2**19) // (grid[1] * BLOCK * BLOCK))
+    touched = grid((top + rows, left + columns))
+    right = touched[1] * BLOCK - left - columns
+    per_band = max(1, _BAND_ELEMENTS.get(piece.device.type, 2**19) // (touched[1] * BLOCK * BLOCK))
 
     def bands() -> Iterator[tuple[slice, slice, Padding]]:
-        for first in range(0, grid[0], per_band):
-            last = min(first + per_band, grid[0])
+        for first in range(0, touched[0], per_band):
+            last = min(first + per_band, touched[0])
             begin, end = first * BLOCK - top, last * BLOCK - top
             inside = slice(max(0, begin), min(rows, end))
             yield inside, slice(first, last), (left, right, inside.start - begin, end - inside.stop)
 
-    return grid, bands()
+    return touched, bands()

@@ -18,129 +18,32 @@ the server serve.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 import traceback
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
-from functools import lru_cache
-from typing import Any, Literal, Protocol, cast
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy
 import torch
-import torch.distributed as dist
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
-from megatron_rl.convert.tables.table import hf_tensors
-from megatron_rl.process.network import own_address
+from megatron_rl.convert.tables.digest import digest_on_device, digests_of
 from megatron_rl.process.signed_store import SignedStore, open_store
-from megatron_rl.weight_sync.mailbox import Mailbox
-from megatron_rl.weight_sync.messages import Message, digest_overlaps, make_messages, receive_messages
-from megatron_rl.weight_sync.plan import Overlap, TrainingLayout, make_plan
+from megatron_rl.weight_sync.buckets import Bucket, Placed, box, buckets_of, scatter
+from megatron_rl.weight_sync.network import JOIN_S, make_group, receive, wait_for
+from megatron_rl.weight_sync.pieces import Piece, ServedForm
+from megatron_rl.weight_sync.plan import WeightStream
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
+from megatron_rl.weight_sync.shared import NUM_BUFFERS, BucketReader
+from megatron_rl.weight_sync.spec import Transfer, TransferSpec, streams_to
+from megatron_rl.weight_sync.whole_bucket import unpack
 
-
-class TimedWork(Protocol):
-    """A message in transit."""
-
-    def wait(self, timeout: timedelta = ..., /) -> object:
-        """Wait for the end of the transfer; raises RuntimeError if the other end is gone or too slow."""
-        ...
-
-
-class Channel(Protocol):
-    """The part of a process group that both ends use."""
-
-    def send(self, tensors: list[Tensor], destination: int, tag: int, /) -> TimedWork:
-        """Start to send one tensor."""
-        ...
-
-    def recv(self, tensors: list[Tensor], source: int, tag: int, /) -> TimedWork:
-        """Start to receive into one tensor."""
-        ...
-
-
-JOIN_S = 20.0
-"""Limit of joining a group. All members have said that they are ready, so it takes moments unless one has died."""
-
-
-@dataclass(frozen=True)
-class TransferSpec:
-    """Description of a transfer for a server rank: numbers and names, which travel as JSON."""
-
-    host: str
-    port: int
-    """Port of the trainer's store."""
-    store_key: str
-    """Key of the ``SignedStore`` there, as hex digits; drawn for this trainer."""
-    attempt: str
-    """Prefix of this transfer's keys."""
-    server: int
-    shape: ModelShape
-    training: TrainingLayout
-    rollout: RolloutLayout
-    bucket_elements: int
-    dtype_name: Literal["float32", "bfloat16", "float16"]
-    """Dtype of the weights, a name in torch."""
-    backend: Literal["gloo", "nccl", "ipc"]
-    timeout_s: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return cast(torch.dtype, getattr(torch, self.dtype_name))
-
-    def key(self, what: str, tp_rank: int | None = None) -> str:
-        """Return a key of this transfer in the store."""
-        return f"{self.attempt}/{self.server}/{what}" + ("" if tp_rank is None else f"/{tp_rank}")
-
-    def to_json(self) -> bytes:
-        """Return the text for a server rank."""
-        return _spec_type().dump_json(self)
-
-    @staticmethod
-    def from_json(text: bytes) -> TransferSpec:
-        """Read the text of ``to_json``.
-
-        Raises:
-            ValueError: it is something else.
-        """
-        return _spec_type().validate_json(text, strict=False)
-
-
-@lru_cache(maxsize=1)
-def _spec_type() -> TypeAdapter[TransferSpec]:
-    return TypeAdapter(TransferSpec)
-
-
-def make_group(
-    backend: str, store: dist.Store, name: str, rank: int, size: int, *, host: str, timeout_s: float
-) -> Channel:
-    """Make a process group apart from the default one, or a ``Mailbox`` in its place; every member calls this.
-
-    Args:
-        backend: ``gloo``, ``nccl`` or ``ipc``.
-        store: shared by all members.
-        name: of the group.
-        rank: of this member.
-        size: number of members.
-        host: address of the store; gloo listens on the address that reaches it.
-        timeout_s: limit of joining.
-    """
-    own = dist.PrefixStore(name, store)
-    if backend == "ipc":
-        return Mailbox(own, rank, timeout_s)
-    if backend == "gloo":
-        gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(1, host))]
-        gloo._timeout = timedelta(seconds=timeout_s)
-        return cast(Channel, dist.ProcessGroupGloo(own, rank, size, gloo))
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=timeout_s)
-    return cast(Channel, dist.ProcessGroupNCCL(own, rank, size, options))
+LOOK_S = 0.0002
 
 
 def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -177,87 +80,169 @@ def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:
         traceback.print_exc()
 
 
-_groups: dict[str, tuple[Channel, SignedStore]] = {}
+_groups: dict[str, tuple[Any, SignedStore]] = {}
 """Group of the last transfer, and the store that it was made with; at most one."""
 
 
 def _receive(model: torch.nn.Module, spec: TransferSpec, store: SignedStore, tp_rank: int) -> dict[str, Any]:
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    ready = {"groups": list(_groups), "unfit": unfitness(parameters, spec.shape, spec.rollout, tp_rank)}
-    store.set(spec.key("ready", tp_rank), json.dumps(ready))
-    name = store.get(spec.key("group")).decode()
-    if not name:
+    is_whole = spec.transfer.cargo == "whole"
+    unfit = None if is_whole else unfitness(parameters, spec.transfer, tp_rank)
+    store.set(spec.key("ready", tp_rank), json.dumps({"groups": list(_groups), "unfit": unfit}))
+    verdict = json.loads(store.get(spec.key("verdict")))
+    if not verdict["servers"]:
         return {"error": "told to give up"}
-    rank = spec.training.num_ranks + tp_rank
-    if name not in _groups:
-        _groups.clear()
-        size = spec.training.num_ranks + spec.rollout.tp_size
-        _groups[name] = (
-            make_group(spec.backend, store, name, rank, size, host=spec.host, timeout_s=min(JOIN_S, spec.timeout_s)),
-            store,
-        )
-    group, _ = _groups[name]
-    messages, overlaps = _mine(spec, tp_rank)
     started = time.monotonic()
-    limit = timedelta(seconds=spec.timeout_s)
-
-    def receive(flat: Tensor, message: Message) -> _Receipt:
-        return _Receipt(group.recv([flat], message.sender, message.tag), limit)
-
-    receive_messages(messages, parameters, dtype=spec.dtype, receive=receive)
+    # Every rank of the server joins its group, also one that reads from memory alone.
+    group = _group(verdict["group"], spec, store, tp_rank) if spec.senders() else None
+    if is_whole:
+        device = next(iter(parameters.values())).device
+        model.load_weights(_whole_tensors(spec, store, verdict["servers"], group, tp_rank, device))  # type: ignore[operator]
+        return {"receive_s": time.monotonic() - started}
+    me, tp_size = spec.receivers[tp_rank], spec.transfer.rollout.tp_size
+    streams = [s for s in streams_to(spec.transfer.plan(), verdict["servers"], tp_size) if me in s.receivers]
+    inlets = [_Inlet(stream, spec, store, me, group=None if stream.is_local else group) for stream in streams]
+    for number in range(max(len(inlet.buckets) for inlet in inlets)):
+        for inlet in inlets:  # the same order at all receivers: nobody waits for one that waits for him
+            inlet.take(number, parameters, tp_rank)
     received = time.monotonic()
-    digests = digest_overlaps(overlaps, parameters, hf_tensors(spec.shape), dtype=spec.dtype, is_sender=False)
+    pieces = sorted((each.piece for inlet in inlets for each in inlet.mine), key=lambda piece: piece.number)
     return {
-        "digests": encode(digests),
+        "digests": encode(piece_digests(pieces, parameters, tp_rank)),
         "receive_s": received - started,
         "digest_s": time.monotonic() - received,
-        "bytes": sum(message.num_elements for message in messages) * spec.dtype.itemsize,
+        "bytes": sum(piece.num_bytes for piece in pieces),
     }
 
 
-@dataclass(frozen=True)
-class _Receipt:
-    """A message to this rank. The group's own limit is that for joining; a transfer may take longer."""
+def _whole_tensors(
+    spec: TransferSpec, store: SignedStore, servers: Collection[int], group: Any, tp_rank: int, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors, each as memory of its own: loaders keep some until their counterparts come."""
+    me = spec.receivers[tp_rank]
+    sender = spec.transfer.whole_sender(me)
+    reader: BucketReader | None = None
+    run = torch.empty(0)
+    if sender is None:
+        run = torch.empty(spec.transfer.bucket_bytes, dtype=torch.uint8, device=device)
+    else:
+        handle = json.loads(store.get(spec.stream_key(sender)))
+        reader = BucketReader(handle, spec.readers(sender, servers).index(me))
+    for number in itertools.count():
+        if reader is None:
+            wait_for(group, receive(group, run, 0, number), spec.timeout_s)
+        else:
+            _wait(partial(reader.is_there, number), spec.timeout_s, f"trainer rank {sender}")
+            run = reader.buffer(number)
+        tensors = [(name, tensor.clone()) for name, tensor in unpack(run)]
+        if reader is not None:
+            reader.done(number)
+        if not tensors:
+            return
+        yield from tensors
 
-    work: TimedWork
-    limit: timedelta
 
-    def wait(self) -> None:
-        """Wait for the message; raises RuntimeError if the sender is gone or too slow."""
-        self.work.wait(self.limit)
+def _group(name: str, spec: TransferSpec, store: SignedStore, tp_rank: int) -> Any:
+    """Return the group of this server and those that send to it over the network, made anew if that is asked for."""
+    if name not in _groups:
+        _groups.clear()
+        senders = spec.senders()
+        size, timeout_s = len(senders) + spec.transfer.rollout.tp_size, min(JOIN_S, spec.timeout_s)
+        group = make_group(spec.network, store, name, len(senders) + tp_rank, size, host=spec.host, timeout_s=timeout_s)
+        _groups[name] = group, store
+    return _groups[name][0]
 
 
-def unfitness(parameters: dict[str, Tensor], shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> str | None:
+class _Inlet:
+    """This rank's end of one stream."""
+
+    def __init__(self, stream: WeightStream, spec: TransferSpec, store: SignedStore, me: int, *, group: Any) -> None:
+        self.buckets: list[Bucket] = list(buckets_of(stream))
+        self._mine = [[each for each in bucket.placed if me in each.carried.takers] for bucket in self.buckets]
+        self._spec, self._group, self._sender = spec, group, stream.sender
+        if stream.is_local:
+            handle = json.loads(store.get(spec.stream_key(stream.sender)))
+            self._reader = BucketReader(handle, stream.receivers.index(me))
+        else:
+            self._rank, self._works = spec.senders().index(stream.sender), dict[int, tuple[Any, Tensor]]()
+
+    @property
+    def mine(self) -> list[Placed]:
+        """Return all that this rank takes."""
+        return [each for placed in self._mine for each in placed]
+
+    def take(self, number: int, parameters: Mapping[str, Tensor], tp_rank: int) -> None:
+        """Copy what this rank takes from a bucket; beyond the last there is nothing."""
+        if number >= len(self.buckets):
+            return
+        if self._group is None:
+            if self._mine[number]:
+                _wait(partial(self._reader.is_there, number), self._spec.timeout_s, f"trainer rank {self._sender}")
+                scatter(self._mine[number], self._reader.buffer(number), parameters, tp_rank)
+            self._reader.done(number)
+            return
+        for ahead in range(number, min(number + NUM_BUFFERS, len(self.buckets))):
+            if ahead not in self._works:
+                device = next(iter(parameters.values())).device
+                run = torch.empty(self.buckets[ahead].num_bytes, dtype=torch.uint8, device=device)
+                self._works[ahead] = receive(self._group, run, self._rank, ahead), run
+        work, run = self._works[number]
+        wait_for(self._group, work, self._spec.timeout_s)
+        scatter(self._mine[number], run, parameters, tp_rank)
+        self._works[number] = work, run[:0]
+
+
+def _wait(condition: Callable[[], bool], limit_s: float, whom: str) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"nothing came from {whom} within {limit_s:g} s")
+        time.sleep(LOOK_S)
+
+
+def piece_digests(pieces: Iterable[Piece], parameters: Mapping[str, Tensor], tp_rank: int) -> list[int]:
+    """Return the digest of each piece, from the parameters of a server rank."""
+
+    def found(piece: Piece) -> Tensor:
+        target = next(target for target in piece.targets if target.tp_rank == tp_rank)
+        block = parameters[target.name][box(target.start, piece.size)]
+        return digest_on_device(piece.hf_name, block, piece.hf_start, piece.hf_extent)
+
+    return digests_of(map(found, pieces))
+
+
+def unfitness(parameters: dict[str, Tensor], what: Transfer, tp_rank: int) -> str | None:
     """Return why a server rank's parameters are not those that the plan fills, or None."""
-    expected = {parameter.name: parameter.shape for parameter in served_parameters(shape, layout, tp_rank)}
-    if shape.tied:  # the output layer's parameter is the embedding's, under its first name
-        expected.pop("lm_head.weight", None)
-    found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    expected = _expected(what.shape, what.rollout, what.form, tp_rank)
+    found = {name: (tuple(each.shape), str(each.dtype)) for name, each in parameters.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            return f"{name} has shape {found.get(name)}, the plan expects {expected.get(name)}"
+            return f"{name} is {_in_words(found.get(name))}, the plan expects {_in_words(expected.get(name))}"
     return None
 
 
-def encode(digests: list[int]) -> str:
-    """Encode digests as text: little-endian 64-bit numbers in base64."""
-    return base64.b64encode(numpy.array(digests, dtype="<u8").tobytes()).decode()
+def _in_words(found: tuple[tuple[int, ...], str] | None) -> str:
+    return "not there" if found is None else f"{list(found[0])} {found[1].removeprefix('torch.')}"
+
+
+@lru_cache(maxsize=1)
+def _expected(
+    shape: ModelShape, layout: RolloutLayout, form: ServedForm, tp_rank: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    expected = {
+        parameter.name: (parameter.shape, f"torch.{form.dtype_name(parameter.form)}")
+        for parameter in served_parameters(shape, layout, tp_rank, fp8=form.fp8)
+    }
+    if shape.tied:  # the output layer's parameter is the embedding's, under its first name
+        expected.pop("lm_head.weight", None)
+    return expected
+
+
+def encode(numbers: list[int]) -> str:
+    """Encode numbers as text: little-endian 64-bit numbers in base64."""
+    return base64.b64encode(numpy.array(numbers, dtype="<u8").tobytes()).decode()
 
 
 def decode(text: str) -> list[int]:
     """Decode the text of ``encode``."""
     return numpy.frombuffer(base64.b64decode(text), dtype="<u8").tolist()
-
-
-def _mine(spec: TransferSpec, tp_rank: int) -> tuple[list[Message], list[Overlap]]:
-    me = spec.server * spec.rollout.tp_size + tp_rank
-    return _of_receiver(spec.shape, spec.training, spec.rollout, spec.bucket_elements, me)
-
-
-@lru_cache(maxsize=1)
-def _of_receiver(
-    shape: ModelShape, training: TrainingLayout, rollout: RolloutLayout, bucket_elements: int, me: int
-) -> tuple[list[Message], list[Overlap]]:
-    plan = make_plan(shape, training, rollout)
-    messages = [m for m in make_messages(plan, bucket_elements=bucket_elements) if m.receiver == me]
-    return messages, [overlap for overlap in plan.overlaps if overlap.tp_rank == me % rollout.tp_size]

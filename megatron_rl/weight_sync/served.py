@@ -7,16 +7,21 @@ From SGLang 0.5.23's layers (QKVParallelLinear, MergedColumnParallelLinear, Voca
     embed_tokens, lm_head      the rank's rows of the vocabulary, padded to a multiple of 64
     experts.w13, experts.w2    [experts of the rank, ...]: gate rows above up rows; columns of down
     everything else            whole
+
+Servers of FP8 weights (``fp8_format``) hold linear layers in eight bits, and their scales, cut alike, under NAME_scale_inv.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
+from megatron_rl.weight_sync.fp8_format import BLOCK, Fp8Format, grid, is_quantized, parts_of_fused
 
 VOCAB_MULTIPLE = 64
 
@@ -74,6 +79,10 @@ class ServedBox:
     """Size in the tensor."""
 
 
+Form = Literal["trained", "fp8", "scales"]
+"""Numbers of a served parameter: as trained; rounded to eight bits; the scales of those."""
+
+
 @dataclass(frozen=True)
 class ServedParameter:
     """One parameter of one server rank."""
@@ -82,6 +91,7 @@ class ServedParameter:
     shape: Extent
     boxes: tuple[ServedBox, ...]
     """Boxes that cover the parameter without overlap, except for padding of the vocabulary."""
+    form: Form = "trained"
 
 
 _STACKED = {
@@ -96,14 +106,28 @@ _USUAL_EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj")
 _VOCABULARY = ("embed_tokens", "lm_head")
 
 
-def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) -> list[ServedParameter]:
+def served_parameters(
+    shape: ModelShape,
+    layout: RolloutLayout,
+    tp_rank: int,
+    layers: tuple[int, ...] | None = None,
+    *,
+    fp8: Fp8Format | None = None,
+) -> list[ServedParameter]:
     """Return all parameters of one rank of a server, in the order of the model.
+
+    Args:
+        shape: of the model.
+        layout: of the server.
+        tp_rank: of the rank in it.
+        layers: those to go through; None means all.
+        fp8: format of the server's linear layers, with scales of blocks, that ``check_served`` allows; None means as trained.
 
     Raises:
         UserError: the layout does not fit the model.
     """
     layout.check(shape)
-    tensors, found = hf_tensors(shape), []
+    tensors, found = hf_tensors(shape, layers), []
     done: set[str] = set()
     for name, extent in tensors.items():
         target = _target(name, shape)
@@ -127,7 +151,57 @@ def served_parameters(shape: ModelShape, layout: RolloutLayout, tp_rank: int) ->
         else:
             corner = tuple(0 for _ in extent)
             found.append(ServedParameter(target, extent, (ServedBox(name, corner, corner, extent),)))
-    return found
+    if fp8 is None:
+        return found
+    return [each for parameter in found for each in _in_eight_bits(parameter, tensors, fp8)]
+
+
+def _in_eight_bits(parameter: ServedParameter, tensors: dict[str, Extent], fp8: Fp8Format) -> Iterator[ServedParameter]:
+    """Yield a parameter as a server of FP8 weights holds it."""
+    name = parameter.boxes[0].hf_name if parameter.boxes else ""
+    if not is_quantized(name, tensors.get(name, ())):
+        yield parameter
+        return
+    yield replace(parameter, form="fp8")
+    boxes = tuple(
+        ServedBox(fp8.scale_name(box.hf_name), _block(box.hf_start), _block(box.start), grid(box.size))
+        for box in parameter.boxes
+    )
+    extent = (*parameter.shape[:-2], *grid(parameter.shape[-2:]))
+    yield ServedParameter(fp8.scale_name(parameter.name), extent, boxes, "scales")
+
+
+def _block(corner: Extent) -> Extent:
+    """Return the block of a corner; an expert's place, in front, stays."""
+    return (*corner[:-2], *(place // BLOCK for place in corner[-2:]))
+
+
+def check_served(shape: ModelShape, fmt: Fp8Format, layout: RolloutLayout) -> None:
+    """Raise ``UserError`` if SGLang would refuse the format: a rank's part of a layer must consist of whole blocks.
+
+    Args:
+        shape: of the model.
+        fmt: the format; scales of whole tensors fit any layout.
+        layout: of the servers.
+    """
+    # Latent attention is not cut here: there SGLang itself refuses.
+    if fmt.granularity == "tensor" or shape.latent is not None:
+        return
+    extents = hf_tensors(shape)
+    for parameter in served_parameters(shape, layout, tp_rank=0):
+        for part in parameter.boxes:
+            extent = extents[part.hf_name]
+            if not is_quantized(part.hf_name, extent):
+                continue
+            is_stacked = len(parts_of_fused(part.hf_name)) > 1
+            for what, size, whole in zip(("rows", "columns"), part.size, extent):
+                if size % BLOCK and (size < whole or (is_stacked and what == "rows")):
+                    raise UserError(
+                        "rollout.sglang_cfg.tp_size",
+                        layout.tp_size,
+                        f"a rank holds {size} {what} of {part.hf_name}, where SGLang wants whole blocks of {BLOCK}",
+                        "choose another size, or one scale for each tensor",
+                    )
 
 
 def _layer(name: str) -> str:

@@ -37,11 +37,11 @@ class Nodes:
     marker: str = field(default_factory=lambda: f"MULTINODE_TEST={uuid.uuid4().hex}")
     launchers: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def start(self, node_rank: int, *overrides: str) -> subprocess.Popen[str]:
-        """The documented script, as a user starts it on one node."""
+    def start(self, node_rank: int, *overrides: str, within: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """The documented script, as a user starts it on one node; ``within`` is a command that starts commands."""
         name, _, value = self.marker.partition("=")
         process = subprocess.Popen(
-            [str(SCRIPT), *self.case.arguments("trainer.devices=2", "trainer.threads_per_rank=1", *overrides)],
+            [*within, str(SCRIPT), *self.case.arguments("trainer.devices=2", "trainer.threads_per_rank=1", *overrides)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -69,6 +69,10 @@ class Nodes:
         except OSError:
             return False
 
+    def kill_all(self) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+
     def assert_none_left(self, timeout_s: float = 10.0) -> None:
         deadline = time.monotonic() + timeout_s
         while left := self.processes():
@@ -86,8 +90,7 @@ def free_port(host: str) -> int:
 def nodes(case: Case) -> Iterator[Nodes]:
     nodes = Nodes(case, free_port("127.0.0.1"))
     yield nodes
-    for pid in nodes.processes():
-        os.kill(pid, signal.SIGKILL)
+    nodes.kill_all()
     for launcher in nodes.launchers:
         launcher.communicate()
 

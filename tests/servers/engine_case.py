@@ -13,7 +13,7 @@ from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.rollout.engine import ServedModel
 from megatron_rl.rollout.sglang.engine import SGLangEngine
 from megatron_rl.rollout.transformers_engine import TransformersEngine
-from megatron_rl.weight_sync.delivery import WeightDelivery, WholeTensors
+from megatron_rl.weight_sync.delivery import OverHttp, WeightDelivery
 from tests.e2e.conftest import Case
 
 
@@ -48,4 +48,4 @@ def weights_of(model_path: object) -> WeightDelivery:
         return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
     assert dist.group.WORLD is not None
-    return WeightDelivery(weights, [WholeTensors(weights, bucket_bytes=2**29, cpu_group=dist.group.WORLD)])
+    return WeightDelivery(weights, [OverHttp(weights, bucket_bytes=2**29, cpu_group=dist.group.WORLD)])

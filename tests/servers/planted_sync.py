@@ -22,7 +22,7 @@ FAULTS = {
 }
 """By version: when, which process of a server, the signal, and how many servers. ``VARIABLE`` has others as JSON.
 
-Before: rank 0 has trained, and nothing is sent. During: the first message. Ending: digests are compared. After: servers serve.
+Before: rank 0 has trained, and nothing is sent. During: the first bucket. Ending: digests are compared. After: servers serve.
 """
 
 
@@ -47,12 +47,13 @@ def plant() -> None:
     megatron_rl.patches.apply()  # before anything imports Megatron
     from megatron_rl.run import Run
     from megatron_rl.weight_sync import shards
+    from megatron_rl.weight_sync.meeting import ServerMeeting
 
     faults = json.loads(os.environ[VARIABLE]) if VARIABLE in os.environ else FAULTS
     armed: list[tuple[str, str, str, int]] = []
     honest = {
-        "publish": Run.publish, "send": shards._Connection.send,
-        "conclude": shards.ShardSender._conclude, "transfer": shards.ShardSender._transfer,
+        "publish": Run.publish, "gather": shards.gather,
+        "conclude": ServerMeeting.conclude, "transfer": shards.ShardSender._transfer,
     }  # fmt: skip
     updated: list[int] = []
     """Servers of the last transfer, which are up."""
@@ -71,23 +72,23 @@ def plant() -> None:
         honest["publish"](run, version=version)
         strike("after")
 
-    def transfer(sender: Any, connections: Any, *rest: Any) -> Any:
-        updated[:] = [connection.server for connection in connections]
-        return honest["transfer"](sender, connections, *rest)
+    def transfer(sender: Any, specs: Any, alive: Any, *rest: Any) -> Any:
+        updated[:] = alive
+        return honest["transfer"](sender, specs, alive, *rest)
 
-    def send(link: Any, *rest: Any) -> Any:
+    def gather(*arguments: Any) -> None:
         strike("during")
-        return honest["send"](link, *rest)
+        honest["gather"](*arguments)
 
-    def conclude(sender: Any, *rest: Any) -> Any:
-        deliveries = honest["conclude"](sender, *rest)
+    def conclude(meeting: Any, *rest: Any) -> Any:
+        deliveries = honest["conclude"](meeting, *rest)
         strike("ending")
         return deliveries
 
     Run.publish = publish  # type: ignore[method-assign, assignment]
-    shards._Connection.send = send  # type: ignore[method-assign, assignment]
+    shards.gather = gather  # type: ignore[assignment]
     shards.ShardSender._transfer = transfer  # type: ignore[method-assign, assignment]
-    shards.ShardSender._conclude = conclude  # type: ignore[method-assign, assignment]
+    ServerMeeting.conclude = conclude  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

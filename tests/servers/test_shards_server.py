@@ -82,7 +82,7 @@ def test_a_trainer_rank_that_dies_in_mid_update_leaves_a_server_that_the_next_ru
 
 
 def publish_once(case: Case, url: str, is_fatal: bool) -> float:
-    """One update by two ranks; rank 1 may die with its second message."""
+    """One update by two ranks; rank 1 may die with its second bucket."""
     from megatron_rl.weight_sync import shards
     from megatron_rl.weight_sync.publish import WeightSync
     from tests.policy_case import build_policy
@@ -92,15 +92,15 @@ def publish_once(case: Case, url: str, is_fatal: bool) -> float:
     engine = build_engine(case, url, overrides=overrides)
     policy = build_policy(engine._config)
     sync = WeightSync(engine._config, policy.trainable)
-    honest, count = shards._Connection.send, [0]
+    honest, count = shards.gather, [0]
 
-    def die(link: Any, *rest: Any) -> Any:
+    def die(*arguments: Any) -> None:
         count[0] += 1
         if is_fatal and count[0] == 2 and policy.groups.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return honest(link, *rest)
+        honest(*arguments)
 
-    shards._Connection.send = die  # type: ignore[method-assign]
+    shards.gather = die  # type: ignore[assignment]
     sync.publish(engine, version=1)
     proven = sync.metrics["weight_sync/servers_proven"]
     engine.close()
@@ -171,21 +171,20 @@ def update_and_sample(case: Case, url: str, num_updates: int) -> dict[str, Any]:
 
 
 class FlippedBits:
-    """Flips one bit of each of the next messages that this rank sends."""
+    """Flips one bit of each of the next buckets that this rank hands on."""
 
     def __init__(self) -> None:
         from megatron_rl.weight_sync import shards
 
-        self.left, honest = 0, shards._Connection.send
+        self.left, honest = 0, shards.gather
 
-        def send(link: Any, flat: torch.Tensor, *rest: Any) -> Any:
+        def gather(placed: Any, parameters: Any, run: torch.Tensor) -> None:
+            honest(placed, parameters, run)
             if self.left:
                 self.left -= 1
-                flat = flat.clone()
-                flat.view(torch.int32)[flat.numel() // 3] ^= 1
-            return honest(link, flat, *rest)
+                run.view(torch.int32)[placed[0].start] ^= 1
 
-        shards._Connection.send = send  # type: ignore[method-assign]
+        shards.gather = gather  # type: ignore[assignment]
 
 
 def perturb(policy: Any, version: int) -> None:

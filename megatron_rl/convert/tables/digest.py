@@ -13,6 +13,7 @@ Not a cryptographic hash: it finds errors, not attackers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy
@@ -40,6 +41,11 @@ def digest(name: str, block: Tensor, start: tuple[int, ...], extent: tuple[int, 
     Returns:
         In [0, 2^64).
     """
+    return int(digest_on_device(name, block, start, extent)) & MASK
+
+
+def digest_on_device(name: str, block: Tensor, start: tuple[int, ...], extent: tuple[int, ...]) -> Tensor:
+    """Return ``digest`` as a number that a GPU need not be waited for: [] int64 on the block's device, mod 2^64."""
     assert block.dim() == len(start) == len(extent) in (1, 2), f"{name}: {tuple(block.shape)} at {start} of {extent}"
     assert all(a + n <= d for a, n, d in zip(start, block.shape, extent)), f"{name}: {start} + {tuple(block.shape)}"
     block = block.detach()
@@ -52,14 +58,20 @@ def digest(name: str, block: Tensor, start: tuple[int, ...], extent: tuple[int, 
     left = min(-start[1] % per_word, block.shape[1])
     right = left + (block.shape[1] - left) // per_word * per_word
     total = _sum_of_elements(block[:, :left], start[1], rows, columns)
-    total += _sum_of_elements(block[:, right:], start[1] + right, rows, columns)
+    total = total + _sum_of_elements(block[:, right:], start[1] + right, rows, columns)
     if right > left:
         first = (start[1] + left) // per_word
-        total += _sum_of_words(block[:, left:right], rows, columns[first : first + (right - left) // per_word])
-    return total & MASK
+        total = total + _sum_of_words(block[:, left:right], rows, columns[first : first + (right - left) // per_word])
+    return total
 
 
-def _sum_of_words(block: Tensor, rows: Tensor, columns: Tensor) -> int:
+def digests_of(blocks: Iterable[Tensor]) -> list[int]:
+    """Return results of ``digest_on_device`` as digests, with one wait for all of them."""
+    found = list(blocks)
+    return [value & MASK for value in torch.stack(found).tolist()] if found else []
+
+
+def _sum_of_words(block: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Sum over [n, words * elements per word]; int64 arithmetic wraps, which is mod 2^64."""
     limit = _BLOCK_WORDS if block.device.type == "cpu" else _GPU_BLOCK_WORDS
     step = max(1, limit // len(columns))
@@ -69,20 +81,20 @@ def _sum_of_words(block: Tensor, rows: Tensor, columns: Tensor) -> int:
         # CUDA has no product of an integer matrix and a vector.
         sums = torch.mv(words, columns) if words.device.type == "cpu" else (words * columns).sum(1)
         total += (sums * rows[first : first + step]).sum()
-    return int(total)
+    return total
 
 
-def _sum_of_elements(block: Tensor, start: int, rows: Tensor, columns: Tensor) -> int:
+def _sum_of_elements(block: Tensor, start: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Sum over any columns, given the first one's place in its row."""
     if block.shape[1] == 0:
-        return 0
+        return torch.zeros((), dtype=torch.int64, device=block.device)
     size = block.element_size()
     places = torch.arange(start, start + block.shape[1], device=block.device)
     words, shifts = places // (_WORD_BYTES // size), places % (_WORD_BYTES // size) * (8 * size)
     bits = block.contiguous().view(_INTEGERS[size]).to(torch.int64)
     if size < _WORD_BYTES:
         bits &= (1 << 8 * size) - 1
-    return int(((bits * (columns[words] << shifts)).sum(1) * rows).sum())
+    return ((bits * (columns[words] << shifts)).sum(1) * rows).sum()
 
 
 def _as_words(block: Tensor) -> Tensor:

@@ -57,9 +57,14 @@ class Entry:
     """Kept in float32 by checkpoints and by Megatron, whatever the type of the model."""
 
 
-def entries(shape: ModelShape) -> dict[str, Entry]:
-    """Return all parameters in the order of the model: embedding, layers, final norm, output layer."""
-    return dict(_entries(TABLES[shape.family], shape))
+def entries(shape: ModelShape, layers: tuple[int, ...] | None = None) -> dict[str, Entry]:
+    """Return all parameters in the order of the model: embedding, layers, final norm, output layer.
+
+    Args:
+        shape: of the model.
+        layers: those to go through; None means all.
+    """
+    return dict(_entries(TABLES[shape.family], shape, layers))
 
 
 def find_entry(name: str, shape: ModelShape) -> Entry:
@@ -141,11 +146,11 @@ def names_of_all_experts(name: str, shape: ModelShape) -> list[str]:
     return [_EXPERT.sub(rf"\g<1>{expert}", name) for expert in range(shape.num_experts)]
 
 
-def hf_tensors(shape: ModelShape) -> dict[str, Extent]:
-    """Return every tensor of the HF checkpoint and its shape, in the order of ``entries``."""
+def hf_tensors(shape: ModelShape, layers: tuple[int, ...] | None = None) -> dict[str, Extent]:
+    """Return every tensor of the HF checkpoint and its shape, in the order of ``entries``; ``layers`` as there."""
     return {
         name: extent
-        for entry in entries(shape).values()
+        for entry in entries(shape, layers).values()
         for name, extent in zip(entry.hf_names, hf_shapes(entry.kind, shape), strict=True)
     }  # fmt: skip
 
@@ -156,7 +161,7 @@ def float32_tensors(shape: ModelShape) -> frozenset[str]:
 
 
 @lru_cache(maxsize=8)
-def _entries(table: tuple[Rule, ...], shape: ModelShape) -> dict[str, Entry]:
+def _entries(table: tuple[Rule, ...], shape: ModelShape, layers: tuple[int, ...] | None = None) -> dict[str, Entry]:
     rules = [rule for rule in table if not rule.needs or getattr(shape, rule.needs)]
     per_layer = [rule for rule in rules if "{layer}" in rule.megatron]
     embedding, *outer = [rule for rule in rules if "{layer}" not in rule.megatron]
@@ -170,7 +175,7 @@ def _entries(table: tuple[Rule, ...], shape: ModelShape) -> dict[str, Entry]:
             found[name] = Entry(name, hf_names, rule.kind, rule.is_copy, expert, rule.is_float32)
 
     add(embedding, 0)
-    for layer in range(shape.num_layers):
+    for layer in range(shape.num_layers) if layers is None else layers:
         kind = "experts" if shape.has_experts(layer) else "dense"
         for rule in per_layer:
             if rule.layers in ("all", kind):

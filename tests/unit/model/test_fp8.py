@@ -23,7 +23,8 @@ from megatron_rl.model.fp8.emulation import (
 )
 from megatron_rl.model.fp8.recipe import Fp8Recipe, check_gpu, recipe_of
 from megatron_rl.model.policy import Policy
-from megatron_rl.weight_sync.quantize import Fp8Format, dequantize, quantize
+from megatron_rl.weight_sync.fp8_format import Fp8Format
+from megatron_rl.weight_sync.quantize import dequantize, quantize
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, random_samples, tiny_config
 from tests.tiny_models import make_tiny_model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.engine import ServerInfo
-from megatron_rl.weight_sync.delivery import Shards, WeightDelivery, WholeTensors, choose_transports
+from megatron_rl.weight_sync.delivery import OverHttp, ThroughLoader, WeightDelivery, choose_transports
 from megatron_rl.weight_sync.served import RolloutLayout
 from megatron_rl.weight_sync.shards import Delivery
 from tests.forked import run_ranks
@@ -62,9 +62,8 @@ class Port:
 class ScriptedSender:
     """A ``ShardSender`` whose outcomes are known: one entry a ``send``, server -> state."""
 
-    metrics: Mapping[str, float] = {"weight_sync/servers_proven": 1.0}
-
     def __init__(self, *script: dict[int, str]) -> None:
+        self.metrics = {"weight_sync/servers_proven": 1.0}
         self._script, self.asked = list(script), list[tuple[list[int], RolloutLayout]]()
 
     def send(self, servers: Sequence[int], layout: RolloutLayout, *, post: object) -> dict[int, Delivery]:
@@ -76,16 +75,16 @@ def server(number: int, *, tp: int = 2, takes: bool = True, up: bool = True) -> 
     return ServerInfo(number, up, tp, 1, takes)
 
 
-def whole(tensors: Callable[[], Iterator[tuple[str, Tensor]]] = lambda: iter(TENSORS)) -> WholeTensors:
+def whole(tensors: Callable[[], Iterator[tuple[str, Tensor]]] = lambda: iter(TENSORS)) -> OverHttp:
     assert dist.group.WORLD is not None
-    return WholeTensors(tensors, bucket_bytes=BUCKET_BYTES, cpu_group=dist.group.WORLD)
+    return OverHttp(tensors, bucket_bytes=BUCKET_BYTES, cpu_group=dist.group.WORLD)
 
 
 def outcome(port: Port, *script: dict[int, str], has_fallback: bool = True) -> tuple[list[Any], list[Any], str]:
     """Calls of the port, of the sender, and the error."""
     assert dist.group.WORLD is not None
     sender = ScriptedSender(*script)
-    shards = Shards(sender, has_fallback=has_fallback, cpu_group=dist.group.WORLD)  # type: ignore[arg-type]
+    shards = ThroughLoader(sender, name="shards", has_fallback=has_fallback, cpu_group=dist.group.WORLD)
     delivery = WeightDelivery(lambda: iter(TENSORS), [shards, whole()] if has_fallback else [shards])
     error = ""
     try:
@@ -162,7 +161,7 @@ def test_an_unfit_server_gets_whole_tensors_from_then_on() -> None:
 def unfit_twice() -> list[Any]:
     assert dist.group.WORLD is not None
     sender = ScriptedSender({0: "unfit"})
-    shards = Shards(sender, has_fallback=True, cpu_group=dist.group.WORLD)  # type: ignore[arg-type]
+    shards = ThroughLoader(sender, name="shards", has_fallback=True, cpu_group=dist.group.WORLD)
     delivery = WeightDelivery(lambda: iter(TENSORS), [shards, whole()])
     first, second = Port(server(0)), Port(server(0))
     delivery.deliver(first, 1)
@@ -274,7 +273,7 @@ def test_servers_of_an_engine_from_outside_get_shards_only_where_these_are_asked
     (tmp_path / "pigeons.py").write_text(OUTSIDE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("megatron_rl.weight_sync.delivery.ShardSender", Asked)
-    assert alone(sent_by_an_engine_from_outside, "auto") == "WholeTensors"
+    assert alone(sent_by_an_engine_from_outside, "auto") == "OverHttp"
     assert "a server cannot take shards" in alone(sent_by_an_engine_from_outside, "shards")
 
 

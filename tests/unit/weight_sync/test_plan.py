@@ -13,8 +13,10 @@ from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import boxes, shard_shape
 from megatron_rl.convert.tables.table import entries, hf_tensors
 from megatron_rl.errors import UserError
-from megatron_rl.weight_sync.messages import box
-from megatron_rl.weight_sync.plan import Plan, TrainingLayout, make_plan, rounds
+from megatron_rl.weight_sync.buckets import box, buckets_of
+from megatron_rl.weight_sync.pieces import ServedForm, TrainingLayout
+from megatron_rl.weight_sync.places import GpuPlace, Places
+from megatron_rl.weight_sync.plan import Plan, between_nodes, make_plan
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 
 DENSE = ModelShape(
@@ -23,6 +25,7 @@ DENSE = ModelShape(
     proj_bias=False, mlp_bias=False, qk_norm=True, max_position_embeddings=64, initializer_range=0.02, dtype="float32",
     bos_token_id=None, eos_token_ids=(), pad_token_id=None,
 )  # fmt: skip
+PLAIN = ServedForm("float32")
 SHAPES = [
     DENSE,
     dataclasses.replace(DENSE, family="qwen2", qkv_bias=True, qk_norm=False, tied=True),
@@ -65,17 +68,40 @@ def numbered(shape: ModelShape) -> dict[str, np.ndarray]:
     return found
 
 
+def random_places(number: int, training: TrainingLayout, rollout: RolloutLayout) -> Places:
+    """Some ranks on machines of both, some alone; GPUs shared or not."""
+    draw = random.Random(number)
+    num_nodes = draw.choice((1, 2, 3))
+    per_node = -(-training.num_ranks // num_nodes)
+    trainer = tuple(GpuPlace(rank // per_node, rank % per_node) for rank in range(training.num_ranks))
+    kind = draw.choice(("same order", "any node", "elsewhere"))
+
+    def place(receiver: int) -> GpuPlace:
+        if kind == "elsewhere":
+            return GpuPlace(num_nodes + receiver // rollout.tp_size)
+        node = receiver * num_nodes // rollout.num_ranks if kind == "same order" else draw.randrange(num_nodes + 1)
+        return GpuPlace(node, draw.choice((None, draw.randrange(per_node))))
+
+    return Places(trainer, tuple(map(place, range(rollout.num_ranks))))
+
+
 def shards(shape: ModelShape, training: TrainingLayout) -> dict[int, dict[str, np.ndarray]]:
     """What each trainer rank holds."""
     tensors = numbered(shape)
     held: dict[int, dict[str, np.ndarray]] = {rank: {} for rank in range(training.num_ranks)}
     for entry in entries(shape).values():
-        for rank, size, world_ranks in training.holders(entry, shape):
+        if entry.is_copy:  # of a tied embedding, in the last stage; the first one's is sent
+            continue
+        if entry.name.startswith("decoder.layers."):
+            stage = training.stage_of_layer(int(entry.name.split(".")[2]), shape.num_layers)
+        else:
+            stage = 0 if entry.name.startswith("embedding.") else training.pp_size - 1
+        for rank, size, ranks in training.shards(entry, shape):
             shard = np.zeros(shard_shape(entry.kind, shape, size), dtype=np.int64)
             for cut in boxes(entry.kind, shape, rank, size):
                 shard[cut.shard_slices] = tensors[entry.hf_names[cut.tensor]][cut.hf_slices]
-            for world_rank in world_ranks:
-                held[world_rank][entry.name] = shard
+            for of_stage in ranks:
+                held[stage * training.ranks_per_stage + of_stage][entry.name] = shard
     return held
 
 
@@ -129,14 +155,36 @@ def carry_out(plan: Plan, shape: ModelShape, training: TrainingLayout, rollout: 
         {p.name: np.zeros(p.shape, dtype=np.int64) for p in served_parameters(shape, rollout, rank % rollout.tp_size)}
         for rank in range(rollout.num_ranks)
     ]
-    for copy in plan.copies:
-        overlap = copy.overlap
-        source = held[copy.sender][overlap.source][box(overlap.source_start, overlap.size)]
-        target = servers[copy.receiver][overlap.target]
-        place = box(overlap.target_start, overlap.size)
-        assert not target[place].any(), "written twice"
-        target[place] = source
+    for stream in plan.streams:
+        for bucket in buckets_of(stream):
+            assert bucket.num_bytes <= stream.bucket_bytes or len(bucket.placed) == 1
+            for each in bucket.placed:
+                piece = each.piece
+                source = held[each.carried.origin][piece.source][box(piece.start, piece.size)]
+                for taker in each.carried.takers:
+                    (target,) = [t for t in piece.targets if t.tp_rank == taker % rollout.tp_size]
+                    place = box(target.start, piece.size)
+                    assert not servers[taker][target.name][place].any(), "written twice"
+                    servers[taker][target.name][place] = source
     return servers
+
+
+def least_between_nodes(plan: Plan, shape: ModelShape, training: TrainingLayout, rollout: RolloutLayout) -> int:
+    """Elements that each machine's servers need and none of its ranks holds, each counted once a machine; for server ranks on
+    machines without a trainer, all that they hold."""
+    held, total = shards(shape, training), 0
+    for node in {place.node for place in plan.places.servers}:
+        near = [rank for rank, place in enumerate(plan.places.trainer) if place.node == node]
+        needed: set[int] = set()
+        for receiver, place in enumerate(plan.places.servers):
+            if place.node == node:
+                mine = must_hold(shape, rollout, receiver % rollout.tp_size).values()
+                numbers = {int(n) for array in mine for n in array.flat if n}
+                total += 0 if near else len(numbers)
+                needed |= numbers
+        if near:
+            total += len(needed - {int(n) for rank in near for array in held[rank].values() for n in array.flat})
+    return total
 
 
 @pytest.mark.slow
@@ -145,8 +193,12 @@ def test_every_rank_ends_with_what_it_must_hold(hundred: int) -> None:
     kinds: Counter[tuple[bool, bool]] = Counter()
     for number in range(100 * hundred, 100 * hundred + 100):
         shape, training, rollout = random_pair(number)
-        plan = make_plan(shape, training, rollout)
-        assert plan.received_ratio == 1.0
+        places = random_places(number, training, rollout)
+        plan = make_plan(
+            shape, training, rollout, places, PLAIN, bucket_bytes=random.Random(number).choice((160, 2000, 4 * 10**6))
+        )
+        assert sum(plan.received().values()) == plan.held
+        assert between_nodes(plan.streams, plan.places) == 4 * least_between_nodes(plan, shape, training, rollout)
         for receiver, got in enumerate(carry_out(plan, shape, training, rollout)):
             wanted = must_hold(shape, rollout, receiver % rollout.tp_size)
             assert got.keys() == wanted.keys()
@@ -158,20 +210,21 @@ def test_every_rank_ends_with_what_it_must_hold(hundred: int) -> None:
 
 def test_load_is_shared_by_those_that_hold_the_same() -> None:
     shape = dataclasses.replace(DENSE, vocab_size=512)  # so that no rank has mostly padding
-    plan = make_plan(shape, TrainingLayout(tp_size=2, pp_size=2, dp_size=2), RolloutLayout(num_servers=2, tp_size=2))
-    assert set(plan.sent) == set(range(8))
-    of_stage = [sum(plan.sent[rank] for rank in range(first, first + 4)) for first in (0, 4)]
-    for stage, first in enumerate((0, 4)):
-        assert max(plan.sent[rank] for rank in range(first, first + 4)) < 1.1 * of_stage[stage] / 4
+    training, rollout = TrainingLayout(tp_size=2, pp_size=2, dp_size=2), RolloutLayout(num_servers=2, tp_size=2)
+    sent = make_plan(shape, training, rollout, Places.apart(8, 4), PLAIN, bucket_bytes=4 * 10**6).sent()
+    assert set(sent) == set(range(8))
+    for first in (0, 4):
+        of_stage = [sent[rank] for rank in range(first, first + 4)]
+        assert max(of_stage) < 1.1 * sum(of_stage) / 4
 
 
-def test_nobody_talks_to_two_at_once() -> None:
-    plan = make_plan(DENSE, TrainingLayout(tp_size=2, dp_size=2), RolloutLayout(num_servers=2, tp_size=2))
-    all_rounds = list(rounds(plan))
-    assert sum(map(len, all_rounds)) == len(plan.copies)
-    for copies in all_rounds:
-        pairs = {(copy.sender, copy.receiver) for copy in copies}
-        assert len({sender for sender, _ in pairs}) == len({receiver for _, receiver in pairs}) == len(pairs)
+def test_the_nearest_holder_is_asked() -> None:
+    places = Places.shared(8, 8, per_node=4)
+    plan = make_plan(
+        DENSE, TrainingLayout(dp_size=8), RolloutLayout(num_servers=8), places, PLAIN, bucket_bytes=4 * 10**6
+    )
+    assert {(stream.sender, *stream.receivers) for stream in plan.streams} == {(rank, rank) for rank in range(8)}
+    assert all(stream.is_local for stream in plan.streams) and between_nodes(plan.streams, plan.places) == 0
 
 
 @pytest.mark.parametrize(
@@ -184,4 +237,4 @@ def test_nobody_talks_to_two_at_once() -> None:
 )
 def test_what_sglang_could_not_serve_is_refused(layout: RolloutLayout, field: str) -> None:
     with pytest.raises(UserError, match=field):
-        make_plan(SHAPES[-1], TrainingLayout(), layout)
+        make_plan(SHAPES[-1], TrainingLayout(), layout, Places.apart(1, layout.num_ranks), PLAIN, bucket_bytes=400)

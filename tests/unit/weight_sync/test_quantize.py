@@ -21,21 +21,18 @@ from megatron_rl.convert.hf.writer import LayoutWriter
 from megatron_rl.convert.tables.digest import digest
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError
+from megatron_rl.weight_sync.fp8_format import Fp8Format, is_quantized, quantization_config
 from megatron_rl.weight_sync.quantize import (
-    Fp8Format,
     block_amax,
     cast,
-    check_served,
     dequantize,
     export_fp8,
-    is_quantized,
-    quantization_config,
     quantize,
     quantized,
     quantized_layout,
     scales,
 )
-from megatron_rl.weight_sync.served import RolloutLayout
+from megatron_rl.weight_sync.served import RolloutLayout, check_served
 from tests.tiny_models import make_tiny_model
 
 FORMATS = [Fp8Format(granularity, power) for granularity in ("block", "tensor") for power in (False, True)]

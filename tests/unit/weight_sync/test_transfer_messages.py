@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.weight_sync import receiver
-from megatron_rl.weight_sync.mailbox import from_plain, to_plain
-from megatron_rl.weight_sync.plan import TrainingLayout
-from megatron_rl.weight_sync.receiver import TransferSpec
+from megatron_rl.weight_sync.fp8_format import Fp8Format
+from megatron_rl.weight_sync.pieces import ServedForm, TrainingLayout
+from megatron_rl.weight_sync.places import GpuPlace, Places
 from megatron_rl.weight_sync.served import RolloutLayout
+from megatron_rl.weight_sync.shared import from_plain, to_plain
+from megatron_rl.weight_sync.spec import Transfer, TransferSpec
 from tests.tiny_models import make_tiny_model
 
 
@@ -26,12 +28,16 @@ def spec(model: Path) -> TransferSpec:
         store_key="00" * 32,
         attempt="transfer/a/1",
         server=0,
-        shape=read_shape(model),
-        training=TrainingLayout(tp_size=2, vpp_size=2, etp_size=1),
-        rollout=RolloutLayout(1, tp_size=2),
-        bucket_elements=1000,
-        dtype_name="bfloat16",
-        backend="gloo",
+        transfer=Transfer(
+            cargo="shards",
+            shape=read_shape(model),
+            training=TrainingLayout(tp_size=2, vpp_size=2, etp_size=1),
+            rollout=RolloutLayout(1, tp_size=2),
+            places=Places((GpuPlace(0, 1), GpuPlace(0)), (GpuPlace(1, 0), GpuPlace(1, 1))),
+            form=ServedForm("bfloat16", Fp8Format("block", power_of_two=True)),
+            bucket_bytes=1000,
+        ),
+        network="gloo",
         timeout_s=0.5,
     )
 
@@ -43,8 +49,8 @@ FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3")
 def test_a_spec_survives_as_json(family: str, tmp_path: Path) -> None:
     sent = spec(make_tiny_model(tmp_path / "model", family, tied=False, seed=0))
     text = sent.to_json()
-    assert json.loads(text)["shape"]["family"] == sent.shape.family
-    assert TransferSpec.from_json(text) == sent and sent.dtype is torch.bfloat16
+    assert json.loads(text)["transfer"]["shape"]["family"] == sent.transfer.shape.family
+    assert TransferSpec.from_json(text) == sent
 
 
 class Planted:
@@ -67,7 +73,7 @@ def test_a_pickle_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dtype_name": "int8"}, {"backend": "mpi"}, {"port": "x"}, {"shape": {}}, {"rollout": []}]
+    "wrong", [{"network": "mpi"}, {"port": "x"}, {"transfer": {}}, {"transfer": {"cargo": "code"}}]
 )
 def test_a_wrong_field_is_refused(wrong: dict[str, object], tmp_path: Path) -> None:
     text = spec(make_tiny_model(tmp_path / "model", "qwen3", tied=False, seed=0)).to_json()
