@@ -30,7 +30,6 @@ from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_met
 from megatron_rl.metrics.timing import resident_bytes
 from megatron_rl.model.build import build_groups_of
 from megatron_rl.model.checkpoint import Checkpoints, fixed_settings
-from megatron_rl.model.flops import efficiency
 from megatron_rl.model.generators import seed_generators
 from megatron_rl.model.numerics import NumericsMonitor
 from megatron_rl.model.policy import Policy
@@ -115,12 +114,7 @@ class Run:
         )
         if self._writes_checkpoints:
             self.checkpoints.check_space(self.policy.trainable)
-        self._profiler = StepProfiler(
-            config.trainer.profile,
-            self.directory / "profile",
-            self.groups.rank,
-            lambda message: print(message, flush=True),
-        )
+        self._profiler = StepProfiler(config.trainer.profile, self.directory / "profile", self.groups.rank)
         self.start_step = self._resume()
         self.logger = self._build_logger()
         parts.callback(self.logger.close)
@@ -182,14 +176,8 @@ class Run:
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         metrics["tokens_per_s_per_device"] = metrics["tokens_per_s"] / self.groups.world_size
-        metrics |= efficiency(
-            self.shape,
-            ((sample.num_tokens, sample.num_response_tokens) for sample in trained),
-            num_passes=self.online_algorithm.num_epochs if self.config.trainer.stage == "rl" else 1,
-            seconds=metrics.get("time/forward_backward_s", 0.0) + metrics.get("time/optimizer_s", 0.0),
-            num_devices=self.groups.world_size,
-            name=torch.cuda.get_device_name() if self.runtime.device.type == "cuda" else "",
-        )
+        num_passes = self.online_algorithm.num_epochs if self.config.trainer.stage == "rl" else 1
+        metrics |= self.policy.efficiency(trained, num_passes=num_passes, times=metrics)
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full, or gone
             self.folder.check_same()
             self.logger.log(done, metrics)

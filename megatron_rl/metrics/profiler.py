@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,9 +18,9 @@ _ROWS = 25
 class StepProfiler:
     """Profiles the steps that ``trainer.profile`` names, on the ranks that it names."""
 
-    def __init__(self, config: ProfileConfig, directory: Path, rank: int, say: Callable[[str], None]) -> None:
-        """Args: the settings; the folder of traces; this rank; where one-line messages for the user go."""
-        self._config, self._directory, self._rank, self._say = config, directory, rank, say
+    def __init__(self, config: ProfileConfig, directory: Path, rank: int) -> None:
+        """Args: the settings; the folder of traces; this rank."""
+        self._config, self._directory, self._rank = config, directory, rank
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -39,4 +39,4 @@ class StepProfiler:
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = found.key_averages().table(sort_by=order, row_limit=_ROWS)
         (self._directory / f"{name}.txt").write_text(table)
-        self._say(f"profile of step {number}: {self._directory / name}.json.gz (Perfetto), .txt")
+        print(f"profile of step {number}: {self._directory / name}.json.gz (for Perfetto) and .txt", flush=True)
