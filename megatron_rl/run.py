@@ -26,6 +26,7 @@ from megatron_rl.launch.finished import result_settings
 from megatron_rl.launch.folder import RunFolder
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
+from megatron_rl.metrics.profiler import StepProfiler
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics.timing import resident_bytes
 from megatron_rl.model.build import build_groups_of
@@ -118,6 +119,7 @@ class Run:
         )
         if self._writes_checkpoints:
             self.checkpoints.check_space(self.policy.trainable)
+        self._profiler = StepProfiler(config.trainer.profile, self.directory / "profile", self.groups.rank)
         self.start_step = self._resume()
         self.logger = self._build_logger()
         parts.callback(self.logger.close)
@@ -143,7 +145,8 @@ class Run:
             activity.set_step(step + 1)
             if self._numerics is not None and (step + 1) % self.config.trainer.numerics.every_n_steps == 0:
                 self._numerics.watch()
-            yield step
+            with self._profiler.step(step + 1):
+                yield step
 
     def finish_step(
         self,
@@ -177,6 +180,9 @@ class Run:
             metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
+        metrics["tokens_per_s_per_device"] = metrics["tokens_per_s"] / self.groups.world_size
+        num_passes = self.online_algorithm.num_epochs if self.config.trainer.stage == "rl" else 1
+        metrics |= self.policy.efficiency(trained, num_passes=num_passes, times=metrics)
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full, or gone
             self.folder.check_same()
             self.logger.log(done, metrics)

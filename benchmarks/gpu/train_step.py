@@ -118,6 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from megatron_rl.algorithms import build_algorithm
     from megatron_rl.model.build import build_groups_of
+    from megatron_rl.model.flops import PASSES, forward_flops
 
     overrides = [f"policy.train_micro_batch_tokens={tokens}", *arguments.set]
     if arguments.tiny:
@@ -137,10 +138,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     seconds = seconds_of(lambda: policy.train_step(rows, algorithm.loss))
     peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    trained = sum(row.num_response_tokens for row in rows)
-    per_layer = sum(p.numel() for p in policy.chunks[0].decoder.parameters())
-    operations = 6 * (per_layer * tokens + sizes.hidden_size * sizes.vocab_size * trained)
-    operations += 6 * sizes.num_hidden_layers * tokens * length * sizes.hidden_size
+    operations = PASSES * forward_flops(policy.shape, ((row.num_tokens, row.num_response_tokens) for row in rows))
     return {
         "layers": sizes.num_hidden_layers,
         "tokens_per_s": round(tokens / seconds, 1),

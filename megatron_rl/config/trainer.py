@@ -36,6 +36,18 @@ class NumericsConfig:
 
 
 @section
+class ProfileConfig:
+    """Profiles of steps by torch's profiler, in ``profile/`` of the run's folder. A trace has some 100 MB on a GPU."""
+
+    steps: list[PositiveInt] = Field(default_factory=list)
+    """Numbers of the steps, as ``metrics.jsonl`` counts them. The first ones of a run are no example: they compile and fill
+    caches."""
+    ranks: list[NonNegativeInt] = Field(default_factory=lambda: [0])
+    with_shapes: bool = False
+    """Record the shapes of operands: larger traces, slower steps."""
+
+
+@section
 class TrainerConfig:
     """Length, width and precision of a run."""
 
@@ -66,6 +78,7 @@ class TrainerConfig:
     check_memory: bool = True
     """End at the start if the model, by the estimate of docs/memory.md, needs more than a GPU has. false tries it."""
     numerics: NumericsConfig = Field(default_factory=NumericsConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
 
     @property
     def world_size(self) -> int:

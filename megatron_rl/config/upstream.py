@@ -188,6 +188,9 @@ def check_sglang(given: Mapping[str, object]) -> None:
     """
     for name, value in given.items():
         field = f"rollout.sglang_cfg.{name}"
+        if name.startswith("speculative_") and value is not None:
+            rule = "is not supported: weights come from the trainer, which has none for a draft model: it would stay random"
+            raise UserError(field, value, rule, f"remove {field}")
         if name in SGLANG_OWNED:
             shown = None if name.endswith(("key", "password")) else value
             raise UserError(field, shown, SGLANG_OWNED[name], f"remove {field}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.data.pack import unpack
 from megatron_rl.losses.terms import TokenTerms
+from megatron_rl.model.flops import efficiency
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.guards import check_log_probs, check_same_rows, check_trainable
 from megatron_rl.model.loss_report import reduce_reports, report
@@ -42,6 +43,25 @@ class Policy:
     def shape(self) -> ModelShape:
         """Shape of the model."""
         return self.trainable.shape
+
+    def efficiency(
+        self, samples: Sequence[TrainingSample], *, num_passes: int, times: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return what a step's updates made of the devices, as ``flops.efficiency`` does.
+
+        Args:
+            samples: the rows trained on.
+            num_passes: passes over them.
+            times: ``time/<phase>_s`` of the step.
+        """
+        return efficiency(
+            self.shape,
+            ((sample.num_tokens, sample.num_response_tokens) for sample in samples),
+            num_passes=num_passes,
+            seconds=times.get("time/forward_backward_s", 0.0) + times.get("time/optimizer_s", 0.0),
+            num_devices=self.groups.world_size,
+            name=torch.cuda.get_device_name() if self.groups.device.type == "cuda" else "",
+        )
 
     def fill_log_probs(
         self, samples: Sequence[TrainingSample], mini_batches: Sequence[Sequence[int]], *names: str

@@ -533,6 +533,7 @@ PASSED = [
         (f"{SERVER}.grpc_mode=true", "asks for no key"),
         (f"{SERVER}.grpc_port=40000", "asks for no key"),
         (f"{SERVER}.kv_events_config='{{}}'", "asks for no key"),
+        (f"{SERVER}.speculative_algorithm=EAGLE", "has none for a draft model"),
         (f"{SERVER}.tokenizer_worker_num=2", "does not start"),
         (f"{SERVER}.port=30000", "rollout.servers.base_port"),
         (f"{SERVER}.api_key=abc", "is drawn at random"),

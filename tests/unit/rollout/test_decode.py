@@ -32,9 +32,16 @@ def prompts() -> list[Tensor]:
     return [distinct[index] for index in PROMPT_OF_ROW]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
-def test_log_probs_are_those_of_a_whole_forward(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "is_by_kernel"),
+    [("llama", False), ("qwen2", False), ("qwen3", False), ("qwen3_moe", False), ("qwen2", True)],
+)
+def test_log_probs_are_those_of_a_whole_forward(
+    family: str, is_by_kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_GROW", 8)
+    if is_by_kernel:  # what other devices than the CPU do
+        monkeypatch.setattr(module, "_ATTEND", {})
     path = make_tiny_model(tmp_path, family, tied=False, seed=5, max_position_embeddings=256)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), attn_implementation=ATTENTION).eval()
     plain = AutoModelForCausalLM.from_pretrained(path).eval()
