@@ -146,7 +146,7 @@ class _Block:
         return cls(start, valid, end, width, temperature, group, not multiplies_bfloat16_fast(device), kernels)
 
     def words(self) -> list[slice]:
-        return [slice(i, min(i + self.width, self.end)) for i in range(0, self.end, self.width)]
+        return [slice(i, min(i + self.width, self.end)) for i in range(0, self.valid, self.width)]
 
     def operand(self, x: Tensor) -> Tensor:
         """Return an operand in the type of the products."""

@@ -6,8 +6,8 @@ maximum, where it costs no precision.
 
 ``vocab`` imports this module only where it uses it, since Triton is not on every machine.
 
-Legend: C tokens of a chunk, W columns of a block. Columns from ``num_words`` on are padding: nothing reads their logits, and
-their gradient is zero.
+Legend: C tokens of a chunk, W columns of a block. Columns from ``num_words`` on are padding: they count for nothing,
+and their gradient is zero. They are loaded all the same, since masks at whole 16 bytes let loads be that wide.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_block(
     """
     assert logits.is_contiguous() and logits.dtype == torch.float32 and 0 < num_words <= logits.shape[1]
     _statistics[(len(logits),)](
-        logits, columns, largest, total, dot, label_logit, logits.stride(0), num_words, unit,
+        logits, columns, largest, total, dot, label_logit, logits.shape[1], num_words, unit,
         TILE=TILE, num_warps=NUM_WARPS,
     )  # fmt: skip
 
@@ -85,24 +85,25 @@ def gradient(
     found = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
     _gradient[(len(logits),)](
         logits, found, columns, largest, log_total, entropy, of_label, of_entropy,
-        logits.stride(0), logits.shape[1], num_words, unit, TILE=TILE, num_warps=NUM_WARPS,
+        logits.shape[1], num_words, unit, TILE=TILE, num_warps=NUM_WARPS,
     )  # fmt: skip
     return found
 
 
 @triton.jit
 def _statistics(  # type: ignore[no-untyped-def]
-    logits, columns, largest, total, dot, label_logit, stride, num_words, unit, TILE: tl.constexpr
+    logits, columns, largest, total, dot, label_logit, width, num_words, unit, TILE: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
-    logits += token * stride
+    logits += token * width
     maximum = tl.load(largest + token)
     summed = tl.load(total + token)
     dotted = tl.load(dot + token)
     for start in range(0, num_words, TILE):
         word = start + tl.arange(0, TILE)
         is_word = word < num_words
-        z = tl.load(logits + word, mask=is_word, other=float("-inf"))
+        z = tl.load(logits + word, mask=word < width, other=float("-inf"))
+        z = tl.where(is_word, z, float("-inf"))
         higher = tl.maximum(maximum, tl.max(z, 0))
         shift = tl.maximum((maximum - higher) * unit, -1e30)  # at first from -inf, where there is nothing to move
         scale = tl.exp(shift)
@@ -131,22 +132,22 @@ def _gradient(  # type: ignore[no-untyped-def]
     entropy,
     of_label,
     of_entropy,
-    stride,
     width,
     num_words,
     unit,
     TILE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    logits += token * stride
-    found += token * stride
+    logits += token * width
+    found += token * width
     maximum = tl.load(largest + token)
     log_sum = tl.load(log_total + token)
     label = tl.load(columns + token)
     for start in range(0, width, TILE):
         word = start + tl.arange(0, TILE)
         is_word = word < num_words
-        z = tl.load(logits + word, mask=is_word, other=float("-inf"))
+        z = tl.load(logits + word, mask=word < width, other=float("-inf"))
+        z = tl.where(is_word, z, float("-inf"))
         log_p = (z - maximum) * unit - log_sum
         p = tl.exp(log_p)
         factor = tl.zeros_like(p)
