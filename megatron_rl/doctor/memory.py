@@ -19,7 +19,7 @@ from megatron_rl.convert.tables.table import Entry, entries
 from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
 
 GB = 1e9
-LOGIT_ROWS, LOGITS = 4096, 1 << 26
+LOGIT_ROWS, LOGITS = 8192, 1 << 26
 """Tokens of a chunk, and logits that exist at a time: ``parallel.vocab``'s ``CHUNK_TOKENS`` and ``BLOCK_ELEMENTS``."""
 CONTEXT_BYTES = int(1.5 * GB)
 """Bytes that a process takes before any tensor: CUDA's context, buffers of NCCL and cuBLAS."""
@@ -248,8 +248,11 @@ def _working_bytes(config: Config, shape: ModelShape, stage: int, width: int) ->
         columns = (
             padded_vocab_size(shape.vocab_size, tp_size=policy.tensor_parallel_size) // policy.tensor_parallel_size
         )
-        # Of a block, while backward starts the next: three tensors in float32 and one that products take.
-        logits = min(LOGITS, min(tokens, LOGIT_ROWS) * columns) * (3 * 4 + width)
+        # Of a block: logits in float32, and their gradient in what products take, which in float32 is the same place. And the
+        # gradient of a chunk's hidden states, summed in float32.
+        rows = min(tokens, LOGIT_ROWS)
+        block = min(LOGITS, rows * columns) * (4 if width == 4 else 4 + width)
+        logits = block + rows * shape.hidden_size * 4
         largest = max(largest, logits + 2 * tokens * shape.hidden_size * width)
     return round(largest)
 

@@ -32,7 +32,7 @@ ALIGNED_WORDS = 128
 
 
 def uses_kernels(device: torch.device) -> bool:
-    """Return True where blocks go through the Triton kernels: on a GPU with Triton. Tests put another function here."""
+    """Return True if blocks go through the Triton kernels: on a GPU with Triton. Tests put another function here."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
@@ -154,7 +154,7 @@ class _Block:
 
     @property
     def unit(self) -> float:
-        """What logits are still to be multiplied by: kernels divide by the temperature themselves."""
+        """The factor that logits still want: kernels divide by the temperature themselves."""
         return 1.0 if self.kernels is None else 1.0 / self.temperature
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class _RunningSoftmax:
 
 @dataclass(frozen=True)
 class _TokenGradients:
-    """What the gradient of a chunk's logits is made of, [C] float32 each.
+    """Parts of the gradient of a chunk's logits, [C] float32 each.
 
     With l = log p: d log p[y] / dz = 1[y] - p and d entropy / dz = -p (l + entropy).
     """
@@ -253,7 +253,7 @@ class _TokenGradients:
     entropy: Tensor
     of_label: Tensor | None
     of_entropy: Tensor | None
-    """What comes from above, divided by the temperature."""
+    """Gradients that come from above, divided by the temperature."""
 
     def of(self, logits: Tensor, labels: Tensor, words: slice, block: _Block, dtype: torch.dtype) -> Tensor:
         """Return the gradient of a block of logits, which is overwritten, in the type of the products."""

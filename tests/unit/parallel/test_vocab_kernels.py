@@ -127,6 +127,7 @@ def errors(case: Case) -> dict[str, float]:
     log_probs, entropies = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     loss = (0 if a is None else a.double() @ log_probs) + (0 if b is None else b.double() @ entropies)
     loss.backward()
+    log_probs, entropies = log_probs.detach(), entropies.detach()
     scale = max(1.0, float(logits.abs().max()) * unit)
     return {
         "log_prob": float(((label_logit - largest) * unit - log_total - log_probs).abs().max()) / scale,
@@ -208,12 +209,13 @@ def bfloat16_errors(std: float, products: str) -> dict[str, float]:
     labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)[:, 0]
     true, entropy = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     (true.sum() + entropy.sum()).backward()
+    true, entropy = true.detach(), entropy.detach()
     group = dist.group.WORLD
     found = vocab_parallel_statistics(hidden, weight, labels, vocab_size=2000, temperature=1.0, tp_group=group)
     (found.log_probs.sum() + found.entropy.sum()).backward()
     return {
-        "log_prob": float((found.log_probs - true).abs().max()),
-        "entropy": float((found.entropy - entropy).abs().max()),
+        "log_prob": float((found.log_probs.detach() - true).abs().max()),
+        "entropy": float((found.entropy.detach() - entropy).abs().max()),
         "hidden": float((hidden.grad - exact.grad).norm() / exact.grad.norm()),
         "weight": float((weight.grad - exact_weight.grad).norm() / exact_weight.grad.norm()),
     }
