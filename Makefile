@@ -3,6 +3,7 @@
 # make test               all tests: some 40 minutes on two cores
 #   test-trainer            all but those with real servers
 #   test-servers            those with real SGLang servers
+# make test-kernels       tests of the Triton kernels, in Triton's interpreter: no GPU needed, half a minute
 # make campaign           kill runs at random and compare what they leave: an hour; CASES=servers for those with servers
 # make test-gpu           checks and benchmarks that need a GPU; wants PLATFORM=gpu
 # make lint               ruff, its format, mypy
@@ -29,9 +30,11 @@ RUN_STAMP := .venv/.installed-$(PLATFORM)
 SGLANG_STAMP := .venv/.installed-sglang-$(PLATFORM)
 DEV_STAMP := .venv/.installed-dev
 BENCH_STAMP := .venv/.installed-bench-gpu
+# On a GPU machine Triton comes with torch. Elsewhere it gets a folder of its own, where only tests of kernels find it.
+TRITON_STAMP := $(if $(filter cpu,$(PLATFORM)),build/triton/.installed)
 NVIDIA := $(wildcard /dev/nvidia0)
 
-.PHONY: help quickstart sglang test test-fast test-trainer test-servers campaign test-gpu lint format bench clean
+.PHONY: help quickstart sglang test test-fast test-trainer test-servers test-kernels campaign test-gpu lint format bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -42,11 +45,11 @@ quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 sglang: $(SGLANG_STAMP)
 
 # Servers mostly wait for each other, so both halves run at the same time, each to its end.
-test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
+test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 	$(MAKE) --jobs=2 --keep-going --output-sync=target test-trainer test-servers
 
 # Two workers, since much of these tests is waiting for small processes.
-test-fast: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
+test-fast: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow" --durations=5 tests/unit tests/house tests/configs
 
 test-trainer:
@@ -54,6 +57,9 @@ test-trainer:
 
 test-servers:
 	$(BIN)/python -m pytest --durations=15 tests/servers
+
+test-kernels: $(RUN_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
+	$(BIN)/python -m pytest tests/unit/parallel/test_vocab_kernels.py
 
 campaign: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(BIN)/python -m tests.e2e.campaign $(CASES)
@@ -102,6 +108,11 @@ $(BENCH_STAMP): requirements/bench_gpu.txt | $(RUN_STAMP)
 
 $(DEV_STAMP): requirements/dev.txt | $(RUN_STAMP)
 	$(PIP) -r requirements/dev.txt
+	touch $@
+
+build/triton/.installed: requirements/triton_cpu.txt | $(RUN_STAMP)
+	rm -rf build/triton
+	$(PIP) --no-deps --target build/triton -r $<
 	touch $@
 
 clean:

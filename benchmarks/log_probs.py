@@ -13,9 +13,17 @@
 Each figure comes from a process of its own, with the same allocator settings; memory is the peak above the inputs, the
 float32 gradient of the weight (0.62 GB) included. Both run in bfloat16, or in float32 on CPUs that have no units for
 bfloat16: there the naive path would take an hour, and ours, which then multiplies in float32, would win by nothing but that.
-On a GPU, where seconds are the least of three, it also measures Liger's fused loss and Apple's cut cross-entropy (no entropy
-there), and ``matmul_share``: the rate of ours over that of a plain product. ``skipped`` says which of the others is not
-installed, or what it failed with. Figures are printed as soon as they are known, in a line of JSON that holds all so far.
+
+On a GPU, where seconds are the least of three, it also measures ``matmul_share``, the rate of ours over that of a plain
+product, and others. None of them has entropy, and each leaves the weight's gradient in the weight's own type:
+
+    liger_triton         Liger's fused loss with its Triton kernel
+    liger_cute           its path for Hopper: tokens a multiple of 128, vocabulary of 256
+    cut_cross_entropy    Apple's
+    quack                QuACK's: its kernels fused for Hopper where they take the sizes, its chunks elsewhere
+
+``ran`` says what ours and these were, and ``not_measured`` why one is missing. Figures are printed as soon as they are known,
+in a line of JSON that holds all so far; compilers of the last two can take long, so they come last.
 """
 
 from __future__ import annotations
@@ -30,12 +38,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import numpy as np
 
 from megatron_rl.process.lifetime import leave
 
 HIDDEN, VOCABULARY = 1024, 151_936
 _PAIR = {"peak_memory": "gigabytes", "time": "seconds"}
+OTHERS = ("liger_triton", "cut_cross_entropy", "quack", "liger_cute")
+OTHERS_LIMIT_S = 90.0
+"""For one of them, compilation included."""
 
 
 def main() -> None:
@@ -54,9 +69,12 @@ def main() -> None:
     if arguments.one:
         leave(measure_and_print(json.loads(arguments.one)))
 
+    ran: dict[str, str] = {}
+
     def run(path: str, tokens: int = arguments.tokens, **how: object) -> dict[str, float]:
         sizes = {"hidden_size": arguments.hidden, "vocabulary": arguments.vocabulary}
         found = in_process(path=path, tokens=tokens, dtype=arguments.dtype, **sizes, **how)
+        ran.update({path: found.pop("ran")} if "ran" in found else {})
         print(f"{path:8} {tokens:6} tokens {how}: {found['seconds']:.3f} s, {found['gigabytes']:.2f} GB", flush=True)
         return found
 
@@ -74,23 +92,29 @@ def main() -> None:
         ratios = {f"{what}_ratio": round(ours[key] / naive[key], 3) for what, key in _PAIR.items()}
         print(json.dumps({"dtype": arguments.dtype} | ratios | {"time_ratio_of_each_turn": each}))
         return
-    figures: dict[str, float] = {}
-    skipped: dict[str, str] = {}
+    figures: dict[str, float | list[float]] = {}
+    not_measured = {} if on_gpu() else dict.fromkeys(OTHERS, "no GPU")
 
     def summary() -> str:
-        rounded = {name: round(value, 3) for name, value in figures.items()}
-        return json.dumps({"dtype": arguments.dtype} | rounded | ({"skipped": skipped} if skipped else {}))
+        rounded = {name: np.round(value, 3).tolist() for name, value in figures.items()}
+        return json.dumps({"dtype": arguments.dtype} | rounded | {"ran": ran, "not_measured": not_measured})
 
-    def set_against(other: str, **names: str) -> None:
-        """Add ours over another's seconds and gigabytes, under these names; on a GPU, whatever the other's fate."""
+    @contextmanager
+    def noted(other: str) -> Iterator[None]:
+        """Print what is known at the end. On a GPU another's failure is noted, and the rest goes on."""
         try:
-            found = run(other, **all_rows)
-            figures.update({names[of]: ours_all[of] / found[of] for of in names})
+            yield
         except RuntimeError as error:
             if not on_gpu():
                 raise
-            skipped[other] = str(error)
+            not_measured[other] = str(error)
         print(summary(), flush=True)
+
+    def set_against(other: str, **names: str) -> None:
+        """Add ours over another's seconds and gigabytes, under these names."""
+        with noted(other):
+            found = run(other, **all_rows)
+            figures.update({names[of]: ours_all[of] / found[of] for of in names})
 
     ours_all = run("ours", **all_rows)
     if on_gpu():
@@ -100,20 +124,24 @@ def main() -> None:
         print(summary(), flush=True)
     set_against("naive", seconds="time_ratio_without_prompt", gigabytes="peak_memory_ratio_without_prompt")
     set_against("chunked", seconds="time_vs_chunked")
-    if on_gpu():
-        for other in ("liger", "cut_cross_entropy"):
+
+    def set_against_others(*names: str) -> None:
+        for other in names if on_gpu() else ():
             set_against(other, seconds=f"time_vs_{other}", gigabytes=f"peak_memory_vs_{other}")
-    naive, ours, _ = pair()
-    figures |= {f"{what}_ratio": ours[key] / naive[key] for what, key in _PAIR.items()}
-    if not on_gpu():  # NCCL wants a GPU for each rank
-        figures["time_tp2_vs_tp1"] = run("ours", ranks=2, **half)["seconds"] / ours["seconds"]
-    print(summary(), flush=True)
+
+    set_against_others(*OTHERS[:2])
+    with noted("naive"):
+        naive, ours, _ = pair()
+        figures |= {f"{what}_ratio": ours[key] / naive[key] for what, key in _PAIR.items()}
+        if not on_gpu():  # NCCL wants a GPU for each rank
+            figures["time_tp2_vs_tp1"] = run("ours", ranks=2, **half)["seconds"] / ours["seconds"]
     table = {tokens: run("ours", tokens, **half) for tokens in (2048, 8192, 32768)}
     print("\n| tokens | seconds | GB above inputs |\n| --- | --- | --- |")
     for tokens, found in table.items():
         print(f"| {tokens} | {found['seconds']:.3f} | {found['gigabytes']:.2f} |")
-    sizes = {name: [round(found[name], 3) for found in table.values()] for name in ("seconds", "gigabytes")}
-    print(json.dumps(json.loads(summary()) | sizes))
+    figures |= {name: [found[name] for found in table.values()] for name in ("seconds", "gigabytes")}
+    print(summary(), flush=True)
+    set_against_others(*OTHERS[2:])
 
 
 def usual_dtype() -> str:
@@ -142,10 +170,10 @@ def matmul_flops() -> float:
 
 
 def in_process(*, ranks: int = 1, **how: object) -> dict[str, float]:
-    """The slowest rank's seconds and the largest rank's memory.
+    """The slowest rank's seconds and the largest rank's memory, and what ran, where there is a choice.
 
     Raises:
-        RuntimeError: with what a rank failed with.
+        RuntimeError: with what a rank failed with, or that another library took too long.
     """
     from megatron_rl.launch.command import ALLOCATOR
 
@@ -166,7 +194,14 @@ def in_process(*, ranks: int = 1, **how: object) -> dict[str, float]:
             )
             for rank in range(ranks)
         ]
-        outputs = [process.communicate()[0] for process in processes]
+        try:
+            limit = OTHERS_LIMIT_S if how["path"] in OTHERS else None
+            outputs = [process.communicate(timeout=limit)[0] for process in processes]
+        except subprocess.TimeoutExpired:
+            for process in processes:
+                process.kill()
+                process.wait()
+            raise RuntimeError(f"not done after {OTHERS_LIMIT_S:.0f} s") from None
     if any(process.returncode for process in processes):
         said = [json.loads(output.splitlines()[-1]).get("failed") for output in outputs if output.strip()]
         status = f"status {[process.returncode for process in processes]}"
@@ -197,7 +232,7 @@ def measure(
     ranks: int,
     folder: str,
     dtype: str,
-) -> dict[str, float]:
+) -> dict[str, float | str]:
     """One forward and backward on this rank."""
     import torch
     import torch.distributed as dist
@@ -219,9 +254,11 @@ def measure(
             return torch.cuda.max_memory_allocated() / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-    work: Callable[..., None] = {
-        "naive": naive, "chunked": chunked, "ours": ours, "liger": liger, "cut_cross_entropy": cut_cross_entropy,
+    work: Callable[..., str | None] = {
+        "naive": naive, "chunked": chunked, "ours": ours, "liger_triton": liger_triton, "liger_cute": liger_cute,
+        "cut_cross_entropy": cut_cross_entropy, "quack": quack,
     }[path]  # fmt: skip
+    ran = None
     if device == "cuda":  # compilation and library set-up are not what is measured
         work(hidden, weight, labels, trained, factors)
         hidden.grad = weight.grad = None
@@ -230,11 +267,11 @@ def measure(
     for _ in range(3 if device == "cuda" else 1):
         hidden.grad = weight.grad = None
         started = time.perf_counter()
-        work(hidden, weight, labels, trained, factors)
+        ran = work(hidden, weight, labels, trained, factors)
         after = peak()
         seconds.append(time.perf_counter() - started)
     dist.destroy_process_group()
-    return {"seconds": min(seconds), "gigabytes": after - before}
+    return {"seconds": min(seconds), "gigabytes": after - before} | ({"ran": ran} if ran else {})
 
 
 def _into_main_grad(weight) -> None:  # type: ignore[no-untyped-def]
@@ -265,12 +302,12 @@ def chunked(hidden, weight, labels, trained, factors) -> None:  # type: ignore[n
     _into_main_grad(weight)
 
 
-def ours(hidden, weight, labels, trained, factors) -> None:  # type: ignore[no-untyped-def]
+def ours(hidden, weight, labels, trained, factors) -> str:  # type: ignore[no-untyped-def]
     """As PolicyModel calls it."""
     import torch
     import torch.distributed as dist
 
-    from megatron_rl.parallel.vocab import vocab_parallel_statistics
+    from megatron_rl.parallel.vocab import uses_kernels, vocab_parallel_statistics
 
     main_grad = torch.zeros(weight.shape, device=weight.device)
     rows = trained.nonzero()[:, 0]
@@ -281,20 +318,43 @@ def ours(hidden, weight, labels, trained, factors) -> None:  # type: ignore[no-u
         vocab_size=weight.shape[0] * dist.get_world_size(), temperature=1.0, tp_group=group, main_grad=main_grad,
     )  # fmt: skip
     (factors[0, rows] @ found.log_probs + factors[1, rows] @ found.entropy).backward()
+    return f"Triton {version('triton')}" if uses_kernels(hidden.device) else "torch"
 
 
-def liger(hidden, weight, labels, trained, factors) -> None:  # type: ignore[no-untyped-def]
-    """Liger's fused linear cross entropy: no entropy, one reduction for all tokens."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def liger_triton(hidden, weight, labels, trained, factors) -> str:  # type: ignore[no-untyped-def]
+    """Liger's with Triton, which it leaves on Hopper if it can: no entropy, one reduction for all tokens."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Loss
 
-    LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels).backward()
+    kernel = "nvidia-triton"
+    Loss.apply(
+        hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum", None, False, None, False, False, False, kernel
+    )[0].backward()
+    return f"liger-kernel {version('liger-kernel')}, {kernel}"
 
 
-def cut_cross_entropy(hidden, weight, labels, trained, factors) -> None:  # type: ignore[no-untyped-def]
-    """Apple's: log-probs of each token, no entropy; the weight's gradient in its own type."""
+def liger_cute(hidden, weight, labels, trained, factors) -> str:  # type: ignore[no-untyped-def]
+    """Liger's for Hopper, in bfloat16: logits are kept for backward."""
+    from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as hopper
+
+    hopper.liger_fused_linear_cross_entropy_sm90(hidden, weight, labels, reduction="sum").backward()
+    return f"liger-kernel {version('liger-kernel')}, CuTe for sm_90"
+
+
+def cut_cross_entropy(hidden, weight, labels, trained, factors) -> str:  # type: ignore[no-untyped-def]
+    """Apple's: log-probs of each token, no entropy."""
     from cut_cross_entropy import linear_cross_entropy
 
     (factors[0] @ -linear_cross_entropy(hidden, weight, labels, reduction="none")).backward()
+    return f"cut-cross-entropy {version('cut-cross-entropy')}"
+
+
+def quack(hidden, weight, labels, trained, factors) -> str:  # type: ignore[no-untyped-def]
+    """QuACK's: logits in bfloat16, gradients made in forward, one reduction for all tokens."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy, scaled_exp_lce_supported
+
+    is_fused = scaled_exp_lce_supported(hidden, weight, 4096, "sum")
+    chunked_linear_cross_entropy(hidden, weight, labels, reduction="sum", use_scaled_exp=is_fused).backward()
+    return f"quack-kernels {version('quack-kernels')}, {'fused for sm_90' if is_fused else 'chunked'}"
 
 
 if __name__ == "__main__":

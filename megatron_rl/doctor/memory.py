@@ -21,7 +21,7 @@ from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
 from megatron_rl.weight_sync.pieces import TrainingLayout
 
 GB = 1e9
-LOGIT_ROWS, LOGITS = 4096, 1 << 26
+LOGIT_ROWS, LOGITS = 8192, 1 << 26
 """Tokens of a chunk, and logits that exist at a time: ``parallel.vocab``'s ``CHUNK_TOKENS`` and ``BLOCK_ELEMENTS``. Repeated,
 because that module needs torch, and a plan does not; a test holds them together."""
 CONTEXT_BYTES = int(1.5 * GB)
@@ -321,8 +321,11 @@ def _working_bytes(config: Config, shape: ModelShape, stage: int, width: int) ->
         columns = (
             padded_vocab_size(shape.vocab_size, tp_size=policy.tensor_parallel_size) // policy.tensor_parallel_size
         )
-        # Of a block, while backward starts the next: three tensors in float32 and one that products take.
-        logits = min(LOGITS, min(tokens, LOGIT_ROWS) * columns) * (3 * 4 + width)
+        # Of a block: logits in float32, and their gradient in what products take, which in float32 is the same place. And the
+        # gradient of a chunk's hidden states, summed in float32.
+        rows = min(tokens, LOGIT_ROWS)
+        block = min(LOGITS, rows * columns) * (4 if width == 4 else 4 + width)
+        logits = block + rows * shape.hidden_size * 4
         # Autograd gets an empty gradient of the output layer, whose own is in Megatron's buffer. Not where the embedding is the
         # same tensor on the same stage: there the embedding's gradient is the one.
         stand_in = 0 if shape.tied and policy.pipeline_parallel_size == 1 else columns * shape.hidden_size * width

@@ -142,7 +142,9 @@ log_probs.on_gpu, log_probs.matmul_flops, real = lambda: True, lambda: 1e12, log
 def measured(**how):
     if how["path"] == "naive":
         raise RuntimeError("OutOfMemoryError")
-    return real(**how) if how["path"] == "liger" else {"seconds": 1.0, "gigabytes": 2.0}
+    if how["path"].startswith(("liger", "quack")):
+        return real(**how)
+    return {"seconds": 1.0, "gigabytes": 2.0, "ran": "a stand-in"}
 log_probs.in_process = measured
 sys.argv = ["log_probs.py", "--hidden", "64", "--vocabulary", "256", "--tokens", "64"]
 log_probs.main()
@@ -150,8 +152,11 @@ log_probs.main()
     ).splitlines()
     found = json.loads(lines[-1])
     assert found["time_vs_chunked"] == found["time_vs_cut_cross_entropy"] == 1.0 and "matmul_share" in found
-    assert list(found["skipped"]) == ["naive", "liger"] and found["skipped"]["naive"] == "OutOfMemoryError"
-    assert "Error: " in found["skipped"]["liger"]  # not installed, or not for CPUs
+    missing = found["not_measured"]
+    assert set(missing) == {"naive", "liger_triton", "liger_cute", "quack"} and missing["naive"] == "OutOfMemoryError"
+    # Not installed, or not for CPUs.
+    assert all("Error: " in why for name, why in missing.items() if name != "naive")
+    assert found["ran"]["ours"] == "a stand-in" and len(found["seconds"]) == 3
 
 
 def test_on_a_gpu_crowded_steps_ask_for_no_more_turns_and_what_is_known_is_kept() -> None:

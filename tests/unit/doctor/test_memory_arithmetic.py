@@ -132,11 +132,12 @@ def arithmetic(case: Case) -> dict[str, float]:
         0 if case.recomputes else saved * case.tokens
     )
     if case.pp == 1:
-        # The last norm's input, the gathered hidden states and their gradient; a block of 2^26 logits: three in float32
-        # and one in 16 bits at most; the stand-in of the output layer's gradient.
+        # The last norm's input, the gathered hidden states and their gradient; a block of 2^26 logits in float32, and their
+        # gradient in 16 bits; a chunk's gradient of hidden states in float32; the stand-in of the output layer's gradient.
         activations += 2 * hidden * case.tokens / tp
-        block = min(2**26, min(case.tokens, 4096) * padded)
-        head_at_work = block * 14 + 2 * 2 * hidden * case.tokens + (0 if tied else 2 * padded * hidden)
+        chunk = min(case.tokens, 8192)
+        block = min(2**26, chunk * padded)
+        head_at_work = block * 6 + chunk * hidden * 4 + 2 * 2 * hidden * case.tokens + (0 if tied else 2 * padded * hidden)
         layer_at_work = max(layer_at_work, head_at_work)
     stepping = 4 * share if case.gradient_bytes == 2 else 0
 

@@ -101,7 +101,7 @@ def test_the_fused_activation_saves_what_the_plan_says(family: Any, tmp_path: Pa
 def test_logits_are_those_of_the_code_that_holds_them() -> None:
     from megatron_rl.parallel import vocab
 
-    assert (vocab.CHUNK_TOKENS, vocab.BLOCK_ELEMENTS["cuda"]) == (LOGIT_ROWS, LOGITS)
+    assert (vocab.CHUNK_TOKENS["cuda"], vocab.BLOCK_ELEMENTS["cuda"]) == (LOGIT_ROWS, LOGITS)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def other() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def set_cuts(chunk_tokens: int, block_elements: int) -> None:
-    vocab.CHUNK_TOKENS, vocab.BLOCK_ELEMENTS = chunk_tokens, {"cpu": block_elements}
+    vocab.CHUNK_TOKENS, vocab.BLOCK_ELEMENTS = {"cpu": chunk_tokens}, {"cpu": block_elements}
 
 
 def oracle(temperature: float) -> dict[str, torch.Tensor]:
