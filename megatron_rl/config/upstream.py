@@ -23,6 +23,8 @@ _SHAPE = "comes from the model's config.json"
 _PRECISION = "follows trainer.precision"
 _SAME_NETWORK = "is fixed at 0: with dropout, log-probs before and after an update would be of different networks"
 _STALE_SHARDS = "is fixed at false: weights would be published before ranks have exchanged what the update made of them"
+_PREDICTION = "is not supported: layers that predict later tokens are neither loaded nor trained"
+_SHARDED_WEIGHTS = "is not supported: weights would be sharded, and loading, publishing and checkpoints know whole ones"
 _EXACTNESS = "is fixed: with it off, gradients depend on the data-parallel layout"
 TRANSFORMER_OWNED: dict[str, str] = {
     **dict.fromkeys(
@@ -48,9 +50,25 @@ TRANSFORMER_OWNED: dict[str, str] = {
             "moe_router_topk",
             "moe_router_pre_softmax",
             "moe_layer_freq",
+            "experimental_attention_variant",
         ),
         _SHAPE,
     ),
+    **dict.fromkeys(
+        (
+            "mtp_num_layers",
+            "mtp_loss_scaling_factor",
+            "mtp_use_repeated_layer",
+            "mtp_detach_heads",
+            "mtp_hybrid_override_pattern",
+            "mtp_standalone",
+        ),
+        _PREDICTION,
+    ),
+    "softmax_type": "is fixed at vanilla: no checkpoint has learned sinks, and Megatron's gradient norm leaves some out",
+    "hybrid_context_parallel": "is not supported: which ranks share a sequence is fixed when the model is built",
+    "perform_initialization": "is fixed at true: Megatron marks the parts of a weight while it fills them, and leaves those "
+    "without a mark out of the gradient norm",
     **dict.fromkeys(
         ("params_dtype", "pipeline_dtype", "bf16", "fp16", "autocast_dtype", "enable_autocast"), _PRECISION
     ),
@@ -87,6 +105,7 @@ DDP_OWNED: dict[str, str] = {
     # Megatron then leaves the all-gather to the next forward pass of training, and publish, export and evaluation come first.
     "overlap_param_gather": _STALE_SHARDS,
     "use_distributed_optimizer": "is fixed: the distributed optimizer is always used",
+    **dict.fromkeys(("use_megatron_fsdp", "use_custom_fsdp"), _SHARDED_WEIGHTS),
 }
 OPTIMIZER_OWNED: dict[str, str] = {
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""One update of the policy against a float64 model that knows nothing of layouts: loss, metrics, every gradient.
+"""One update of the policy against a float64 model that knows nothing of layouts: loss, metrics, every gradient, their norm.
 
 The reference is transformers' own model, one row at a time, with full logits. Gradients are compared under the names and
 shapes of the Hugging Face checkpoint, so a wrong conversion would show as well.
@@ -21,8 +21,8 @@ from megatron_rl.model.policy import Policy
 from megatron_rl.model.weights import iterate_hf_tensors
 from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, RowKind, TrainingSample
 
-BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5}
-"""Bounds of ``errors``, some three times what float32 gives when nothing is wrong."""
+BOUNDS = {"loss": 1e-6, "metric": 1e-6, "gradient": 1e-5, "grad_norm": 1e-5}
+"""Bounds of ``errors``, at least some three times what float32 gives when nothing is wrong."""
 LENGTHS = ((1, 1), (7, 120), (3, 2), (30, 9), (1, 64), (12, 17), (2, 33), (5, 5))
 """(prompt, response) tokens of each row: very unequal."""
 
@@ -34,6 +34,8 @@ class Outcome(TypedDict):
     metrics: dict[str, float]
     gradients: dict[str, Tensor]
     """Gradients by Hugging Face name; empty on ranks above 0."""
+    grad_norm: float
+    """Norm of the whole gradient, as the optimizer reports it: what clipping divides by."""
 
 
 def load_reference(model: Path) -> Any:
@@ -129,8 +131,9 @@ def reference(
                 sums[name] = sums.get(name, 0.0) + float(shown.sum()) / count
     (total_loss + auxiliary).backward()
     held = {name: parameter.grad for name, parameter in network.named_parameters()}
+    norm = torch.stack([gradient.norm() for gradient in held.values() if gradient is not None]).norm()
     gradients = checkpoint_views(held, network.config.model_type)
-    return {"loss": float(total_loss.detach()), "metrics": sums, "gradients": gradients}
+    return {"loss": float(total_loss.detach()), "metrics": sums, "gradients": gradients, "grad_norm": float(norm)}
 
 
 def sequence_balance(balance: float, z_loss: float, num_chosen: int) -> Callable[[list[Tensor]], Tensor]:
@@ -160,8 +163,12 @@ def watch_routers(network: Any) -> list[Tensor]:
 
 
 def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingSample]) -> Outcome:
-    """Loss, metrics, and gradients (rank 0) of one update; the weights are gone after it."""
-    policy.trainable.optimizer.step = lambda: (True, 0.0, None)  # the gradients shall stay as they are
+    """Loss, metrics, gradients (rank 0) and their norm of one update; the weights are gone after it.
+
+    The optimizer does its whole step, for its norm is what a run reports and clips by. The policy is one that does not clip
+    (``policy.optim.clip_grad`` 0): clipping would scale the gradients.
+    """
+    assert policy.trainable.optimizer.config.clip_grad == 0.0
     metrics = policy.train_step(samples, algorithm.loss)
     _make_whole(policy)
     with torch.no_grad():
@@ -169,17 +176,24 @@ def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingS
             for parameter in chunk.parameters():
                 parameter.copy_(parameter.main_grad)
     gradients = {n: g.clone() for n, g in iterate_hf_tensors(policy.chunks, policy.shape, policy.groups)}
-    return {"loss": metrics["loss"], "metrics": metrics, "gradients": gradients if policy.groups.rank == 0 else {}}
+    return {
+        "loss": metrics["loss"],
+        "metrics": metrics,
+        "gradients": gradients if policy.groups.rank == 0 else {},
+        "grad_norm": metrics["grad_norm"],
+    }
 
 
 def errors(found: Outcome, true: Outcome) -> dict[str, float]:
-    """Return the errors of the loss (relative), of the worst metric (relative to it or to 1, whichever is more), and the worst
-    parameter's gradient: norm of the difference over its own norm, or over 1e-3 of the whole gradient's if that is more."""
+    """Return the errors of the loss (relative), of the worst metric (relative to it or to 1, whichever is more), of the worst
+    parameter's gradient (norm of the difference over its own norm, or over 1e-3 of the whole gradient's if that is more), and
+    of the norm that the optimizer reports (relative)."""
     of_metrics = [abs(found["metrics"][name] - value) / max(abs(value), 1.0) for name, value in true["metrics"].items()]
     return {
         "loss": abs(found["loss"] - true["loss"]) / abs(true["loss"]),
         "metric": _largest(of_metrics),
         "gradient": _largest(gradient_errors(found, true).values()),
+        "grad_norm": _largest([abs(found["grad_norm"] - true["grad_norm"]) / true["grad_norm"]]),
     }
 
 

@@ -17,6 +17,7 @@ from megatron_rl.convert.architecture.rope import RopeScaling, YarnScaling
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import padded_vocab_size
 from megatron_rl.errors import UserError
+from megatron_rl.model.experts import reduce_over_holders
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.fp8.emulation import EMULATED, finish_layers
 from megatron_rl.model.fp8.recipe import check_fp8, recipe_of
@@ -289,6 +290,7 @@ def _build_chunk(
     if shape.latent is None:  # latent attention has its own, layer by layer
         model.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(groups.device)
     finish_layers(model.decoder.layers, megatron_config)
+    reduce_over_holders(model, groups)
     return model.to(groups.device)
 
 

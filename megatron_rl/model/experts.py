@@ -28,6 +28,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_rl.parallel.groups import Groups
+
 
 @dataclass
 class PackParams(PackedSeqParams):
@@ -41,6 +43,23 @@ class PackParams(PackedSeqParams):
     """Weight of one row's auxiliary loss."""
     experts: Tensor | None = None
     """[t, layers, k] int16: the rollout's choices; -1 where it has none."""
+
+
+def reduce_over_holders(model: torch.nn.Module, groups: Groups) -> None:
+    """Have the gradient of each expert summed over the ranks that hold it, which need not be those with the same other weights.
+
+    Megatron-Core before 0.19 looks at the expert-parallel size alone. With whole experts on each of several tensor-parallel
+    ranks and no expert parallelism, each rank would then keep the gradient of its own tokens, and the copies drift apart.
+
+    Args:
+        model: bare, on this rank; its routed experts get Megatron's mark for the groups of experts.
+        groups: process groups.
+    """
+    if groups.ep_size == 1 and groups.etp_size == groups.tp_size:
+        return
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 class ExpertLayer(TransformerLayer):

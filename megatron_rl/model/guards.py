@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
+from importlib import metadata
+from inspect import signature
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
+from megatron_rl.convert.architecture.shape import ModelShape
+from megatron_rl.convert.tables.table import find_entry
 from megatron_rl.data.pack import VECTOR_FIELDS
 from megatron_rl.errors import UserError
-from megatron_rl.parallel.agree import gather_json
+from megatron_rl.model.forward import PolicyModel
+from megatron_rl.model.weights import named_parameters
+from megatron_rl.parallel.agree import all_ranks_agree, gather_json
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
 
 SLICE_ELEMENTS = 1 << 28
@@ -72,6 +80,36 @@ def check_log_probs(samples: Sequence[TrainingSample], name: str) -> None:
                 "is not finite: the model's hidden states overflow or hold NaN",
                 "look for the first bad update in the metrics, or use trainer.precision=fp32 to find the cause",
             )
+
+
+def check_gradient_norm(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups) -> None:
+    """Check that the optimizer will count every part of every weight once in the norm that a run reports and clips by.
+
+    Megatron counts a weight that is marked as cut on every tensor-parallel rank, any other on one of them. Marks can be
+    missing: Megatron-Core before 0.19 leaves those of experts to Transformer Engine, which from 2.13 on does not set them.
+
+    Raises:
+        UserError: naming a weight that is not; on all ranks.
+    """
+    options = {"tp_group": groups.tp_group}
+    if "expert_tp_group" in signature(param_is_not_tensor_parallel_duplicate).parameters:
+        options["expert_tp_group"] = groups.etp_group
+    with all_ranks_agree(groups.cpu_group):
+        for name, tensor in named_parameters(chunks, shape, groups):
+            if not isinstance(tensor, torch.nn.Parameter):
+                continue
+            entry = find_entry(name, shape)
+            rank = groups.tp_rank if entry.expert is None else groups.etp_rank
+            is_counted = param_is_not_tensor_parallel_duplicate(tensor, **options)
+            if is_counted != (entry.kind.name != "replicated" or rank == 0):
+                count = "more than once in" if is_counted else "not wholly in"
+                raise UserError(
+                    "policy.megatron_cfg.tensor_model_parallel_size", groups.tp_size,
+                    f"would have {name} {count} the gradient norm with megatron-core {metadata.version('megatron-core')}: "
+                    "clipping and grad_norm would be wrong",
+                    "install megatron-core 0.19.2 or later, or set policy.megatron_cfg.transformer_impl=local, or do without "
+                    "tensor parallelism",
+                )  # fmt: skip
 
 
 def check_finite(loss: float, gradients: Iterable[Tensor], *, update: int, cpu_group: dist.ProcessGroup) -> None:

@@ -18,7 +18,7 @@ from megatron_rl.data.pack import unpack
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.model.flops import efficiency
 from megatron_rl.model.forward import PolicyModel
-from megatron_rl.model.guards import check_log_probs, check_same_rows, check_trainable
+from megatron_rl.model.guards import check_gradient_norm, check_log_probs, check_same_rows, check_trainable
 from megatron_rl.model.loss_report import reduce_reports, report
 from megatron_rl.model.trainable import Trainable
 from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, TrainingSample
@@ -31,8 +31,14 @@ class Policy:
     """A model whose outputs are log-probs and entropies, and how rows flow through it."""
 
     def __init__(self, trainable: Trainable) -> None:
-        """Args: the model; built by ``build_chunks``, so its last stage returns ``(log_probs, entropy)``."""
+        """Take the model; built by ``build_chunks``, so its last stage returns ``(log_probs, entropy)``.
+
+        Raises:
+            UserError: its optimizer's gradient norm would be wrong; on all ranks.
+        """
         self.trainable, self.groups, self.timer = trainable, trainable.groups, trainable.timer
+        if trainable.has_optimizer:
+            check_gradient_norm(trainable.chunks, trainable.shape, trainable.groups)
 
     @property
     def chunks(self) -> list[PolicyModel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.doctor import exactness
 from megatron_rl.doctor.exactness import load_reference, naive_log_probs, sequence_balance
+from megatron_rl.errors import UserError
 from tests.forked import run_ranks
 from tests.parallel.invariance import (
     assert_exact,
@@ -19,6 +21,7 @@ from tests.parallel.invariance import (
     errors,
     num_ranks,
     outcomes,
+    outside,
     recorded_batch,
     reference,
 )
@@ -37,6 +40,7 @@ LAYOUTS: list[tuple[dict, tuple[str, ...]]] = [
     ({"pp": 2}, ()),
     ({"pp": 2, "dp": 2}, EP2),
     ({"tp": 2, "sp": True}, ()),
+    ({"tp": 2, "sp": True}, WHOLE_EXPERTS),
     ({"tp": 2, "sp": True}, (*EP2, *WHOLE_EXPERTS)),
     ({"tp": 2, "sp": True, "dp": 2}, EP2),
     ({"tp": 2, "sp": True, "cp": 2, "pp": 2}, EP2),
@@ -108,7 +112,7 @@ def test_auxiliary_losses_do_not_depend_on_layout_or_packing(
     model: Path, batch: list, true: dict, balanced: dict, layout: dict, overrides: tuple[str, ...], tokens: int
 ) -> None:
     found = errors(outcomes(model, batch, layout, (*overrides, *BALANCE), tokens=tokens)[0], balanced)
-    assert found["loss"] < 1e-6 and found["gradient"] < 1e-5, found
+    assert found["loss"] < 1e-6 and found["gradient"] < 1e-5 and found["grad_norm"] < 1e-5, found
     gate = next(name for name in true["gradients"] if "gate.weight" in name)
     of_both = balanced["gradients"][gate]
     assert (of_both - true["gradients"][gate]).norm() > 0.1 * of_both.norm(), "the case must be about these losses"
@@ -120,7 +124,7 @@ def test_auxiliary_losses_when_layers_are_recomputed(model: Path, batch: list, b
     if kind == "full":
         recompute += ["policy.megatron_cfg.recompute_method=uniform", "policy.megatron_cfg.recompute_num_layers=1"]
     found = errors(outcomes(model, batch, {"pp": 2}, (*BALANCE, *recompute), tokens=150)[0], balanced)
-    assert found["gradient"] < 1e-5, found
+    assert found["gradient"] < 1e-5 and found["grad_norm"] < 1e-5, found
 
 
 def count_padding() -> None:
@@ -143,6 +147,67 @@ def count_local_tokens() -> None:
 def test_an_error_in_the_counts_is_noticed(model: Path, batch: list, balanced: dict, mutate) -> None:  # type: ignore[no-untyped-def]
     found = errors(outcomes(model, batch, {"cp": 2}, BALANCE, mutate=mutate)[0], balanced)
     assert found["gradient"] > 1e-4, found
+
+
+# ------------------------------------------------------------------------------------------------ the gradient's norm
+
+SPREAD: tuple[dict, tuple[str, ...]] = ({"tp": 2, "sp": True}, (*EP2, *WHOLE_EXPERTS))
+
+
+def count_experts(change: Callable[[list], list]) -> Callable[[], None]:
+    """A mutation: the optimizer of the experts gives other gradients to the norm than its own."""
+
+    def mutate() -> None:
+        from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+        counted = MegatronOptimizer.get_main_grads_for_grad_norm
+
+        def wrong(self) -> list:  # type: ignore[no-untyped-def]
+            weights = [weight for group in self.model_fp32_groups for weight in group]
+            return counted(self) if weights[0].allreduce else change(counted(self))
+
+        MegatronOptimizer.get_main_grads_for_grad_norm = wrong
+
+    return mutate
+
+
+def on_one_rank(gradients: list) -> list:
+    """What the norm of experts of Transformer Engine was in Megatron-Core before 0.19."""
+    return gradients if torch.distributed.get_rank() == 0 else []
+
+
+@pytest.mark.parametrize("change", [lambda gradients: gradients * 2, on_one_rank], ids=["twice", "on one rank"])
+def test_experts_counted_wrongly_are_noticed(model: Path, batch: list, true: dict, change) -> None:  # type: ignore[no-untyped-def]
+    found = outcomes(model, batch, *SPREAD, mutate=count_experts(change))[0]
+    assert outside(found, true).keys() == {"grad_norm"}
+
+
+def without_a_mark(model: Path, name: str, is_cut: bool) -> str:
+    """The refusal of a policy of which a weight has the wrong mark."""
+    from megatron_rl.model.policy import Policy
+
+    trainable = build_policy(config_of(model, *SPREAD[1], **SPREAD[0])).trainable
+    [weight] = [value for key, value in trainable.chunks[0].named_parameters() if key.endswith(name)]
+    assert getattr(weight, "tensor_model_parallel", False) != is_cut
+    weight.tensor_model_parallel = is_cut
+    with pytest.raises(UserError) as caught:
+        Policy(trainable)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_cut", "words"),
+    [
+        ("layers.1.mlp.experts.local_experts.1.linear_fc2.weight", False, "not wholly in the gradient norm"),
+        ("layers.0.self_attention.linear_qkv.weight", False, "not wholly in the gradient norm"),
+        ("layers.0.input_layernorm.weight", True, "more than once in the gradient norm"),
+    ],
+)
+def test_a_weight_that_the_norm_would_count_wrongly_is_refused(
+    model: Path, name: str, is_cut: bool, words: str
+) -> None:
+    [one, other] = run_ranks(without_a_mark, 2, model, name, is_cut)
+    assert one == other and words in one
 
 
 # ------------------------------------------------------------------------------------------------ routing replay

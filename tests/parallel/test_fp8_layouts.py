@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.forked import run_ranks
 from tests.parallel.invariance import entropies, num_ranks, one_update, recorded_batch
@@ -51,6 +52,8 @@ def test_blocks_are_the_same_wherever_they_lie(layout: dict, model: Path, sample
     assert distance(found["gradients"], one[BLOCKS]["gradients"]) < 0.02 * effect
     assert abs(one[BLOCKS]["loss"] - one[()]["loss"]) > 1e-2
     assert found["loss"] == pytest.approx(one[BLOCKS]["loss"], abs=1e-6)
+    norm = torch.stack([gradient.double().norm() for gradient in found["gradients"].values()]).norm()
+    assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
