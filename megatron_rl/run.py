@@ -181,8 +181,7 @@ class Run:
         self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         metrics["tokens_per_s_per_device"] = metrics["tokens_per_s"] / self.groups.world_size
-        num_passes = self.online_algorithm.num_epochs if self.config.trainer.stage == "rl" else 1
-        metrics |= self.policy.efficiency(trained, num_passes=num_passes, times=metrics)
+        metrics |= self.policy.efficiency(trained, num_passes=self.algorithm.num_epochs, times=metrics)
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full, or gone
             self.folder.check_same()
             self.logger.log(done, metrics)

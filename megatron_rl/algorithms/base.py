@@ -44,6 +44,8 @@ class Algorithm(ABC):
     """Vectors of ``parts.base.NEEDS`` to fill by forward passes before the first update of a step."""
     stored_kind: RowKind | None = None
     """The kind of rows from a pool; None where there are none."""
+    num_epochs: int = 1
+    """Passes over the rows of a step."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -125,7 +127,6 @@ class OnlineAlgorithm(Algorithm):
         settings = config.algorithm
         assert isinstance(settings, ClippedConfig)
         self.num_epochs = settings.num_epochs
-        """Passes over each rollout batch."""
         self.rollouts, self.selection, self.credit, self.stored = rollouts, selection, credit, stored
         self.objective = objective or ClippedObjective(settings)
         self.correction = correction or TruncatedRatio.of(settings.correction)
