@@ -86,7 +86,8 @@ def check_gradient_norm(chunks: Sequence[PolicyModel], shape: ModelShape, groups
     """Check that the optimizer will count every part of every weight once in the norm that a run reports and clips by.
 
     Megatron counts a weight that is marked as cut on every tensor-parallel rank, any other on one of them. Marks can be
-    missing: Megatron-Core before 0.19 leaves those of experts to Transformer Engine, which from 2.13 on does not set them.
+    wrong: Megatron-Core before 0.19 leaves those of Transformer Engine's layers to that, which knows nothing of experts
+    (Megatron-LM #5916), and marks whole projections of latent attention as cut.
 
     Raises:
         UserError: naming a weight that is not; on all ranks.

@@ -45,4 +45,4 @@ def test_a_run_wanders_through_layouts(case: tuple[str, bool], tmp_path: Path) -
     for step, layout in enumerate(LAYOUTS):
         found = run_ranks(go_on, num_ranks(layout), model, samples, layout, tmp_path / "many", step)[0]
         assert found["loss"] == pytest.approx(true[step]["loss"], rel=1e-4), layout
-        assert found["grad_norm"] == pytest.approx(true[step]["grad_norm"], rel=1e-4), layout
+        assert found["grad_norm"] == pytest.approx(true[step]["grad_norm"], rel=1e-5), layout

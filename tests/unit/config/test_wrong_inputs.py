@@ -478,6 +478,13 @@ PASSED = [
             [f"{MEGATRON}.recompute_granularity=selective", f"{MEGATRON}.recompute_modules=[moe_act]"],
             "must be of core_attn, mlp",
         ),
+        (f"{MEGATRON}.mtp_num_layers=1", "neither loaded nor trained"),
+        (f"{MEGATRON}.softmax_type=learnable", "gradient norm"),
+        (f"{MEGATRON}.experimental_attention_variant=gated_delta_net", "config.json"),
+        (f"{MEGATRON}.hybrid_context_parallel=true", "fixed when the model is built"),
+        (f"{MEGATRON}.perform_initialization=false", "gradient norm"),
+        (f"{MEGATRON}.calculate_per_token_loss=false", "data-parallel layout"),
+        (f"{DDP}.use_megatron_fsdp=true", "would be sharded"),
         (f"{MEGATRON}.virtual_pipeline_model_parallel_size=2", "needs pipeline_model_parallel_size above 1"),
         (f"{MEGATRON}.fine_grained_activation_offloading=true", "pinned memory"),
         (
