@@ -125,14 +125,16 @@ $(BIN)/python:
 ifeq ($(PLATFORM),gpu)
 $(PACKAGES_STAMP): requirements/gpu.txt $(LOCK) | $(BIN)/python
 	@$(CHECK_NVCC)
-# First what Transformer Engine's bindings are built against and with; then all, without the builds' isolation from it. The toolkit
-# has no headers of cuDNN and NCCL, but torch brings them. Without FORCE_BUILD the sources look for a binary on the network first.
+# First what Transformer Engine's bindings are built against and with. Then these, without the builds' isolation from it, and without
+# pip's cache, which would give back a build against another torch. torch brings the headers that a toolkit has not: cuDNN, NCCL.
+# Without FORCE_BUILD the sources look for a binary on the network. Then all.
 	$(PIP) $(PINNED) $(shell grep -E '^(torch|setuptools|wheel|ninja|numpy|pydantic)==' requirements/gpu.txt)
 	@echo "Transformer Engine's bindings are compiled now: about a minute on 16 cores, seven on two"
-	site=$$($(abspath $(BIN))/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-	export CUDA_HOME=$(CUDA_HOME) NVTE_PYTORCH_FORCE_BUILD=TRUE PATH=$(abspath $(BIN)):$$PATH \
-	CPATH=$$site/nvidia/cudnn/include:$$site/nvidia/nccl/include$${CPATH:+:$$CPATH} && \
-	$(PIP) $(PINNED) --no-build-isolation --requirement requirements/gpu.txt
+	nvidia=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia && \
+	CUDA_HOME=$(CUDA_HOME) NVTE_PYTORCH_FORCE_BUILD=TRUE PATH=$(abspath $(BIN)):$$PATH \
+	CPATH=$$nvidia/cudnn/include:$$nvidia/nccl/include:$$nvidia/cu13/include$${CPATH:+:$$CPATH} \
+	$(PIP) $(PINNED) --no-cache-dir --no-deps --no-build-isolation transformer-engine-torch
+	$(PIP) $(PINNED) --requirement requirements/gpu.txt
 	touch $@
 else
 $(PACKAGES_STAMP): requirements/$(PLATFORM).txt | $(BIN)/python

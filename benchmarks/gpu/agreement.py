@@ -46,7 +46,7 @@ def main() -> int:
     device = join_alone()
 
     from megatron_rl.model.build import build_groups_of
-    from megatron_rl.model.specs import has_transformer_engine
+    from megatron_rl.config.installed import has_transformer_engine
 
     model = write_model(Path(tempfile.mkdtemp()) / "model", sizes)
     # No two of them fit into the longest.
