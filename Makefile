@@ -52,7 +52,7 @@ CHECK_NVCC = $(NVCC_RELEASE) | grep -q " 13\." || { echo "PLATFORM=gpu compiles 
 RESOLVE = $(BIN)/uv pip compile --quiet --no-python-downloads --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
 	--annotation-style line --custom-compile-command "make lock"
 
-.PHONY: help packages quickstart sglang test test-fast test-trainer test-servers campaign test-gpu lint format bench clean \
+.PHONY: help packages sglang-packages quickstart sglang test test-fast test-trainer test-servers campaign test-gpu lint format bench clean \
 	check-gpu-env check-requirements lock
 
 help:
@@ -61,7 +61,7 @@ help:
 quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(BIN)/python -m examples.quickstart.run --engine $(ENGINE)
 
-sglang: $(SGLANG_STAMP)
+sglang: $(RUN_STAMP) $(SGLANG_STAMP)
 
 # Servers mostly wait for each other, so both halves run at the same time, each to its end.
 test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
@@ -114,10 +114,12 @@ lock: $(DEV_STAMP)
 # An environment of its own, so that the one at work stays as it is.
 check-gpu-env:
 	$(MAKE) PLATFORM=gpu VENV=.venv-gpu sglang
-	.venv-gpu/bin/python tools/check_gpu_env.py
+	.venv-gpu/bin/python -m tests.check_gpu_env
 
 # All that is not ours.
 packages: $(PACKAGES_STAMP)
+
+sglang-packages: $(SGLANG_STAMP)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -147,8 +149,8 @@ $(RUN_STAMP): $(PACKAGES_STAMP) setup.py
 	touch $@
 
 # On a GPU with all that SGLang asks for; on a CPU without, since it asks for another torch and for GPU packages.
-$(SGLANG_STAMP): requirements/sglang_$(PLATFORM).txt | $(RUN_STAMP)
-	$(PIP) $(or $(PINNED),--no-deps) --requirement $< $(if $(PINNED),--requirement requirements/gpu.txt --no-build-isolation)
+$(SGLANG_STAMP): requirements/sglang_$(PLATFORM).txt | $(PACKAGES_STAMP)
+	$(PIP) $(or $(PINNED),--no-deps) --requirement $< $(if $(PINNED),--requirement requirements/gpu.txt)
 	touch $@
 
 $(BENCH_STAMP): requirements/bench_gpu.txt | $(RUN_STAMP)

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_rl.errors import UserError, described
 
 BINDINGS = "transformer-engine-torch"
-"""Package of Transformer Engine's torch bindings. Their library lies inside ``transformer_engine``, so no module is named so."""
+"""Package of Transformer Engine's torch bindings. Their library lies in ``transformer_engine``, so no module has their name."""
 REBUILD = "make clean, then make packages PLATFORM=gpu, which builds it against the torch that it installs"
 _ENGINE_PARTS = ("transformer-engine", BINDINGS, "transformer-engine-cu12", "transformer-engine-cu13")
 _DRIVERS = {12: "525", 13: "580"}
@@ -66,7 +66,10 @@ def why_no_gpu(
         Rule and fix of a ``UserError``; None where nothing here explains it.
     """
     if cuda is None:
-        return f"finds torch {torch}, a build without CUDA", "install that for GPUs: make clean, then make packages PLATFORM=gpu"
+        return (
+            f"finds torch {torch}, a build without CUDA",
+            "install one with it: make clean, then make packages PLATFORM=gpu",
+        )
     major = int(cuda.split(".")[0])
     if driver is not None and driver[0] < major:
         least = f" ({_DRIVERS[major]} or later)" if major in _DRIVERS else ""
@@ -132,7 +135,9 @@ def check_transformer_engine(
     if built_for is not None and int(built_for[1]) != major:
         problem = f"was built for CUDA {built_for[1]}, and torch {torch} for CUDA {cuda}"
     elif others:
-        problem = f"finds {others[0]}, a core for another CUDA than that of torch ({cuda}), which has its files in the same place"
+        problem = (
+            f"finds {others[0]} as well, whose files lie where those of {core} do, and torch {torch} is for CUDA {cuda}"
+        )
     else:
         for name in (core, "transformer-engine"):
             if versions[name] != bindings:
@@ -154,9 +159,7 @@ def check_engine_here(*, torch: str, cuda: str) -> None:
     if not has_transformer_engine():
         return
     versions = {name: version_of(name) for name in _ENGINE_PARTS}
-    check_transformer_engine(
-        torch=torch, cuda=cuda, versions=versions, requirements=metadata.requires(BINDINGS) or []
-    )
+    check_transformer_engine(torch=torch, cuda=cuda, versions=versions, requirements=metadata.requires(BINDINGS) or [])
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # from a linker, a missing file, its own checks

@@ -301,7 +301,7 @@ def _device(config: Config) -> torch.device:
 
 
 def _check_no_gpu_is_missed(wanted: str) -> None:
-    """Refuse a start on CPUs where a GPU is asked for, or where there is one and torch, though built for GPUs, cannot use it."""
+    """Refuse a start on CPUs where a GPU is asked for, or where torch is built for GPUs and cannot use the one there is."""
     has_device = installed.platform() == "gpu"
     cuda, driver = torch.version.cuda, installed.driver_cuda()
     if wanted == "gpu" or (has_device and cuda):
