@@ -146,7 +146,13 @@ def build(family: str, *overrides: str) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model(Path(folder) / "model", family, tied=False, seed=1)  # type: ignore[arg-type]
-        given = (f"policy.model_path={model}", "data.task=gsm8k", "data.train=x.jsonl", "trainer.devices=1")
+        given = (
+            f"policy.model_path={model}",
+            "data.task=gsm8k",
+            "data.train=x.jsonl",
+            "trainer.devices=1",
+            "rollout.max_new_tokens=64",
+        )
         try:
             config = load_config(ROOT / "configs/grpo.yaml", [*given, *overrides])
         except UserError as error:
@@ -163,7 +169,11 @@ def build(family: str, *overrides: str) -> str:
         if mine != table:
             raise RuntimeError(f"not in the table: {sorted(mine - table)}; not in the model: {sorted(table - mine)}")
         load_hf_weights(chunks, shape, groups, lambda: RandomReader(shape, seed=1))
-        theirs = {type(module).__name__ for module in chunks[0].modules() if "transformer_engine" in ancestry(module)}
+        theirs = {
+            type(module).__name__
+            for module in chunks[0].modules()
+            if "transformer_engine" in ancestry(module) and type(module).__name__.startswith("TE")
+        }
         if not theirs:
             raise RuntimeError("no layer is Transformer Engine's")
         return f"{len(mine)} names; {', '.join(sorted(theirs))}"
