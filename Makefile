@@ -18,7 +18,7 @@
 # Each target makes .venv and installs pinned requirements first, where they are not there yet.
 #   ENGINE=sglang         quickstart with rollouts from a real SGLang server
 #   PLATFORM=gpu          take requirements/gpu.txt (default: cpu). Needs nvcc of CUDA 13, which compiles Transformer Engine's
-#                         bindings: a minute on 16 cores, seven on two; MAX_JOBS=2 limits the compilers at work at once
+#                         bindings: some nine minutes on two cores; MAX_JOBS=2 limits the compilers at work at once
 #   CUDA_HOME=folder      the CUDA toolkit, where it is neither nvcc's on the PATH nor /usr/local/cuda
 #   WHEELS=folder         install from the wheels in it alone: for machines without a network
 #   PYTHON=python3.12     the interpreter of the virtual environment
@@ -131,7 +131,7 @@ $(PACKAGES_STAMP): requirements/gpu.txt $(LOCK) | $(BIN)/python
 # pip's cache, which would give back a build against another torch. torch brings the headers that a toolkit has not: cuDNN, NCCL.
 # Without FORCE_BUILD the sources look for a binary on the network. Then all.
 	$(PIP) $(PINNED) $(shell grep -E '^(torch|setuptools|wheel|ninja|numpy|pydantic)==' requirements/gpu.txt)
-	@echo "Transformer Engine's bindings are compiled now: about a minute on 16 cores, seven on two"
+	@echo "Transformer Engine's bindings are compiled now: some nine minutes on two cores, fewer on more"
 	nvidia=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia && \
 	CUDA_HOME=$(CUDA_HOME) NVTE_PYTORCH_FORCE_BUILD=TRUE PATH=$(abspath $(BIN)):$$PATH \
 	CPATH=$$nvidia/cudnn/include:$$nvidia/nccl/include:$$nvidia/cu13/include$${CPATH:+:$$CPATH} \
