@@ -10,31 +10,53 @@
 # make format             mend what ruff can mend
 # make bench              all benchmarks for CPUs
 # make sglang             install SGLang beside the rest
-# make clean              remove .venv and builds
+# make check-gpu-env      make .venv-gpu with the GPU software and try it, without a GPU: some half an hour on two cores
+# make check-requirements see that the pinned GPU requirements still go together: seconds
+# make lock               write requirements/gpu.lock anew from gpu.txt and sglang_gpu.txt
+# make clean              remove .venv, .venv-gpu and builds
 # make help               print this
 #
 # Each target makes .venv and installs pinned requirements first, where they are not there yet.
 #   ENGINE=sglang         quickstart with rollouts from a real SGLang server
-#   PLATFORM=gpu          take requirements/gpu.txt (default: cpu)
+#   PLATFORM=gpu          take requirements/gpu.txt (default: cpu). Needs nvcc of CUDA 13, which compiles Transformer Engine's
+#                         bindings: some nine minutes on two cores; MAX_JOBS=2 limits the compilers at work at once
+#   CUDA_HOME=folder      the CUDA toolkit, where it is neither nvcc's on the PATH nor /usr/local/cuda
 #   WHEELS=folder         install from the wheels in it alone: for machines without a network
 #   PYTHON=python3.12     the interpreter of the virtual environment
+#   VENV=folder           the virtual environment (default: .venv)
 
 .DEFAULT_GOAL := help
 PLATFORM ?= cpu
 ENGINE ?= transformers
 PYTHON ?= $(if $(filter gpu,$(PLATFORM)),python3.12,python3.11)
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP += $(if $(WHEELS),--no-index --find-links $(WHEELS))
-RUN_STAMP := .venv/.installed-$(PLATFORM)
-SGLANG_STAMP := .venv/.installed-sglang-$(PLATFORM)
-DEV_STAMP := .venv/.installed-dev
-BENCH_STAMP := .venv/.installed-bench-gpu
+PACKAGES_STAMP := $(VENV)/.installed-packages-$(PLATFORM)
+RUN_STAMP := $(VENV)/.installed-$(PLATFORM)
+SGLANG_STAMP := $(VENV)/.installed-sglang-$(PLATFORM)
+DEV_STAMP := $(VENV)/.installed-dev
+BENCH_STAMP := $(VENV)/.installed-bench-gpu
 # On a GPU machine Triton comes with torch. Elsewhere it gets a folder of its own, where only tests of kernels find it.
 TRITON_STAMP := $(if $(filter cpu,$(PLATFORM)),build/triton/.installed)
 NVIDIA := $(wildcard /dev/nvidia0)
 
-.PHONY: help quickstart sglang test test-fast test-trainer test-servers test-kernels campaign test-gpu lint format bench clean
+LOCK := requirements/gpu.lock
+ifeq ($(PLATFORM),gpu)
+PINNED := --constraint $(LOCK)
+endif
+TOOLKITS = $(abspath $(dir $(realpath $(shell command -v nvcc)))..) /usr/local/cuda
+CUDA_HOME ?= $(firstword $(patsubst %/include/cuda_runtime.h,%,$(wildcard $(TOOLKITS:%=%/include/cuda_runtime.h))))
+NVCC_RELEASE = $(CUDA_HOME)/bin/nvcc --version 2>/dev/null | grep -o "release [0-9.]*"
+CHECK_NVCC = $(NVCC_RELEASE) | grep -q " 13\." || { echo "PLATFORM=gpu compiles Transformer Engine's bindings with nvcc of CUDA 13," \
+	"and in '$(CUDA_HOME)' is $$($(NVCC_RELEASE) || echo none): install the CUDA 13 toolkit, or give CUDA_HOME=folder" >&2; exit 1; }
+# What gpu.txt's versions were chosen for; a wheel of SGLang's wants glibc 2.34.
+RESOLVE = $(BIN)/uv pip compile --quiet --no-python-downloads --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
+	--annotation-style line --custom-compile-command "make lock"
+
+.PHONY: help packages sglang-packages quickstart sglang test test-fast test-trainer test-servers test-kernels campaign test-gpu lint format bench clean \
+	check-gpu-env check-requirements lock
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -42,7 +64,7 @@ help:
 quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(BIN)/python -m examples.quickstart.run --engine $(ENGINE)
 
-sglang: $(SGLANG_STAMP)
+sglang: $(RUN_STAMP) $(SGLANG_STAMP)
 
 # Servers mostly wait for each other, so both halves run at the same time, each to its end.
 test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
@@ -85,29 +107,64 @@ format: $(DEV_STAMP)
 bench: $(RUN_STAMP) $(SGLANG_STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-$(BIN)/python:
-	$(PYTHON) -m venv .venv
+check-requirements: $(DEV_STAMP)
+	cp $(LOCK) $(VENV)/gpu.lock
+	$(RESOLVE) requirements/gpu.txt requirements/sglang_gpu.txt --output-file $(VENV)/gpu.lock
+	@diff $(LOCK) $(VENV)/gpu.lock || { echo "$(LOCK) is not that of gpu.txt and sglang_gpu.txt: make lock" >&2; exit 1; }
+	$(RESOLVE) requirements/gpu.txt requirements/sglang_gpu.txt requirements/bench_gpu.txt requirements/dev.txt \
+		--constraint $(LOCK) --output-file $(VENV)/gpu-tests.lock
 
-$(RUN_STAMP): requirements/$(PLATFORM).txt setup.py | $(BIN)/python
-ifeq ($(PLATFORM),gpu)  # Transformer Engine's bindings are built against the torch that is there already
-	$(PIP) $(shell grep -E '^(torch|setuptools)==' requirements/gpu.txt)
-	NVTE_BUILD_USE_NVIDIA_WHEELS=1 $(PIP) --no-build-isolation -r requirements/gpu.txt
+lock: $(DEV_STAMP)
+	$(RESOLVE) requirements/gpu.txt requirements/sglang_gpu.txt --output-file $(LOCK)
+
+# An environment of its own, so that the one at work stays as it is.
+check-gpu-env:
+	$(MAKE) PLATFORM=gpu VENV=.venv-gpu sglang
+	.venv-gpu/bin/python -m tests.check_gpu_env
+
+# All that is not ours.
+packages: $(PACKAGES_STAMP)
+
+sglang-packages: $(SGLANG_STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+ifeq ($(PLATFORM),gpu)
+$(PACKAGES_STAMP): requirements/gpu.txt $(LOCK) | $(BIN)/python
+	@$(CHECK_NVCC)
+# First what Transformer Engine's bindings are built against and with. Then these, without the builds' isolation from it, and without
+# pip's cache, which would give back a build against another torch. torch brings the headers that a toolkit has not: cuDNN, NCCL.
+# Without FORCE_BUILD the sources look for a binary on the network. Then all.
+	$(PIP) $(PINNED) $(shell grep -E '^(torch|setuptools|wheel|ninja|numpy|pydantic)==' requirements/gpu.txt)
+	@echo "Transformer Engine's bindings are compiled now: some nine minutes on two cores, fewer on more"
+	nvidia=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia && \
+	CUDA_HOME=$(CUDA_HOME) NVTE_PYTORCH_FORCE_BUILD=TRUE PATH=$(abspath $(BIN)):$$PATH \
+	CPATH=$$nvidia/cudnn/include:$$nvidia/nccl/include:$$nvidia/cu13/include$${CPATH:+:$$CPATH} \
+	$(PIP) $(PINNED) --no-cache-dir --no-deps --no-build-isolation transformer-engine-torch
+	$(PIP) $(PINNED) --requirement requirements/gpu.txt
+	touch $@
 else
-	$(PIP) -r requirements/$(PLATFORM).txt
+$(PACKAGES_STAMP): requirements/$(PLATFORM).txt | $(BIN)/python
+	$(PIP) --requirement requirements/$(PLATFORM).txt
+	touch $@
 endif
-	$(PIP) --no-deps --no-build-isolation -e .
+
+$(RUN_STAMP): $(PACKAGES_STAMP) setup.py
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(SGLANG_STAMP): requirements/sglang_$(PLATFORM).txt | $(RUN_STAMP)
-	$(PIP) --no-deps -r requirements/sglang_$(PLATFORM).txt
+# On a GPU with all that SGLang asks for; on a CPU without, since it asks for another torch and for GPU packages.
+$(SGLANG_STAMP): requirements/sglang_$(PLATFORM).txt | $(PACKAGES_STAMP)
+	$(PIP) $(or $(PINNED),--no-deps) --requirement $< $(if $(PINNED),--requirement requirements/gpu.txt)
 	touch $@
 
 $(BENCH_STAMP): requirements/bench_gpu.txt | $(RUN_STAMP)
-	$(PIP) -r $<
+	$(PIP) $(PINNED) --requirement $<
 	touch $@
 
 $(DEV_STAMP): requirements/dev.txt | $(RUN_STAMP)
-	$(PIP) -r requirements/dev.txt
+	$(PIP) $(PINNED) --requirement requirements/dev.txt
 	touch $@
 
 build/triton/.installed: requirements/triton_cpu.txt | $(RUN_STAMP)
@@ -116,4 +173,4 @@ build/triton/.installed: requirements/triton_cpu.txt | $(RUN_STAMP)
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-gpu build *.egg-info

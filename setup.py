@@ -12,7 +12,7 @@ RUNTIME = [
     "megatron-core>=0.16.1,<0.20",
     "numpy",
     "safetensors",
-    "transformers>=5.17",
+    "transformers>=5.12",
     "tokenizers",
     "psutil",  # megatron-core needs it without saying so
     "tqdm",  # likewise
@@ -30,14 +30,19 @@ RUNTIME = [
     "tensorboard",
 ]
 
+# Agree with requirements/*.txt, says tests/house/test_requirements.py.
 EXTRAS = {
+    # Install torch and setuptools as in requirements/gpu.txt first, then this without build isolation: Transformer Engine's
+    # bindings are compiled against them (make packages PLATFORM=gpu does so; docs/install.md).
     # NVIDIA Apex is used where it is installed from source; PyPI's `apex` is another project.
-    "gpu": ["transformer-engine[pytorch,core_cu13]"],
-    "sglang": ["sglang"],  # pulls torch of its own choice: prefer requirements/sglang_*.txt
+    "gpu": ["torch==2.11.0", "megatron-core==0.19.2", "transformer-engine[core-cu13,pytorch]==2.11.0"],
+    "sglang": [
+        "sglang==0.5.17"
+    ],  # for the torch of `gpu`; on a CPU: requirements/sglang_cpu.txt, which needs --no-deps
     "nemo": ["nemo-toolkit>=2.7,<3"],  # readers of NeMo 2 checkpoints; 3.0 is speech only
     "wandb": ["wandb"],
     "mlflow": ["mlflow"],
-    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit"],
+    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit", "uv"],
 }
 
 setup(

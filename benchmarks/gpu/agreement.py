@@ -45,8 +45,8 @@ def main() -> int:
     sizes = TINY if parser.parse_args().tiny else Sizes(2048, 11008, 16, 2, 151_936, 4)
     device = join_alone()
 
+    from megatron_rl.config.installed import has_transformer_engine
     from megatron_rl.model.build import build_groups_of
-    from megatron_rl.model.specs import has_transformer_engine
 
     model = write_model(Path(tempfile.mkdtemp()) / "model", sizes)
     # No two of them fit into the longest.

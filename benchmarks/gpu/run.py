@@ -18,12 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from common import last_json
+
+from megatron_rl.config.installed import version_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -32,7 +32,7 @@ VS_TRL = ("benchmarks/vs_trl.py", "--gpu", "--repeats", "1", "--steps", "3", "--
 JOBS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     # name: (seconds that are kept for it, packages needed, command); what matters most comes first
     "agreement": (90, (), ("benchmarks/gpu/agreement.py",)),
-    "train_step": (190, ("transformer_engine_torch",), ("benchmarks/gpu/train_step.py",)),
+    "train_step": (190, ("transformer-engine-torch",), ("benchmarks/gpu/train_step.py",)),
     "log_probs": (120, (), BIG_HEAD),
     "vs_trl": (160, ("trl",), VS_TRL),
 }
@@ -43,7 +43,7 @@ AIMS = {
     "train step in bf16, share of the matmul rate": ("train_step", "mfu_bf16", ">=", 0.50),
     "train step in FP8, over bf16": ("train_step", "fp8_over_bf16", ">=", 1.3),
 }
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "liger-kernel", "cut-cross-entropy", "trl", "triton")
+PACKAGES = ("torch", "megatron-core", "transformer-engine-torch", "liger-kernel", "cut-cross-entropy", "trl", "triton")
 
 
 def main() -> int:
@@ -69,7 +69,7 @@ def main() -> int:
         left = deadline - time.monotonic()
         # What earlier jobs have not used goes to this one; the seconds of later ones do not.
         limit = max(min(kept, left), left - sum(JOBS[later][0] for later in arguments.only[index + 1 :]))
-        missing = [package for package in needed if find_spec(package) is None]
+        missing = [package for package in needed if version_of(package) is None]
         if missing or limit < 20:
             found = {"skipped": f"needs {', '.join(missing)}" if missing else "no time left"}
         else:
@@ -147,12 +147,6 @@ def machine() -> dict[str, Any]:
     """What it was measured on."""
     import torch
 
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": torch.cuda.get_device_name(0),
@@ -160,7 +154,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
-        "versions": versions,
+        "versions": {package: version_of(package) for package in PACKAGES},
     }
 
 

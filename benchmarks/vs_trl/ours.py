@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 from common import Clock, Work, digit_share
 
+from megatron_rl.config.installed import has_transformer_engine
 from megatron_rl.tasks.word_problems import WordProblems
 from megatron_rl.types import Problem, Score
 
@@ -65,7 +65,7 @@ def overrides(work: Work, folder: str) -> list[str]:
         "trainer.devices": 1,
         **(
             {}
-            if work.device == "cpu" or find_spec("transformer_engine_torch")
+            if work.device == "cpu" or has_transformer_engine()
             else {"policy.megatron_cfg.transformer_impl": "local"}
         ),
         "trainer.threads_per_rank": work.num_threads,

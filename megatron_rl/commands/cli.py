@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
+import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -13,6 +13,9 @@ from megatron_rl.commands import convert as conversion
 from megatron_rl.commands import pool as pool_tools
 from megatron_rl.commands.verbs import run_verb
 from megatron_rl.process import lifetime
+
+if TYPE_CHECKING:
+    from megatron_rl.config import Config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -37,11 +40,10 @@ def _print_versions(is_asked: bool) -> None:
     """Print our version and those of what a run stands on, without importing any of it."""
     if not is_asked:
         return
+    from megatron_rl.config.installed import version_of
+
     for package in ("megatron-rl", "megatron-core", "torch", "transformers", "sglang"):
-        try:
-            print(package, metadata.version(package))
-        except metadata.PackageNotFoundError:
-            print(package, "is not installed")
+        print(package, version_of(package) or "is not installed")
     raise typer.Exit
 
 
@@ -108,6 +110,17 @@ def tree(
     print(target)
 
 
+def _load_to_look(config: str, overrides: list[str] | None) -> Config:
+    """Load a config that is not run here: SGLang may be missing."""
+    from megatron_rl.config import load_config
+    from megatron_rl.config.upstream import unchecked_note
+
+    loaded = load_config(config, overrides or [])
+    if note := unchecked_note(loaded.rollout.sglang_cfg):
+        print(f"note: {note}", file=sys.stderr)
+    return loaded
+
+
 doctor = typer.Typer(no_args_is_help=True, help="Check a config before spending a cluster on it.")
 app.add_typer(doctor, name="doctor")
 
@@ -115,10 +128,9 @@ app.add_typer(doctor, name="doctor")
 @doctor.command()
 def layout(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check the gradient under this config's parallel layout, on the CPU, scaled down, against float64; status 1 if wrong."""
-    from megatron_rl.config import load_config
     from megatron_rl.doctor.layout import check_layout
 
-    if not check_layout(load_config(config, overrides or [])):
+    if not check_layout(_load_to_look(config, overrides)):
         raise typer.Exit(1)
 
 
@@ -137,10 +149,9 @@ app.add_typer(plan, name="plan")
 @plan.command()
 def weights(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show what each weight sync moves: bytes of every rank and between machines, messages and partners."""
-    from megatron_rl.config import load_config
     from megatron_rl.doctor.weight_traffic import print_report, report
 
-    print_report(report(load_config(config, overrides or [])))
+    print_report(report(_load_to_look(config, overrides)))
 
 
 @plan.command()
@@ -150,11 +161,10 @@ def memory(
     gpu_gb: Annotated[float, typer.Option(help="memory of one GPU: 80 (H100), 141 (H200)", metavar="GB")] = 80.0,
 ) -> None:
     """Estimate the memory of one GPU of each pipeline stage; status 1, and overrides with which it fits, if it does not."""
-    from megatron_rl.config import load_config
     from megatron_rl.doctor.memory import GB, estimate, print_estimate
     from megatron_rl.doctor.memory_advice import advise
 
-    checked = load_config(config, overrides or [])
+    checked = _load_to_look(config, overrides)
     if not print_estimate(estimate(checked), gpu_gb=gpu_gb):
         print(advise(checked, gpu_gb * GB))
         raise typer.Exit(1)
@@ -175,9 +185,9 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
     The files of the run need not exist; the code that the config names has to.
     """
-    from megatron_rl.config import check_names, load_config, to_yaml
+    from megatron_rl.config import check_names, to_yaml
 
-    checked = load_config(config, overrides or [])
+    checked = _load_to_look(config, overrides)
     check_names(checked)
     print(to_yaml(checked), end="")
 

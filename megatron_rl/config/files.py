@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_rl import plugins
+from megatron_rl.config import upstream
 from megatron_rl.config.methods import settings_code
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
@@ -22,6 +23,8 @@ def check_files(config: Config) -> None:
     """
     policy = config.policy
     check_names(config)
+    if config.rollout.starts_servers:
+        upstream.check_sglang_is_here(is_colocated=config.rollout.is_colocated)
     _check_writable(config.exp_manager.run_dir)
     read_model_shape(config)
     directory = Path(policy.model_path)

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron_rl.config.annotations import UpstreamField, ValueKind, read_constants, read_fields
+from megatron_rl.config.installed import platform
 from megatron_rl.errors import UserError
 
 TRANSFORMER = (
@@ -180,15 +181,11 @@ def class_fields(source: str, class_name: str) -> dict[str, UpstreamField]:
 
 
 @cache
-def sglang_fields() -> dict[str, UpstreamField]:
-    """Read the fields of the installed SGLang's server arguments.
-
-    Raises:
-        UserError: SGLang is not installed.
-    """
+def sglang_fields() -> dict[str, UpstreamField] | None:
+    """Read the fields of the installed SGLang's server arguments; None where it is not installed, as on a laptop that plans."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or spec.origin is None:
-        raise UserError("sglang", None, "is not installed", "make sglang, or give rollout.servers.urls")
+        return None
     folder = Path(spec.origin).parent / "srt"
     # Since 0.5.23 the fields stand in one file a namespace; before, in the class ServerArgs itself.
     files = [*sorted((folder / "arg_groups" / "fields").glob("*.py")), folder / "server_args.py"]
@@ -202,6 +199,8 @@ def sglang_fields() -> dict[str, UpstreamField]:
 def check_sglang(given: Mapping[str, object]) -> None:
     """Check ``rollout.sglang_cfg``: names of SGLang's server that are not decided elsewhere, and values of their kinds.
 
+    Without SGLang only what is decided elsewhere and the sizes are checked. A start calls ``check_sglang_is_here``.
+
     Raises:
         UserError: naming the field.
     """
@@ -213,17 +212,45 @@ def check_sglang(given: Mapping[str, object]) -> None:
         if name in SGLANG_OWNED:
             shown = None if name.endswith(("key", "password")) else value
             raise UserError(field, shown, SGLANG_OWNED[name], f"remove {field}")
-        known = sglang_fields()
-        if name not in known:
-            longer = [other for other, found in known.items() if name in found.aliases]
-            raise UserError(field, value, "is not an argument of SGLang's server", nearest(name, longer or known))
-        # Values travel as words of a command line; null gives none.
-        forms = [value, [value], *([str(value)] if type(value) in (int, float) else [])]
-        if value is not None and not any(map(known[name].kind.fits, forms)):
-            raise _not_of_kind(field, value, known[name].kind)
+        if (known := sglang_fields()) is not None:
+            _check_sglang_field(field, name, value, known)
         is_size = name in SGLANG_SIZES or (name in SGLANG_OPTIONAL_SIZES and value is not None)
         if is_size and (not isinstance(value, int) or value < 1):
             raise UserError(field, value, "must be a whole number of at least 1", "correct it, or leave it out")
+
+
+def _check_sglang_field(field: str, name: str, value: object, known: Mapping[str, UpstreamField]) -> None:
+    if name not in known:
+        longer = [other for other, found in known.items() if name in found.aliases]
+        raise UserError(field, value, "is not an argument of SGLang's server", nearest(name, longer or known))
+    # Values travel as words of a command line; null gives none.
+    forms = [value, [value], *([str(value)] if type(value) in (int, float) else [])]
+    if value is not None and not any(map(known[name].kind.fits, forms)):
+        raise _not_of_kind(field, value, known[name].kind)
+
+
+def unchecked_note(given: Mapping[str, object]) -> str | None:
+    """Say that ``rollout.sglang_cfg`` was read without SGLang; None where SGLang is installed or nothing is given."""
+    if not given or sglang_fields() is not None:
+        return None
+    return (
+        f"SGLang is not installed here, so names and values in rollout.sglang_cfg were not checked: {', '.join(given)}"
+    )
+
+
+def check_sglang_is_here(*, is_colocated: bool) -> None:
+    """Check that this environment can start servers.
+
+    Args:
+        is_colocated: True where servers share the trainer's GPUs, so that servers of another environment do not help.
+
+    Raises:
+        UserError: SGLang is not installed.
+    """
+    if sglang_fields() is None:
+        other = "" if is_colocated else ", or give rollout.servers.urls"
+        fix = f"make sglang PLATFORM={platform()}{other}"
+        raise UserError("rollout.engine", "sglang", "needs SGLang, which is not installed here", fix)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from importlib.util import find_spec
 from typing import get_args
 
+from megatron_rl.config import installed
+from megatron_rl.config.installed import has_transformer_engine, version_of
 from megatron_rl.errors import UserError
 
-_PACKAGES = {
-    "torch": "torch", "megatron-core": "megatron-core", "transformer-engine": "transformer-engine", "sglang": "sglang",
-    "transformers": "transformers", "torch-memory-saver": "torch_memory_saver",
-}  # fmt: skip
+_PACKAGES = ("torch", "megatron-core", installed.BINDINGS, "sglang", "transformers", "torch-memory-saver")
 
 
 def look() -> dict[str, str]:
@@ -22,7 +20,7 @@ def look() -> dict[str, str]:
     import megatron_rl.patches
 
     found = {"python": sys.version.split()[0]}
-    found |= {name: _version(package) for name, package in _PACKAGES.items()}
+    found |= {name: version_of(name) or "not installed" for name in _PACKAGES}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability()
@@ -33,13 +31,31 @@ def look() -> dict[str, str]:
         )
     else:
         found["device"] = "CPU"
+    found["gpu software"] = _fit(torch)
     megatron_rl.patches.apply(device.type)
     return found | _choices(device)
 
 
+def _fit(torch) -> str:  # type: ignore[no-untyped-def]
+    """Say whether driver, torch and Transformer Engine go together, as a run checks at its start."""
+    name, cuda = torch.__version__, torch.version.cuda
+    if not torch.cuda.is_available():
+        has_device, driver = installed.platform() == "gpu", installed.driver_cuda()
+        why = installed.why_no_gpu(torch=name, cuda=cuda, driver=driver, has_device=has_device)
+        return "; ".join(why) if has_device and why else "no GPU, so nothing to fit"
+    try:
+        installed.check_kernels(
+            torch=name, capability=torch.cuda.get_device_capability(), built_for=torch.cuda.get_arch_list()
+        )
+        installed.check_engine_here(torch=name, cuda=cuda)
+    except UserError as error:
+        return str(error)
+    return "fits"
+
+
 def _choices(device) -> dict[str, str]:  # type: ignore[no-untyped-def]
     from megatron_rl.model.fp8 import recipe
-    from megatron_rl.model.specs import adam_in_use, has_transformer_engine
+    from megatron_rl.model.specs import adam_in_use
 
     is_engine = device.type == "cuda" and has_transformer_engine()
     local = "only with policy.megatron_cfg.transformer_impl=local: " if device.type == "cuda" else ""
@@ -60,13 +76,6 @@ def _verdict(recipe, kind: str, device) -> str:  # type: ignore[no-untyped-def]
     except UserError as error:
         return str(error).partition(": ")[2]
     return "yes"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def print_machine() -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 import megatron_rl.patches
-from megatron_rl.config import Config, shown
+from megatron_rl.config import Config, installed, shown
 from megatron_rl.errors import UserError
 from megatron_rl.files import disk_errors
 from megatron_rl.metrics import terminal
@@ -279,14 +279,8 @@ def _check_meeting_address(num_nodes: int, master: str) -> None:
 
 def _device(config: Config) -> torch.device:
     wanted = config.trainer.accelerator
-    if wanted == "gpu" and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator", wanted, "torch sees no GPU here", "use cpu or auto")
-    if wanted == "auto" and not torch.cuda.is_available() and torch.version.cuda and Path("/dev/nvidia0").exists():
-        raise UserError(
-            "trainer.accelerator", wanted,
-            f"finds a GPU that this torch, built for CUDA {torch.version.cuda}, cannot use: mostly the driver is too old",
-            "update the driver, or set trainer.accelerator=cpu",
-        )  # fmt: skip
+    if wanted != "cpu" and not torch.cuda.is_available():
+        _check_no_gpu_is_missed(wanted)
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if config.trainer.devices > torch.cuda.device_count():
@@ -298,7 +292,21 @@ def _device(config: Config) -> torch.device:
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    installed.check_kernels(torch=torch.__version__, capability=capability, built_for=built_for)
+    if config.policy.megatron_cfg.get("transformer_impl") != "local":
+        installed.check_engine_here(torch=torch.__version__, cuda=str(torch.version.cuda))
     return device
+
+
+def _check_no_gpu_is_missed(wanted: str) -> None:
+    """Refuse a start on CPUs where a GPU is asked for, or where torch is built for GPUs and cannot use the one there is."""
+    has_device = installed.platform() == "gpu"
+    cuda, driver = torch.version.cuda, installed.driver_cuda()
+    if wanted == "gpu" or (has_device and cuda):
+        why = installed.why_no_gpu(torch=torch.__version__, cuda=cuda, driver=driver, has_device=has_device)
+        rule, fix = why or ("torch sees no GPU here", "see nvidia-smi and CUDA_VISIBLE_DEVICES")
+        raise UserError("trainer.accelerator", wanted, rule, f"{fix}; or set trainer.accelerator=cpu")
 
 
 def _check_world_size(config: Config, world_size: int) -> None:

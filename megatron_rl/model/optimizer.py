@@ -12,9 +12,9 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.config.installed import has_transformer_engine
 from megatron_rl.config.policy import OptimConfig
 from megatron_rl.errors import UserError
-from megatron_rl.model.specs import has_transformer_engine
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
 """Names in ``optimizer_cfg`` -> types; Megatron writes FP8 as uint8."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
@@ -18,15 +17,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rl.config.installed import has_transformer_engine
 from megatron_rl.errors import UserError
 from megatron_rl.model import experts
 from megatron_rl.model.attention import AsSpecified, LatentAttention, PackedCausalAttention
 from megatron_rl.model.fp8.emulation import EMULATED, emulated
-
-
-def has_transformer_engine() -> bool:
-    """Return whether Transformer Engine's torch bindings are installed (the meta package alone is not enough)."""
-    return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
 def adam_in_use() -> str:

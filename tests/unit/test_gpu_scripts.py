@@ -196,7 +196,40 @@ def test_make_asks_for_the_platform_of_a_machine_with_a_gpu() -> None:
 def test_make_installs_from_a_folder_alone() -> None:
     lines = make("-nB", "test-gpu", "PLATFORM=gpu", "WHEELS=/wheels").stdout.splitlines()
     installs = [line for line in lines if "pip install" in line]
-    assert len(installs) == 4 and all("--no-index --find-links /wheels" in line for line in installs)
+    assert len(installs) == 5 and all("--no-index --find-links /wheels" in line for line in installs)
+
+
+def test_make_builds_transformer_engine_against_the_torch_that_is_there() -> None:
+    lines = make("-nB", "sglang", "PLATFORM=gpu").stdout.splitlines()
+    installs = [line for line in lines if "pip install" in line]
+    assert " torch==" in installs[0] and " setuptools==" in installs[0]
+    bindings = next(line for line in installs if line.endswith("transformer-engine-torch"))
+    assert installs.index(bindings) == 1 and "--no-build-isolation" in bindings and "--no-cache-dir" in bindings
+    assert all("--constraint requirements/gpu.lock" in line for line in installs if "--editable" not in line)
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"), [(None, "is none"), ("12.8", "is release 12.8"), ("13.0", None), ("13.2", None)]
+)
+def test_make_refuses_another_toolkit(tmp_path: Path, release: str | None, expected: str | None) -> None:
+    """Before anything is installed: the interpreter here ends at once, with a word of its own."""
+    for name, text in (
+        ("python", "exit 7"),
+        ("nvcc", f"echo Cuda compilation tools, release {release}, V{release}.88"),
+    ):
+        if name == "nvcc" and release is None:
+            continue
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    done = make("--silent", "packages", "PLATFORM=gpu", f"VENV={tmp_path}", f"CUDA_HOME={tmp_path}")
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("PLATFORM=gpu")]
+    assert len(said) == (expected is not None)
+    if expected is None:
+        assert "Error 7" in done.stderr
+    else:
+        assert expected in said[0] and "CUDA 13" in said[0] and "CUDA_HOME=folder" in said[0]
 
 
 def test_without_a_gpu_nothing_is_claimed() -> None:

@@ -18,13 +18,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 
-from megatron_rl.config import Config
+from megatron_rl.config import Config, installed
 from megatron_rl.errors import UserError
 
 RecipeName = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
@@ -144,9 +142,8 @@ def _recomputed(passed: Mapping[str, Any]) -> list[str]:
 
 
 def _engine_version() -> Version | None:
-    if find_spec("transformer_engine_torch") is None:
-        return None
-    return _version(metadata.version("transformer_engine"))
+    found = installed.version_of(installed.BINDINGS)
+    return None if found is None else _version(found)
 
 
 def _version(text: str) -> Version:

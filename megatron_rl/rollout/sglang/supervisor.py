@@ -12,6 +12,7 @@ A server on the trainer's GPUs fixes the size of its cache by the memory that is
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import traceback
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_rl.config.installed import platform
 from megatron_rl.config.rollout import ServersConfig
 from megatron_rl.errors import UserError, described
 from megatron_rl.process import heartbeat
@@ -226,12 +228,7 @@ class Supervisor:
                 f"see {server.log}; raise the limit for large models and slow disks",
             )
         elif is_hopeless:
-            self._failure = UserError(
-                "rollout.sglang_cfg",
-                server.name,
-                f"{server.url} does not start: it {reason}",
-                f"see {server.log}; too little memory is cured by a smaller max_total_tokens or mem_fraction_static",
-            )
+            self._failure = does_not_start(server.name, server.url, server.log, reason, platform())
         elif server.num_restarts >= self._config.max_restarts:
             self._failure = UserError(
                 "rollout.servers.max_restarts",
@@ -252,3 +249,26 @@ class Supervisor:
                 return bool(response.status == 200)
         except (OSError, ValueError):  # URLError, HTTPError and time-outs are OSErrors
             return False
+
+
+def does_not_start(name: str, url: str, log: Path, reason: str, platform: str) -> UserError:
+    """Say what a user can do about a server that ended before it had ever answered.
+
+    Args:
+        name: of the server.
+        url: its address.
+        log: its log file.
+        reason: how it ended, with the last error of its log.
+        platform: Makefile's PLATFORM for this machine.
+    """
+    if missing := re.search(r"ModuleNotFoundError: No module named '([^']+)'", reason):
+        rule = f"needs the package {missing[1]}, which is not installed here ({name} does not start)"
+        fix = f"make sglang PLATFORM={platform} installs all that a server imports; see {log}"
+    elif "ImportError:" in reason:
+        rule = f"cannot be imported: {name} {reason}"
+        fix = f"install versions that go together: make clean, then make sglang PLATFORM={platform}; see {log}"
+    else:
+        rule = f"{url} does not start: it {reason}"
+        fix = f"see {log}; too little memory is cured by a smaller max_total_tokens or mem_fraction_static"
+        return UserError("rollout.sglang_cfg", name, rule, fix)
+    return UserError("rollout.engine", "sglang", rule, fix)

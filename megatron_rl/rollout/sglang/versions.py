@@ -21,7 +21,7 @@ class Adapter:
 
 ADAPTERS = (
     Adapter((0, 5, 23), (0, 5, 23), has_update_session=True, has_token_versions=True),
-    # 0.5.17 is what installs on the GPU machine's torch. Sources read, not run.
+    # 0.5.17 is what installs on the GPU machine's torch. Sources read and imported, not run.
     Adapter((0, 5, 11), (0, 5, 17), has_update_session=False, has_token_versions=False),
 )
 
@@ -41,7 +41,7 @@ def adapter_for(version: str, url: str) -> Adapter:
         "rollout.servers.urls",
         url,
         f"runs SGLang {version}; known are {known}",
-        "start the server from requirements/sglang_cpu.txt (or a known release)",
+        "start the server from requirements/sglang_cpu.txt or sglang_gpu.txt (or a known release)",
     )
 
 

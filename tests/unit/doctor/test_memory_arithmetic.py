@@ -137,7 +137,9 @@ def arithmetic(case: Case) -> dict[str, float]:
         activations += 2 * hidden * case.tokens / tp
         chunk = min(case.tokens, 8192)
         block = min(2**26, chunk * padded)
-        head_at_work = block * 6 + chunk * hidden * 4 + 2 * 2 * hidden * case.tokens + (0 if tied else 2 * padded * hidden)
+        head_at_work = (
+            block * 6 + chunk * hidden * 4 + 2 * 2 * hidden * case.tokens + (0 if tied else 2 * padded * hidden)
+        )
         layer_at_work = max(layer_at_work, head_at_work)
     stepping = 4 * share if case.gradient_bytes == 2 else 0
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import megatron_rl.patches
-from megatron_rl.config import load_config
+from megatron_rl.config import installed, load_config
 from megatron_rl.errors import UserError
 from megatron_rl.launch import launcher
 from megatron_rl.launch import rank as runtime
@@ -37,13 +37,36 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch: pytest.Monk
 
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(runtime, "Path", lambda _name: SimpleNamespace(exists=lambda: True))
+    monkeypatch.setattr(installed, "platform", lambda: "gpu")
+    monkeypatch.setattr(installed, "driver_cuda", lambda: (12, 8))
     monkeypatch.setattr(torch.version, "cuda", None)
     assert runtime._device(config("trainer.accelerator=auto")).type == "cpu"  # torch was built for CPUs: no accident
+    with pytest.raises(UserError, match=r"trainer\.accelerator = 'gpu': finds torch .*, a build without CUDA"):
+        runtime._device(config("trainer.accelerator=gpu"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(UserError, match=r"trainer\.accelerator = 'auto': finds a GPU .* built for CUDA 13\.0"):
+    with pytest.raises(UserError, match=r"trainer\.accelerator = 'auto': finds a driver for CUDA 12\.8"):
         runtime._device(config("trainer.accelerator=auto"))
     assert runtime._device(config("trainer.accelerator=cpu")).type == "cpu"
+
+
+@pytest.mark.parametrize(("options", "is_checked"), [((), True), (("transformer_impl=local",), False)])
+def test_a_gpu_and_its_software_are_checked_before_the_ranks_meet(
+    options: tuple[str, ...], is_checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels always, Transformer Engine unless its layers are not wanted."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    checked: list[str] = []
+    monkeypatch.setattr(installed, "check_engine_here", lambda *, torch, cuda: checked.append(torch))
+    settings = [f"policy.megatron_cfg.{option}" for option in options]
+    assert runtime._device(config("trainer.accelerator=gpu", "trainer.devices=1", *settings)).type == "cuda"
+    assert checked == [torch.__version__] * is_checked
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 0))
+    with pytest.raises(UserError, match=r"compute capability 7\.0"):
+        runtime._device(config("trainer.accelerator=gpu", "trainer.devices=1", *settings))
 
 
 def patched_for(directory: Path) -> list[str | None]:

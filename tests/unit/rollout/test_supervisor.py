@@ -154,3 +154,25 @@ def test_one_that_is_starting_when_the_gate_closes_is_told_of(tmp_path: Path, wa
     watched.hold_starts()
     assert watched.running() == {server.url: False}
     wait_for(lambda: watched.running() == {server.url: True})
+
+
+LACKS_A_PACKAGE = "import no_such_package_of_sglang"
+DOES_NOT_FIT = "raise ImportError('sgl_kernel.so: undefined symbol: _ZN2at')"
+HAS_NO_MEMORY = "raise RuntimeError('Not enough memory')"
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (LACKS_A_PACKAGE, "needs the package no_such_package_of_sglang, which is not installed here"),
+        (DOES_NOT_FIT, "undefined symbol: _ZN2at). Fix: install versions that go together: make clean"),
+        (HAS_NO_MEMORY, "too little memory is cured by"),
+    ],
+)
+def test_server_that_dies_at_once_says_what_helps(watch: Watch, tmp_path: Path, program: str, expected: str) -> None:
+    running = watch(managed(tmp_path, program))
+    wait_for(lambda: running.failure)
+    text = str(running.failure)
+    assert expected in text and str(tmp_path / "log") in text
+    assert ("memory" in text) == (program == HAS_NO_MEMORY)
+    assert ("make sglang PLATFORM=" in text) == (program != HAS_NO_MEMORY)
