@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tests.unit.parallel.test_vocab import CUTS, TOKENS, VOCAB, forward_twice, o
 
 FOLDER = Path(__file__).parents[3] / "build" / "triton"
 needs_triton = pytest.mark.skipif(
-    not FOLDER.is_dir() and find_spec("triton") is None, reason="Triton is not installed: make test-kernels"
+    not FOLDER.is_dir() and PathFinder.find_spec("triton") is None, reason="Triton is not installed: make test-kernels"
 )
 
 
@@ -293,11 +293,13 @@ def test_a_cpu_takes_torch_and_never_imports_triton() -> None:
 def choices(folder: Path) -> list[bool]:
     cuda = torch.device("cuda")
     forget_triton()
-    sys.path[:] = [name for name in sys.path if not (Path(name) / "triton").exists()]
+    (folder / "without").mkdir()
+    (folder / "with" / "triton").mkdir(parents=True)
+    (folder / "with" / "triton" / "__init__.py").touch()
+    sys.meta_path[:] = [PathFinder]  # without the stand-in that SGLang gets on a CPU
+    sys.path[:] = [str(folder / "without")]
     found = [vocab.uses_kernels(cuda)]
-    (folder / "triton").mkdir()
-    (folder / "triton" / "__init__.py").touch()
-    sys.path.insert(0, str(folder))
+    sys.path[:] = [str(folder / "with")]
     return [*found, vocab.uses_kernels(cuda), vocab.uses_kernels(torch.device("cpu"))]
 
 
