@@ -26,7 +26,8 @@ WITH_EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3")
 VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # name: (families, overrides). A kind of layer with other parameter names gets a line here.
     "": (FAMILIES, ()),
-    "grouped experts": (WITH_EXPERTS, ("policy.megatron_cfg.moe_grouped_gemm=true",)),
+    "experts one by one": (WITH_EXPERTS, ("policy.megatron_cfg.moe_grouped_gemm=false",)),
+    "router fusion": (("qwen3_moe", "mixtral"), ("policy.megatron_cfg.moe_router_fusion=true",)),
 }
 IMPORTS = {
     "trainer": (

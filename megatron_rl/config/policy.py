@@ -201,6 +201,13 @@ class PolicyConfig:
                 "would depend on which rows share a micro-batch",
                 "use seq_aux_loss, which balances each sequence, or none",
             )
+        if self.router_replay and self.megatron_cfg.get("moe_router_fusion"):
+            raise UserError(
+                "policy.megatron_cfg.moe_router_fusion",
+                True,
+                "chooses experts in a kernel that cannot repeat the rollout's choices",
+                "leave it out, or set policy.router_replay=false",
+            )
         reads_pack = kind != "none" or self.megatron_cfg.get("moe_z_loss_coeff") or self.router_replay
         for field, is_set in (
             ("recompute_modules", "moe" in (self.megatron_cfg.get("recompute_modules") or ())),

@@ -84,8 +84,6 @@ TRANSFORMER_OWNED: dict[str, str] = {
         "makes routing random: log-probs before and after an update would be of different networks",
     ),
     "moe_enable_routing_replay": "is policy.router_replay",
-    "moe_router_fusion": "is fixed at false: the fused kernel cannot repeat the rollout's choices",
-    "moe_grouped_gemm": "is fixed at false: experts are loaded, published and exported one by one",
     "use_te_activation_func": "is fixed at false: bias_activation_fusion is the fused kernel",
     **dict.fromkeys(
         ("fine_grained_activation_offloading", "offload_modules"),

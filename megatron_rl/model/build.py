@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,10 +87,14 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     if not is_local:
         check_attention(config.trainer.precision, config.policy.context_parallel_size)
         settings |= _fused_kernels(shape)
+        if shape.num_experts:
+            settings["moe_grouped_gemm"] = True  # one kernel for all experts of a rank, which keep their own parameters
     elif config.policy.megatron_cfg.get("cpu_offloading"):
         raise UserError(
             "policy.megatron_cfg.cpu_offloading", True, "needs Transformer Engine's layers on a GPU", "leave it out"
         )
+    if shape.num_experts:
+        _check_expert_kernels(config.policy.megatron_cfg, shape, device, is_local=is_local)
     recipe = recipe_of(config.policy.megatron_cfg)
     if recipe is not None:
         check_fp8(config, recipe, device, is_local=is_local)
@@ -145,6 +151,34 @@ def _expert_settings(shape: ModelShape) -> dict[str, object]:
         if router.num_groups > 1:
             settings |= {"moe_router_num_groups": router.num_groups, "moe_router_group_topk": router.groups_per_tok}
     return settings
+
+
+def _check_expert_kernels(
+    passed: Mapping[str, Any], shape: ModelShape, device: torch.device, *, is_local: bool
+) -> None:
+    """Refuse kernels for experts that are not here, or would choose other experts than the model."""
+    for field in ("moe_grouped_gemm", "moe_router_fusion"):
+        if passed.get(field) and is_local:
+            raise UserError(
+                f"policy.megatron_cfg.{field}", True, "is a kernel of Transformer Engine, whose layers are not used here",
+                "leave it out, which takes it where it can be used" if field == "moe_grouped_gemm" else "leave it out",
+            )  # fmt: skip
+    if passed.get("moe_router_fusion") and shape.sigmoid_router is not None and shape.sigmoid_router.num_groups > 1:
+        raise UserError(
+            "policy.megatron_cfg.moe_router_fusion", True,
+            "scores groups of experts otherwise than this model's router", "leave it out",
+        )  # fmt: skip
+    if passed.get("moe_token_dispatcher_type") != "flex":
+        return
+    rule = None
+    if device.type == "cpu":
+        rule = "has no kernels for CPUs"
+    elif find_spec("deep_ep") is None:
+        rule = "needs the package deep_ep, which is not installed"
+    if rule is not None:
+        raise UserError(
+            "policy.megatron_cfg.moe_token_dispatcher_type", "flex", rule, "leave it out: alltoall needs nothing"
+        )
 
 
 def _latent_settings(shape: ModelShape) -> dict[str, object]:

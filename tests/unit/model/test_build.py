@@ -156,3 +156,45 @@ def test_transformer_engine_shares_no_float32_sequence_out(model: Path, monkeypa
         chosen("cuda")
     local = "policy.megatron_cfg.transformer_impl=local"
     assert chosen("cuda", "trainer.precision=bf16") == chosen("cpu") == chosen("cuda", local) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_experts_are_computed_together_by_transformer_engine_alone(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
+    path = make_tiny_model(tmp_path, family, tied=False, seed=0)  # type: ignore[arg-type]
+    assert megatron_config(path, "cuda").moe_grouped_gemm is True
+    assert megatron_config(path, "cpu").moe_grouped_gemm is False
+    one_by_one = tiny_config(path, "policy.megatron_cfg.moe_grouped_gemm=false")
+    assert build.transformer_config(one_by_one, read_shape(path), torch.device("cuda")).moe_grouped_gemm is False
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "device", "words"),
+    [
+        (
+            "qwen3_moe",
+            "moe_grouped_gemm=true",
+            "cpu",
+            "is a kernel of Transformer Engine, whose layers are not used here",
+        ),
+        (
+            "qwen3_moe",
+            "moe_router_fusion=true",
+            "cpu",
+            "is a kernel of Transformer Engine, whose layers are not used here",
+        ),
+        ("deepseek_v3", "moe_router_fusion=true", "cuda", "scores groups of experts otherwise"),
+        ("qwen3_moe", "moe_token_dispatcher_type=flex", "cpu", "has no kernels for CPUs"),
+        ("qwen3_moe", "moe_token_dispatcher_type=flex", "cuda", "needs the package deep_ep"),
+    ],
+)
+def test_kernels_for_experts_that_cannot_be_used_are_refused(
+    family: str, setting: str, device: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specs, "has_transformer_engine", lambda: True)
+    path = make_tiny_model(tmp_path, family, tied=False, seed=0)  # type: ignore[arg-type]
+    config = tiny_config(path, f"policy.megatron_cfg.{setting}")
+    with pytest.raises(UserError, match=words):
+        build.transformer_config(config, read_shape(path), torch.device(device))
