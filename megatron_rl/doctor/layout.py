@@ -213,7 +213,7 @@ def _rank(rank: int, config: Config, folder: Path) -> None:
     # First as a rollout's first update sees it: log-probs of a pass of its own, then the same rows again.
     fresh = [replace(row, old_log_probs=None) for row in batch]
     policy.fill_log_probs(fresh, [range(len(fresh))], "old_log_probs")
-    policy.trainable.optimizer.step = lambda: (True, 0.0, None)  # the weights are still needed
+    policy.trainable.optimizer.step = lambda: (True, 0.0, None)  # the weights shall stay for one_update
     ratio = policy.train_step(fresh, algorithm.loss).get("ratio/max_abs_log_ratio")
     del policy.trainable.optimizer.step
     found = one_update(policy, algorithm, batch)
