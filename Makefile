@@ -6,6 +6,7 @@
 # make test-kernels       tests of the Triton kernels, in Triton's interpreter: no GPU needed, half a minute
 # make campaign           kill runs at random and compare what they leave: an hour; CASES=servers for those with servers
 # make test-gpu           checks and benchmarks that need a GPU; wants PLATFORM=gpu
+# make gpu-bundle         what a GPU machine without a network needs for them, in a folder of at most 40 MiB
 # make lint               ruff, its format, mypy
 # make format             mend what ruff can mend
 # make bench              all benchmarks for CPUs
@@ -55,7 +56,7 @@ CHECK_NVCC = $(NVCC_RELEASE) | grep -q " 13\." || { echo "PLATFORM=gpu compiles 
 RESOLVE = $(BIN)/uv pip compile --quiet --no-python-downloads --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
 	--annotation-style line --custom-compile-command "make lock"
 
-.PHONY: help packages sglang-packages quickstart sglang test test-fast test-trainer test-servers test-kernels campaign test-gpu lint format bench clean \
+.PHONY: help packages sglang-packages quickstart sglang test test-fast test-trainer test-servers test-kernels campaign test-gpu gpu-bundle lint format bench clean \
 	check-gpu-env check-requirements lock
 
 help:
@@ -92,8 +93,12 @@ test-gpu:
 	@echo "this machine has a GPU, but PLATFORM=cpu has no software for it: make test-gpu PLATFORM=gpu" >&2; exit 1
 else
 test-gpu: $(RUN_STAMP) $(if $(filter gpu,$(PLATFORM)),$(BENCH_STAMP))
-	$(BIN)/python benchmarks/gpu/run.py
+	$(BIN)/python benchmarks/gpu/eight_minutes.py
 endif
+
+# All that benchmarks/gpu/eight_minutes.py needs on a GPU machine that has only torch, in one folder of at most 40 MiB.
+gpu-bundle: $(RUN_STAMP)
+	$(BIN)/python benchmarks/gpu/bundle.py
 
 lint: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(BIN)/ruff check .
