@@ -56,8 +56,7 @@ def download(target: Path) -> None:
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
         "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64",
-        "--dest", str(target), "--constraint", str(ROOT / "requirements" / "gpu.lock"),
-        "--requirement", str(ROOT / "requirements" / "gpu_bundle.txt"),
+        "--dest", str(target), "--requirement", str(ROOT / "requirements" / "gpu_bundle.txt"),
     ]  # fmt: skip
     subprocess.run(command, check=True)
 

@@ -52,6 +52,12 @@ def test_all_is_pinned_and_names_no_place(file: str) -> None:
     assert "://" not in (FOLDER / file).read_text()
 
 
+def test_the_bundle_carries_versions_of_the_lock() -> None:
+    locked = {name: pinned(each) for name, each in (read("gpu.lock") | read("bench_gpu.txt")).items()}
+    carried = {name: pinned(each) for name, each in read("gpu_bundle.txt").items()}
+    assert {name: locked.get(name) for name in carried} == carried
+
+
 @pytest.mark.parametrize("file", ["gpu.txt", "sglang_gpu.txt"])
 def test_the_lock_has_what_the_gpu_files_ask_for(file: str) -> None:
     locked = {name: pinned(each) for name, each in read("gpu.lock").items()}
