@@ -17,7 +17,9 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
@@ -215,7 +217,7 @@ def work(
 def main() -> None:
     """Start the processes, print what they measured."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=12, help="an even number: there are two pipeline stages")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--way", choices=["memory", "network"], default="memory")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -234,7 +236,15 @@ def main() -> None:
     processes = [context.Process(target=work, args=each, daemon=True) for each in given]
     for process in processes:
         process.start()
-    found = [results.get(timeout=900) for _ in range((1 + count) * (len(processes) + 1))]
+    found = []
+    while len(found) < (1 + count) * (len(processes) + 1):
+        try:
+            found.append(results.get(timeout=1))
+        except queue.Empty:
+            if failed := [process.exitcode for process in processes if process.exitcode]:
+                for process in processes:
+                    process.kill()
+                sys.exit(f"a process has ended with status {failed[0]}")
     for process in processes:
         process.join()
     # The first round of each touches memory for the first time.

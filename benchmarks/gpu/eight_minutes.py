@@ -31,7 +31,7 @@ SMALL_HEAD = ("--hidden", "64", "--vocabulary", "512", "--tokens", "64")
 TRAIN_STEP = ("benchmarks/gpu/train_step.py",)
 VS_TRL = ("benchmarks/vs_trl.py", "--repeats", "1", "--steps", "3")
 TRANSFER = ("benchmarks/weight_sync.py", "--device", "cuda", "--layers", "24")
-SMALL_TRANSFER = ("benchmarks/weight_sync.py", "--layers", "1", "--repeats", "1")
+SMALL_TRANSFER = ("benchmarks/weight_sync.py", "--layers", "2", "--repeats", "1")
 
 
 @dataclass(frozen=True)
