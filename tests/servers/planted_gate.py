@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl import train
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a program by path: the folder of the tests is not there by itself
 from tests.servers.planted_sync import find
 
 NOTES = "MEGATRON_RL_TEST_NOTES"

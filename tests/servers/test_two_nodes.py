@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from tests.e2e.test_multinode import Nodes, free_port
 from tests.tiny_models import make_tiny_model
 
 LIMIT_S = 500.0
+SERVER_SIZE = int(os.environ.get("SERVER_SIZE", 1))
+"""Ranks of each server. The figure in docs/results is of 2."""
 ADDRESSES = ("198.51.100.5", "198.51.100.6")
 pytestmark = [pytest.mark.timeout(LIMIT_S + 60), pytest.mark.slow]
 
@@ -58,10 +61,10 @@ def test_stages_on_two_machines_reach_a_server_on_each(case: Case, machines: lis
     model = make_tiny_model(tmp_path / "model", "qwen3", tied=False, seed=3, tokenizer=True, **sizes)
     here = Case(model, case.train, case.root)
     overrides = (
-        "trainer.devices=2", "trainer.threads_per_rank=1", "trainer.max_steps=3",
+        "trainer.devices=2", "trainer.threads_per_rank=1", "trainer.max_steps=2",
         "policy.megatron_cfg.tensor_model_parallel_size=2", "policy.megatron_cfg.pipeline_model_parallel_size=2",
         "policy.train_micro_batch_tokens=512", "rollout.engine=sglang", "rollout.max_new_tokens=16",
-        "rollout.sglang_cfg.tp_size=2", "rollout.sglang_cfg.max_total_tokens=4096",
+        f"rollout.sglang_cfg.tp_size={SERVER_SIZE}", "rollout.sglang_cfg.max_total_tokens=4096",
         "weight_sync.transport=shards", "exp_manager.create_checkpoint_callback=false",
     )  # fmt: skip
     nodes = Nodes(here, free_port("127.0.0.1"), ADDRESSES[0])
@@ -82,11 +85,11 @@ def test_stages_on_two_machines_reach_a_server_on_each(case: Case, machines: lis
     shape = read_shape(model)
     model_bytes = sum(4 * math.prod(extent) for extent in hf_tensors(shape).values())
     rows = [json.loads(line) for line in (case.root / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 3
+    assert len(rows) == 2
     for row in rows:
         assert row["weight_sync/servers_proven"] == 2.0
         assert row["weight_sync/between_nodes_bytes"] == pytest.approx(model_bytes, rel=1e-3), "each half crosses once"
     updates = 1 + len(rows)
     print(f"{updates} updates of {model_bytes:,} bytes, {crossed:,} bytes between the machines")
-    # Activations and samples cross, too: 55 MB. Had each rank of a server fetched for itself, it would be 170 MB.
+    # Activations and samples cross, too: some 18 MB a step. Had half of the model crossed twice, it would be more.
     assert updates * model_bytes < crossed < 2.5 * updates * model_bytes
