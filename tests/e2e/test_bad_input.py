@@ -265,7 +265,7 @@ def test_a_prompt_that_fills_the_context(case: Case, capfd: pytest.CaptureFixtur
     ("overrides", "words"),
     [
         (["data.task=chess"], "gsm8k"),
-        (["trainer.accelerator=gpu"], "sees no GPU"),
+        (["trainer.accelerator=gpu"], "a build without CUDA"),
     ],
 )
 def test_what_a_config_points_at_must_fit(
