@@ -235,7 +235,7 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on."""
+    """Return the hardware and the versions that results are of."""
     import torch
 
     from megatron_rl.config.installed import version_of

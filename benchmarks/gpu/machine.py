@@ -1,4 +1,4 @@
-"""What the device multiplies and copies at most: what all shares of a peak in the other results refer to.
+"""Measure how fast the device multiplies and copies: shares of a peak in the other results refer to it.
 
 matmul_flops          floating-point operations per second of a bfloat16 product of 8,192 x 8,192
 copy_bytes_per_s      bytes read and written per second by a copy within the device

@@ -102,7 +102,7 @@ def layers_that_fit(total_bytes: int, overrides: Sequence[str]) -> int:
 
 
 def update_bytes(config: Any) -> int:
-    """What the plan says of an update, without the engine that a run would have in its process."""
+    """Return what the plan says of an update, without the engine that a run would have in its process."""
     from megatron_rl.doctor.memory import estimate
 
     memory = estimate(config)[0]

@@ -20,7 +20,7 @@ class Traffic:
 
     num_messages: int
     most_messages: int
-    """Of one server rank."""
+    """The number of messages to the server rank that has most."""
     most_partners: int
     """Trainer ranks that one server rank gets something from."""
 

@@ -74,7 +74,7 @@ def box(start: Extent, size: Extent) -> tuple[int | slice, ...]:
 
 
 class Source(Protocol):
-    """What a trainer rank has of the servers' tensors."""
+    """The pieces of the servers' tensors that a trainer rank holds."""
 
     @property
     def device(self) -> torch.device:

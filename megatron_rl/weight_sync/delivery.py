@@ -198,7 +198,7 @@ def _rendezvous(config: Config, *, is_cpu: bool) -> Rendezvous:
 
 
 class Sender(Protocol):
-    """What hands weights to servers with our weight loader: ``ShardSender``, ``WholeSender``."""
+    """An object that hands weights to servers with our weight loader: ``ShardSender``, ``WholeSender``."""
 
     metrics: dict[str, float]
 
