@@ -38,7 +38,6 @@ from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process import activity
-from megatron_rl.process.heap import trim_heap
 from megatron_rl.report.curves import plot_curves
 from megatron_rl.report.summary import sum_up
 from megatron_rl.rollout.build import build_engine
@@ -68,7 +67,6 @@ class Run:
         self.timer = PhaseTimer(
             synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=activity.enter
         )
-        self._checkpoint_seconds: dict[str, float] = {}
         self._rollout_metrics: dict[str, float] = {}
         self.num_generated_tokens = 0
         """Tokens sampled for training so far, including dropped rollouts; evaluation excluded."""
@@ -161,6 +159,7 @@ class Run:
             updates: what each ``train_step`` returned.
             samples: the rows trained on.
         """
+        self.checkpoints.poll()
         trained = [sample for sample in samples if sample.weights is not None]
         metrics = update_metrics(updates) | sample_metrics(trained, self.groups.cpu_group)
         if self._rollout_metrics:
@@ -174,11 +173,10 @@ class Run:
         if self._numerics is not None:
             metrics |= self._numerics.finish_step(done, self.directory / "numerics", self.say)
         seconds = time.monotonic() - self._step_started
-        metrics |= self.timer.flush(seconds) | self._checkpoint_seconds
+        metrics |= self.timer.flush(seconds) | self.checkpoints.take_metrics()
         metrics["memory/resident_bytes"] = float(resident_bytes())
         if self.reference:
             metrics["memory/reference_bytes"] = float(sum(weight.nbytes for weight in self.reference))
-        self._checkpoint_seconds = {}
         metrics["tokens_per_s"] = metrics["num_tokens"] / seconds
         metrics["tokens_per_s_per_device"] = metrics["tokens_per_s"] / self.groups.world_size
         metrics |= self.policy.efficiency(trained, num_passes=self.algorithm.num_epochs, times=metrics)
@@ -206,6 +204,7 @@ class Run:
         If stored rows cannot be read, all ranks end with the same error.
         """
         algorithm = self.online_algorithm
+        self.checkpoints.poll()
         with all_ranks_agree(self.groups.cpu_group):
             samples = algorithm.samples(groups, step)
             if self.is_first:
@@ -366,26 +365,22 @@ class Run:
     def _writes_checkpoints(self) -> bool:
         return self.is_trained and self.config.exp_manager.create_checkpoint_callback
 
-    @activity.phase("checkpoint")
     def _save_if_due(self, done: int) -> None:
-        manager = self.config.exp_manager
-        is_due = done % manager.checkpoint_callback_params.every_n_train_steps == 0 or self._is_last(done)
-        if self._writes_checkpoints and is_due:
+        callback = self.config.exp_manager.checkpoint_callback_params
+        is_last = self._is_last(done)
+        if self._writes_checkpoints and (done % callback.every_n_train_steps == 0 or is_last):
+            self.checkpoints.complete()  # of the one before
             is_away = self.policy.trainable.update_memory.is_released
             if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
                 self.release_engine_memory()
-            started = time.monotonic()
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
             with all_ranks_agree(self.groups.cpu_group):
                 self.folder.check_same()
-                state["num_rows"] = self.logger.sync()
+                state["num_rows"] = self.logger.sync()  # a checkpoint has all rows up to its step
             state |= self.inputs.stream.state()
-            path = self.checkpoints.save(done, self.policy.trainable, state, self.algorithm.state())
-            trim_heap()  # a fraction of a second, for several times the size of the checkpoint
-            # In the row of the next step: this step's has to be on disk before its checkpoint is.
-            self._checkpoint_seconds = {"time/checkpoint_s": time.monotonic() - started}
-            self.say(f"checkpoint {path} ({self._checkpoint_seconds['time/checkpoint_s']:.1f} s)")
-            if is_away and self.config.trainer.stage == "rl" and not self._is_last(done):
+            save = self.checkpoints.start if callback.async_save and not is_last else self.checkpoints.save
+            save(done, self.policy.trainable, state, self.algorithm.state())
+            if is_away and self.config.trainer.stage == "rl" and not is_last:
                 self.publish(version=done)
 
     def _build_logger(self) -> MetricsLogger:

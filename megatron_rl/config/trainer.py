@@ -98,6 +98,8 @@ class CheckpointConfig:
     every_n_train_steps: PositiveInt = 50
     """The last step is always saved."""
     keep_last: PositiveInt = 2
+    async_save: bool = False
+    """Write while training goes on, from a copy in main memory. The next one waits for it; the last step waits for its own."""
 
 
 @section

@@ -19,10 +19,10 @@ of descent only, and the highest number is the newest.
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,35 +30,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors.torch import load_file
 
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ModelShape
-from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError, described
-from megatron_rl.files import disk_error, fresh_folder, publish_folder
-from megatron_rl.metrics import progress
-from megatron_rl.model.generators import generator_states, restore_generators
+from megatron_rl.model.generators import restore_generators
 from megatron_rl.model.manifest import (
-    STATE,
     damage,
     digest,
-    entry_of,
     generators_file,
     incompleteness,
     read_state,
-    write_manifest,
 )
 from megatron_rl.model.plain_load import load_plain
+from megatron_rl.model.saving import (
+    TENSORS,
+    PendingSave,
+    as_user_error,
+    bytes_to_write,
+    check_space,
+    sharded_state,
+)
 from megatron_rl.model.trainable import Trainable
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.process import activity
+from megatron_rl.process.heap import trim_heap
 
-TENSORS = "algorithm.safetensors"
 _NAME = re.compile(r"step_(\d{8})")
 _NOT_SHAPE = {"max_position_embeddings", "initializer_range", "dtype", "bos_token_id", "eos_token_ids", "pad_token_id"}
 """Fields of ``ModelShape`` that change neither the parameters nor what the model computes from them."""
@@ -73,6 +72,8 @@ class Checkpoints:
         self.origin: str | None = None
         """The explicit checkpoint that this run descends from, set by ``find`` and saved with every checkpoint. By it a
         restart with the same ``resume_from_checkpoint`` knows its own later checkpoints."""
+        self._pending: PendingSave | None = None
+        self._metrics: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------------------------ write
 
@@ -90,36 +91,63 @@ class Checkpoints:
         Raises:
             UserError: on all ranks, when it cannot be written; what was there before is untouched.
         """
+        self.start(step, trainable, state, tensors, is_background=False)
+        path = self.complete()
+        assert path is not None
+        return path
+
+    def start(
+        self,
+        step: int,
+        trainable: Trainable,
+        state: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        *,
+        is_background: bool = True,
+    ) -> None:
+        """Begin to write one checkpoint; ``poll`` or ``complete`` end it. Arguments and errors are those of ``save``.
+
+        Args: is_background: copy what is written, so that training may go on meanwhile.
+        """
+        assert self._pending is None, "one checkpoint at a time"
+        state = {**state, "origin": self.origin, "num_ranks": self.groups.world_size}
         final = self.directory / f"step_{step:08d}"
-        temporary = final.with_suffix(".tmp")
-        try:
-            with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
+        with self._timed():
+            self._pending = PendingSave(
+                final, trainable, self.groups, state, tensors or {}, is_background=is_background
+            )
+
+    def poll(self) -> Path | None:
+        """Complete the checkpoint that is being written, if all ranks have written it by now."""
+        return self.complete() if self._pending is not None and self._pending.is_written_by_all() else None
+
+    def complete(self) -> Path | None:
+        """Wait for the checkpoint that is being written, if there is one; its errors are those of ``save``."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        with self._timed():
+            path = pending.complete()
+            with all_ranks_agree(self.groups.cpu_group):
                 if self.groups.rank == 0:
-                    fresh_folder(temporary)
-                    (temporary / "model").mkdir()
-                    size_of_tensors = sum(tensor.nbytes for tensor in (tensors or {}).values())
-                    _check_space(self.directory, _bytes_to_write(trainable) + size_of_tensors)
-            with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
-                dist_checkpointing.save(_sharded_state(trainable), str(temporary / "model"))
-                (temporary / generators_file(self.groups.rank)).write_text(json.dumps(generator_states()))
-                if self.groups.rank == 0:
-                    if tensors:
-                        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
-                    whole = {**state, "origin": self.origin, "num_ranks": self.groups.world_size}
-                    (temporary / STATE).write_text(json.dumps(whole, indent=1))
-            entries = self._entries(temporary, final)
-            with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
-                if self.groups.rank == 0:
-                    write_manifest(temporary, entries)
-                    publish_folder(temporary, final, replaces=True)  # only ever an older save of the same step
-        except UserError:
-            if self.groups.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        with all_ranks_agree(self.groups.cpu_group):
-            if self.groups.rank == 0:
-                self._prune(final)
-        return final
+                    self._prune(path)
+            trim_heap()  # a fraction of a second, for several times the size of the checkpoint
+        self._metrics["checkpoint/write_s"] = pending.age_s
+        self.say(f"checkpoint {path} ({pending.age_s:.1f} s)")
+        return path
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return what the checkpoints since the last call took: seconds that the run waited, and until one was complete."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.monotonic()
+        with activity.phase("checkpoint"):
+            yield
+        key = "time/checkpoint_s"
+        self._metrics[key] = self._metrics.get(key, 0.0) + time.monotonic() - started
 
     def check_space(self, trainable: Trainable) -> None:
         """Check that the disk has room for one checkpoint, so that this is known before any training.
@@ -127,10 +155,10 @@ class Checkpoints:
         Raises:
             UserError: on all ranks: it has not, or the directory cannot be made.
         """
-        with all_ranks_agree(self.groups.cpu_group), _as_user_error(self.directory):
+        with all_ranks_agree(self.groups.cpu_group), as_user_error(self.directory):
             if self.groups.rank == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                _check_space(self.directory, _bytes_to_write(trainable))
+                check_space(self.directory, bytes_to_write(trainable))
 
     def _prune(self, saved: Path) -> None:
         # A higher number than the one just saved is no reason to remove anything: it belongs to another branch. And an
@@ -139,17 +167,6 @@ class Checkpoints:
         kept = [path for path in branch if incompleteness(path) is None][-self.keep_last :]
         for old in branch[: branch.index(kept[0])]:
             shutil.rmtree(old, ignore_errors=True)
-
-    def _entries(self, directory: Path, final: Path) -> dict[str, dict[str, Any]]:
-        """Return what the manifest says of every file; each rank reads a share of the files."""
-        dist.barrier(self.groups.cpu_group)
-        mine: dict[str, dict[str, Any]] = {}
-        with all_ranks_agree(self.groups.cpu_group), _as_user_error(final):
-            names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
-            for name in progress(names[self.groups.rank :: self.groups.world_size], "checkpoint digests"):
-                mine[name] = entry_of(directory / name)
-        parts = gather_json(mine, self.groups.cpu_group)
-        return {name: entry for part in parts for name, entry in sorted(part.items())}
 
     # ------------------------------------------------------------------------------------------------ read
 
@@ -215,7 +232,7 @@ class Checkpoints:
             state = read_state(path)
             _check_fixed(state.get("fixed", {}), fixed or {})
         with all_ranks_agree(self.groups.cpu_group):
-            loaded = load_plain(_sharded_state(trainable, is_loading=True), path / "model")
+            loaded = load_plain(sharded_state(trainable, is_loading=True), path / "model")
         changed = trainable.load_state(loaded)
         if changed:
             self.say(f"settings changed since the checkpoint was written, new ones apply: {', '.join(changed)}")
@@ -333,29 +350,6 @@ def _check_fixed(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
         )
 
 
-def _sharded_state(trainable: Trainable, *, is_loading: bool = False) -> dict[str, Any]:
-    """Return what a checkpoint holds of a model; without an optimizer only its weights are loaded."""
-    trainable.update_memory.resume(with_gradients=False)
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # Rank 0 of the data-parallel ranks writes, so the others need no copy. From GPUs it would go over gloo too.
-        "distrib_optim_fully_reshardable_mem_efficient": trainable.groups.device.type == "cpu",
-        "dp_cp_group": trainable.groups.dp_cp_group,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in trainable.chunks]
-    if not trainable.has_optimizer:
-        return {"model": model, "num_updates": trainable.num_updates}
-    optimizer = trainable.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata)
-    return {
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": trainable.scheduler.state_dict(),
-        "num_updates": trainable.num_updates,
-    }
-
-
 def _load_generators(path: Path) -> None:
     try:
         restore_generators(json.loads(path.read_text()))
@@ -365,37 +359,3 @@ def _load_generators(path: Path) -> None:
             "take a checkpoint that this version wrote",
         )
         raise UserError(str(path), None, rule, fix) from error
-
-
-def _bytes_to_write(trainable: Trainable) -> int:
-    """Return the bytes of all weights and of 12 bytes a parameter of optimizer state; a little more is written."""
-    parameters = sum(math.prod(extent) for extent in hf_tensors(trainable.shape).values())
-    return parameters * (trainable.megatron_config.params_dtype.itemsize + 12)
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(28, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
-
-
-@contextmanager
-def _as_user_error(path: Path) -> Iterator[None]:
-    """Turn a failure to write a checkpoint into a ``UserError``: ``files.disk_errors``, for errors that hide their cause."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-        cause: BaseException = error
-        if isinstance(error, CheckpointException) and error.failures:  # what went wrong on the rank where it did
-            cause = next(iter(error.failures.values()))[0]
-        why = str(cause)
-        if "No space left" not in why and _is_full(path):  # torch's own writer says only where in the file it stood
-            why = f"No space left on device: {why}"
-        fix = "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes"
-        raise disk_error(path, why, field="exp_manager.exp_dir", fix=fix) from error
-
-
-def _is_full(path: Path) -> bool:
-    """Return whether less than a MB is free in the place of a checkpoint."""
-    there = next((folder for folder in path.parents if folder.is_dir()), None)
-    return there is not None and shutil.disk_usage(there).free < 2**20

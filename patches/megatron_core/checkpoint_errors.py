@@ -9,15 +9,16 @@ Versions: 0.16.1 - 0.19.2 (tested on 0.16.1 and 0.19.2)
 Remove when: ``dist_checkpointing.save`` raises on all ranks when one of these fails on rank 0.
 Tested by: tests/unit/patches/test_patch_checkpoint_errors.py
 
-While a synchronous save runs, the first failure of these three is kept instead of raised, what would follow on rank 0
-is not written (so that the directory never looks complete), and at its end all ranks raise ``OSError``. A save with
-``async_sharded_save=True`` is as upstream made it.
+While ``save`` or the last part of an asynchronous save runs, the first failure of these three is kept instead of raised,
+what would follow on rank 0 is not written (so that the directory never looks complete), and at its end all ranks raise
+``OSError``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from .upstream import replace
 
 
 class _Save:
-    """The synchronous save in progress, if there is one."""
+    """The save in progress, if there is one."""
 
     is_running = False
     error: Exception | None = None
@@ -67,19 +68,32 @@ def _keep_error(write: Callable[..., None]) -> Callable[..., None]:
 
 def _raise_on_all_ranks(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
-    def wrapper(*args: Any, async_sharded_save: bool = False, **kwargs: Any) -> Any:
-        if async_sharded_save:
-            return save(*args, async_sharded_save=True, **kwargs)
-        _Save.is_running, _Save.error = True, None
-        try:
-            save(*args, **kwargs)
-            mine = _Save.error
-        finally:
-            _Save.is_running, _Save.error = False, None
-        assert dist.group.WORLD is not None
-        told = broadcast_json(None if mine is None else f"{type(mine).__name__}: {mine}", dist.group.WORLD)
-        if told is not None:
-            raise OSError(f"rank 0 could not write its part of the checkpoint: {told}") from mine
-        return None
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _told_to_all_ranks():
+            request = save(*args, **kwargs)
+        if request is not None:  # asynchronous: rank 0 writes the rest at its end
+            steps = list(request.finalize_fns)
+            request.finalize_fns[:] = [lambda: _finalize(steps)]
+        return request
 
     return wrapper
+
+
+def _finalize(steps: list[Callable[[], None]]) -> None:
+    with _told_to_all_ranks():
+        for step in steps:
+            step()
+
+
+@contextmanager
+def _told_to_all_ranks() -> Iterator[None]:
+    _Save.is_running, _Save.error = True, None
+    try:
+        yield
+        mine = _Save.error
+    finally:
+        _Save.is_running, _Save.error = False, None
+    assert dist.group.WORLD is not None
+    told = broadcast_json(None if mine is None else f"{type(mine).__name__}: {mine}", dist.group.WORLD)
+    if told is not None:
+        raise OSError(f"rank 0 could not write its part of the checkpoint: {told}") from mine

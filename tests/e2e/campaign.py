@@ -36,7 +36,7 @@ from tests.tiny_models import make_tiny_model
 MARK = "MEGATRON_RL_CAMPAIGN"
 END_S = 15.0
 """Until nothing is left of a run whose trainer is gone; a second on an idle machine."""
-UNSTEADY = ("time/", "memory/", "weight_sync/", "tokens_per_s", "update/", "eval/seconds")
+UNSTEADY = ("time/", "checkpoint/", "memory/", "weight_sync/", "tokens_per_s", "update/", "eval/seconds")
 """Metrics that no two runs share."""
 CACHES = ("torchinductor_",)
 Kills = Iterator[tuple[float, str]]

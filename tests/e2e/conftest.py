@@ -65,7 +65,7 @@ class Case:
     def rows(self, name: str = "tiny") -> list[dict[str, float]]:
         """Of ``metrics.jsonl``, times, memory and transfers left out."""
         text = (self.root / name / "metrics.jsonl").read_text()
-        unsteady = ("time/", "memory/", "weight_sync/", "tokens_per_s", "update/", "eval/seconds")
+        unsteady = ("time/", "checkpoint/", "memory/", "weight_sync/", "tokens_per_s", "update/", "eval/seconds")
         return [
             {key: value for key, value in json.loads(line).items() if not key.startswith(unsteady)}
             for line in text.splitlines()

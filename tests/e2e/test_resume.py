@@ -46,7 +46,9 @@ def test_killed_inside_the_warm_up_the_schedule_goes_on(case: Case) -> None:
     sched = "policy.optim.sched={name: cosine, warmup_updates: 5, decay_updates: 8}"
     overrides = [sched, "trainer.max_steps=8", ONE_UPDATE_A_STEP]
     case.run("exp_manager.name=whole", *overrides, ranks=2)
+    overrides.append("exp_manager.checkpoint_callback_params.async_save=true")
     kill_after(case, 3, *overrides, ranks=2)
+    assert steps_of(case) == [2], "written while the third step was done"
     assert case.run(*overrides, ranks=2) == [0, 0]
     assert case.rows() == case.rows("whole")
     assert [row["lr"] for row in case.rows()[:5]] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])

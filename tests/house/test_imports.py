@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "algorithms": {"advantages", "config", "data", "losses", "plugins", "report", "rewards", "rollout"},
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.offline", "convert.tables", "data", "losses", "metrics",
-        "parallel",
+        "parallel", "patches", "process",
     },
     "evaluation": {"config", "losses", "metrics", "model", "rewards", "rollout"},
     "weight_sync": {

@@ -127,7 +127,7 @@ def find_fails(directory: Path, explicit: Path | None = None, sight: str = "") -
 
     def look(path: Path) -> str | None:
         """One rank's mount lags, or its disk fails."""
-        if checkpoint.dist.get_rank() == 1:
+        if torch.distributed.get_rank() == 1:
             if sight == "EIO":
                 raise UserError(str(path), None, "cannot be read (Input/output error)", "mend it")
             return "is incomplete: x is missing or cut short"
