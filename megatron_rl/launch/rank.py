@@ -28,6 +28,8 @@ import megatron_rl.patches
 from megatron_rl.config import Config, installed, shown
 from megatron_rl.errors import UserError
 from megatron_rl.files import disk_errors
+from megatron_rl.launch.command import GPU_ALLOCATOR
+from megatron_rl.launch.reach import check_ranks_reach_each_other
 from megatron_rl.metrics import terminal
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
 from megatron_rl.process import activity, lifetime, watchdog
@@ -137,6 +139,10 @@ def _meet(config: Config, runtime: Runtime, problem: UserError | None) -> None:
             raise problem
     if config.trainer.num_nodes > 1:
         _check_shared_folder(config, runtime.rank)
+    if runtime.device.type == "cuda":
+        check_ranks_reach_each_other(
+            num_nodes=config.trainer.num_nodes, devices=config.trainer.devices, device=runtime.device
+        )
 
 
 def _check_same_config(config: Config) -> None:
@@ -283,13 +289,8 @@ def _device(config: Config) -> torch.device:
         _check_no_gpu_is_missed(wanted)
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if config.trainer.devices > torch.cuda.device_count():
-        raise UserError(
-            "trainer.devices",
-            config.trainer.devices,
-            f"every rank needs a GPU of its own, and torch sees {torch.cuda.device_count()} here",
-            "lower it, make more GPUs visible, or set trainer.accelerator=cpu",
-        )
+    _check_enough_gpus(config, torch.cuda.device_count())
+    _check_allocator(config)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
@@ -297,6 +298,37 @@ def _device(config: Config) -> torch.device:
     if config.policy.megatron_cfg.get("transformer_impl") != "local":
         installed.check_engine_here(torch=torch.__version__, cuda=str(torch.version.cuda))
     return device
+
+
+def _check_enough_gpus(config: Config, count: int) -> None:
+    devices, rollout = config.trainer.devices, config.rollout
+    if devices > count:
+        raise UserError(
+            "trainer.devices",
+            devices,
+            f"every rank needs a GPU of its own, and torch sees {count} here",
+            "lower it, make more GPUs visible, or set trainer.accelerator=cpu",
+        )
+    servers = rollout.servers
+    if (
+        not rollout.starts_servers
+        or rollout.is_colocated
+        or devices + servers.num_per_node * rollout.gpus_per_server <= count
+    ):
+        return
+    raise UserError(
+        "rollout.servers.num_per_node",
+        servers.num_per_node,
+        f"servers of {rollout.gpus_per_server} GPUs each take those after the trainer's {devices}, and torch sees {count} here",
+        "lower it, trainer.devices or rollout.sglang_cfg.tp_size, make more GPUs visible, or set its placement=colocated",
+    )
+
+
+def _check_allocator(config: Config) -> None:
+    for name in GPU_ALLOCATOR if config.rollout.is_colocated else ():
+        if "expandable_segments:true" in (value := os.environ.get(name, "")).lower():
+            rule = "colocated servers open the trainer's weights by CUDA IPC, which containers forbid for such segments"
+            raise UserError(name, value, rule, f"unset {name}, or take expandable_segments out of it")
 
 
 def _check_no_gpu_is_missed(wanted: str) -> None:

@@ -35,6 +35,26 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch: pytest.Monk
             runtime._device(config("trainer.accelerator=auto", "trainer.devices=2"))
 
 
+def test_servers_beside_the_trainer_need_gpus_too() -> None:
+    given = config(
+        "rollout.engine=sglang", "trainer.devices=2", "rollout.servers.num_per_node=2", "rollout.sglang_cfg.tp_size=2"
+    )
+    runtime._check_enough_gpus(given, 6)
+    with pytest.raises(UserError, match=r"num_per_node = 2: servers of 2 GPUs each .* trainer's 2, and.* 5 here"):
+        runtime._check_enough_gpus(given, 5)
+    runtime._check_enough_gpus(config("trainer.devices=2"), 2)
+
+
+def test_segments_that_colocated_servers_cannot_open_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("rollout.engine=sglang", "trainer.devices=1", "rollout.servers.placement=colocated")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    runtime._check_allocator(config(*given[:2]))
+    with pytest.raises(UserError, match=r"PYTORCH_CUDA_ALLOC_CONF = .*by CUDA IPC"):
+        runtime._check_allocator(config(*given))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    runtime._check_allocator(config(*given))
+
+
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(installed, "platform", lambda: "gpu")
