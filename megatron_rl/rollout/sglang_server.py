@@ -4,8 +4,8 @@ The key that its clients must show comes by environment, because every user of a
 
     MEGATRON_RL_SERVER_KEY=... python -m megatron_rl.rollout.sglang_server --model-path ...
 
-SGLang spawns its scheduler and detokenizer, and ``spawn`` imports this module in each of them before anything else, so the
-module body runs in every process of the server. Only the patches may happen here on import.
+On a GPU SGLang spawns its scheduler and detokenizer, and ``spawn`` imports this module in each of them before anything else, so
+the module body runs in every process of the server. Only the patches may happen here on import. On a CPU they are forked.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ MEETING_VARIABLE = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 
 def _prepare() -> None:
     """Make this process of the server end with its parent, and make SGLang importable."""
-    die_with_starter()
+    _tie()
     see_current_folder()
-    # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
-    os.environ[PARENT_VARIABLE] = str(os.getpid())
-    heartbeat.start()
     if os.environ.get(MEETING_VARIABLE, "").startswith("file:"):
         keep_gloo_on_loopback()
     if key := os.environ.get(KEY_VARIABLE):
@@ -47,6 +44,15 @@ def _prepare() -> None:
         from megatron_rl.patches import sglang
 
         sglang.apply_cpu()
+        os.register_at_fork(after_in_child=_tie)
+
+
+def _tie() -> None:
+    """Let this process end with its parent, and its children with it; give signs of life."""
+    die_with_starter()
+    # Children inherit it and ask the kernel at once; SGLang asks too, but only after its imports, seconds later.
+    os.environ[PARENT_VARIABLE] = str(os.getpid())
+    heartbeat.start()
 
 
 def _keep_out_of_logs(secret: str) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 
 def apply_cpu() -> list[str]:
-    """Make ``import sglang`` possible. Call it in the body of the server's main module, before that import.
+    """Make ``import sglang`` possible. Call it in the server's main module, before that import.
 
-    SGLang starts its scheduler and detokenizer with the ``spawn`` method, which imports the main module anew in each of
-    them: what its body does, every process of the server does.
+    SGLang's scheduler and detokenizer are forked from its process, patches included.
 
     Returns:
         Names of the applied topics.
     """
-    from . import absent_packages, unpinned_memory
+    from . import absent_packages, forked_children, unpinned_memory
 
     absent_packages.apply()
+    forked_children.apply()
     unpinned_memory.apply()
-    return ["absent_packages", "unpinned_memory"]
+    return ["absent_packages", "forked_children", "unpinned_memory"]
