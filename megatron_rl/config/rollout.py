@@ -29,6 +29,8 @@ class ServersConfig:
     that is drawn at every start."""
     num_per_node: PerMachine = 1
     """Servers started on each node."""
+    nodes_per_server: PositiveInt = 1
+    """Nodes over which one server spreads, each with an equal share of its ranks: for models that one node cannot hold."""
     placement: Literal["separate", "colocated"] = "separate"
     """``separate``: servers take the GPUs after the trainer's. ``colocated``: they share the trainer's, and give their
     memory back while it trains."""
@@ -54,6 +56,10 @@ class ServersConfig:
         for url in self.urls or []:
             if not _is_address(url):
                 raise UserError("rollout.servers.urls", url, "must be http://host:port", "correct it")
+        if self.nodes_per_server > 1 and (self.urls is not None or self.num_per_node > 1):
+            rule = "is for servers that we start, one on each so many nodes"
+            fix = "set rollout.servers.num_per_node=1 and leave urls out, or leave this out"
+            raise UserError("rollout.servers.nodes_per_server", self.nodes_per_server, rule, fix)
         last_port = (self.base_port or 0) + self.num_per_node - 1
         if last_port > MAX_PORT:
             rule = f"is too high for {self.num_per_node} servers a node: the last port would be {last_port}, above {MAX_PORT}"
@@ -145,6 +151,11 @@ class RolloutConfig:
     def gpus_per_server(self) -> int:
         """GPUs of one server of ours."""
         return int(self.sglang_cfg.get("tp_size", 1)) * int(self.sglang_cfg.get("pp_size", 1))
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that our servers take on each node."""
+        return self.servers.num_per_node * self.gpus_per_server // self.servers.nodes_per_server
 
     @property
     def is_colocated(self) -> bool:

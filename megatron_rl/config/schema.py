@@ -59,6 +59,7 @@ class Config:
         check_sizes(self.algorithm)
         self._check_batch_arithmetic()
         self._check_limits()
+        self._check_large_servers()
         self._check_gpus()
         with settings_code(self.algorithm.name):
             self.algorithm.check(OtherSections(self.trainer, self.policy, self.rollout, self.data, self.eval))
@@ -101,15 +102,27 @@ class Config:
                     "lower it, or raise the other",
                 )
 
+    def _check_large_servers(self) -> None:
+        """Check that servers over several nodes, and their ranks, come out even."""
+        rollout, num_nodes = self.rollout, self.trainer.num_nodes
+        size, field = rollout.servers.nodes_per_server, "rollout.servers.nodes_per_server"
+        if num_nodes % size:
+            rule = f"must divide trainer.num_nodes = {num_nodes}, whose nodes the servers share out"
+            raise UserError(field, size, rule, f"set it to a divisor of {num_nodes}")
+        if rollout.gpus_per_server % size:
+            rule = f"must divide the {rollout.gpus_per_server} GPUs of a server, which its nodes share out"
+            raise UserError(field, size, rule, "change it, or rollout.sglang_cfg.tp_size")
+
     def _check_gpus(self) -> None:
         """Check what holds on GPUs alone: who shares them, and what their attention can do."""
         rollout, policy, trainer = self.rollout, self.policy, self.trainer
-        taken = rollout.servers.num_per_node * rollout.gpus_per_server
-        if rollout.is_colocated and trainer.accelerator != "cpu" and taken != trainer.devices:
+        nodes = rollout.servers.nodes_per_server
+        spread = f" over {nodes} nodes" if nodes > 1 else ""
+        if rollout.is_colocated and trainer.accelerator != "cpu" and rollout.gpus_per_node != trainer.devices:
             raise UserError(
                 "rollout.servers.num_per_node",
                 rollout.servers.num_per_node,
-                f"times the GPUs of a server, rollout.sglang_cfg.tp_size = {rollout.gpus_per_server}, must be "
+                f"times the GPUs of a server, rollout.sglang_cfg.tp_size = {rollout.gpus_per_server}{spread}, must be "
                 f"trainer.devices = {trainer.devices}, so that each of the trainer's GPUs is shared by one server",
                 _fix_of_sharing(trainer.devices, rollout.gpus_per_server),
             )

@@ -120,7 +120,7 @@ SGLANG_OWNED: dict[str, str] = {
     **dict.fromkeys(
         ("host", "port", "nccl_port"), "is chosen per server; rollout.servers.base_port sets the first port"
     ),
-    **dict.fromkeys(("nnodes", "node_rank", "dist_init_addr"), "is fixed: a server lives on one node"),
+    **dict.fromkeys(("nnodes", "node_rank", "dist_init_addr"), "follows rollout.servers.nodes_per_server"),
     "dp_size": "is fixed: start more servers with rollout.servers.num_per_node",
     "weight_version": "is the publish counter",
     **dict.fromkeys(("api_key", "admin_api_key"), "is drawn at random for every run"),

@@ -310,16 +310,12 @@ def _check_enough_gpus(config: Config, count: int) -> None:
             "lower it, make more GPUs visible, or set trainer.accelerator=cpu",
         )
     servers = rollout.servers
-    if (
-        not rollout.starts_servers
-        or rollout.is_colocated
-        or devices + servers.num_per_node * rollout.gpus_per_server <= count
-    ):
+    if not rollout.starts_servers or rollout.is_colocated or devices + rollout.gpus_per_node <= count:
         return
     raise UserError(
         "rollout.servers.num_per_node",
         servers.num_per_node,
-        f"servers of {rollout.gpus_per_server} GPUs each take those after the trainer's {devices}, and torch sees {count} here",
+        f"our servers take {rollout.gpus_per_node} GPUs of a node after the trainer's {devices}, and torch sees {count} here",
         "lower it, trainer.devices or rollout.sglang_cfg.tp_size, make more GPUs visible, or set its placement=colocated",
     )
 

@@ -73,6 +73,12 @@ def _bound(host: str, port: int, *options: int) -> socket.socket:
     return found
 
 
+def free_port(host: str) -> int:
+    """Return a port that nobody listens on now, for a program that cannot be given one that is held for it."""
+    with socket.create_server((host, 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 def listening_socket(host: str, port: int = 0) -> socket.socket:
     """Return a socket that listens on one address.
 

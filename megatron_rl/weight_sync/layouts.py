@@ -26,7 +26,8 @@ def training_layout(config: Config, shape: ModelShape) -> TrainingLayout:
 def rollout_layout(config: Config) -> RolloutLayout:
     """Return the layout of the servers."""
     servers, passed = config.rollout.servers, config.rollout.sglang_cfg
-    count = len(servers.urls) if servers.urls is not None else servers.num_per_node * config.trainer.num_nodes
+    ours = servers.num_per_node * config.trainer.num_nodes // servers.nodes_per_server
+    count = len(servers.urls) if servers.urls is not None else ours
     return RolloutLayout(count, int(passed.get("tp_size", 1)), int(passed.get("ep_size", 1)))
 
 
@@ -48,13 +49,10 @@ def places_of(config: Config, layout: RolloutLayout, *, is_cpu: bool) -> Places:
     if servers.urls is not None:  # may share a machine with us, but we do not know it
         return Places(ranks, tuple(GpuPlace(trainer.num_nodes + server) for server, _ in receivers))
     first = trainer.devices if servers.placement == "separate" else 0
-    return Places(
-        ranks,
-        tuple(
-            place(server // servers.num_per_node, first + server % servers.num_per_node * layout.tp_size + tp_rank)
-            for server, tp_rank in receivers
-        ),
-    )
+    # Servers' ranks follow each other over the nodes, several servers on one node or one over several.
+    per_node = servers.num_per_node * layout.tp_size // servers.nodes_per_server
+    places = (divmod(server * layout.tp_size + tp_rank, per_node) for server, tp_rank in receivers)
+    return Places(ranks, tuple(place(node, first + gpu) for node, gpu in places))
 
 
 def served_form(config: Config) -> ServedForm:

@@ -199,13 +199,6 @@ def test_servers_that_die_or_freeze_around_weight_updates(start: Callable[..., S
     print("seconds of the updates with a frozen server:", frozen)
 
 
-def test_tensor_parallel_server(start: Callable[..., Started]) -> None:
-    patient = "rollout.servers.health_timeout_s=120"  # two schedulers that wait for each other, on two busy cores
-    run = start("trainer.max_steps=2", "rollout.sglang_cfg.tp_size=2", patient)
-    assert run.end() == 0
-    check_steps(run, 2)
-
-
 @pytest.mark.parametrize("who", ["launcher", "rank 0", "rank 1"])
 def test_nothing_is_left_when_the_trainer_is_killed(start: Callable[..., Started], who: str) -> None:
     """While the server starts, which is when its children have no tie of their own to it yet."""

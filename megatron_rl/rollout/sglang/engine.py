@@ -28,11 +28,11 @@ from megatron_rl.metrics import progress
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, error_to_json, gather_json, raise_first
 from megatron_rl.process import activity
 from megatron_rl.process.child import ChildProcess
-from megatron_rl.process.network import HeldPort, own_address
+from megatron_rl.process.network import HeldPort, free_port, own_address
 from megatron_rl.rollout.engine import ServedModel, WeightSource
 from megatron_rl.rollout.growth import Branch, Expand, Key, from_list, in_order
 from megatron_rl.rollout.sglang.driver import Driver, together
-from megatron_rl.rollout.sglang.flags import server_command, server_environment
+from megatron_rl.rollout.sglang.flags import ServerPart, server_command, server_environment
 from megatron_rl.rollout.sglang.port import SGLangPort
 from megatron_rl.rollout.sglang.supervisor import Managed, Supervisor
 from megatron_rl.rollout.share import broadcast_completions
@@ -170,6 +170,7 @@ class SGLangEngine:
         with progress(None, "waiting for servers that start"):
             while True:
                 mine = self._supervisor
+                self._start_parts_together()
                 by_rank = gather_json(
                     [error_to_json(mine.failure), mine.running()] if mine else [None, {}], self._group
                 )
@@ -222,6 +223,7 @@ class SGLangEngine:
             ``done`` (the future is done), ``serving`` (no future, and servers serve) or ``wait``.
         """
         verdict: dict[str, Any] = {}
+        self._start_parts_together()
         if self._driver is not None:
             verdict = self._driver.verdict(future)
         failure = self._supervisor.failure if self._supervisor else None
@@ -240,16 +242,25 @@ class SGLangEngine:
         port = SGLangPort(targets, driver=self._driver, supervisor=self._supervisor, cpu_group=self._group)
         self._source.deliver(port, self.weight_version)
 
+    def _start_parts_together(self) -> None:
+        """Let the parts of a server over several nodes follow the one that was started most often."""
+        if self._config.rollout.servers.nodes_per_server > 1 and self._config.rollout.starts_servers:
+            counts: dict[str, int] = {}
+            for starts in gather_json(self._supervisor.starts() if self._supervisor else {}, self._group):
+                counts |= {name: max(count, counts.get(name, 0)) for name, count in starts.items()}
+            if self._supervisor is not None:
+                self._supervisor.follow(counts)
+
     # ------------------------------------------------------------------------------------------------ starting
 
     def _start_servers(self) -> tuple[list[tuple[str, str]], list[str] | None]:
         """Start a node's servers on its first rank: (url and log of each server, error). Other ranks start none."""
         config, servers = self._config, self._config.rollout.servers
         node, local_rank = divmod(self._rank, config.trainer.devices)
+        host = own_address(config.trainer.num_nodes)
+        part = self._part(node, host)
         if local_rank != 0:
             return [], None
-        host = own_address(config.trainer.num_nodes)
-        size = int(config.rollout.sglang_cfg.get("tp_size", 1))
         managed = []
         for index in range(servers.num_per_node):
             wanted = 0 if servers.base_port is None else servers.base_port + index
@@ -263,17 +274,28 @@ class SGLangEngine:
                     "end it, choose another port, or leave the field null to take free ones",
                 )
                 return [], error_to_json(error)
-            number = node * servers.num_per_node + index
-            managed.append(self._managed(number, index, host, port, size))
+            number = node // servers.nodes_per_server * servers.num_per_node + index
+            managed.append(self._managed(number, index, host, port, part))
         is_colocated = config.rollout.is_colocated
         self._supervisor = Supervisor(managed, servers, key=str(self._key), may_start=not is_colocated)
-        return [(server.url, str(server.log)) for server in managed], None
+        return [(server.url, str(server.log)) for server in managed if server.is_answering], None
 
-    def _managed(self, number: int, index: int, host: str, port: int, size: int) -> Managed:
+    def _part(self, node: int, host: str) -> ServerPart | None:
+        """Return this node's part of a server over several nodes; None where a server has one. Collective."""
+        size, devices = self._config.rollout.servers.nodes_per_server, self._config.trainer.devices
+        if size == 1:
+            return None
+        index = node % size
+        meeting = f"{host}:{free_port(host)}" if index == 0 and self._rank == node * devices else None
+        return ServerPart(index, size, gather_json(meeting, self._group)[(node - index) * devices])
+
+    def _managed(self, number: int, index: int, host: str, port: int, part: ServerPart | None) -> Managed:
         config, servers = self._config, self._config.rollout.servers
         first_gpu = config.trainer.devices if servers.placement == "separate" else 0
         key = str(self._key)
-        log = config.exp_manager.run_dir / "logs" / f"server_{number}.log"
+        index_of_part = 0 if part is None else part.index
+        suffix = f"_part_{index_of_part}" if index_of_part else ""
+        log = config.exp_manager.run_dir / "logs" / f"server_{number}{suffix}.log"
 
         def start(variables: Mapping[str, str]) -> ChildProcess:
             command = server_command(
@@ -288,19 +310,21 @@ class SGLangEngine:
                 base_gpu_id=first_gpu + index * config.rollout.gpus_per_server,
                 releases_memory=servers.placement == "colocated",
                 seed=config.trainer.seed + number,
+                part=part,
             )
             environment = server_environment(
                 key=key,
                 port=port,
                 meeting=Path(tempfile.mkdtemp(prefix="megatron_rl_meeting_")) / "store",
                 is_cpu=self._is_cpu,
-                tensor_parallel_size=size,
+                tensor_parallel_size=int(config.rollout.sglang_cfg.get("tp_size", 1)),
                 num_servers=servers.num_per_node,
                 num_cores=len(os.sched_getaffinity(0)),
+                part=part,
             )
             return ChildProcess(command, log=log, environment=environment | dict(variables))
 
-        return Managed(f"server {number}", f"http://{host}:{port}", log, start)
+        return Managed(f"server {number}", f"http://{host}:{port}", log, start, is_answering=not index_of_part)
 
     def _hold_port(self, host: str, number: int = 0) -> int:
         self._ports.append(HeldPort(host, number))

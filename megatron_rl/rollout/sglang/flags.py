@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ _CPU = {
 }
 
 
+@dataclass(frozen=True)
+class ServerPart:
+    """One node's share of a server that spreads over several."""
+
+    index: int
+    """0 is the one that answers requests."""
+    num_parts: int
+    meeting: str
+    """``host:port`` on the first node, where the parts meet."""
+
+
 def server_command(
     passed: Mapping[str, Any],
     *,
@@ -41,6 +53,7 @@ def server_command(
     base_gpu_id: int,
     releases_memory: bool,
     seed: int,
+    part: ServerPart | None = None,
 ) -> list[str]:
     """Return program and arguments of a server.
 
@@ -55,6 +68,7 @@ def server_command(
         base_gpu_id: first GPU.
         releases_memory: the trainer wants the memory between rollouts.
         seed: of this server.
+        part: of a server over several nodes.
     """
     settings: dict[str, Any] = {
         "model_path": model_path,
@@ -76,12 +90,22 @@ def server_command(
         settings |= _CPU
     else:
         settings |= {"base_gpu_id": base_gpu_id, "enable_memory_saver": releases_memory}
+    if part is not None:
+        settings |= {"nnodes": part.num_parts, "node_rank": part.index, "dist_init_addr": part.meeting}
     settings |= passed
     return [sys.executable, "-P", "-m", "megatron_rl.rollout.sglang_server", *_arguments(settings)]
 
 
 def server_environment(
-    *, key: str, port: int, meeting: Path, is_cpu: bool, tensor_parallel_size: int, num_servers: int, num_cores: int
+    *,
+    key: str,
+    port: int,
+    meeting: Path,
+    is_cpu: bool,
+    tensor_parallel_size: int,
+    num_servers: int,
+    num_cores: int,
+    part: ServerPart | None = None,
 ) -> dict[str, str]:
     """Return the environment variables of one server's processes.
 
@@ -94,10 +118,14 @@ def server_environment(
         tensor_parallel_size: of the server.
         num_servers: on this machine.
         num_cores: of this machine.
+        part: of a server over several nodes; its ranks meet at a port.
     """
-    environment = {KEY_VARIABLE: key, MEETING_VARIABLE: f"file://{meeting}"}
+    environment = {KEY_VARIABLE: key}
+    if part is None:
+        environment[MEETING_VARIABLE] = f"file://{meeting}"
     # SGLang's shared memory between ranks on a CPU has these two in its name.
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    host, _, number = (part.meeting if part else f"127.0.0.1:{port}").rpartition(":")
+    environment |= {"MASTER_ADDR": host, "MASTER_PORT": number}
     if not is_cpu:
         return environment
     # One core of a server's share is for its HTTP process. Waiting threads sleep, because spinning ones would take cores

@@ -8,6 +8,9 @@ A server on the trainer's GPUs fixes the size of its cache by the memory that is
 
     trainer has the memory    gate closed   a server that ends stays down
     trainer has released it   gate open     what is down starts
+
+A server over several nodes is a process on each. They end and start together: each supervisor counts the starts of its part,
+and replaces one that fell behind those of the other nodes (engine.py compares).
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ class Managed:
     log: Path
     start: Callable[[Mapping[str, str]], ChildProcess]
     """Starts it, with further environment variables."""
+    is_answering: bool = True
+    """False for a part of a larger server, on another node than its first: what it answers speaks for its process alone."""
     process: ChildProcess | None = None
     """None before its first start, and from an end behind a closed gate to the next start."""
     heartbeats: Heartbeats = field(default_factory=Heartbeats)
@@ -62,6 +67,9 @@ class Managed:
     """Seconds without an answer while it should give one."""
     log_start: int = 0
     """Size of the log before the last start, in bytes."""
+    num_starts: int = 0
+    num_starts_elsewhere: int = 0
+    """The most starts of another part of the same server."""
     num_restarts: int = 0
     reasons: list[str] = field(default_factory=list)
 
@@ -104,7 +112,7 @@ class Supervisor:
 
     def take_restarts(self) -> int:
         """Return the number of restarts on this node since the last call."""
-        total = sum(server.num_restarts for server in self._servers)
+        total = sum(server.num_restarts for server in self._servers if server.is_answering)
         taken, self._num_taken = total - self._num_taken, total
         return taken
 
@@ -128,7 +136,17 @@ class Supervisor:
     def running(self) -> dict[str, bool]:
         """Return the URL of every server with a process, and whether it has answered since that was started."""
         with self._gate:
-            return {server.url: server.is_up for server in self._servers if server.process is not None}
+            servers = [server for server in self._servers if server.is_answering]
+            return {server.url: server.is_up for server in servers if server.process is not None}
+
+    def starts(self) -> dict[str, int]:
+        """Return how often each server of this node, or its part of one, has been started."""
+        return {server.name: server.num_starts for server in self._servers}
+
+    def follow(self, starts: Mapping[str, int]) -> None:
+        """Start anew whatever has other parts that were started more often."""
+        for server in self._servers:
+            server.num_starts_elsewhere = max(server.num_starts_elsewhere, starts.get(server.name, 0))
 
     def close(self) -> None:
         """Kill the servers. Harmless when repeated."""
@@ -142,12 +160,14 @@ class Supervisor:
     def _ask(self, server: Managed) -> None:
         while not self._stop.wait(self._config.health_interval_s if server.is_up else LOOK_S):
             if not server.is_up:
-                if server.process is not None and self._answers(f"{server.url}/model_info", timeout_s=2.0):
+                path = "/model_info" if server.is_answering else "/health"
+                if server.process is not None and self._answers(f"{server.url}{path}", timeout_s=2.0):
                     server.is_up = server.has_been_up = True
                     server.silent_s = 0.0
-            elif not self._is_busy.is_set() and self._answers(
-                f"{server.url}{SCHEDULER_ANSWERS}", timeout_s=self._config.health_timeout_s
-            ):
+            elif not server.is_answering or (
+                not self._is_busy.is_set()
+                and self._answers(f"{server.url}{SCHEDULER_ANSWERS}", timeout_s=self._config.health_timeout_s)
+            ):  # its first part answers for it, its processes have heartbeats
                 server.silent_s = 0.0
 
     def _run(self) -> None:
@@ -194,6 +214,7 @@ class Supervisor:
             server.heartbeats.forget()
             server.process = server.start({heartbeat.VARIABLE: str(server.heartbeats.folder)})
             server.is_up, server.silent_s, server.started_s = False, 0.0, time.monotonic()
+            server.num_starts = max(server.num_starts + 1, server.num_starts_elsewhere)
 
     def _look(self, server: Managed, passed_s: float) -> None:
         assert server.process is not None
@@ -201,6 +222,8 @@ class Supervisor:
         status = server.process.status()
         if status is not None:
             self._replace(server, how_it_ended(status, server.log, server.log_start))
+        elif server.num_starts < server.num_starts_elsewhere:
+            self._replace(server, "has lost its part on another node", is_hopeless=False)
         elif not server.is_up:  # its imports may hold the interpreter's lock for long
             if time.monotonic() - server.started_s > self._config.start_timeout_s:
                 self._replace(server, "did not answer in time")
@@ -211,7 +234,7 @@ class Supervisor:
             if max(server.silent_s, frozen_s) >= limit_s:
                 self._replace(server, f"gave no sign of life for {max(server.silent_s, frozen_s):.0f} s")
 
-    def _replace(self, server: Managed, reason: str) -> None:
+    def _replace(self, server: Managed, reason: str, *, is_hopeless: bool | None = None) -> None:
         assert server.process is not None
         status = server.process.status()
         server.process.kill()  # its children too
@@ -219,7 +242,8 @@ class Supervisor:
         server.reasons.append(reason)
         # Its own error would come again; a signal came from outside, maybe for want of memory, and may not.
         was_killed = status is not None and (status < 0 or CHILD_KILLED in reason)
-        is_hopeless = not server.has_been_up and (not was_killed or server.num_restarts >= KILLED_STARTS)
+        if is_hopeless is None:
+            is_hopeless = not server.has_been_up and (not was_killed or server.num_restarts >= KILLED_STARTS)
         if is_hopeless and status is None:
             self._failure = UserError(
                 "rollout.servers.start_timeout_s",

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rl.config import Config, load_config
 from megatron_rl.errors import UserError
+from megatron_rl.weight_sync.layouts import places_of, rollout_layout
 
 TINY = Path(__file__).parents[2] / "tiny.yaml"
 COLOCATED = ("rollout.engine=sglang", "rollout.servers.placement=colocated", "algorithm.num_prompts_per_step=16",
@@ -57,3 +58,49 @@ def test_float32_over_context_parallel_ranks_is_refused_where_transformer_engine
         load(*FP32_CP, passes)
     load(*FP32_CP, "trainer.accelerator=gpu", "policy.megatron_cfg.transformer_impl=local")
     load(*FP32_CP[1:], "trainer.accelerator=gpu", "trainer.precision=bf16")
+
+
+OVER_TWO = ("trainer.num_nodes=4", "rollout.servers.nodes_per_server=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            (
+                "trainer.num_nodes=3",
+                OVER_TWO[1],
+                "policy.train_global_batch_size=48",
+                "algorithm.num_prompts_per_step=12",
+            ),
+            r"nodes_per_server = 2: must divide trainer\.num_nodes = 3",
+        ),
+        ((*OVER_TWO, "rollout.sglang_cfg.tp_size=1"), r"nodes_per_server = 2: must divide the 1 GPUs of a server"),
+        (
+            (*OVER_TWO, "rollout.servers.num_per_node=2"),
+            r"nodes_per_server = 2: is for servers that we start, one on each",
+        ),
+        ((*OVER_TWO, "rollout.sglang_cfg.nnodes=2"), r"nnodes = 2: follows rollout\.servers\.nodes_per_server"),
+        ((*OVER_TWO, "rollout.sglang_cfg.tp_size=8"), r"tp_size = 8 over 2 nodes, must be trainer\.devices = 8"),
+    ],
+)
+def test_servers_over_several_nodes_come_out_even(overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        shared(8, 1, 16, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "places"),
+    [
+        (OVER_TWO, [(rank // 8, rank % 8) for rank in range(32)]),
+        ((*OVER_TWO, "rollout.servers.placement=separate", "rollout.sglang_cfg.tp_size=4"),
+         [(0, 8), (0, 9), (1, 8), (1, 9), (2, 8), (2, 9), (3, 8), (3, 9)]),
+        (("rollout.servers.placement=separate", "rollout.sglang_cfg.tp_size=2", "rollout.servers.num_per_node=2",
+          "trainer.num_nodes=2"), [(0, 8), (0, 9), (0, 10), (0, 11), (1, 8), (1, 9), (1, 10), (1, 11)]),
+    ],
+)  # fmt: skip
+def test_where_the_ranks_of_servers_are(overrides: tuple[str, ...], places: list[tuple[int, int]]) -> None:
+    config = shared(8, 1, 16, *overrides)
+    layout = rollout_layout(config)
+    assert layout.num_ranks == len(places)
+    assert [(place.node, place.gpu) for place in places_of(config, layout, is_cpu=False).servers] == places

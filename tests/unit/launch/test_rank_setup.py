@@ -40,7 +40,9 @@ def test_servers_beside_the_trainer_need_gpus_too() -> None:
         "rollout.engine=sglang", "trainer.devices=2", "rollout.servers.num_per_node=2", "rollout.sglang_cfg.tp_size=2"
     )
     runtime._check_enough_gpus(given, 6)
-    with pytest.raises(UserError, match=r"num_per_node = 2: servers of 2 GPUs each .* trainer's 2, and.* 5 here"):
+    with pytest.raises(
+        UserError, match=r"num_per_node = 2: our servers take 4 GPUs of a node after the trainer's 2, and.* 5 here"
+    ):
         runtime._check_enough_gpus(given, 5)
     runtime._check_enough_gpus(config("trainer.devices=2"), 2)
 

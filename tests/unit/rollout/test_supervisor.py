@@ -93,6 +93,23 @@ def test_an_error_of_the_thread_itself_ends_the_run(tmp_path: Path, watch: Watch
     assert "no more processes" in str(watched.failure)
 
 
+@pytest.mark.parametrize("is_answering", [True, False])
+def test_a_part_of_a_server_follows_the_others(tmp_path: Path, watch: Watch, is_answering: bool) -> None:
+    server = managed(tmp_path, SERVES, port=free_port())
+    server.is_answering = is_answering
+    watched = watch(server)
+    wait_for(lambda: server.is_up)
+    first = server.process
+    watched.follow({"server 0": 1, "server 1": 9})
+    time.sleep(0.2)
+    assert server.process is first and watched.starts() == {"server 0": 1}
+    watched.follow({"server 0": 3})
+    wait_for(lambda: server.is_up and server.process is not first)
+    assert watched.starts() == {"server 0": 3} and watched.failure is None
+    assert server.reasons == ["has lost its part on another node"]
+    assert watched.take_restarts() == int(is_answering), "a server counts once"
+
+
 def test_a_proxy_of_the_environment_never_sees_the_key(
     tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
