@@ -15,8 +15,8 @@ from megatron_rl import train
 MARK = "MEGATRON_RL_TEST_MARK"
 VARIABLE = "MEGATRON_RL_TEST_FAULTS"
 FAULTS = {
-    "1": ("before", "server", "SIGKILL", 1),
-    "2": ("during", "scheduler", "SIGSTOP", 1),
+    "1": ("during", "scheduler", "SIGSTOP", 1),  # both are up: rank 0, which strikes, sends to the first
+    "2": ("before", "server", "SIGKILL", 1),
     "3": ("ending", "server", "SIGKILL", 1),
     "4": ("after", "server", "SIGSTOP", 1),
 }

@@ -64,6 +64,7 @@ def test_stages_on_two_machines_reach_a_server_on_each(case: Case, machines: lis
         "trainer.devices=2", "trainer.threads_per_rank=1", "trainer.max_steps=2",
         "policy.megatron_cfg.tensor_model_parallel_size=2", "policy.megatron_cfg.pipeline_model_parallel_size=2",
         "policy.train_micro_batch_tokens=512", "rollout.engine=sglang", "rollout.max_new_tokens=16",
+        "rollout.servers.placement=colocated",
         f"rollout.sglang_cfg.tp_size={SERVER_SIZE}", "rollout.sglang_cfg.max_total_tokens=4096",
         "weight_sync.transport=shards", "exp_manager.create_checkpoint_callback=false",
     )  # fmt: skip
