@@ -42,7 +42,7 @@ from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.receiver import take
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
 from megatron_rl.weight_sync.shards import ShardSender
-from megatron_rl.weight_sync.shared import BucketReader, BucketWriter
+from megatron_rl.weight_sync.shared import BucketReader, BucketWriter, BufferPool
 
 TRAINING = TrainingLayout(tp_size=2, pp_size=2)
 ROLLOUT = RolloutLayout(num_servers=1, tp_size=2)
@@ -137,7 +137,7 @@ def work(
     if way == "memory":
         for pair, size in mine.items():
             if is_trainer:
-                shared[pair] = BucketWriter(1, size, device)
+                shared[pair] = BucketWriter(1, size, BufferPool(device))
                 store.set(f"raw/{pair}", json.dumps(shared[pair].handle()))
             else:
                 shared[pair] = BucketReader(json.loads(store.get(f"raw/{pair}")), 0)

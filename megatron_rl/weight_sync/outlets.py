@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_rl.process import activity
 from megatron_rl.weight_sync.network import abort, send, wait_for
-from megatron_rl.weight_sync.shared import NUM_BUFFERS, BucketWriter
+from megatron_rl.weight_sync.shared import NUM_BUFFERS, BucketWriter, BufferPool
 
 LOOK_S = 0.0002
 SLOW_LOOK_S = 0.25
@@ -48,22 +47,22 @@ class LocalOutlet:
         servers: Sequence[int],
         largest: int,
         *,
-        device: torch.device,
+        pool: BufferPool,
         limit_s: float,
         problem: Callable[[int], str | None],
     ) -> None:
-        """Allocate the buffers.
+        """Take the buffers.
 
         Args:
             servers: number of the server of each reader.
             largest: bytes of the largest bucket.
-            device: of this rank.
+            pool: has the buffers.
             limit_s: limit of a wait for readers.
             problem: returns why a server is gone, or None.
         """
         self.failures: dict[int, str] = {}
         self._servers, self._limit_s, self._problem = list(servers), limit_s, problem
-        self._writer = BucketWriter(len(servers), largest, device)
+        self._writer = BucketWriter(len(servers), largest, pool)
 
     def handle(self) -> dict[str, Any]:
         """Return what readers need, as JSON; they are numbered as ``servers`` is."""
@@ -93,7 +92,6 @@ class LocalOutlet:
         """Wait until the last buckets have been read."""
         for number in range(count, count + NUM_BUFFERS):
             self.room(number)
-        self._writer.close()
 
     def _alive(self) -> list[int]:
         return [n for n, server in enumerate(self._servers) if server not in self.failures]
@@ -109,24 +107,26 @@ class NetworkOutlet:
         largest: int,
         *,
         server: int,
-        device: torch.device,
+        pool: BufferPool,
+        number: int,
         limit_s: float,
         failure: str = "",
     ) -> None:
-        """Allocate the buffers.
+        """Take the buffers.
 
         Args:
             group: of the server (``Meeting.group``).
             rank: of the receiver in the group.
             largest: bytes of the largest bucket.
             server: number of the server.
-            device: of this rank.
+            pool: has the buffers.
+            number: of this outlet, for the pool.
             limit_s: limit of a wait for the receiver.
             failure: why nothing can be sent, known before.
         """
         self.failures: dict[int, str] = {server: failure} if failure else {}
         self._group, self._rank, self._server, self._limit_s = group, rank, server, limit_s
-        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
+        self._buffers = pool.plain(number, largest)
         self._works: dict[int, Any] = {}
 
     def room(self, number: int) -> Tensor:

@@ -39,7 +39,7 @@ from megatron_rl.weight_sync.network import JOIN_S, make_group, receive, wait_fo
 from megatron_rl.weight_sync.pieces import Piece, ServedForm
 from megatron_rl.weight_sync.plan import WeightStream
 from megatron_rl.weight_sync.served import RolloutLayout, served_parameters
-from megatron_rl.weight_sync.shared import NUM_BUFFERS, BucketReader
+from megatron_rl.weight_sync.shared import NUM_BUFFERS, BucketReader, BufferPool
 from megatron_rl.weight_sync.spec import Transfer, TransferSpec, streams_to
 from megatron_rl.weight_sync.whole_bucket import unpack
 
@@ -80,6 +80,7 @@ def take(model: torch.nn.Module, payload: bytes, tp_rank: int) -> None:
         traceback.print_exc()
 
 
+_pools: dict[torch.device, BufferPool] = {}
 _groups: dict[str, tuple[Any, SignedStore]] = {}
 """Group of the last transfer, and the store that it was made with; at most one."""
 
@@ -101,7 +102,12 @@ def _receive(model: torch.nn.Module, spec: TransferSpec, store: SignedStore, tp_
         return {"receive_s": time.monotonic() - started}
     me, tp_size = spec.receivers[tp_rank], spec.transfer.rollout.tp_size
     streams = [s for s in streams_to(spec.transfer.plan(), verdict["servers"], tp_size) if me in s.receivers]
-    inlets = [_Inlet(stream, spec, store, me, group=None if stream.is_local else group) for stream in streams]
+    device = next(iter(parameters.values())).device
+    pool = _pools.setdefault(device, BufferPool(device))
+    inlets = [
+        _Inlet(stream, spec, store, me, group=None if stream.is_local else group, pool=pool, number=number)
+        for number, stream in enumerate(streams)
+    ]
     for number in range(max(len(inlet.buckets) for inlet in inlets)):
         for inlet in inlets:  # the same order at all receivers: nobody waits for one that waits for him
             inlet.take(number, parameters, tp_rank)
@@ -156,7 +162,17 @@ def _group(name: str, spec: TransferSpec, store: SignedStore, tp_rank: int) -> A
 class _Inlet:
     """This rank's end of one stream."""
 
-    def __init__(self, stream: WeightStream, spec: TransferSpec, store: SignedStore, me: int, *, group: Any) -> None:
+    def __init__(
+        self,
+        stream: WeightStream,
+        spec: TransferSpec,
+        store: SignedStore,
+        me: int,
+        *,
+        group: Any,
+        pool: BufferPool,
+        number: int,
+    ) -> None:
         self.buckets: list[Bucket] = list(buckets_of(stream))
         self._mine = [[each for each in bucket.placed if me in each.carried.takers] for bucket in self.buckets]
         self._spec, self._group, self._sender = spec, group, stream.sender
@@ -164,7 +180,8 @@ class _Inlet:
             handle = json.loads(store.get(spec.stream_key(stream.sender)))
             self._reader = BucketReader(handle, stream.receivers.index(me))
         else:
-            self._rank, self._works = spec.senders().index(stream.sender), dict[int, tuple[Any, Tensor]]()
+            self._rank, self._works = spec.senders().index(stream.sender), dict[int, Any]()
+            self._buffers = pool.plain(number, max(bucket.num_bytes for bucket in self.buckets))
 
     @property
     def mine(self) -> list[Placed]:
@@ -183,13 +200,12 @@ class _Inlet:
             return
         for ahead in range(number, min(number + NUM_BUFFERS, len(self.buckets))):
             if ahead not in self._works:
-                device = next(iter(parameters.values())).device
-                run = torch.empty(self.buckets[ahead].num_bytes, dtype=torch.uint8, device=device)
-                self._works[ahead] = receive(self._group, run, self._rank, ahead), run
-        work, run = self._works[number]
-        wait_for(self._group, work, self._spec.timeout_s)
-        scatter(self._mine[number], run, parameters, tp_rank)
-        self._works[number] = work, run[:0]
+                self._works[ahead] = receive(self._group, self._run(ahead), self._rank, ahead)
+        wait_for(self._group, self._works[number], self._spec.timeout_s)
+        scatter(self._mine[number], self._run(number), parameters, tp_rank)
+
+    def _run(self, number: int) -> Tensor:
+        return self._buffers[number % NUM_BUFFERS][: self.buckets[number].num_bytes]
 
 
 def _wait(condition: Callable[[], bool], limit_s: float, whom: str) -> None:

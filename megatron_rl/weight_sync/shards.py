@@ -32,6 +32,7 @@ from megatron_rl.weight_sync.pieces import Piece, ServedForm, TrainingLayout
 from megatron_rl.weight_sync.plan import WeightStream, between_nodes
 from megatron_rl.weight_sync.receiver import decode
 from megatron_rl.weight_sync.served import RolloutLayout
+from megatron_rl.weight_sync.shared import BufferPool
 from megatron_rl.weight_sync.sources import PieceSource, agreed_scales
 from megatron_rl.weight_sync.spec import Transfer, TransferSpec, streams_to
 
@@ -63,7 +64,7 @@ class ShardSender:
         num_ranks = dist.get_world_size(self._cpu_group)
         assert training.num_ranks == num_ranks, f"{training} on {num_ranks} ranks"
         self._is_exchange_ready = self._device.type == "cpu"
-        self._rollout = RolloutLayout(num_servers=0)
+        self._rollout, self._pool = RolloutLayout(num_servers=0), BufferPool(device)
         self.metrics: dict[str, float] = {}
         """Figures of the last ``send``: bytes, seconds, servers proven."""
 
@@ -121,7 +122,10 @@ class ShardSender:
         streams = list(streams_to(self._plan, set(there), self._rollout.tp_size))
         mine = [stream for stream in streams if stream.sender == self._rank]
         lanes = [(list(buckets_of(stream)), stream) for stream in mine]
-        outlets = [(buckets, self._outlet(stream, buckets, specs, alive)) for buckets, stream in lanes]
+        outlets = [
+            (buckets, self._outlet(number, stream, buckets, specs, alive))
+            for number, (buckets, stream) in enumerate(lanes)
+        ]
         exchange = Exchange(streams, self._rank)
         if not self._is_exchange_ready and any(c.origin != s.sender for s in streams for c in s.carried):
             # NCCL makes a group's communicator in its first collective; in a batch of some ranks the others would be missed.
@@ -150,13 +154,18 @@ class ShardSender:
         return {server: detail for _, outlet in outlets for server, detail in outlet.failures.items()}
 
     def _outlet(
-        self, stream: WeightStream, buckets: Sequence[Bucket], specs: Mapping[int, TransferSpec], alive: Sequence[int]
+        self,
+        number: int,
+        stream: WeightStream,
+        buckets: Sequence[Bucket],
+        specs: Mapping[int, TransferSpec],
+        alive: Sequence[int],
     ) -> LocalOutlet | NetworkOutlet:
-        tp_size, limit_s, device = self._rollout.tp_size, self._meeting.rendezvous.timeout_s, self._device
+        tp_size, limit_s = self._rollout.tp_size, self._meeting.rendezvous.timeout_s
         largest = max(bucket.num_bytes for bucket in buckets)
         if stream.is_local:
             outlet = LocalOutlet(
-                [receiver // tp_size for receiver in stream.receivers], largest, device=device, limit_s=limit_s,
+                [receiver // tp_size for receiver in stream.receivers], largest, pool=self._pool, limit_s=limit_s,
                 problem=lambda server: self._meeting.problem(specs[server]),
             )  # fmt: skip
             key = next(iter(specs.values())).stream_key(self._rank)
@@ -165,8 +174,8 @@ class ShardSender:
         server, tp_rank = divmod(stream.receivers[0], tp_size)
         spec = specs[server]
         return NetworkOutlet(
-            self._meeting.group(spec), len(spec.senders()) + tp_rank, largest, server=server, device=device,
-            limit_s=limit_s, failure="" if server in alive else "its group was not made",
+            self._meeting.group(spec), len(spec.senders()) + tp_rank, largest, server=server, pool=self._pool,
+            number=number, limit_s=limit_s, failure="" if server in alive else "its group was not made",
         )  # fmt: skip
 
     def _own_pieces(self) -> list[Piece]:

@@ -11,7 +11,8 @@ user reach it through the writer's entry in ``/proc``. So ``/dev/shm`` may be sm
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
 from typing import Any
 
 import torch
@@ -22,35 +23,70 @@ NUM_BUFFERS = 2
 """One is filled while the other is read."""
 
 
+class BufferPool:
+    """Buffers of buckets. On a CPU they are kept for the next update: fresh memory costs as much as a copy into it.
+
+    A GPU's are not: torch keeps them, and gives the room to training.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Args: the device of the buffers."""
+        self.device = device
+        self._kept: dict[tuple[str, int], list[tuple[Tensor, FileIO | None]]] = {}
+
+    def plain(self, number: int, num_bytes: int) -> list[Tensor]:
+        """Return the ``NUM_BUFFERS`` buffers of the stream with this number, [``num_bytes``] uint8."""
+        if self.device.type != "cpu":
+            return [torch.empty(num_bytes, dtype=torch.uint8, device=self.device) for _ in range(NUM_BUFFERS)]
+        pairs = self._find("plain", number, num_bytes, lambda: (torch.empty(num_bytes, dtype=torch.uint8), None))
+        return [buffer[:num_bytes] for buffer, _ in pairs]
+
+    def shared(self, number: int, num_bytes: int) -> tuple[list[Tensor], list[str | dict[str, Any]]]:
+        """Return buffers that other processes can open, of at least so many bytes, and what those need for it."""
+        if self.device.type != "cpu":
+            buffers = self.plain(number, num_bytes)
+            return buffers, [to_plain(reduce_tensor(buffer)[1]) for buffer in buffers]
+
+        def make() -> tuple[Tensor, FileIO]:
+            file = _new_memory(num_bytes)
+            return _map(_path(file), num_bytes, torch.uint8), file
+
+        pairs = self._find("shared", number, num_bytes, make)
+        return [buffer for buffer, _ in pairs], [_path(file) for _, file in pairs if file is not None]
+
+    def _find(
+        self, kind: str, number: int, num_bytes: int, make: Callable[[], tuple[Tensor, FileIO | None]]
+    ) -> list[tuple[Tensor, FileIO | None]]:
+        kept = self._kept.get((kind, number), [])
+        if not kept or len(kept[0][0]) < num_bytes:
+            self._kept[kind, number] = kept = [make() for _ in range(NUM_BUFFERS)]
+        return kept
+
+
 class BucketWriter:
     """The end that hands buckets on."""
 
-    def __init__(self, num_readers: int, num_bytes: int, device: torch.device) -> None:
-        """Allocate the buffers.
+    def __init__(self, num_readers: int, num_bytes: int, pool: BufferPool, *, number: int = 0) -> None:
+        """Take the buffers.
 
         Args:
             num_readers: processes that read every bucket, or pass over it.
             num_bytes: of the largest bucket.
-            device: of the buffers.
+            pool: has the buffers.
+            number: of the stream, for the pool.
         """
-        self._files = [_new_memory(8 * (1 + num_readers))]
-        self._counters = _map(_path(self._files[0]), 1 + num_readers, torch.int64)
-        if device.type == "cpu":
-            self._files += [_new_memory(num_bytes) for _ in range(NUM_BUFFERS)]
-            self.buffers = [_map(_path(file), num_bytes, torch.uint8) for file in self._files[1:]]
-        else:
-            self.buffers = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
-        self._device = device
+        self._file = _new_memory(8 * (1 + num_readers))
+        self._counters = _map(_path(self._file), 1 + num_readers, torch.int64)
+        self.buffers, self._ways = pool.shared(number, num_bytes)
+        self._pool = pool
 
     def handle(self) -> dict[str, Any]:
         """Return what a ``BucketReader`` needs, as JSON."""
-        counters, *files = map(_path, self._files)
-        buffers: list[Any] = files or [to_plain(reduce_tensor(buffer)[1]) for buffer in self.buffers]
         return {
-            "counters": counters,
+            "counters": _path(self._file),
             "num_readers": len(self._counters) - 1,
             "num_bytes": len(self.buffers[0]),
-            "buffers": buffers,
+            "buffers": self._ways,
         }
 
     def is_free(self, number: int, readers: Sequence[int]) -> bool:
@@ -63,14 +99,9 @@ class BucketWriter:
 
     def publish(self, number: int) -> None:
         """Let readers have the bucket that has been written into its buffer."""
-        if self._device.type != "cpu":
-            torch.cuda.current_stream(self._device).synchronize()  # what fills it has finished
+        if self._pool.device.type != "cpu":
+            torch.cuda.current_stream(self._pool.device).synchronize()  # what fills it has finished
         self._counters[0] = number + 1
-
-    def close(self) -> None:
-        """Let nobody else reach the memory; processes that have it mapped keep it."""
-        while self._files:
-            os.close(self._files.pop())
 
 
 class BucketReader:
@@ -101,15 +132,15 @@ class BucketReader:
         self._counters[1 + self._number] = number + 1
 
 
-def _new_memory(num_bytes: int) -> int:
-    """Return a descriptor of memory that other processes can map."""
-    descriptor = os.memfd_create("megatron_rl_weights")
-    os.posix_fallocate(descriptor, 0, max(1, num_bytes))  # where memory is short, an error here and no signal later
-    return descriptor
+def _new_memory(num_bytes: int) -> FileIO:
+    """Return memory that other processes can map while this file is open; it closes when nobody needs it."""
+    file = FileIO(os.memfd_create("megatron_rl_weights"), "r+")
+    os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))  # where memory is short, an error here and no signal later
+    return file
 
 
-def _path(descriptor: int) -> str:
-    return f"/proc/{os.getpid()}/fd/{descriptor}"
+def _path(file: FileIO) -> str:
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _map(path: str, size: int, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from megatron_rl.weight_sync.meeting import Delivery, Post, ServerMeeting
 from megatron_rl.weight_sync.outlets import LocalOutlet, NetworkOutlet
 from megatron_rl.weight_sync.pieces import ITEM_BYTES, ServedForm, TrainingLayout
 from megatron_rl.weight_sync.served import RolloutLayout
+from megatron_rl.weight_sync.shared import BufferPool
 from megatron_rl.weight_sync.spec import Transfer, TransferSpec
 from megatron_rl.weight_sync.whole_bucket import HEADER, Packer
 
@@ -47,7 +48,7 @@ class WholeSender:
         device: of this rank.
         """
         self._tensors, self._shape, self._training = tensors, shape, training
-        self._meeting, self._form, self._device = meeting, form, device
+        self._meeting, self._form, self._pool = meeting, form, BufferPool(device)
         self.metrics: dict[str, float] = {}
         """Figures of the last ``send``."""
 
@@ -120,7 +121,7 @@ class WholeSender:
         if readers := any_spec.readers(self._meeting.rank, there):
             servers = [receiver // any_spec.transfer.rollout.tp_size for receiver in readers]
             local = LocalOutlet(
-                servers, size, device=self._device, limit_s=limit_s,
+                servers, size, pool=self._pool, limit_s=limit_s,
                 problem=lambda server: self._meeting.problem(specs[server]),
             )  # fmt: skip
             self._meeting.store.set(any_spec.stream_key(self._meeting.rank), json.dumps(local.handle()))
@@ -131,8 +132,8 @@ class WholeSender:
                     failure = "" if spec.server in alive else "its group was not made"
                     outlets.append(
                         NetworkOutlet(
-                            self._meeting.group(spec), 1 + tp_rank, size, server=spec.server, device=self._device,
-                            limit_s=limit_s, failure=failure,
+                            self._meeting.group(spec), 1 + tp_rank, size, server=spec.server, pool=self._pool,
+                            number=len(outlets), limit_s=limit_s, failure=failure,
                         )
                     )  # fmt: skip
         return outlets
