@@ -265,7 +265,7 @@ class Trainable:
         for group, settings in zip(groups, ours, strict=True):
             # Megatron-Core 0.19 knows a checkpoint's group by its settings, the rates among them.
             group.update({key: saved[key] for key in settings if key in saved})
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._as_chained_here(state["optimizer"]))
         groups = self.optimizer.param_groups
         changed = changed_settings(
             saved, self.scheduler.state_dict(), groups[0] if groups else {}, ours[0] if ours else {}
@@ -274,3 +274,26 @@ class Trainable:
             group.update(settings)
         set_schedule(self.scheduler, self.num_updates)
         return changed
+
+    def _as_chained_here(self, saved: dict[Any, Any]) -> dict[Any, Any]:
+        """Return a checkpoint's optimizer state with as many parts as there are optimizers here.
+
+        Experts that are shared out over ranks have an optimizer of their own, others have not. What belongs to parameters has
+        been loaded into our parts, by name; of a part's plain data only the count of its steps is not ours.
+        """
+        parts = self.optimizer.chained_optimizers
+        was_split = "optimizer" not in saved
+        if was_split == (len(parts) > 1):
+            return saved
+        plain = saved[0] if was_split else saved
+        steps = {key: value for key, value in plain["optimizer"]["param_groups"][0].items() if key == "step"}
+        found = {}
+        for number, part in enumerate(parts):
+            groups = [group | steps for group in part.state_dict()["optimizer"]["param_groups"]]
+            loaded = saved if was_split else saved[number]
+            found[number] = {
+                "optimizer": {"param_groups": groups},
+                "param_state_sharding_type": plain["param_state_sharding_type"],
+                "param_state": loaded["param_state"],
+            }
+        return found if len(parts) > 1 else found[0]

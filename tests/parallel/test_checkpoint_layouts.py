@@ -46,3 +46,18 @@ def test_a_run_wanders_through_layouts(case: tuple[str, bool], tmp_path: Path) -
         found = run_ranks(go_on, num_ranks(layout), model, samples, layout, tmp_path / "many", step)[0]
         assert found["loss"] == pytest.approx(true[step]["loss"], rel=1e-4), layout
         assert found["grad_norm"] == pytest.approx(true[step]["grad_norm"], rel=1e-5), layout
+
+
+EP2 = ("policy.megatron_cfg.expert_model_parallel_size=2",)
+WAYS = [({"dp": 2}, EP2), ({"tp": 1}, ()), ({"dp": 2}, EP2), ({"dp": 2}, ()), ({"dp": 2, "tp": 2, "sp": True}, EP2)]
+"""With experts shared out there are two optimizers, else one."""
+
+
+def test_experts_are_shared_out_anew(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", "qwen3_moe", tied=False, seed=5)
+    samples = recorded_batch(model)
+    for step, (layout, overrides) in enumerate(WAYS):
+        true = run_ranks(go_on, 1, model, samples, {"tp": 1}, tmp_path / "one", step)[0]
+        found = run_ranks(go_on, num_ranks(layout), model, samples, layout, tmp_path / "many", step, overrides)[0]
+        assert found["loss"] == pytest.approx(true["loss"], rel=1e-4), (layout, overrides)
+        assert found["grad_norm"] == pytest.approx(true["grad_norm"], rel=1e-4), (layout, overrides)
