@@ -114,6 +114,7 @@ class Run:
             keep_last=config.exp_manager.checkpoint_callback_params.keep_last,
             groups=self.groups,
             say=self.say,
+            check_owner=self.folder.check_same,
         )
         if self._writes_checkpoints:
             self.checkpoints.check_space(self.policy.trainable)
@@ -310,8 +311,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._parts.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        with self._parts:
+            if isinstance(error, UserError):
+                self.checkpoints.complete_at_error()
 
     # ------------------------------------------------------------------------------------------------ parts
 

@@ -31,7 +31,7 @@ from megatron_rl.files import disk_errors
 from megatron_rl.launch.command import GPU_ALLOCATOR
 from megatron_rl.launch.reach import check_ranks_reach_each_other
 from megatron_rl.metrics import terminal
-from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
+from megatron_rl.parallel.agree import all_ranks_agree, are_all_here, broadcast_json, gather_json
 from megatron_rl.process import activity, lifetime, watchdog
 from megatron_rl.process.network import keep_gloo_on, own_address
 from megatron_rl.process.output import open_output
@@ -215,15 +215,7 @@ def _wait_for_others_to_speak() -> bool:
     Returns:
         True if all came; False if this rank alone has failed.
     """
-    if not dist.is_initialized():
-        return False
-    try:
-        work = dist.all_reduce(torch.zeros(1), async_op=True)
-        assert work is not None
-        work.wait(timedelta(seconds=5))
-    except RuntimeError:
-        return False
-    return True
+    return dist.group.WORLD is not None and are_all_here(dist.group.WORLD, 5.0)
 
 
 def _join_others(config: Config, runtime: Runtime) -> None:
