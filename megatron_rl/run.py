@@ -98,8 +98,7 @@ class Run:
         config = self.config
         # The engine comes first: servers on GPUs of their own take long to start, and do so while the policy is built. Those
         # on the trainer's start in the first ``publish``, when the policy is there and has released what only updates need.
-        is_sampled = config.trainer.stage == "rl" or config.eval.is_used
-        engine = self._build_engine() if is_sampled else None
+        engine = self._build_engine() if config.needs_engine else None
         if engine is not None:
             parts.callback(engine.close)
         self.policy = Policy(self._build_model())

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,7 +158,9 @@ def test_copies_are_freed_as_soon_as_they_are_written(model: Path, tmp_path: Pat
     assert run_ranks(freed, 1, model, tmp_path) == [True]
 
 
-def ended_by_an_error(model: Path, directory: Path, who: tuple[int, ...], is_taken: bool) -> tuple[list[str], list[str]]:
+def ended_by_an_error(
+    model: Path, directory: Path, who: tuple[int, ...], is_taken: bool
+) -> tuple[list[str], list[str]]:
     """What some of two ranks leave that end by an error while a checkpoint is written, and what they say."""
     from megatron_rl.model import checkpoint
 
@@ -196,7 +199,7 @@ def test_a_run_completes_its_checkpoint_before_its_parts_are_stopped() -> None:
     for error, expected in ((UserError("a", None, "b", "c"), ["completed", "closed"]), (ValueError(), ["closed"])):
         happened: list[str] = []
         run = Run.__new__(Run)
-        run.checkpoints = SimpleNamespace(complete_at_error=lambda: happened.append("completed"))  # type: ignore[assignment]
+        run.checkpoints = SimpleNamespace(complete_at_error=partial(happened.append, "completed"))  # type: ignore[assignment]
         run._parts = ExitStack()
         run._parts.callback(happened.append, "closed")
         with pytest.raises(type(error)), run:
