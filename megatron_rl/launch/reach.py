@@ -1,4 +1,4 @@
-"""Whether GPUs reach each other, found out at the start: those of a node, then each node and the next.
+"""A check at the start that GPUs reach each other: those of a node, then each node and the next.
 
 gloo's connections, over which ranks meet, say nothing of NCCL's: it chooses interfaces by itself, and needs shared memory
 between the ranks of a node. What it lacks would otherwise show in the first update, as a hang.

@@ -98,7 +98,7 @@ class PendingSave:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank has written its part."""
+        """Return True once this rank has written its part."""
         return self._written.is_set()
 
     def is_written_by_all(self) -> bool:

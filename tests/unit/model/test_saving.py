@@ -131,7 +131,7 @@ def test_a_rank_that_cannot_write_tells_all(model: Path, tmp_path: Path) -> None
 
 
 def freed(model: Path, directory: Path) -> bool:
-    """Whether the copies are gone while files are read back for their digests."""
+    """True if the copies are gone while files are read back for their digests."""
     from megatron_rl.model import saving
 
     policy = build_policy(config_of(model, tp=1))
