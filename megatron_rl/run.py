@@ -98,8 +98,7 @@ class Run:
         config = self.config
         # The engine comes first: servers on GPUs of their own take long to start, and do so while the policy is built. Those
         # on the trainer's start in the first ``publish``, when the policy is there and has released what only updates need.
-        is_sampled = config.trainer.stage == "rl" or config.eval.is_used
-        engine = self._build_engine() if is_sampled else None
+        engine = self._build_engine() if config.needs_engine else None
         if engine is not None:
             parts.callback(engine.close)
         self.policy = Policy(self._build_model())
@@ -114,6 +113,7 @@ class Run:
             keep_last=config.exp_manager.checkpoint_callback_params.keep_last,
             groups=self.groups,
             say=self.say,
+            check_owner=self.folder.check_same,
         )
         if self._writes_checkpoints:
             self.checkpoints.check_space(self.policy.trainable)
@@ -310,8 +310,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._parts.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        with self._parts:
+            if isinstance(error, UserError):
+                self.checkpoints.complete_at_error()
 
     # ------------------------------------------------------------------------------------------------ parts
 

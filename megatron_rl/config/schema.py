@@ -39,6 +39,11 @@ class Config:
         return self.trainer.world_size // self.policy.model_parallel_size
 
     @property
+    def needs_engine(self) -> bool:
+        """The run samples, for training or evaluation: a supervised run without evaluation builds no rollout engine."""
+        return self.trainer.stage == "rl" or self.eval.is_used
+
+    @property
     def row_unit(self) -> int:
         """Number of rows that gives every data-parallel rank as many micro-batches as its schedule takes at a time."""
         in_flight = self.policy.pipeline_parallel_size if self.policy.virtual_pipeline_size > 1 else 1
@@ -124,7 +129,7 @@ class Config:
                 rollout.servers.num_per_node,
                 f"times the GPUs of a server, rollout.sglang_cfg.tp_size = {rollout.gpus_per_server}{spread}, must be "
                 f"trainer.devices = {trainer.devices}, so that each of the trainer's GPUs is shared by one server",
-                _fix_of_sharing(trainer.devices, rollout.gpus_per_server),
+                _fix_of_sharing(trainer.devices, rollout.gpus_per_server, nodes),
             )
         if trainer.accelerator == "gpu" and policy.megatron_cfg.get("transformer_impl") != "local":
             check_attention(trainer.precision, policy.context_parallel_size)
@@ -203,8 +208,12 @@ class Config:
             )
 
 
-def _fix_of_sharing(devices: int, size: int) -> str:
+def _fix_of_sharing(devices: int, size: int, nodes: int) -> str:
     """Say how servers share a node's GPUs evenly."""
+    if nodes > 1:
+        return (
+            f"set rollout.sglang_cfg.tp_size to {nodes} * {devices} = {nodes * devices}, or leave nodes_per_server out"
+        )
     if devices % size == 0:
         return f"set it to {devices // size}, or rollout.servers.placement=separate with GPUs for servers alone"
     return f"set rollout.sglang_cfg.tp_size to a divisor of {devices}, and this to {devices} / tp_size"

@@ -29,9 +29,9 @@ from megatron_rl.config import Config, installed, shown
 from megatron_rl.errors import UserError
 from megatron_rl.files import disk_errors
 from megatron_rl.launch.command import GPU_ALLOCATOR
-from megatron_rl.launch.reach import check_ranks_reach_each_other
+from megatron_rl.launch.reach import check_ranks_reach_each_other, limit_below
 from megatron_rl.metrics import terminal
-from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
+from megatron_rl.parallel.agree import all_ranks_agree, are_all_here, broadcast_json, gather_json
 from megatron_rl.process import activity, lifetime, watchdog
 from megatron_rl.process.network import keep_gloo_on, own_address
 from megatron_rl.process.output import open_output
@@ -140,8 +140,11 @@ def _meet(config: Config, runtime: Runtime, problem: UserError | None) -> None:
     if config.trainer.num_nodes > 1:
         _check_shared_folder(config, runtime.rank)
     if runtime.device.type == "cuda":
+        trainer = config.trainer
+        hang_s = None if trainer.hang_timeout_s is None else max(trainer.hang_timeout_s, watchdog.SETUP_S)
+        limit_s = limit_below(trainer.timeout_s, hang_s)
         check_ranks_reach_each_other(
-            num_nodes=config.trainer.num_nodes, devices=config.trainer.devices, device=runtime.device
+            num_nodes=trainer.num_nodes, devices=trainer.devices, device=runtime.device, limit_s=limit_s
         )
 
 
@@ -215,15 +218,7 @@ def _wait_for_others_to_speak() -> bool:
     Returns:
         True if all came; False if this rank alone has failed.
     """
-    if not dist.is_initialized():
-        return False
-    try:
-        work = dist.all_reduce(torch.zeros(1), async_op=True)
-        assert work is not None
-        work.wait(timedelta(seconds=5))
-    except RuntimeError:
-        return False
-    return True
+    return dist.group.WORLD is not None and are_all_here(dist.group.WORLD, 5.0)
 
 
 def _join_others(config: Config, runtime: Runtime) -> None:
@@ -310,7 +305,8 @@ def _check_enough_gpus(config: Config, count: int) -> None:
             "lower it, make more GPUs visible, or set trainer.accelerator=cpu",
         )
     servers = rollout.servers
-    if not rollout.starts_servers or rollout.is_colocated or devices + rollout.gpus_per_node <= count:
+    is_beside = config.needs_engine and rollout.starts_servers and not rollout.is_colocated
+    if not is_beside or devices + rollout.gpus_per_node <= count:
         return
     raise UserError(
         "rollout.servers.num_per_node",
@@ -321,7 +317,7 @@ def _check_enough_gpus(config: Config, count: int) -> None:
 
 
 def _check_allocator(config: Config) -> None:
-    for name in GPU_ALLOCATOR if config.rollout.is_colocated else ():
+    for name in GPU_ALLOCATOR if config.needs_engine and config.rollout.is_colocated else ():
         if "expandable_segments:true" in (value := os.environ.get(name, "")).lower():
             rule = "colocated servers open the trainer's weights by CUDA IPC, which containers forbid for such segments"
             raise UserError(name, value, rule, f"unset {name}, or take expandable_segments out of it")

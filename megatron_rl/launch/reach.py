@@ -1,4 +1,4 @@
-"""Whether GPUs reach each other, found out at the start: those of a node, then each node and the next.
+"""A check at the start that GPUs reach each other: those of a node, then each node and the next.
 
 gloo's connections, over which ranks meet, say nothing of NCCL's: it chooses interfaces by itself, and needs shared memory
 between the ranks of a node. What it lacks would otherwise show in the first update, as a hang.
@@ -20,6 +20,11 @@ from megatron_rl.parallel.agree import gather_json, raise_first
 LIMIT_S = 120.0
 """Most seconds for one exchange; an NCCL communicator of a few ranks takes one or two."""
 SILENCE = "no answer"
+
+
+def limit_below(*others_s: float | None) -> float:
+    """Return the limit of an exchange that ends before others do (None: never), after which nobody could say why."""
+    return min(LIMIT_S, *(other_s * 2 / 3 for other_s in others_s if other_s is not None))
 
 
 def check_ranks_reach_each_other(

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_rl.config import Config
@@ -53,11 +54,13 @@ from megatron_rl.model.saving import (
     sharded_state,
 )
 from megatron_rl.model.trainable import Trainable
-from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json, gather_json
+from megatron_rl.parallel.agree import all_ranks_agree, are_all_here, broadcast_json, gather_json
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.process import activity
 from megatron_rl.process.heap import trim_heap
 
+TOGETHER_S = 10.0
+"""Most seconds between ranks that end by the same error."""
 _NAME = re.compile(r"step_(\d{8})")
 _NOT_SHAPE = {"max_position_embeddings", "initializer_range", "dtype", "bos_token_id", "eos_token_ids", "pad_token_id"}
 """Fields of ``ModelShape`` that change neither the parameters nor what the model computes from them."""
@@ -66,8 +69,25 @@ _NOT_SHAPE = {"max_position_embeddings", "initializer_range", "dtype", "bos_toke
 class Checkpoints:
     """The checkpoint directory of one run. Every method is a collective."""
 
-    def __init__(self, directory: Path, *, keep_last: int, groups: Groups, say: Callable[[str], None]) -> None:
-        """Args: the directory; how many to keep; process groups; where one-line messages for the user go."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int,
+        groups: Groups,
+        say: Callable[[str], None],
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the directory, which need not be there.
+
+        Args:
+            directory: of the checkpoints.
+            keep_last: how many to keep.
+            groups: process groups.
+            say: takes one-line messages for the user.
+            check_owner: raises ``UserError`` where the directory is another run's by now; asked before each rename.
+        """
+        self._check_owner = check_owner
         self.directory, self.keep_last, self.groups, self.say = directory, keep_last, groups, say
         self.origin: str | None = None
         """The explicit checkpoint that this run descends from, set by ``find`` and saved with every checkpoint. By it a
@@ -127,6 +147,9 @@ class Checkpoints:
             return None
         pending, self._pending = self._pending, None
         with self._timed():
+            pending.wait()
+            with all_ranks_agree(self.groups.cpu_group):
+                self._check_owner()
             path = pending.complete()
             with all_ranks_agree(self.groups.cpu_group):
                 if self.groups.rank == 0:
@@ -135,6 +158,22 @@ class Checkpoints:
         self._metrics["checkpoint/write_s"] = pending.age_s
         self.say(f"checkpoint {path} ({pending.age_s:.1f} s)")
         return path
+
+    def complete_at_error(self) -> None:
+        """Complete the checkpoint that is being written, if there is one, where a ``UserError`` ends the run on all ranks.
+
+        Should this rank be alone with the error, or should it fail again, the checkpoint is lost, and that is said.
+        """
+        if self._pending is None:
+            return
+        assert dist.group.WORLD is not None
+        if not are_all_here(dist.group.WORLD, TOGETHER_S):
+            self.say("the checkpoint that was being written is lost: not all ranks have ended alike")
+            return
+        try:
+            self.complete()
+        except UserError as error:
+            self.say(f"the checkpoint that was being written is lost: {error}")
 
     def take_metrics(self) -> dict[str, float]:
         """Return what the checkpoints since the last call took: seconds that the run waited, and until one was complete."""

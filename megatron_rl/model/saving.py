@@ -43,7 +43,7 @@ TENSORS = "algorithm.safetensors"
 
 
 class PendingSave:
-    """A checkpoint that is being written. At most one at a time; every method but ``is_written`` is a collective."""
+    """A checkpoint that is being written. At most one at a time; its methods are collectives, ``wait`` apart."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class PendingSave:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank has written its part."""
+        """Return True once this rank has written its part."""
         return self._written.is_set()
 
     def is_written_by_all(self) -> bool:
@@ -107,17 +107,21 @@ class PendingSave:
         dist.all_reduce(done, dist.ReduceOp.MIN, group=self._groups.cpu_group)
         return bool(done)
 
+    def wait(self) -> None:
+        """Wait until this rank has written its part."""
+        progress = -1
+        while not self._written.wait(0.2):
+            if num_written() != progress:
+                progress = num_written()
+                activity.beat()
+
     def complete(self) -> Path:
         """Wait until all is written, and make it a checkpoint.
 
         Raises:
             UserError: on all ranks, when it cannot be written; what was there before is untouched.
         """
-        progress = -1
-        while not self._written.wait(0.2):
-            if num_written() != progress:
-                progress = num_written()
-                activity.beat()
+        self.wait()
         with self._cleaning_up():
             group = self._groups.cpu_group
             with all_ranks_agree(group), as_user_error(self._final):
@@ -146,7 +150,7 @@ class PendingSave:
                 rank, _, results = self._request.async_fn_args
                 self._request.async_fn(rank, files, results)  # hands an error to ``finalize_fns``
             paths = [Path(path) for path, *_ in files]
-            del files
+            files.clear()  # whoever else holds the list, the copies are needed no more
             for path in paths:
                 self._entries[str(path.relative_to(self._temporary))] = entry_of(path)
         except Exception as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ def all_ranks_agree(cpu_group: dist.ProcessGroup) -> Iterator[None]:
     except UserError as error:
         mine = error
     raise_first(gather_json(error_to_json(mine), cpu_group), cause=mine.__cause__ if mine else None)
+
+
+def are_all_here(group: dist.ProcessGroup, limit_s: float) -> bool:
+    """Wait for all ranks of a group over gloo, but not for ever; False where one does not come in time."""
+    try:
+        work = dist.all_reduce(torch.zeros(1), group=group, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=limit_s))
+    except RuntimeError:
+        return False
+    return True
 
 
 def broadcast_json(value: Any, cpu_group: dist.ProcessGroup) -> Any:

@@ -49,10 +49,15 @@ def places_of(config: Config, layout: RolloutLayout, *, is_cpu: bool) -> Places:
     if servers.urls is not None:  # may share a machine with us, but we do not know it
         return Places(ranks, tuple(GpuPlace(trainer.num_nodes + server) for server, _ in receivers))
     first = trainer.devices if servers.placement == "separate" else 0
-    # Servers' ranks follow each other over the nodes, several servers on one node or one over several.
-    per_node = servers.num_per_node * layout.tp_size // servers.nodes_per_server
-    places = (divmod(server * layout.tp_size + tp_rank, per_node) for server, tp_rank in receivers)
-    return Places(ranks, tuple(place(node, first + gpu) for node, gpu in places))
+    # Several servers on one node, or one over several; of its pipeline stages, which follow each other, the first.
+    size, stages = servers.nodes_per_server, config.rollout.gpus_per_server // layout.tp_size
+    per_node = layout.tp_size // max(1, size // stages)
+    places = []
+    for server, tp_rank in receivers:
+        group, index = divmod(server, servers.num_per_node)
+        further, gpu = divmod(tp_rank, per_node)
+        places.append(place(group * size + further, first + index * config.rollout.gpus_per_server + gpu))
+    return Places(ranks, tuple(places))
 
 
 def served_form(config: Config) -> ServedForm:

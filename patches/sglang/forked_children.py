@@ -1,7 +1,8 @@
 """Fork the server's scheduler and detokenizer where there is no GPU, instead of spawning them.
 
 Why: each spawned process imports torch and SGLang again, which takes longer than all the rest of a server's start. On a
-    GPU they must be spawned, because CUDA does not survive a fork; on a CPU nothing has started a thread by then.
+    GPU they must be spawned, because CUDA does not survive a fork; on a CPU no thread may hold a lock by then. Ours that gives
+    signs of life takes none.
 Upstream: ``multiprocessing.set_start_method("spawn", force=True)`` in sglang/srt/entrypoints/engine.py
 Versions: 0.5.23 - 0.5.23
 Remove when: SGLang takes its start method from its caller.

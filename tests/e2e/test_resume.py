@@ -55,6 +55,30 @@ def test_killed_inside_the_warm_up_the_schedule_goes_on(case: Case) -> None:
     assert case.rows()[-1]["lr"] == 0.0
 
 
+def main_ended_by_an_error(arguments: list[str], step: int) -> int:
+    from megatron_rl.errors import UserError
+    from megatron_rl.run import Run
+
+    samples = Run.samples
+
+    def fail(run: Run, groups: list, index: int) -> list:
+        if index + 1 == step:
+            raise UserError("rollout.servers.max_restarts", 20, "is spent", "see the log")
+        return samples(run, groups, index)
+
+    Run.samples = fail  # type: ignore[assignment,method-assign]
+    return run_main(arguments)
+
+
+def test_an_error_in_the_next_step_does_not_lose_a_checkpoint(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    behind = "exp_manager.checkpoint_callback_params.async_save=true"
+    arguments = case.arguments("trainer.devices=2", "trainer.max_steps=8", behind)
+    assert run_ranks(main_ended_by_an_error, 2, arguments, 3, timeout_s=120) == [2, 2]
+    captured = capfd.readouterr()
+    assert "checkpoint" in captured.out and "max_restarts = 20: is spent" in captured.err
+    assert steps_of(case) == [2]
+
+
 def test_a_rollback_keeps_what_it_writes_and_resumes_on_its_own_branch(
     case: Case, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,14 +172,16 @@ class SGLangEngine:
                 mine = self._supervisor
                 self._start_parts_together()
                 by_rank = gather_json(
-                    [error_to_json(mine.failure), mine.running()] if mine else [None, {}], self._group
+                    [error_to_json(mine.failure), mine.running(), mine.has_halves()] if mine else [None, {}, False],
+                    self._group,
                 )
-                raise_first([error for error, _ in by_rank])
-                running = {url: is_up for _, servers in by_rank for url, is_up in servers.items()}
+                raise_first([error for error, *_ in by_rank])
+                running = {url: is_up for _, servers, _ in by_rank for url, is_up in servers.items()}
+                has_halves = any(halves for *_, halves in by_rank)
                 verdict = self._driver.wait_for_answers(running) if self._driver is not None else None
                 is_done, error = broadcast_json(verdict, self._group)
                 raise_first([error])
-                if is_done and all(running.values()):
+                if is_done and all(running.values()) and not has_halves:
                     return
                 activity.beat()
 
@@ -190,6 +192,7 @@ class SGLangEngine:
         """
         if self._config.rollout.servers.placement != "colocated":
             return
+        self._start_parts_together()  # behind the gate, what has lost a part ends, and all parts start at once
         dist.barrier(self._group)
         if self._supervisor is not None:
             self._supervisor.allow_starts()
@@ -246,10 +249,12 @@ class SGLangEngine:
         """Let the parts of a server over several nodes follow the one that was started most often."""
         if self._config.rollout.servers.nodes_per_server > 1 and self._config.rollout.starts_servers:
             counts: dict[str, int] = {}
-            for starts in gather_json(self._supervisor.starts() if self._supervisor else {}, self._group):
+            mine = self._supervisor
+            by_rank = gather_json([mine.starts(), mine.down()] if mine else [{}, []], self._group)
+            for starts, _ in by_rank:
                 counts |= {name: max(count, counts.get(name, 0)) for name, count in starts.items()}
-            if self._supervisor is not None:
-                self._supervisor.follow(counts)
+            if mine is not None:
+                mine.follow(counts, {name for _, down in by_rank for name in down})
 
     # ------------------------------------------------------------------------------------------------ starting
 

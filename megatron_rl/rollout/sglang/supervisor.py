@@ -10,7 +10,8 @@ A server on the trainer's GPUs fixes the size of its cache by the memory that is
     trainer has released it   gate open     what is down starts
 
 A server over several nodes is a process on each. They end and start together: each supervisor counts the starts of its part,
-and replaces one that fell behind those of the other nodes (engine.py compares).
+and replaces one that fell behind those of the other nodes (engine.py compares). Behind a closed gate a part whose other part is
+down is ended and stays down too: it would wait for it, or keep the memory that the trainer needs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +71,8 @@ class Managed:
     num_starts: int = 0
     num_starts_elsewhere: int = 0
     """The most starts of another part of the same server."""
+    lacks_part: bool = False
+    """True if another part of the same server was down when the nodes last compared."""
     num_restarts: int = 0
     reasons: list[str] = field(default_factory=list)
 
@@ -132,6 +135,8 @@ class Supervisor:
         """Close the gate: from now on no server starts. One that is starting goes on; ``running`` has it."""
         with self._gate:
             self._may_start = False
+            for server in self._servers:
+                server.lacks_part = False  # known anew after the next comparison
 
     def running(self) -> dict[str, bool]:
         """Return the URL of every server with a process, and whether it has answered since that was started."""
@@ -140,13 +145,32 @@ class Supervisor:
             return {server.url: server.is_up for server in servers if server.process is not None}
 
     def starts(self) -> dict[str, int]:
-        """Return how often each server of this node, or its part of one, has been started."""
-        return {server.name: server.num_starts for server in self._servers}
+        """Return how often each server of this node, or its part of one, was started; if it is down, with its next start."""
+        with self._gate:
+            return {server.name: server.num_starts + (server.process is None) for server in self._servers}
 
-    def follow(self, starts: Mapping[str, int]) -> None:
-        """Start anew whatever has other parts that were started more often."""
+    def down(self) -> list[str]:
+        """Return the names of the servers of this node without a process."""
+        with self._gate:
+            return [server.name for server in self._servers if server.process is None]
+
+    def follow(self, starts: Mapping[str, int], down: Collection[str] = ()) -> None:
+        """Start anew whatever has other parts that were started more often; behind a closed gate end what has one that is down.
+
+        Args:
+            starts: by name, the most that a node has.
+            down: names of servers that some node has no process of.
+        """
         for server in self._servers:
             server.num_starts_elsewhere = max(server.num_starts_elsewhere, starts.get(server.name, 0))
+            server.lacks_part = server.name in down
+
+    def has_halves(self) -> bool:
+        """Return whether a part of this node that has lost another still runs. It is ended soon."""
+        return any(server.process is not None and self._has_lost_part(server) for server in self._servers)
+
+    def _has_lost_part(self, server: Managed) -> bool:
+        return server.num_starts < server.num_starts_elsewhere or (server.lacks_part and not self._may_start)
 
     def close(self) -> None:
         """Kill the servers. Harmless when repeated."""
@@ -222,7 +246,7 @@ class Supervisor:
         status = server.process.status()
         if status is not None:
             self._replace(server, how_it_ended(status, server.log, server.log_start))
-        elif server.num_starts < server.num_starts_elsewhere:
+        elif self._has_lost_part(server):
             self._replace(server, "has lost its part on another node", is_hopeless=False)
         elif not server.is_up:  # its imports may hold the interpreter's lock for long
             if time.monotonic() - server.started_s > self._config.start_timeout_s:

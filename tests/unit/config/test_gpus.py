@@ -81,7 +81,10 @@ OVER_TWO = ("trainer.num_nodes=4", "rollout.servers.nodes_per_server=2")
             r"nodes_per_server = 2: is for servers that we start, one on each",
         ),
         ((*OVER_TWO, "rollout.sglang_cfg.nnodes=2"), r"nnodes = 2: follows rollout\.servers\.nodes_per_server"),
-        ((*OVER_TWO, "rollout.sglang_cfg.tp_size=8"), r"tp_size = 8 over 2 nodes, must be trainer\.devices = 8"),
+        (
+            (*OVER_TWO, "rollout.sglang_cfg.tp_size=8"),
+            r"tp_size = 8 over 2 nodes, must be trainer\.devices = 8.*Fix: set rollout\.sglang_cfg\.tp_size to 2 \* 8 = 16",
+        ),
     ],
 )
 def test_servers_over_several_nodes_come_out_even(overrides: tuple[str, ...], expected: str) -> None:
@@ -97,6 +100,12 @@ def test_servers_over_several_nodes_come_out_even(overrides: tuple[str, ...], ex
          [(0, 8), (0, 9), (1, 8), (1, 9), (2, 8), (2, 9), (3, 8), (3, 9)]),
         (("rollout.servers.placement=separate", "rollout.sglang_cfg.tp_size=2", "rollout.servers.num_per_node=2",
           "trainer.num_nodes=2"), [(0, 8), (0, 9), (0, 10), (0, 11), (1, 8), (1, 9), (1, 10), (1, 11)]),
+        ((*OVER_TWO, "rollout.sglang_cfg={tp_size: 8, pp_size: 2}"),
+         [(node, gpu) for node in (0, 2) for gpu in range(8)]),
+        (("trainer.num_nodes=4", "rollout.servers.nodes_per_server=4", "trainer.devices=1",
+          "rollout.sglang_cfg={tp_size: 2, pp_size: 2}"), [(0, 0), (1, 0)]),
+        (("rollout.sglang_cfg={tp_size: 2, pp_size: 2}", "rollout.servers.num_per_node=2"),
+         [(0, 0), (0, 1), (0, 4), (0, 5)]),
     ],
 )  # fmt: skip
 def test_where_the_ranks_of_servers_are(overrides: tuple[str, ...], places: list[tuple[int, int]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import megatron_rl.patches
-from megatron_rl.config import installed, load_config
+from megatron_rl.config import Config, installed, load_config
+from megatron_rl.config.methods.sft import SFTConfig
 from megatron_rl.errors import UserError
 from megatron_rl.launch import launcher
 from megatron_rl.launch import rank as runtime
@@ -24,6 +26,11 @@ TINY = Path(__file__).parents[2] / "tiny.yaml"
 
 def config(*overrides: str):
     return load_config(TINY, ["policy.model_path=m", *overrides])
+
+
+def supervised(given: Config) -> Config:
+    """The same without rollouts: it builds no engine."""
+    return replace(given, trainer=replace(given.trainer, stage="sft"), algorithm=SFTConfig())
 
 
 def test_more_ranks_than_gpus_are_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,12 +52,14 @@ def test_servers_beside_the_trainer_need_gpus_too() -> None:
     ):
         runtime._check_enough_gpus(given, 5)
     runtime._check_enough_gpus(config("trainer.devices=2"), 2)
+    runtime._check_enough_gpus(supervised(given), 2)
 
 
 def test_segments_that_colocated_servers_cannot_open_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ("rollout.engine=sglang", "trainer.devices=1", "rollout.servers.placement=colocated")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
     runtime._check_allocator(config(*given[:2]))
+    runtime._check_allocator(supervised(config(*given)))
     with pytest.raises(UserError, match=r"PYTORCH_CUDA_ALLOC_CONF = .*by CUDA IPC"):
         runtime._check_allocator(config(*given))
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from megatron_rl.errors import UserError
+from megatron_rl.launch import reach
 from tests.forked import run_ranks
 
 
 def check(num_nodes: int, silent: int | None, broken: int | None) -> str | None:
     """What a rank hears where one of them never answers, or fails."""
-    from megatron_rl.launch import reach
-
     rank, exchange = torch.distributed.get_rank(), reach._exchange
     socket.gethostname = lambda: f"node-{rank // (4 // num_nodes)}"  # type: ignore[assignment]
 
@@ -36,6 +35,11 @@ def check(num_nodes: int, silent: int | None, broken: int | None) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def test_the_limit_is_below_those_after_which_others_end_without_a_word() -> None:
+    assert reach.limit_below(1800.0, 900.0) == reach.limit_below(1800.0, None) == reach.LIMIT_S
+    assert reach.limit_below(60.0, 900.0) == 40.0 and reach.limit_below(1800.0, 90.0) == 60.0
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 4])

@@ -7,7 +7,11 @@ import resource
 import signal
 import threading
 import time
+import weakref
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +128,83 @@ def test_a_rank_that_cannot_write_tells_all(model: Path, tmp_path: Path) -> None
     assert "File too large" in error, error
     assert "earlier checkpoints are intact" in error
     assert left == ["step_00000001"] and last.name == "step_00000003"
+
+
+def freed(model: Path, directory: Path) -> bool:
+    """True if the copies are gone while files are read back for their digests."""
+    from megatron_rl.model import saving
+
+    policy = build_policy(config_of(model, tp=1))
+    copies, digest, alive = [], saving.entry_of, []
+    on_host = saving._on_host
+
+    def kept(request: Any, *, is_copied: bool) -> list[Any]:
+        files = on_host(request, is_copied=is_copied)
+        copies.extend(weakref.ref(tensor) for *_, (_, tensors) in files for _, tensor in tensors)
+        return files
+
+    def entry_of(path: Path) -> dict[str, Any]:
+        if path.suffix == ".distcp":
+            alive.append(sum(copy() is not None for copy in copies))
+        return digest(path)
+
+    saving._on_host, saving.entry_of = kept, entry_of
+    saving.PendingSave(directory / "x", policy.trainable, policy.groups, {}, {}, is_background=True).complete()
+    assert copies and alive
+    return not any(alive)
+
+
+def test_copies_are_freed_as_soon_as_they_are_written(model: Path, tmp_path: Path) -> None:
+    assert run_ranks(freed, 1, model, tmp_path) == [True]
+
+
+def ended_by_an_error(
+    model: Path, directory: Path, who: tuple[int, ...], is_taken: bool
+) -> tuple[list[str], list[str]]:
+    """What some of two ranks leave that end by an error while a checkpoint is written, and what they say."""
+    from megatron_rl.model import checkpoint
+
+    checkpoint.TOGETHER_S = 1.0
+    policy, said = build_policy(config_of(model, tp=2)), []
+
+    def check_owner() -> None:
+        if is_taken and policy.groups.rank == 0:
+            raise UserError("exp_manager.exp_dir", None, "was taken over", "leave it")
+
+    checkpoints = checkpoint.Checkpoints(
+        directory, keep_last=9, groups=policy.groups, say=said.append, check_owner=check_owner
+    )
+    checkpoints.complete_at_error()
+    checkpoints.start(1, policy.trainable, {"step": 1})
+    if policy.groups.rank in who:
+        checkpoints.complete_at_error()
+    return [path.name for path in directory.iterdir()], said
+
+
+def test_a_run_that_ends_by_an_error_completes_what_is_being_written(model: Path, tmp_path: Path) -> None:
+    for left, said in run_ranks(ended_by_an_error, 2, model, tmp_path / "together", (0, 1), False):
+        assert left == ["step_00000001"] and "step_00000001" in said[-1]
+    left, said = run_ranks(ended_by_an_error, 2, model, tmp_path / "alone", (0,), False)[0]
+    assert left == ["step_00000001.tmp"] and "is lost: not all ranks" in said[-1]
+
+
+def test_a_folder_that_is_another_runs_by_now_gets_no_checkpoint(model: Path, tmp_path: Path) -> None:
+    for left, said in run_ranks(ended_by_an_error, 2, model, tmp_path, (0, 1), True):
+        assert left == ["step_00000001.tmp"] and "is lost: exp_manager.exp_dir: was taken over" in said[-1]
+
+
+def test_a_run_completes_its_checkpoint_before_its_parts_are_stopped() -> None:
+    from megatron_rl.run import Run
+
+    for error, expected in ((UserError("a", None, "b", "c"), ["completed", "closed"]), (ValueError(), ["closed"])):
+        happened: list[str] = []
+        run = Run.__new__(Run)
+        run.checkpoints = SimpleNamespace(complete_at_error=partial(happened.append, "completed"))  # type: ignore[assignment]
+        run._parts = ExitStack()
+        run._parts.callback(happened.append, "closed")
+        with pytest.raises(type(error)), run:
+            raise error
+        assert happened == expected
 
 
 def beats(model: Path, directory: Path, is_writing: bool) -> int:

@@ -173,6 +173,45 @@ def test_one_that_is_starting_when_the_gate_closes_is_told_of(tmp_path: Path, wa
     wait_for(lambda: watched.running() == {server.url: True})
 
 
+def meet(nodes: list[Supervisor]) -> None:
+    """As the engine's ranks do."""
+    starts = [node.starts() for node in nodes]
+    down = {name for node in nodes for name in node.down()}
+    for node in nodes:
+        node.follow({name: max(each[name] for each in starts) for name in starts[0]}, down)
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_behind_a_closed_gate_no_part_runs_without_the_other(tmp_path: Path, watch: Watch, when: str) -> None:
+    """The other part ends and starts again just before the gate closes, or ends behind it."""
+    parts = [managed(tmp_path / str(node), SERVES, port=free_port()) for node in range(2)]
+    parts[1].is_answering = False
+    nodes = [watch(part) for part in parts]
+    wait_for(lambda: all(part.is_up for part in parts))
+    meet(nodes)
+    first = parts[0].process
+    assert first is not None and not any(node.has_halves() for node in nodes)
+    if when == "behind":
+        for node in nodes:
+            node.hold_starts()
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: parts[0].process is not first)
+    for node in nodes:
+        node.hold_starts()
+    meet(nodes)
+    assert nodes[1].has_halves()
+    wait_for(lambda: not any(node.has_halves() for node in nodes) and not meet(nodes) and len(nodes[0].down()) == 1)
+    assert [part.process for part in parts] == [None, None]
+    meet(nodes)
+    for node in nodes:
+        node.allow_starts()
+    wait_for(lambda: all(part.is_up for part in parts))
+    started = [part.process for part in parts]
+    meet(nodes)
+    time.sleep(0.2)
+    assert [part.process for part in parts] == started and parts[0].num_starts == parts[1].num_starts
+
+
 LACKS_A_PACKAGE = "import no_such_package_of_sglang"
 DOES_NOT_FIT = "raise ImportError('sgl_kernel.so: undefined symbol: _ZN2at')"
 HAS_NO_MEMORY = "raise RuntimeError('Not enough memory')"
