@@ -166,6 +166,34 @@ def check_engine_here(*, torch: str, cuda: str) -> None:
         raise not_importable("transformer_engine.pytorch", error, torch) from error
 
 
+def check_pins(package: str, *, requirements: Sequence[str], versions: Mapping[str, str | None]) -> None:
+    """Check that what a package asks for in one version alone is installed in that version.
+
+    Args:
+        package: its name.
+        requirements: its own, as its metadata have them.
+        versions: installed ones, of the packages to look at.
+
+    Raises:
+        UserError: one has another version, which pip would have told at the installation.
+    """
+    for requirement in requirements:
+        pin = re.fullmatch(r"([\w-]+)==([\w.]+)", requirement)
+        found = versions.get(pin[1]) if pin else None
+        if pin and found is not None and found.split("+")[0] != pin[2]:
+            rule = f"is made for {pin[1]} {pin[2]}, and {found} is installed here, for trainer and servers alike"
+            raise UserError(
+                package, version_of(package), rule, "make sglang PLATFORM=gpu, which installs what goes together"
+            )
+
+
+def check_server_here() -> None:
+    """``check_pins`` of SGLang, for torch and transformers. On a CPU other versions than its own are known to work."""
+    if version_of("sglang") is not None:
+        versions = {name: version_of(name) for name in ("torch", "transformers")}
+        check_pins("sglang", requirements=metadata.requires("sglang") or [], versions=versions)
+
+
 def not_importable(module: str, error: Exception, torch: str) -> UserError:
     """Say why a compiled package does not import, and what to do.
 

@@ -292,6 +292,8 @@ def _device(config: Config) -> torch.device:
     installed.check_kernels(torch=torch.__version__, capability=capability, built_for=built_for)
     if config.policy.megatron_cfg.get("transformer_impl") != "local":
         installed.check_engine_here(torch=torch.__version__, cuda=str(torch.version.cuda))
+    if config.rollout.starts_servers:
+        installed.check_server_here()
     return device
 
 

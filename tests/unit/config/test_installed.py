@@ -119,3 +119,21 @@ def test_the_engine_is_found_by_its_metadata(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(installed.metadata, "version", version)
     assert installed.has_transformer_engine() and asked == ["transformer-engine-torch"]
+
+
+OF_SGLANG = [
+    "aiohttp",
+    "torch==2.11.0",
+    "torchao>=0.9",
+    "transformers==5.12.1",
+    "torchcodec==0.17.0; sys_platform != 'linux'",
+]
+
+
+def test_a_server_with_another_transformers_than_its_own_is_named() -> None:
+    fitting = {"torch": "2.11.0+cu130", "transformers": "5.12.1"}
+    installed.check_pins("sglang", requirements=OF_SGLANG, versions=fitting)
+    installed.check_pins("sglang", requirements=OF_SGLANG, versions={"transformers": None})
+    for name, version in (("transformers", "5.17.0"), ("torch", "2.13.0+cpu")):
+        with pytest.raises(UserError, match=rf"is made for {name} .*, and {version.split('+')[0]}"):
+            installed.check_pins("sglang", requirements=OF_SGLANG, versions=fitting | {name: version})
