@@ -245,6 +245,10 @@ def as_user_error(path: Path) -> Iterator[None]:
         if isinstance(error, CheckpointException) and error.failures:  # what went wrong on the rank where it did
             cause = next(iter(error.failures.values()))[0]
         why = str(cause)
+        if "allocate memory" in why:  # said by torch's allocator, in a RuntimeError
+            rule = f"needs main memory for what a checkpoint holds of this rank ({why.splitlines()[0]})"
+            fix = "leave exp_manager.checkpoint_callback_params.async_save out, or start fewer ranks on a machine"
+            raise UserError("exp_manager.checkpoint_callback_params", None, rule, fix) from error
         if "No space left" not in why and _is_full(path):  # torch's own writer says only where in the file it stood
             why = f"No space left on device: {why}"
         fix = "free some disk space or choose another exp_dir; earlier checkpoints are intact, and the same command resumes"

@@ -207,6 +207,13 @@ def test_a_run_completes_its_checkpoint_before_its_parts_are_stopped() -> None:
         assert happened == expected
 
 
+def test_too_little_main_memory_is_no_full_disk(tmp_path: Path) -> None:
+    from megatron_rl.model.saving import as_user_error
+
+    with pytest.raises(UserError, match=r"needs main memory .*you tried to allocate"), as_user_error(tmp_path):
+        torch.empty(2**50, dtype=torch.uint8)
+
+
 def beats(model: Path, directory: Path, is_writing: bool) -> int:
     """Signs of work while a checkpoint is waited for during a second."""
     from megatron_rl.model import saving
