@@ -41,6 +41,9 @@ DEV_STAMP := $(VENV)/.installed-dev
 BENCH_STAMP := $(VENV)/.installed-bench-gpu
 # On a GPU machine Triton comes with torch. Elsewhere it gets a folder of its own, where only tests of kernels find it.
 TRITON_STAMP := $(if $(filter cpu,$(PLATFORM)),build/triton/.installed)
+OTHER := $(if $(filter gpu,$(PLATFORM)),cpu,gpu)
+CHECK_VENV = test ! -e $(VENV)/.installed-packages-$(OTHER) || { echo "$(VENV) has the packages of PLATFORM=$(OTHER):" \
+	"give PLATFORM=$(OTHER), or VENV=folder for another environment, or make clean" >&2; exit 1; }
 NVIDIA := $(wildcard /dev/nvidia0)
 
 LOCK := requirements/gpu.lock
@@ -137,6 +140,7 @@ $(BIN)/python:
 
 ifeq ($(PLATFORM),gpu)
 $(PACKAGES_STAMP): requirements/gpu.txt $(LOCK) | $(BIN)/python
+	@$(CHECK_VENV)
 	@$(CHECK_NVCC)
 # First what Transformer Engine's bindings are built against and with. Then these, without the builds' isolation from it, and without
 # pip's cache, which would give back a build against another torch. torch brings the headers that a toolkit has not: cuDNN, NCCL.
@@ -151,6 +155,7 @@ $(PACKAGES_STAMP): requirements/gpu.txt $(LOCK) | $(BIN)/python
 	touch $@
 else
 $(PACKAGES_STAMP): requirements/$(PLATFORM).txt | $(BIN)/python
+	@$(CHECK_VENV)
 	$(PIP) --requirement requirements/$(PLATFORM).txt
 	touch $@
 endif

@@ -16,7 +16,7 @@ from megatron_rl.errors import UserError, described
 
 BINDINGS = "transformer-engine-torch"
 """Package of Transformer Engine's torch bindings. Their library lies in ``transformer_engine``, so no module has their name."""
-REBUILD = "make clean, then make packages PLATFORM=gpu, which builds it against the torch that it installs"
+REBUILD = "make clean, then make sglang PLATFORM=gpu, which builds it against the torch that it installs"
 _ENGINE_PARTS = ("transformer-engine", BINDINGS, "transformer-engine-cu12", "transformer-engine-cu13")
 _DRIVERS = {12: "525", 13: "580"}
 """CUDA release -> first driver for it."""
@@ -68,7 +68,7 @@ def why_no_gpu(
     if cuda is None:
         return (
             f"finds torch {torch}, a build without CUDA",
-            "install one with it: make clean, then make packages PLATFORM=gpu",
+            "install one with it: make clean, then make sglang PLATFORM=gpu",
         )
     major = int(cuda.split(".")[0])
     if driver is not None and driver[0] < major:
@@ -204,7 +204,7 @@ def not_importable(module: str, error: Exception, torch: str) -> UserError:
     """
     text = str(error)
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        rule, fix = f"needs {error.name}, which is not installed", "make packages PLATFORM=gpu"
+        rule, fix = f"needs {error.name}, which is not installed", "make sglang PLATFORM=gpu"
     elif "undefined symbol" in text:
         rule, fix = f"was built against another torch than {torch} ({described(error)})", REBUILD
     elif "cannot open shared object file" in text:

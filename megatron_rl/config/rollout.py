@@ -177,8 +177,8 @@ class WeightSyncConfig:
     full_every: PositiveInt = 20
     """Versions of ``disk`` from one full copy to the next; between them only differences are written."""
     quantization: Literal["fp8_block", "fp8_tensor"] | None = None
-    """Servers get their linear layers in eight bits: e4m3 with a scale for each block of 128 x 128, or for each layer. Sent as
-    whole tensors."""
+    """Servers get their linear layers in eight bits: e4m3 with a scale for each block of 128 x 128, or for each layer. Blocks
+    go by shards or as whole tensors, ``fp8_tensor`` as whole tensors."""
     power_of_two_scales: bool = False
     """Scales of ``quantization`` are powers of two, which e8m0 can hold."""
     pause_mode: Literal["abort", "retract", "in_place"] = "retract"
@@ -199,7 +199,8 @@ class WeightSyncConfig:
                 "must be given if weight_sync.transport is disk, and only then",
                 "name a directory that trainer and servers share, or use another transport",
             )
-        if self.quantization is not None and self.transport in ("shards", "disk"):
+        unfit = {"disk": ("fp8_block", "fp8_tensor"), "shards": ("fp8_tensor",)}
+        if self.quantization in unfit.get(self.transport, ()):
             raise UserError(
                 "weight_sync.quantization",
                 self.quantization,

@@ -216,7 +216,8 @@ def _fix_of_sharing(devices: int, size: int, nodes: int) -> str:
         )
     if devices % size == 0:
         return f"set it to {devices // size}, or rollout.servers.placement=separate with GPUs for servers alone"
-    return f"set rollout.sglang_cfg.tp_size to a divisor of {devices}, and this to {devices} / tp_size"
+    fix = f"set rollout.sglang_cfg.tp_size to a divisor of {devices}, and this to {devices} / tp_size"
+    return f"{fix}, or rollout.servers.nodes_per_server to {size // devices}" if size % devices == 0 else fix
 
 
 def check_attention(precision: str, context_parallel_size: int) -> None:

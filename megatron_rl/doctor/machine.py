@@ -37,7 +37,7 @@ def look() -> dict[str, str]:
 
 
 def _fit(torch) -> str:  # type: ignore[no-untyped-def]
-    """Say whether driver, torch and Transformer Engine go together, as a run checks at its start."""
+    """Say whether driver, torch, Transformer Engine and SGLang go together, as a run checks at its start."""
     name, cuda = torch.__version__, torch.version.cuda
     if not torch.cuda.is_available():
         has_device, driver = installed.platform() == "gpu", installed.driver_cuda()
@@ -48,6 +48,7 @@ def _fit(torch) -> str:  # type: ignore[no-untyped-def]
             torch=name, capability=torch.cuda.get_device_capability(), built_for=torch.cuda.get_arch_list()
         )
         installed.check_engine_here(torch=name, cuda=cuda)
+        installed.check_server_here()
     except UserError as error:
         return str(error)
     return "fits"

@@ -17,7 +17,7 @@ from megatron_rl.config.policy import DTYPE_BYTES
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import padded_vocab_size, shard_shape
 from megatron_rl.convert.tables.table import Entry, entries
-from megatron_rl.weight_sync.layouts import rollout_layout, training_layout
+from megatron_rl.weight_sync.layouts import training_layout
 from megatron_rl.weight_sync.pieces import TrainingLayout
 
 GB = 1e9
@@ -335,7 +335,7 @@ def _working_bytes(config: Config, shape: ModelShape, stage: int, width: int) ->
 
 def _server_bytes(config: Config, shape: ModelShape, width: int) -> int:
     width = 1 if config.weight_sync.quantization else width
-    return round(_model_size(shape) * width / rollout_layout(config).tp_size)
+    return round(_model_size(shape) * width / config.rollout.gpus_per_server)
 
 
 def longest_row(config: Config) -> int:

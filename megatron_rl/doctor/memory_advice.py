@@ -269,7 +269,7 @@ def _room_for_rollouts(config: Config) -> Iterator[Option]:
 
 
 def _rollouts(config: Config) -> Iterator[Option]:
-    """Yield what makes rollouts smaller: fewer rows at once in process, servers over more GPUs."""
+    """Yield what makes rollouts smaller: fewer rows at once in process, servers over more GPUs, then over more nodes."""
     yield 0.0, {}
     rollout, devices, price = config.rollout, config.trainer.devices, 0.0
     if rollout.engine == "transformers":
@@ -283,3 +283,8 @@ def _rollouts(config: Config) -> Iterator[Option]:
     while (size := 2 * size) <= devices and devices % size == 0 and "pp_size" not in rollout.sglang_cfg:
         price += PRICES["server"]
         yield price, {"rollout.sglang_cfg.tp_size": size, "rollout.servers.num_per_node": devices // size}
+    for nodes in (2, 4):
+        if config.trainer.num_nodes % nodes == 0 and size // 2 <= devices and "pp_size" not in rollout.sglang_cfg:
+            price += PRICES["server"]
+            sizes = {"rollout.sglang_cfg.tp_size": nodes * devices, "rollout.servers.num_per_node": 1}
+            yield price, {**sizes, "rollout.servers.nodes_per_server": nodes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,7 +121,9 @@ def server_environment(
         num_cores: of this machine.
         part: of a server over several nodes; its ranks meet at a port.
     """
-    environment = {KEY_VARIABLE: key}
+    # SGLang calls ninja by its name, which an environment that is not activated does not find.
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    environment = {KEY_VARIABLE: key, "PATH": programs}
     if part is None:
         environment[MEETING_VARIABLE] = f"file://{meeting}"
     # SGLang's shared memory between ranks on a CPU has these two in its name.

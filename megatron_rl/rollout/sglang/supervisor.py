@@ -273,7 +273,7 @@ class Supervisor:
                 "rollout.servers.start_timeout_s",
                 self._config.start_timeout_s,
                 f"{server.name} did not answer within it",
-                f"see {server.log}; raise the limit for large models and slow disks",
+                f"see {server.log}; raise the limit for large models, slow disks and first compilations",
             )
         elif is_hopeless:
             self._failure = does_not_start(server.name, server.url, server.log, reason, platform())

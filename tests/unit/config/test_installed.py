@@ -82,7 +82,7 @@ def test_parts_that_do_not_fit_are_named(
         installed.check_transformer_engine(
             torch="2.11.0", cuda=cuda, versions=FITTING | changed, requirements=requirements
         )
-    assert expected in str(caught.value) and "make packages PLATFORM=gpu" in str(caught.value)
+    assert expected in str(caught.value) and "make sglang PLATFORM=gpu" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ SGLANG = "rollout.engine=sglang"
         [SGLANG],
         [SGLANG, "weight_sync.transport=shards"],
         [SGLANG, "weight_sync.transport=tensors", "weight_sync.quantization=fp8_block"],
+        [SGLANG, "weight_sync.transport=shards", "weight_sync.quantization=fp8_block"],
         [SGLANG, "weight_sync.transport=disk", "weight_sync.directory=/shared"],
     ],
 )

@@ -395,7 +395,7 @@ PAIRS = [
         (["weight_sync.transport=auto", "weight_sync.quantization=fp8_tensor"], "is for servers"),
         ("weight_sync.transport=shards", "is for servers"),
         ([SGLANG, "weight_sync.directory=/shared"], "only then"),
-        ([SGLANG, "weight_sync.transport=shards", "weight_sync.quantization=fp8_block"], "goes by whole tensors"),
+        ([SGLANG, "weight_sync.transport=shards", "weight_sync.quantization=fp8_tensor"], "goes by whole tensors"),
         ([SGLANG, "weight_sync.full_every=0"], "greater than 0"),
         ([SGLANG, "rollout.servers.urls=['http://h:1']", "rollout.sglang_cfg={tp_size: 2}"], "has no effect"),
     ),
