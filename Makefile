@@ -1,8 +1,8 @@
 # make quickstart         watch a model learn by reinforcement, about eight minutes on two CPU cores
 # make test-fast          unit tests, rules of the house, every config: some four minutes
 # make test               all tests: some 40 minutes on two cores
-#   test-trainer            all but those with real servers
-#   test-servers            those with real SGLang servers
+#   test-parts              unit tests, layouts, rules of the house, configs
+#   test-programs           whole programs: runs of the trainer, real SGLang servers
 # make test-kernels       tests of the Triton kernels, in Triton's interpreter: no GPU needed, half a minute
 # make campaign           kill runs at random and compare what they leave: an hour; CASES=servers for those with servers
 # make test-gpu           checks and benchmarks that need a GPU; wants PLATFORM=gpu
@@ -59,7 +59,7 @@ CHECK_NVCC = $(NVCC_RELEASE) | grep -q " 13\." || { echo "PLATFORM=gpu compiles 
 RESOLVE = $(BIN)/uv pip compile --quiet --no-python-downloads --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
 	--annotation-style line --custom-compile-command "make lock"
 
-.PHONY: help packages sglang-packages quickstart sglang test test-fast test-trainer test-servers test-kernels campaign test-gpu gpu-bundle lint format bench clean \
+.PHONY: help packages sglang-packages quickstart sglang test test-fast test-parts test-programs test-kernels campaign test-gpu gpu-bundle lint format bench clean \
 	check-gpu-env check-requirements lock
 
 help:
@@ -70,19 +70,19 @@ quickstart: $(RUN_STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 
 sglang: $(RUN_STAMP) $(SGLANG_STAMP)
 
-# Servers mostly wait for each other, so both halves run at the same time, each to its end.
+# Programs often wait for each other, so both halves run at the same time, each to its end.
 test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
-	$(MAKE) --jobs=2 --keep-going --output-sync=target test-trainer test-servers
+	$(MAKE) --jobs=2 --keep-going --output-sync=target test-parts test-programs
 
 # Two workers, since much of these tests is waiting for small processes.
 test-fast: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow" --durations=5 tests/unit tests/house tests/configs
 
-test-trainer:
-	$(BIN)/python -m pytest --durations=15 --ignore=tests/servers
+test-parts:
+	$(BIN)/python -m pytest --durations=15 --ignore=tests/servers --ignore=tests/e2e
 
-test-servers:
-	$(BIN)/python -m pytest --durations=15 tests/servers
+test-programs:
+	$(BIN)/python -m pytest --durations=15 tests/servers tests/e2e
 
 test-kernels: $(RUN_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest tests/unit/parallel/test_vocab_kernels.py
