@@ -85,11 +85,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_full_on_save(
     case: Case, small_disk: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_foreseen: bool
 ) -> None:
-    from megatron_rl.model import checkpoint
+    from megatron_rl.model import checkpoint, saving
 
     overrides = [f"exp_manager.exp_dir={small_disk}", "exp_manager.checkpoint_callback_params.every_n_train_steps=1"]
     if not is_foreseen:  # somebody else fills the disk between the check and the write
-        monkeypatch.setattr(checkpoint, "_check_space", lambda _directory, _needed: None)
+        for module in (checkpoint, saving):
+            monkeypatch.setattr(module, "check_space", lambda _directory, _needed: None)
     error = fails(case, capfd, *overrides)
     assert "could not be written" in error and ("are free" if is_foreseen else "No space left") in error
     left = [path.name for path in (small_disk / "tiny/checkpoints").iterdir()]
