@@ -14,7 +14,7 @@ from tests.forked import run_ranks
 
 
 def check(num_nodes: int, silent: int | None, broken: int | None) -> str | None:
-    """What a rank hears where one of them never answers, or fails."""
+    """Return the error that a rank hears where one of them never answers, or fails."""
     rank, exchange = torch.distributed.get_rank(), reach._exchange
     socket.gethostname = lambda: f"node-{rank // (4 // num_nodes)}"  # type: ignore[assignment]
 

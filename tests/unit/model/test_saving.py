@@ -44,7 +44,7 @@ def held_writer() -> threading.Event:
 
 
 def written_behind(model: Path, samples: list, layout: dict, overrides: tuple[str, ...], directory: Path) -> Any:
-    """What the manifests say of the same moment, written at once and behind two updates; and what polls returned."""
+    """Return the manifests of one moment, written at once and behind two updates, and the results of the polls."""
     from megatron_rl.algorithms.grpo import GRPO
     from megatron_rl.model.checkpoint import Checkpoints
 
@@ -99,7 +99,7 @@ def test_what_is_written_is_what_was_there_when_it_began(
 
 
 def not_written(model: Path, directory: Path) -> Any:
-    """Rank 1 may not write files as large as its shard: the error, what is left, and a later save."""
+    """Let rank 1 write no file as large as its shard; return the error, the files left, and a later save."""
     from megatron_rl.model.checkpoint import Checkpoints
 
     policy = build_policy(config_of(model, tp=2))
@@ -161,7 +161,7 @@ def test_copies_are_freed_as_soon_as_they_are_written(model: Path, tmp_path: Pat
 def ended_by_an_error(
     model: Path, directory: Path, who: tuple[int, ...], is_taken: bool
 ) -> tuple[list[str], list[str]]:
-    """What some of two ranks leave that end by an error while a checkpoint is written, and what they say."""
+    """End some of two ranks by an error while a checkpoint is written; return the files they leave and the lines they say."""
     from megatron_rl.model import checkpoint
 
     checkpoint.TOGETHER_S = 1.0
@@ -215,7 +215,7 @@ def test_too_little_main_memory_is_no_full_disk(tmp_path: Path) -> None:
 
 
 def beats(model: Path, directory: Path, is_writing: bool) -> int:
-    """Signs of work while a checkpoint is waited for during a second."""
+    """Count the signs of work while a checkpoint is waited for during a second."""
     from megatron_rl.model import saving
     from megatron_rl.process import activity
 
@@ -236,7 +236,7 @@ def test_waiting_is_work_only_while_something_is_written(model: Path, tmp_path: 
 
 
 def tensor_of_its_own(directory: Path) -> float:
-    """What is written of a tensor that changes meanwhile and shares its memory with no other: Megatron copies only views."""
+    """Return the mean that is written of a tensor that changes meanwhile and is no view: Megatron copies only views."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 

@@ -174,7 +174,7 @@ def test_one_that_is_starting_when_the_gate_closes_is_told_of(tmp_path: Path, wa
 
 
 def meet(nodes: list[Supervisor]) -> None:
-    """As the engine's ranks do."""
+    """Let the supervisors compare, as the engine's ranks do."""
     starts = [node.starts() for node in nodes]
     down = {name for node in nodes for name in node.down()}
     for node in nodes:
