@@ -237,6 +237,20 @@ def test_make_refuses_another_toolkit(tmp_path: Path, release: str | None, expec
         assert expected in said[0] and "CUDA 13" in said[0] and "CUDA_HOME=folder" in said[0]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_make_keeps_one_platform_to_an_environment(tmp_path: Path, platform: str) -> None:
+    """Packages of one would replace those of the other, some of them only."""
+    other = {"cpu": "gpu", "gpu": "cpu"}[platform]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "bin/python").chmod(0o755)
+    (tmp_path / f".installed-packages-{other}").touch()
+    done = make("--silent", "packages", f"PLATFORM={platform}", f"VENV={tmp_path}")
+    assert (
+        done.returncode == 2 and f"has the packages of PLATFORM={other}" in done.stderr and "Error 7" not in done.stderr
+    )
+
+
 def test_parts_run_in_small(tmp_path: Path) -> None:
     """Other tests run the scripts of the other parts; with TRL, which is not here, all were run by hand (docs/results)."""
     few = ["machine", "head_bits", "transfer_memory", "transfer_network"]

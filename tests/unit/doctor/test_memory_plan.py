@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from megatron_rl.commands.cli import app
 from megatron_rl.config import load_config
 from megatron_rl.convert.architecture.shape import read_shape
+from megatron_rl.doctor import memory_advice
 from megatron_rl.doctor.memory import GB, LOGIT_ROWS, LOGITS, estimate
 from megatron_rl.doctor.memory_advice import check_fits
 from megatron_rl.errors import UserError
@@ -178,6 +179,29 @@ def test_a_colocated_server_keeps_something(tmp_path: Path) -> None:
     colocated = plan_of(model, file="grpo_1.5b_one_gpu.yaml")
     separate = plan_of(model, "rollout.servers.placement=separate", file="grpo_1.5b_one_gpu.yaml")
     assert colocated.updating - separate.updating == 3 * GB and separate.residue == separate.server == 0
+
+
+def test_a_server_is_shared_out_over_its_tensor_and_pipeline_ranks(tmp_path: Path) -> None:
+    model, two = write_model(tmp_path, "7B"), "rollout.servers.num_per_node=2"
+    stages = ("rollout.sglang_cfg.tp_size=2", "rollout.sglang_cfg.pp_size=2")
+    plans = [
+        plan_of(model, two, *sizes, file="grpo_7b_one_node.yaml")
+        for sizes in (stages, ("rollout.sglang_cfg.tp_size=4",))
+    ]
+    assert plans[0].server == plans[1].server > 0
+
+
+def test_servers_over_more_nodes_are_tried_where_one_fills_its_node(tmp_path: Path) -> None:
+    model = write_model(tmp_path, "32B")
+    given = [f"policy.model_path={model}", "data.train=t", "data.task=gsm8k"]
+    config = load_config(ROOT / "configs/grpo_qwen2.5_32b.yaml", given)
+    nodes = "rollout.servers.nodes_per_server"
+    tried = [changes for _, changes in memory_advice._rollouts(config) if nodes in changes]
+    assert [(changes[nodes], changes["rollout.sglang_cfg.tp_size"]) for changes in tried] == [(2, 16), (4, 32)]
+    smaller = [estimate(memory_advice.with_changes(config, changes))[0].server for changes in tried]
+    assert smaller == [estimate(config)[0].server // 2, estimate(config)[0].server // 4]
+    two = memory_advice.with_changes(config, {"trainer.num_nodes": 2})
+    assert [changes[nodes] for _, changes in memory_advice._rollouts(two) if nodes in changes] == [2]
 
 
 def test_gradients_in_16_bits_are_copied_when_the_optimizer_steps(tmp_path: Path) -> None:
