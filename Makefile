@@ -1,8 +1,8 @@
 # make quickstart         watch a model learn by reinforcement, about eight minutes on two CPU cores
 # make test-fast          unit tests, rules of the house, every config: some four minutes
 # make test               all tests: some 40 minutes on two cores
-#   test-parts              unit tests, layouts, rules of the house, configs
-#   test-programs           whole programs: runs of the trainer, real SGLang servers
+#   test-parts              unit tests, layouts, rules of the house, configs, some runs of the trainer
+#   test-programs           whole programs: most runs of the trainer, real SGLang servers
 # make test-kernels       tests of the Triton kernels, in Triton's interpreter: no GPU needed, half a minute
 # make campaign           kill runs at random and compare what they leave: an hour; CASES=servers for those with servers
 # make test-gpu           checks and benchmarks that need a GPU; wants PLATFORM=gpu
@@ -78,11 +78,15 @@ test: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 test-fast: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m "not slow" --durations=5 tests/unit tests/house tests/configs
 
+# Of whole programs, as many as make both halves equally long.
+RUNS_WITH_PARTS := $(foreach name,campaign multinode own_method watchdog_e2e,tests/e2e/test_$(name).py)
+PARTS := $(filter-out tests/servers tests/e2e,$(patsubst %/,%,$(wildcard tests/*/)))
+
 test-parts:
-	$(BIN)/python -m pytest --durations=15 --ignore=tests/servers --ignore=tests/e2e
+	$(BIN)/python -m pytest --durations=15 $(PARTS) $(RUNS_WITH_PARTS)
 
 test-programs:
-	$(BIN)/python -m pytest --durations=15 tests/servers tests/e2e
+	$(BIN)/python -m pytest --durations=15 $(RUNS_WITH_PARTS:%=--ignore=%) tests/servers tests/e2e
 
 test-kernels: $(RUN_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest tests/unit/parallel/test_vocab_kernels.py

@@ -33,7 +33,6 @@ import torch.distributed as dist
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import shard_shape
 from megatron_rl.convert.tables.table import entries
-from megatron_rl.process.network import listening_socket
 from megatron_rl.weight_sync.meeting import Rendezvous, ServerMeeting
 from megatron_rl.weight_sync.network import make_group, receive, send, wait_for
 from megatron_rl.weight_sync.pieces import ServedForm, TrainingLayout
@@ -126,7 +125,7 @@ def work(
         torch.cuda.set_device(device)
     tp_rank, world_size = rank - NUM_RANKS, NUM_RANKS + ROLLOUT.tp_size
     is_trainer = tp_rank < 0
-    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
     backend = "gloo" if kind == "cpu" or way == "memory" else "nccl"
     everyone = make_group(backend, store, "all", rank, world_size, host="127.0.0.1", timeout_s=300.0)
     places = places_of(way, is_cpu=kind == "cpu")
@@ -226,10 +225,10 @@ def main() -> None:
     results: Queue[Any] = context.Queue()
     inbox, done = [context.Queue() for _ in range(ROLLOUT.tp_size)], context.Queue()
     shape, count = model_of(arguments.layers), arguments.repeats
-    with listening_socket("127.0.0.1") as free:
-        port = free.getsockname()[1]
+    # Held here from the start: a port that was merely free is another program's before the first process has imported torch.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     given = [
-        (rank, port, shape, count, arguments.way, arguments.device, inbox, done, results)
+        (rank, store.port, shape, count, arguments.way, arguments.device, inbox, done, results)
         for rank in range(NUM_RANKS + ROLLOUT.tp_size)
     ]
     os.environ["OMP_NUM_THREADS"] = "1"

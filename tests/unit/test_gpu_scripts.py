@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def last_line(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout.splitlines()[-1]
 
 
