@@ -70,7 +70,11 @@ setup(
         *(f"megatron_rl.patches.{name}" for name in find_packages("patches")),
     ],
     package_dir={"megatron_rl.patches": "patches"},
-    package_data={"megatron_rl": ["py.typed"], "megatron_rl.report": ["page.html"]},
+    package_data={
+        "megatron_rl": ["py.typed"],
+        "megatron_rl.config": ["other_names.yaml"],
+        "megatron_rl.report": ["page.html"],
+    },
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.commands.__main__:main"]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_rl.config import secrets
 from megatron_rl.config.methods import MethodConfig, check_can_be_saved, find_method, settings_code
+from megatron_rl.config.other_names import translate
 from megatron_rl.config.reader import Tree, read_tree
 from megatron_rl.config.schema import Config
 from megatron_rl.config.secrets import Keys
@@ -162,7 +164,11 @@ def _explain(error: ValidationError, section: type, where: tuple[str, ...]) -> E
     if first["type"] == "unexpected_keyword_argument" and key in GONE:
         return UserError(key, first["input"], f"is gone: {GONE[key]}", "leave it out")
     if first["type"] == "unexpected_keyword_argument":
-        return UserError(key, first["input"], "is not a known key", nearest(inner[-1], _fields(section, inner[:-1])))
+        ours = _fields(section, inner[:-1])
+        other = translate(key, first["input"])
+        if other and (other.is_exact or not get_close_matches(inner[-1], ours, cutoff=0.8)):
+            return UserError(other.key, other.value, other.rule, other.fix)
+        return UserError(key, first["input"], "is not a known key", nearest(inner[-1], ours))
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return _missing(key)
     if first["type"] == "kind":
