@@ -23,6 +23,8 @@ RUNTIME = [
     "math-verify==0.9.0",
     "antlr4-python3-runtime==4.13.2",  # math-verify's extra for it: pip warns of a name inside, and older ones leave it out
     "pebble>=5.2",
+    "datasets>=5",
+    "pyarrow",
     "aiohttp",
     "zstandard>=0.25",
     "rich",

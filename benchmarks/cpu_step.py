@@ -62,14 +62,14 @@ def measure(max_matmul_length: int) -> float:
     from megatron_rl.config import load_config
     from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.convert.hf.random_weights import RandomReader
-    from megatron_rl.data.prompts import demonstrations, tokenize_prompts
+    from megatron_rl.data.prompts import PromptMaker, SupervisedRowMaker, demonstrations, tokenize_prompts
     from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
     from megatron_rl.model import attention
     from megatron_rl.model.policy import Policy
     from megatron_rl.model.trainable import Trainable
     from megatron_rl.model.weights import load_hf_weights
     from megatron_rl.parallel.groups import build_groups
-    from megatron_rl.tasks import get_task
+    from megatron_rl.tasks.problems import load_problems
     from megatron_rl.tasks.word_problems import generate, write_rows
     from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
 
@@ -85,9 +85,10 @@ def measure(max_matmul_length: int) -> float:
     config = load_config(Path(__file__).parent.parent / "examples/quickstart/warm_start.yaml", overrides)
     shape = read_shape(root / "model")
     tokenizer = load_tokenizer(root / "model", shape)
-    problems = get_task("word_problems").load(root / "rows.jsonl", template=None)
-    prompts, _ = tokenize_prompts(problems, tokenizer, config.data, context_length=256, max_new_tokens=1)
-    rows = demonstrations(prompts, tokenizer, stop_id=stop_ids(tokenizer, shape)[0], context_length=256)
+    problems = load_problems("word_problems", root / "rows.jsonl")
+    prompts, _ = tokenize_prompts(problems, PromptMaker(tokenizer, config.data, context_length=256, max_new_tokens=1))
+    end = stop_ids(tokenizer, shape, root / "model")[0]
+    rows, _ = demonstrations(prompts, SupervisedRowMaker(tokenizer, stop_id=end, context_length=256))
     trainable = Trainable(
         config,
         shape,

@@ -14,6 +14,7 @@ inside one file system, and without the sync a power cut could leave the new nam
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from megatron_rl.errors import UserError
 OTHER_FOLDER = "free disk space or choose another directory"
 SAME_COMMAND = "free some disk space or mend the folder's rights, and give the same command again"
 """The two fixes for a disk error; a caller may add what is still intact or what to turn off."""
+LARGE_BYTES = 16 * 2**20
+PIECE_BYTES, NUM_PIECES = 2**16, 16
+"""Pieces of a file above ``LARGE_BYTES`` that enter the digest of its folder."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -114,3 +118,24 @@ def disk_error(path: Path, error: Exception | str, *, field: str | None = None, 
     reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
     rule = f"could not be written ({reason})"
     return UserError(str(path), None, rule, fix) if field is None else UserError(field, str(path), rule, fix)
+
+
+def content_digest(path: Path) -> str:
+    """Return a digest of a file, or of a folder without what is hidden in it. Of large files in a folder pieces count."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            name = file.relative_to(path)
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                size = file.stat().st_size
+                digest.update(f"{name} {size} ".encode())
+                with file.open("rb") as opened:
+                    if path.is_dir() and size > LARGE_BYTES:
+                        for index in range(NUM_PIECES):
+                            opened.seek(index * (size - PIECE_BYTES) // (NUM_PIECES - 1))
+                            digest.update(opened.read(PIECE_BYTES))
+                    else:
+                        digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return digest.hexdigest()

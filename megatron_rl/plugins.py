@@ -1,4 +1,4 @@
-"""Names in a config: one of ours, or ``package.module:NAME`` from anywhere on the Python path.
+"""Names in a config: one of ours, ``package.module:NAME`` from anywhere on the Python path, or ``folder/file.py:NAME``.
 
 ``find`` is the only resolver. Tasks, rewards, methods, engines, transports and sinks all go through it, so that outside code is
 found, checked and refused in one way. ``check`` says without importing whether a path can be right: a module that imports torch
@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
+import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from megatron_rl.errors import UserError, described
@@ -85,7 +90,7 @@ def unknown(name: object, known: Iterable[str], *, field: str, what: str) -> Use
 
 
 def load(path: str, *, field: str, what: str) -> Any:
-    """Import ``package.module:NAME`` and return the object.
+    """Import ``package.module:NAME`` or ``folder/file.py:NAME`` and return the object.
 
     Raises:
         UserError: the module cannot be imported, whatever its code raises, or has no such name.
@@ -93,12 +98,30 @@ def load(path: str, *, field: str, what: str) -> Any:
     _look(path, field, what)
     name, _, attribute = path.partition(":")
     try:
-        module = importlib.import_module(name)
+        module = _module_of_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
         if hasattr(module, attribute):
             return getattr(module, attribute)
     except FROM_OUTSIDE as error:
         raise _broken(path, described(error), field, what) from error
     raise _missing(path, vars(module), field)
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """Run a file as a module, once; it finds its neighbours as a script does."""
+    name = f"_file_{hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def check(path: str, *, field: str, what: str) -> None:
@@ -178,7 +201,8 @@ def named_by(name: str, path: str, *, field: str) -> Iterator[None]:
 def _look(path: str, field: str, what: str) -> set[str]:
     """Check the spelling of a path and that its name is there; return the types of what it is bound to, as ``_bindings``."""
     module, _, attribute = path.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+    is_file = module.endswith(".py")
+    if not attribute.isidentifier() or not (is_file or all(part.isidentifier() for part in module.split("."))):
         raise UserError(field, path, "does not read package.module:NAME", f"name the module of {what}, then the object")
     if (imported := sys.modules.get(module)) is not None:  # it may bind other names than its source shows
         there = vars(imported)
@@ -187,7 +211,7 @@ def _look(path: str, field: str, what: str) -> set[str]:
         value = there.get(attribute, imported)
         return {type(value).__name__ if isinstance(value, CONSTANTS) else ""}
     try:
-        source = _source(module, field, path)
+        source = _text_of(Path(module), field, path) if is_file else _source(module, field, path)
         tree = None if source is None else _parse(source)
     except UserError:
         raise
@@ -227,6 +251,15 @@ def _missing(path: str, names: Iterable[str], field: str) -> UserError:
         f"did you mean {near[0]}?" if near else f"check the spelling; {module} has {', '.join(public[:8]) or 'nothing'}"
     )
     return UserError(field, path, f"is not there: {module} has no {attribute}", fix)
+
+
+def _text_of(file: Path, field: str, path: str) -> str:
+    try:
+        with tokenize.open(file) as opened:
+            return opened.read()
+    except OSError as error:
+        fix = "give the path of the file, from the folder in which you start or from the root"
+        raise UserError(field, path, f"cannot be read ({error.strerror})", fix) from error
 
 
 def _source(module: str, field: str, path: str) -> str | None:

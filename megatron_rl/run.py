@@ -420,6 +420,7 @@ class Run:
             timeout_s=data.scoring_timeout_s,
             cpu_group=self.groups.cpu_group,
             reward=data.reward,
+            reward_kwargs=data.reward_kwargs,
         )
 
     @activity.phase("evaluation")

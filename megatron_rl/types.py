@@ -59,6 +59,10 @@ class Problem:
     """The problem without the template; "" where a task does not set it."""
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
     """JSON values: what else the data row holds and the task keeps, for its ``score`` or for ``data.reward``."""
+    messages: tuple[dict[str, Any], ...] | None = field(default=None, hash=False)
+    """Chat messages that are the prompt, in place of ``prompt``."""
+    tools: list[Any] | None = field(default=None, hash=False)
+    """Descriptions of tools, for the chat template."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_rl.tasks.base import problem_id, unique_problems
-from megatron_rl.tasks.jsonl import read_rows
+from megatron_rl.tasks.base import problem_id
+from megatron_rl.tasks.rows.row import Row
 from megatron_rl.types import Problem, Score
 
 
@@ -18,18 +17,16 @@ class Words:
     name: str = "own_words"
     preload: Sequence[str] = ()
 
-    def load(self, path: Path, *, template: str | None) -> list[Problem]:
-        """Read the problems of a file; the prompt is the question itself."""
-        return unique_problems(
-            Problem(
-                problem_id=problem_id(self.name, row["question"]),
-                prompt=row["question"],
-                answer=row["answer"],
-                source=source,
-                question=row["question"],
-                metadata=rest | {"num_people": len(row["question"].split(" . "))},
-            )
-            for source, row, rest in read_rows(path, required=("question", "answer"))
+    def problem(self, row: Row, *, template: str | None) -> Problem:
+        """Make a problem of a row; the prompt is the question itself."""
+        question = row.text("question")
+        return Problem(
+            problem_id=problem_id(self.name, question),
+            prompt=question,
+            answer=row.text("answer"),
+            source=row.source,
+            question=question,
+            metadata=row.rest(("question", "answer")) | {"num_people": len(question.split(" . "))},
         )
 
     def score(self, problem: Problem, response: str) -> Score:

@@ -187,9 +187,9 @@ def _histogram(rewards: np.ndarray) -> Iterator[tuple[str, int]]:
 
 def _ids_of(path: str, task: str) -> set[str]:
     """Return the problem ids of a task's file."""
-    from megatron_rl.tasks import load_problems
+    from megatron_rl.tasks.problems import load_problems
 
-    return {problem.problem_id for problem in load_problems(task, Path(path))}
+    return {problem.problem_id for problem in load_problems(task, path)}
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -246,7 +246,7 @@ def _replay(config: Config, rollouts: Path) -> Iterator[tuple[Callable[[int], li
     try:
         scorer = Scorer(
             [data.task], tokenizer, num_workers=data.num_scoring_workers, timeout_s=data.scoring_timeout_s,
-            cpu_group=dist.group.WORLD, reward=data.reward,
+            cpu_group=dist.group.WORLD, reward=data.reward, reward_kwargs=data.reward_kwargs,
         )  # fmt: skip
         try:
             collector = Collector(RecordedEngine(rollouts), scorer, config.trainer.seed, PhaseTimer())
@@ -268,14 +268,14 @@ def _tokenizer(config: Config) -> Any:
 
 def _prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     from megatron_rl.convert.architecture.shape import read_shape
-    from megatron_rl.data.prompts import tokenize_prompts
-    from megatron_rl.tasks import load_problems
+    from megatron_rl.data.prompts import PromptMaker, tokenize_prompts
+    from megatron_rl.tasks.problems import fields_of, load_problems
 
-    problems = load_problems(config.data.task, Path(config.data.train), template=config.data.template)
+    data = config.data
+    problems = load_problems(data.task, *data.train, template=data.template, fields=fields_of(vars(data.fields)))
     context = read_shape(Path(config.policy.model_path)).max_position_embeddings
-    prompts, _ = tokenize_prompts(
-        problems, tokenizer, config.data, context_length=context, max_new_tokens=config.rollout.max_new_tokens
-    )
+    maker = PromptMaker(tokenizer, data, context_length=context, max_new_tokens=config.rollout.max_new_tokens)
+    prompts, _ = tokenize_prompts(problems, maker)
     return prompts
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config, PresampleConfig
@@ -36,7 +37,9 @@ def presample(config: Config, runtime: Runtime) -> None:
     from megatron_rl.run import Run
 
     with Run(config, runtime, is_trained=False) as run:
-        group, prompts = run.groups.cpu_group, list(run.inputs.prompts.items)[: config.presample.num_problems]
+        group = run.groups.cpu_group
+        usable = (prompt for prompt in run.inputs.prompts.items if prompt is not None)
+        prompts = list(islice(usable, config.presample.num_problems))
         provenance = _provenance(run)
         with all_ranks_agree(group):
             folder = _open(run, prompts, provenance) if run.is_first else None
@@ -210,7 +213,7 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
     from megatron_rl.data.presampled import EXPLORATION, KEPT
 
     settings = config.presample
-    summary = folder.finish([prompt.problem for prompt in prompts], settings.num_samples)
+    summary = folder.finish([prompt.problem for prompt in prompts], config.data.train, settings.num_samples)
     table = Table(title=f"{summary['num_problems']} problems, {settings.num_samples} samples each")
     table.add_column("")
     table.add_column("problems", justify="right")

@@ -3,35 +3,75 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from megatron_rl.config.section import PathText, PerMachine, Seconds, Temperature, section
+from megatron_rl.config.section import PathText, PathTexts, PerMachine, Seconds, Temperature, section
 from megatron_rl.errors import UserError
+
+
+@section
+class FieldsConfig:
+    """Columns of problem files whose layout is not recognised; a dot leads into one: ``reward_model.ground_truth``."""
+
+    prompt: str | None = None
+    """The column that the model reads: a text, or chat messages. ``question`` in its place goes into ``data.template``."""
+    question: str | None = None
+    answer: str | None = None
+    """The reference answer; without one only ``data.reward`` can judge."""
+    solution: str | None = None
+    """A worked answer, which supervised training learns from."""
+    metadata: str | None = None
+    """A column of further values for the reward; null gives it all columns that have no other use."""
+    tools: str | None = None
+    """Descriptions of tools, for the chat template."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("prompt", "question") if getattr(self, name) is not None]
+        others = [name for name in ("answer", "solution", "metadata", "tools") if getattr(self, name) is not None]
+        if len(given) == 2 or (others and not given):
+            rule = (
+                "one of prompt and question has to be named"
+                if others
+                else "only one of prompt and question can be named"
+            )
+            raise UserError("data.fields", ", ".join((*given, *others)), rule, "name the column that the model reads")
 
 
 @section
 class DataConfig:
     """Source of problems, and how responses are scored."""
 
-    task: str
-    """A name from megatron_rl.tasks (gsm8k, word_problems), or ``package.module:NAME`` of a task of your own."""
+    task: str = "math"
+    """A name from megatron_rl.tasks (math, gsm8k, word_problems), or ``package.module:NAME`` of a task of your own. math takes
+    problem files of every layout that is known, and those that ``fields`` maps; it compares final answers."""
+    fields: FieldsConfig = Field(default_factory=FieldsConfig)
     reward: str | None = None
-    """``package.module:FUNCTION`` of a reward of your own; null takes the task's ``score``.
+    """``my_rewards.py:FUNCTION`` or ``package.module:FUNCTION``, a reward of your own; null takes the task's ``score``.
 
-    A plain function f(problem, response) -> float or Score, run in the scoring workers: ``problem`` has question, answer and
-    metadata (types.py), ``response`` is the decoded text. A float r counts as correct, for pass@k and for the pools of samples,
-    where r >= 1; return a Score to say otherwise. A rollout whose reward raises, is no finite number or takes longer
-    than ``scoring_timeout_s`` gets no advantage and is counted as dropped/score_crash or dropped/score_timeout."""
-    train: PathText
-    """Problem file (.jsonl or .jsonl.gz) to train on."""
-    validation: PathText | None = None
-    """Problem file to evaluate on; required by ``eval``."""
+    It runs in the scoring workers, and takes what it names of: prompt, response, answer, metadata, question, problem,
+    finish_reason, and any column of the metadata; as responses, prompts, answers it takes many at once. It may be async. It
+    returns a number, a dict of named parts with ``reward`` in it, or a Score. A number r counts as correct, for pass@k and for
+    pools of samples, where r >= 1; a part ``correct`` says otherwise. A rollout whose reward raises, is no finite
+    number or takes longer than ``scoring_timeout_s`` gets no advantage and is counted as dropped/score_crash or
+    dropped/score_timeout."""
+    reward_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the reward, or of the task's ``score``: math and gsm8k take ``lenient: true``, which also accepts an
+    answer that is not marked, or of a response that was cut."""
+    train: PathTexts
+    """Problem files to train on: .jsonl, .jsonl.gz, .json, .parquet, a folder that ``datasets`` reads, or an id on the Hugging
+    Face hub as ORGANISATION/NAME:SUBSET:SPLIT. One or a list; ``[a:b]`` behind one takes a slice of its rows."""
+    validation: PathTexts | None = None
+    """Problem files to evaluate on; required by ``eval``."""
     template: str | None = None
-    """Prompt template with ``{question}``; null takes the task's own."""
-    apply_chat_template: bool = False
-    """Wrap the prompt as a user message with the tokenizer's chat template."""
+    """Prompt template with ``{question}``; null takes the task's own. Whole prompts and chat messages take none."""
+    apply_chat_template: bool | None = None
+    """Wrap the prompt as a user message with the tokenizer's chat template. null: chat messages alone."""
+    system_prompt: str | None = None
+    """First message of every chat that has no system message of its own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template: ``enable_thinking: false``."""
     shuffle: bool = True
     max_prompt_tokens: PositiveInt | None = None
     overlong_prompts: Literal["error", "drop"] = "error"
@@ -41,12 +81,19 @@ class DataConfig:
     """Deadline of one score; the worker is killed and the row counted as dropped/score_timeout."""
 
     def __post_init__(self) -> None:
-        if self.validation is not None and os.path.realpath(self.validation) == os.path.realpath(self.train):
+        trained = set(map(os.path.realpath, self.train))
+        if repeated := [path for path in self.validation or () if os.path.realpath(path) in trained]:
             raise UserError(
                 "data.validation",
-                self.validation,
+                repeated[0],
                 "is data.train: accuracy on the problems that are trained on is not that on others",
                 "give other problems, or a copy under another name if this is what you want to see",
+            )
+        if self.apply_chat_template is False and (self.system_prompt or self.chat_template_kwargs):
+            name = "system_prompt" if self.system_prompt else "chat_template_kwargs"
+            rule = "needs a chat template, and data.apply_chat_template is false"
+            raise UserError(
+                f"data.{name}", getattr(self, name), rule, "set data.apply_chat_template=true, or leave it out"
             )
 
 
@@ -101,8 +148,8 @@ class PresampleConfig:
     purpose: Literal["rehearsal", "replay"] = "rehearsal"
     """``rehearsal`` (DPH-RL): of each problem solved ``min_correct`` times or more, one further sample if that is right too,
     with its log-probs; the other problems are ``exploration.jsonl``. ``replay`` (RLEP): of such problems, all right samples."""
-    problems: PathText | None = None
-    """Problem file to sample on; null takes ``data.train``."""
+    problems: PathTexts | None = None
+    """Problem files to sample on; null takes ``data.train``."""
     num_problems: PositiveInt | None = None
     """Sample on this many problems of the file, from the first on; null takes all."""
     num_samples: PositiveInt = 8

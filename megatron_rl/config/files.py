@@ -12,7 +12,10 @@ from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
-from megatron_rl.tasks.reward import get_reward
+from megatron_rl.tasks.problems import fields_of, problem_of
+from megatron_rl.tasks.reward import find_verifier
+from megatron_rl.tasks.rows.open import first_row
+from megatron_rl.tasks.rows.spec import parse_spec
 
 
 def check_files(config: Config) -> None:
@@ -41,12 +44,10 @@ def check_files(config: Config) -> None:
             "holds no *.safetensors weights",
             "give a directory with weights, or set policy.initialization=random to start from nothing",
         )
-    files = {"data.train": config.data.train, "data.validation": config.data.validation}
-    files["eval.baseline"] = config.eval.baseline if config.eval.is_used else None
-    for key, file in files.items():
-        if file is not None and not Path(file).is_file():
-            fix = "give the path of a .jsonl file" if key != "eval.baseline" else "give the eval/step_*.json of a run"
-            raise UserError(key, file, "is not a file", fix)
+    check_problem_files(config)
+    baseline = config.eval.baseline if config.eval.is_used else None
+    if baseline is not None and not Path(baseline).is_file():
+        raise UserError("eval.baseline", baseline, "is not a file", "give the eval/step_*.json of a run")
     for key, pool in stored_pools(config).items():
         if not Path(pool).is_dir():
             raise UserError(key, pool, "is not a directory", "make the pool first: megatron-rl presample CONFIG")
@@ -55,6 +56,24 @@ def check_files(config: Config) -> None:
         raise UserError(
             "rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run"
         )
+
+
+def check_problem_files(config: Config) -> None:
+    """Look at the first row of each problem file: it is there, and its columns are what the config says or known ones.
+
+    Folders and sets on the hub are opened later.
+
+    Raises:
+        UserError: naming the config key, or the file.
+    """
+    data = config.data
+    task, fields = get_task(data.task), fields_of(vars(data.fields))
+    verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
+    for key, texts in {"data.train": data.train, "data.validation": data.validation or []}.items():
+        for text in texts:
+            row = first_row(parse_spec(text, key))
+            if row is not None:
+                verifier.check_columns(problem_of(row, task, data.template, fields))
 
 
 def check_names(config: Config) -> None:
@@ -67,8 +86,7 @@ def check_names(config: Config) -> None:
         UserError: naming the config key.
     """
     get_task(config.data.task)
-    if config.data.reward is not None:
-        get_reward(config.data.reward)
+    find_verifier(config.data.task, config.data.reward, config.data.reward_kwargs)
     for sink in config.exp_manager.sinks:
         plugins.check(sink, field="exp_manager.sinks", what="a metric sink")
 

@@ -26,7 +26,7 @@ class Meaning:
     theirs: dict[str, list[str]]
     """System -> its names, if it has any."""
     note: str
-    """What differs, or why there is nothing alike."""
+    """The difference, or why there is nothing alike."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import re
 from typing import Annotated, TypeVar, cast, dataclass_transform
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -53,6 +53,16 @@ def _checked_path(path: str) -> str:
     return full
 
 
+def _checked_paths(paths: object) -> list[str]:
+    """Return one path or several as a list."""
+    given = [paths] if isinstance(paths, str) else list(paths) if isinstance(paths, list | tuple) else []
+    if not given or not all(isinstance(path, str) for path in given):
+        raise refusal(
+            "must be a path, or a list of paths", "give one, as in data.train=problems.parquet, or [a.jsonl, b.jsonl]"
+        )
+    return [_checked_path(path) for path in given]
+
+
 def _checked_name(name: str) -> str:
     """Return the name of one folder, which lies in the folder above and nowhere else."""
     if not name.strip() or name in (".", "..") or "/" in name or os.sep in name or UNPRINTABLE.search(name):
@@ -74,6 +84,9 @@ def _checked_temperature(temperature: float) -> float:
 IS_PATH = AfterValidator(_checked_path)
 PathText = Annotated[str, IS_PATH]
 """A path; ``~`` is the user's home."""
+ARE_PATHS = BeforeValidator(_checked_paths)
+PathTexts = Annotated[list[str], ARE_PATHS]
+"""Paths; one may be given as a text."""
 FolderName = Annotated[str, AfterValidator(_checked_name)]
 Temperature = Annotated[float, AfterValidator(_checked_temperature)]
 Seconds = Annotated[float, Field(ge=0.001, le=MAX_SECONDS)]

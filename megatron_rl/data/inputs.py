@@ -11,14 +11,21 @@ from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.data.origin import digest_of_fingerprints, random_model_digest, tokenizer_digest, weight_fingerprints
 from megatron_rl.data.pack import pack_layout, too_long
 from megatron_rl.data.pool import Pool, PoolNeed
-from megatron_rl.data.prompts import demonstrations, tokenize_prompts
+from megatron_rl.data.prompts import (
+    LazyDemonstrations,
+    LazyPrompts,
+    PromptMaker,
+    SupervisedRowMaker,
+    demonstrations,
+    tokenize_prompts,
+)
 from megatron_rl.data.rehearsal import probe_rows
 from megatron_rl.data.stream import Stream
 from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import all_ranks_agree, gather_json
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.tasks import load_problems
+from megatron_rl.tasks.problems import Problems, check_answer, fields_of, open_problems
 from megatron_rl.types import Prompt, TrainingSample
 
 Say = Callable[[str], None]
@@ -42,7 +49,6 @@ class Inputs:
         with all_ranks_agree(groups.cpu_group):
             self.shape = read_shape(Path(policy.model_path))
             self.tokenizer = load_tokenizer(Path(policy.tokenizer_path or policy.model_path), self.shape)
-            self.stop_ids = stop_ids(self.tokenizer, self.shape)
             self._load_problems()
             self._check_budget()
         self.probes: list[TrainingSample] = []
@@ -59,36 +65,72 @@ class Inputs:
         """Prompts that an online run samples on."""
         self.demonstrations: Stream[TrainingSample] = Stream([], seed, data.shuffle)
         """Rows that a supervised run learns from."""
-        self.held_out: Sequence[Prompt] = []
+        self.held_out: list[Prompt] = []
         """Prompts of the evaluation."""
-        if config.trainer.stage == "rl":
-            self.prompts.items = self._load("data.train", data.train, new_tokens)
+        is_online = config.trainer.stage == "rl"
+        prompts = self._prompts_of("data.train", data.train, new_tokens if is_online else 1, is_judged=is_online)
+        self.stop_ids = stop_ids(
+            self.tokenizer, self.shape, Path(config.policy.model_path), is_chat=self._is_chat, say=self._say
+        )
+        """Token ids that end a response; demonstrations end with the first."""
+        if is_online:
+            self.prompts.items = prompts
         else:
-            self.demonstrations.items = demonstrations(
-                self._load("data.train", data.train, 1),
-                self.tokenizer,
-                stop_id=self.stop_ids[0],
-                context_length=self.shape.max_position_embeddings,
-                overlong=data.overlong_prompts,
-            )
+            self.demonstrations.items = self._rows_of(prompts)
         if config.eval.is_used:
             assert data.validation is not None
-            self.held_out = self._load("data.validation", data.validation, new_tokens)[: config.eval.num_problems]
+            found = self._prompts_of(
+                "data.validation", data.validation, new_tokens, is_judged=True, at_most=config.eval.num_problems
+            )
+            self.held_out = [prompt for prompt in found if prompt is not None]
 
-    def _load(self, field: str, file: str, max_new_tokens: int) -> list[Prompt]:
+    def _prompts_of(
+        self, field: str, files: Sequence[str], max_new_tokens: int, *, is_judged: bool, at_most: int | None = None
+    ) -> Sequence[Prompt | None]:
+        """Open problem files; many problems become ``LazyPrompts``, unless only ``at_most`` of them are wanted."""
         data = self._config.data
-        problems = load_problems(data.task, Path(file), template=data.template)
-        prompts, dropped = tokenize_prompts(
-            problems,
-            self.tokenizer,
-            data,
-            context_length=self.shape.max_position_embeddings,
-            max_new_tokens=max_new_tokens,
+        needs_answer = is_judged and data.reward is None
+        problems = open_problems(
+            data.task,
+            files,
+            template=data.template,
+            fields=fields_of(vars(data.fields)),
+            needs_answer=needs_answer,
             field=field,
+            split="train" if field == "data.train" else "test",
+            say=self._say,
         )
+        self._is_chat = bool(data.apply_chat_template) or problems[0].messages is not None
+        if data.apply_chat_template is None and not self._is_chat and self.tokenizer.chat_template is not None:
+            self._say(
+                f"{field}: prompts are texts, and the model reads them as they are. data.apply_chat_template=true wraps "
+                "each in the tokenizer's chat template, as instruct models want it (false: no word of it)"
+            )
+        context_length = self.shape.max_position_embeddings
+        maker = PromptMaker(self.tokenizer, data, context_length=context_length, max_new_tokens=max_new_tokens)
+        if isinstance(problems, Problems) and at_most is None:
+            self._say(f"{field}: {len(problems)} rows, each read when its turn comes")
+            return LazyPrompts(problems, maker, check_answer if needs_answer else lambda _: None)
+        wanted = [problems[index] for index in range(len(problems))[:at_most]]
+        prompts, dropped = tokenize_prompts(wanted, maker, field=field)
         if dropped:
-            self._say(f"{file}: {dropped} of {len(problems)} problems left out, their prompts are too long")
+            self._say(f"{field}: {dropped} of {len(wanted)} problems left out, their prompts are too long")
         return prompts
+
+    def _rows_of(self, prompts: Sequence[Prompt | None]) -> Sequence[TrainingSample | None]:
+        """Make supervised rows."""
+        maker = SupervisedRowMaker(
+            self.tokenizer,
+            stop_id=self.stop_ids[0],
+            context_length=self.shape.max_position_embeddings,
+            overlong=self._config.data.overlong_prompts,
+        )
+        if isinstance(prompts, LazyPrompts):
+            return LazyDemonstrations(prompts, maker)
+        rows, dropped = demonstrations([prompt for prompt in prompts if prompt is not None], maker)
+        if dropped:
+            self._say(f"data.train: {dropped} of {len(prompts)} rows left out, prompt and solution are too long")
+        return rows
 
     @property
     def stream(self) -> Stream[Any]:
@@ -98,15 +140,18 @@ class Inputs:
     @property
     def longest_request(self) -> int:
         """Tokens of the longest prompt and response that an engine will be asked for."""
-        prompts = [*self.prompts.items, *self.held_out]
-        return max(len(prompt.prompt_ids) for prompt in prompts) + self._config.rollout.max_new_tokens
+        longest = max(_longest_prompt(self.prompts.items), _longest_prompt(self.held_out))
+        return longest + self._config.rollout.max_new_tokens
 
     @property
     def longest_row(self) -> int:
         """Tokens of the longest row that is trained on."""
         if self._config.trainer.stage == "rl":
-            return max(len(p.prompt_ids) for p in self.prompts.items) + self._config.rollout.max_new_tokens
-        return max(row.num_tokens for row in self.demonstrations.items)
+            return _longest_prompt(self.prompts.items) + self._config.rollout.max_new_tokens
+        rows = self.demonstrations.items
+        if isinstance(rows, LazyDemonstrations):
+            return self.shape.max_position_embeddings
+        return max(row.num_tokens for row in rows if row is not None)
 
     # ---- whether rows fit
 
@@ -140,7 +185,7 @@ class Inputs:
         with all_ranks_agree(self._groups.cpu_group):
             if need is not None:
                 pool = Pool(need.directory, model_digest=model, tokenizer_digest=tokenizer_digest(self.tokenizer))
-                self._say(need.use(pool, self.prompts.items))
+                self._say(need.use(pool, [prompt for prompt in self.prompts.items if prompt is not None]))
                 self.pool_contents[need.field] = (need.directory, pool.digest())
             if probed is not None:
                 pool = Pool(probed, tokenizer_digest=tokenizer_digest(self.tokenizer))
@@ -155,3 +200,10 @@ class Inputs:
                 return random_model_digest(directory, self._config.trainer.seed)
             mine = weight_fingerprints(directory, rank=groups.rank, num_ranks=groups.world_size)
         return digest_of_fingerprints(gather_json(mine, groups.cpu_group))
+
+
+def _longest_prompt(prompts: Sequence[Prompt | None]) -> int:
+    """Return the tokens of the longest prompt; where they are not kept, the limit."""
+    if isinstance(prompts, LazyPrompts):
+        return prompts.maker.limit
+    return max((len(prompt.prompt_ids) for prompt in prompts if prompt is not None), default=0)

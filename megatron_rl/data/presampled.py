@@ -22,7 +22,7 @@ from typing import Any
 from megatron_rl.data.pool import PoolWriter, Provenance, Trajectory, drop_shards_after, num_shards
 from megatron_rl.errors import UserError
 from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
-from megatron_rl.tasks.jsonl import copy_rows
+from megatron_rl.tasks.rows.copy import copy_rows
 from megatron_rl.types import Problem
 
 EXPLORATION = "exploration"
@@ -108,8 +108,14 @@ class PresampledFolder:
         paths = sorted((self.directory / "chunks").glob("[0-9]*.json"))
         return [Verdict(**verdict) for path in paths for verdict in _read(path)["verdicts"]]
 
-    def finish(self, problems: Sequence[Problem], num_samples: int) -> dict[str, Any]:
-        """Write ``exploration.jsonl``, if there are such problems, and ``summary.json``; return the summary."""
+    def finish(self, problems: Sequence[Problem], files: Sequence[str], num_samples: int) -> dict[str, Any]:
+        """Write ``exploration.jsonl``, if there are such problems, and ``summary.json``; return the summary.
+
+        Args:
+            problems: that were sampled on.
+            files: that they come from.
+            num_samples: of each.
+        """
         verdicts = self.verdicts()
         fates = Counter(verdict.fate for verdict in verdicts)
         solved = Counter(verdict.num_correct for verdict in verdicts)
@@ -120,7 +126,8 @@ class PresampledFolder:
         }
         chosen = {verdict.problem_id for verdict in verdicts if verdict.fate == EXPLORATION}
         if chosen:
-            copy_rows([p for p in problems if p.problem_id in chosen], self.exploration)
+            sources = {problem.source for problem in problems if problem.problem_id in chosen}
+            copy_rows(files, sources, self.exploration, field="data.train")
         _write(self.directory / "summary.json", summary)
         return summary
 

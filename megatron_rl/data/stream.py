@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from megatron_rl.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -15,7 +17,8 @@ T = TypeVar("T")
 class Stream(Generic[T]):
     """Endless items: each epoch is a permutation that follows from (seed, epoch), so positions are the whole state."""
 
-    items: Sequence[T]
+    items: Sequence[T | None]
+    """One that is None is passed over: it was found to be unusable when it was asked for."""
     seed: int
     shuffle: bool
     cursor: int = 0
@@ -26,13 +29,29 @@ class Stream(Generic[T]):
     _taken: list[int] = field(default_factory=list, repr=False)
 
     def take(self, count: int) -> list[T]:
-        """Return the next ``count`` items."""
-        again, self.returned = self.returned[:count], self.returned[count:]
-        fresh = count - len(again)
-        positions = [*again, *range(self.cursor, self.cursor + fresh)]
-        self.cursor += fresh
-        self._taken = positions
-        return [self._at(position) for position in positions]
+        """Return the next ``count`` items.
+
+        Raises:
+            UserError: none of the items can be used.
+        """
+        taken: list[T] = []
+        self._taken = []
+        num_passed = 0
+        while len(taken) < count:
+            if self.returned:
+                position = self.returned.pop(0)
+            else:
+                position, self.cursor = self.cursor, self.cursor + 1
+            item = self._at(position)
+            if item is not None:
+                taken.append(item)
+                self._taken.append(position)
+            elif (num_passed := num_passed + 1) > len(self.items):
+                rule = f"none of the {len(self.items)} rows can be used: all are too long"
+                raise UserError(
+                    "data.train", None, rule, "raise data.max_prompt_tokens, or lower rollout.max_new_tokens"
+                )
+        return taken
 
     def put_back(self, indices: Sequence[int]) -> None:
         """Return items of the last ``take``, by their places in it: the next one begins with them."""
@@ -46,7 +65,7 @@ class Stream(Generic[T]):
         """Go on from a ``state``."""
         self.cursor, self.returned = int(state["cursor"]), list(state.get("returned", []))
 
-    def _at(self, position: int) -> T:
+    def _at(self, position: int) -> T | None:
         epoch, index = divmod(position, len(self.items))
         if not self.shuffle:
             return self.items[index]

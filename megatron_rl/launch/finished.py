@@ -6,7 +6,6 @@ with others is another run, and is refused: it would neither do what it asks for
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ import torch.distributed as dist
 from megatron_rl.config import Config, shown
 from megatron_rl.config.files import stored_pools
 from megatron_rl.errors import UserError, shortened
+from megatron_rl.files import content_digest
 from megatron_rl.launch.folder import SUMMARY
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics.rows import json_safe
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
+from megatron_rl.tasks.rows.content import rows_digest
 
 _NO_MATTER = (
     "exp_manager", "presample", "policy.ddp_cfg", "policy.train_micro_batch_tokens", "rollout.servers", "rollout.sglang_cfg",
@@ -39,8 +40,6 @@ _LAYOUT = (
 """Words in the names of Megatron's fields that say how something is computed, not what."""
 _MEGATRON = ("policy.megatron_cfg", "policy.optim.optimizer_cfg")
 _MAX_NAMED = 3
-_LARGE = 16 * 2**20
-_PIECE, _NUM_PIECES = 2**16, 16
 
 
 def is_finished(config: Config, runtime: Runtime) -> bool:
@@ -100,15 +99,15 @@ def result_settings(config: Config) -> dict[str, Any]:
     paths = {
         "policy.model_path": config.policy.model_path,
         "policy.tokenizer_path": config.policy.tokenizer_path,
-        "data.train": config.data.train,
-        "data.validation": config.data.validation,
         "eval.baseline": config.eval.baseline,
         "rollout.recorded_dir": config.rollout.recorded_dir,
         **stored_pools(config),
     }
     settings = dict(_fields(shown(config), ""))
     for field, path in paths.items():
-        settings[field] = None if path is None else {"path": path, "content": _content(Path(path))}
+        settings[field] = None if path is None else {"path": path, "content": content_digest(Path(path))}
+    for field, files in {"data.train": config.data.train, "data.validation": config.data.validation}.items():
+        settings[field] = None if files is None else {"path": ", ".join(files), "content": rows_digest(files)}
     return json.loads(json.dumps(json_safe(settings), default=str))
 
 
@@ -134,24 +133,3 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
                 value["path"] if isinstance(value, Mapping) and "path" in value else value for value in (old, new)
             )
             yield f"{field} was {shortened(repr(old))}, not {shortened(repr(new))}"
-
-
-def _content(path: Path) -> str:
-    """Return a digest of a file, or of a folder without what is hidden in it. Of large files in a folder pieces count."""
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            name = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                size = file.stat().st_size
-                digest.update(f"{name} {size} ".encode())
-                with file.open("rb") as opened:
-                    if path.is_dir() and size > _LARGE:
-                        for index in range(_NUM_PIECES):
-                            opened.seek(index * (size - _PIECE) // (_NUM_PIECES - 1))
-                            digest.update(opened.read(_PIECE))
-                    else:
-                        digest.update(hashlib.file_digest(opened, "blake2b").digest())
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
-    return digest.hexdigest()

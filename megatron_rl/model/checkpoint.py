@@ -39,7 +39,6 @@ from megatron_rl.errors import UserError, described
 from megatron_rl.model.generators import restore_generators
 from megatron_rl.model.manifest import (
     damage,
-    digest,
     generators_file,
     incompleteness,
     read_state,
@@ -58,6 +57,7 @@ from megatron_rl.parallel.agree import all_ranks_agree, are_all_here, broadcast_
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.process import activity
 from megatron_rl.process.heap import trim_heap
+from megatron_rl.tasks.rows.content import rows_digest
 
 TOGETHER_S = 10.0
 """Most seconds between ranks that end by the same error."""
@@ -363,7 +363,7 @@ def fixed_settings(
         "policy.optim.name": (config.policy.optim.name, config.policy.optim.name),
         "data.task": (data.task, data.task),
         "data.reward": (data.reward, data.reward),
-        "data.train": (data.train, digest(Path(data.train))),
+        "data.train": (", ".join(data.train), rows_digest(data.train)),
         "trainer.seed": (config.trainer.seed, config.trainer.seed),
         **(contents or {}),
     }

@@ -17,30 +17,33 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
+import io
+import json
 import math
 import multiprocessing
 import multiprocessing.spawn
 import os
 import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_rl.errors import UserError
-from megatron_rl.scoring.reward import as_score, get_verifier
+from megatron_rl.scoring.reward import crash, failure, get_verifier, judge
 from megatron_rl.tasks import get_task
-from megatron_rl.tasks.reward import Verifier
-from megatron_rl.types import Problem, Score
+from megatron_rl.tasks.reward import Attempt, Verifier
+from megatron_rl.types import Score
 
 CHUNKS_PER_WORKER = 4
 """More even out unequal jobs, fewer cost less traffic."""
@@ -51,6 +54,8 @@ DYING_S = 1.0
 """Seconds until a fork server that was killed is gone, and a new one is started in its place."""
 STALL_S = 60.0
 """A pool that gives no sign for this long beyond a job's deadline is replaced; its first workers start within this time."""
+MAX_PRINTED_LINES = 20
+"""Lines that a worker's code may print over its life; the rest is left out."""
 RESTALL_S = 15.0
 """The same for later workers, whose fork server has imported everything already."""
 
@@ -70,15 +75,35 @@ class _JobChunk:
         return [_JobChunk((index,), is_single=True) for index in self.indices]
 
 
-Job = tuple[Problem, str]
-"""A problem and the decoded response to it."""
+@dataclass(frozen=True)
+class _How:
+    """What judges, and how long it may take."""
+
+    reward: str | None
+    kwargs: str
+    """JSON."""
+    timeout_s: float
+
+    def verifier(self, task_name: str) -> Verifier:
+        return get_verifier(task_name, self.reward, self.kwargs)
+
+    def is_slow(self, task_names: Sequence[str]) -> bool:
+        """Many are judged at once."""
+        found = map(self.verifier, task_names)
+        return any(verifier.takes_many or verifier.is_async for verifier in found)
 
 
 class ScoringPool:
     """The worker processes that score responses to problems of one task or several. For one thread at a time."""
 
     def __init__(
-        self, task_names: Sequence[str], *, num_workers: int, timeout_s: float, reward: str | None = None
+        self,
+        task_names: Sequence[str],
+        *,
+        num_workers: int,
+        timeout_s: float,
+        reward: str | None = None,
+        reward_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Start the workers; they are ready by the time the trainer has loaded its model.
 
@@ -88,6 +113,7 @@ class ScoringPool:
             timeout_s: deadline of one score in seconds, kept to about 0.2 s by killing the worker. A job that meets it
                 costs up to 1.25 times as long: once with the others of its chunk, once alone.
             reward: ``package.module:FUNCTION`` that judges in place of the tasks' ``score``.
+            reward_kwargs: further arguments of either.
 
         Raises:
             UserError: no such task or reward, or a number is not positive.
@@ -97,16 +123,17 @@ class ScoringPool:
                 raise UserError(name, value, "must be above 0", "give a positive number")
         _hide_main()
         self._context = _WorkerContext()
+        how = _How(reward, json.dumps(reward_kwargs or {}), timeout_s)
         for name in task_names:  # what is wrong with them is an error here, where the user reads it
-            get_verifier(name, reward)
-        self._task_names, self._reward = tuple(task_names), reward
+            how.verifier(name)
+        self._task_names, self._how = tuple(task_names), how
         self._preload = tuple(dict.fromkeys(module for name in task_names for module in get_task(name).preload))
         self._context.set_forkserver_preload(["megatron_rl.tasks", __name__, *self._preload])
         self._num_workers, self._timeout_s = num_workers, timeout_s
         self._has_answered = False
         self._pool: ProcessPool | None = self._start()
 
-    def score(self, jobs: Sequence[Job]) -> list[Score]:
+    def score(self, jobs: Sequence[Attempt]) -> list[Score]:
         """Judge each response to its problem. A problem that recurs within a chunk travels once.
 
         Returns:
@@ -118,7 +145,7 @@ class ScoringPool:
             RuntimeError: the workers cannot be started at all, or the pool is closed.
             ValueError: a problem is of a task that the pool was not started for.
         """
-        foreign = {problem.task for problem, _ in jobs} - set(self._task_names)
+        foreign = {attempt.problem.task for attempt in jobs} - set(self._task_names)
         if foreign:
             raise ValueError(f"problems of {sorted(foreign)} in a pool for {list(self._task_names)}")
         scores: dict[int, Score] = {}
@@ -166,11 +193,11 @@ class ScoringPool:
             pool = ProcessPool(
                 max_workers=self._num_workers,
                 initializer=_prepare_worker,
-                initargs=(self._preload, self._task_names, self._reward),
+                initargs=(self._preload, self._task_names, self._how),
                 context=self._context,
             )
             try:
-                pool.schedule(_score_chunk, args=(self._reward, [], 0.0))  # pebble starts workers at the first task
+                pool.schedule(_score_chunk, args=(self._how, [], 0.0))  # pebble starts workers at the first task
                 return pool
             except RuntimeError:  # somebody has killed the fork server in that instant
                 pool.stop()
@@ -184,13 +211,15 @@ class ScoringPool:
             "score. What the workers wrote to stderr says why"
         )
 
-    def _send(self, chunk: _JobChunk, jobs: Sequence[Job]) -> ProcessFuture:
+    def _send(self, chunk: _JobChunk, jobs: Sequence[Attempt]) -> ProcessFuture:
         if self._pool is None:
             raise RuntimeError("the scoring pool is closed")
         # A chunk may take a part of the deadline and should use half of that: little is lost when one of its jobs is
         # stuck, and a job that is only slow gets the whole deadline afterwards.
         limit_s = self._timeout_s if chunk.is_single else max(0.2, self._timeout_s / 4)
-        args = (self._reward, [jobs[index] for index in chunk.indices], limit_s / 2)
+        if self._how.is_slow(self._task_names):  # many at once: they have the deadline of one together
+            limit_s = self._timeout_s
+        args = (self._how, [jobs[index] for index in chunk.indices], limit_s / 2)
         try:
             return self._pool.schedule(_score_chunk, args=args, timeout=limit_s)
         except RuntimeError as error:  # how pebble reports a pool that broke since the last call
@@ -207,7 +236,7 @@ class ScoringPool:
             return [_JobChunk(rest)] if rest else []
         if not chunk.is_single:
             return chunk.singles()
-        scores[chunk.indices[0]] = _failure(_reason(error))
+        scores[chunk.indices[0]] = failure(_reason(error))
         return []
 
     def _replace_pool(self, chunks: Iterable[_JobChunk], scores: dict[int, Score]) -> list[_JobChunk]:
@@ -220,7 +249,7 @@ class ScoringPool:
             elif not self._has_answered:
                 raise self._no_start()
             elif chunk.is_single:
-                scores[chunk.indices[0]] = _failure("crash: the scoring pool broke")
+                scores[chunk.indices[0]] = failure("crash: the scoring pool broke")
             else:
                 todo += chunk.singles()
         self._pool = self._start()
@@ -232,10 +261,6 @@ def _split(num_jobs: int, num_workers: int) -> list[_JobChunk]:
     return [_JobChunk(tuple(range(i, min(i + size, num_jobs)))) for i in range(0, num_jobs, max(size, 1))]
 
 
-def _failure(reason: str) -> Score:
-    return Score(0.0, reason=reason, is_failure=True)
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, ProcessExpired):
         code = error.exitcode
@@ -244,36 +269,31 @@ def _reason(error: BaseException) -> str:
         return f"crash: the worker {how}"
     if isinstance(error, TimeoutError):
         return "timeout"
-    return f"crash: {_describe(error)}"
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+    return crash(error)
 
 
 # In the workers
 
 
-def _score_chunk(reward: str | None, jobs: Sequence[Job], budget_s: float) -> list[Score]:
-    """Score the first jobs, at least one of them, until ``budget_s`` is used up."""
+def _score_chunk(how: _How, attempts: Sequence[Attempt], budget_s: float) -> list[Score]:
+    """Score the first attempts, at least one of them, until ``budget_s`` is used up; those that go together, at once."""
     start = time.monotonic()
     scores: list[Score] = []
-    for problem, response in jobs:
-        scores.append(_score(get_verifier(problem.task, reward), problem, response))
-        if time.monotonic() - start > budget_s:
-            break
+    while len(scores) < len(attempts) and (not scores or time.monotonic() - start <= budget_s):
+        rest = attempts[len(scores) :]
+        verifier = how.verifier(rest[0].problem.task)
+        together = len(rest) if verifier.takes_many or verifier.is_async else 1
+        same = next((i for i in range(together) if rest[i].problem.task != rest[0].problem.task), together)
+        try:
+            scores += judge(verifier, rest[:same], how.timeout_s)
+        except BaseException as error:  # SystemExit too: the pool must not lose the rest of the chunk to it
+            if same > 1:  # one of them is to blame
+                raise
+            scores.append(failure(crash(error)))
     return scores
 
 
-def _score(verifier: Verifier, problem: Problem, response: str) -> Score:
-    """Return the verifier's score; whatever goes wrong in it is a Score as well."""
-    try:
-        return as_score(verifier(problem, response))
-    except BaseException as error:  # SystemExit too: the pool must not lose the rest of the chunk to it
-        return _failure(f"crash: {_describe(error)}")
-
-
-def _prepare_worker(preload: Sequence[str], task_names: Sequence[str], reward: str | None) -> None:
+def _prepare_worker(preload: Sequence[str], task_names: Sequence[str], how: _How) -> None:
     """Make a new worker ready, before its first deadline starts to count."""
     _die_with_trainer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
@@ -282,10 +302,31 @@ def _prepare_worker(preload: Sequence[str], task_names: Sequence[str], reward: s
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(OSError):  # when memory runs out, the kernel takes a worker, not the trainer
         Path("/proc/self/oom_score_adj").write_text("1000")
+    sys.stdout = _Muffled(sys.stderr)
     for name in preload:  # already there, unless somebody else had started the process's only fork server
         importlib.import_module(name)
     for name in task_names:  # the user's modules may be slow to import
-        get_verifier(name, reward)
+        how.verifier(name)
+
+
+class _Muffled(io.TextIOBase):
+    """Standard output of a worker: the first lines go to standard error, with a word of where they come from.
+
+    A reward that prints would otherwise bury what the run says.
+    """
+
+    def __init__(self, target: TextIO) -> None:
+        self._target, self._left, self._line = target, MAX_PRINTED_LINES, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        self._line = self._line[-1000:]
+        for line in lines[: self._left]:
+            self._target.write(f"[a scoring worker prints] {line[:1000]}\n")
+        if lines and self._left and len(lines) >= self._left:
+            self._target.write("[a scoring worker prints] ... and more, which is left out\n")
+        self._left = max(0, self._left - len(lines))
+        return len(text)
 
 
 def _die_with_trainer() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 from megatron_rl import plugins
 from megatron_rl.errors import UserError
 from megatron_rl.tasks.base import Task
 from megatron_rl.tasks.gsm8k import Gsm8k
+from megatron_rl.tasks.math import Math
 from megatron_rl.tasks.word_problems import WordProblems
-from megatron_rl.types import Problem
 
 TASKS: dict[str, Task] = {
+    "math": Math(),
     "gsm8k": Gsm8k(),
     "word_problems": WordProblems(),
 }
@@ -29,16 +27,7 @@ def get_task(name: str) -> Task:
         raise UserError(
             "data.task",
             name,
-            "is not an object with name, preload, load and score",
+            "is not an object with name, preload, problem and score",
             "name an instance that has the members of megatron_rl.tasks.base.Task",
         )
     return task
-
-
-def load_problems(name: str, path: Path, *, template: str | None = None) -> list[Problem]:
-    """Read a problem file of the task called ``name``; each problem carries that name.
-
-    Raises:
-        UserError: there is no such task, or the file or the template is wrong.
-    """
-    return [replace(problem, task=name) for problem in get_task(name).load(path, template=template)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from megatron_rl.errors import UserError
+from megatron_rl.tasks.rows.row import Row
 from megatron_rl.types import Problem, Score
 
 logger = logging.getLogger(__name__)
@@ -32,15 +32,15 @@ class Task(Protocol):
         """Modules that ``score`` imports; loaded once, before the scoring workers are forked. Often none."""
         ...
 
-    def load(self, path: Path, *, template: str | None) -> list[Problem]:
-        """Read a problem file.
+    def problem(self, row: Row, *, template: str | None) -> Problem:
+        """Make a problem of one row of a problem file.
 
         Args:
-            path: a ``.jsonl`` or ``.jsonl.gz`` file.
+            row: ``row.text("question")`` is a column that has to be a text, ``row.values`` all of them.
             template: the prompt with ``{question}`` in it; None takes the task's own.
 
         Raises:
-            UserError: the file or the template is wrong.
+            UserError: the row or the template is wrong.
         """
         ...
 
@@ -48,7 +48,7 @@ class Task(Protocol):
         """Judge one response; a pure function that runs in a worker process.
 
         Args:
-            problem: one of those that ``load`` returned.
+            problem: one that the task has made.
             response: decoded, without special tokens; anything at all, since a model wrote it.
         """
         ...

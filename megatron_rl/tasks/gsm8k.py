@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron_rl.errors import UserError
 from megatron_rl.rewards.math import TAIL_CHARS, find_marked_answer, score_math
-from megatron_rl.tasks.base import check_template, fill_template, problem_id, unique_problems
-from megatron_rl.tasks.jsonl import read_rows, shorten
+from megatron_rl.tasks.base import check_template, fill_template, problem_id
+from megatron_rl.tasks.rows.row import Row, shorten
 from megatron_rl.types import Problem, Score
 
 TEMPLATE = (
@@ -36,24 +35,20 @@ class Gsm8k:
     name: str = "gsm8k"
     preload: Sequence[str] = ("math_verify",)
 
-    def load(self, path: Path, *, template: str | None) -> list[Problem]:
-        """Read problems: reference ``72``, demonstration ``... The answer is \\boxed{72}.``"""
+    def problem(self, row: Row, *, template: str | None) -> Problem:
+        """Make a problem: reference ``72``, demonstration ``... The answer is \\boxed{72}.``"""
         template = check_template(TEMPLATE if template is None else template)
-        problems = []
-        for source, row, rest in read_rows(path, required=("question", "answer")):
-            steps, number = _split_answer(row["answer"], source)
-            problems.append(
-                Problem(
-                    problem_id=problem_id(self.name, row["question"]),
-                    prompt=fill_template(template, row["question"]),
-                    answer=number,
-                    solution=f"{steps}\nThe answer is \\boxed{{{number}}}.".lstrip(),
-                    source=source,
-                    question=row["question"],
-                    metadata=rest,
-                )
-            )
-        return unique_problems(problems)
+        question = row.text("question")
+        steps, number = _split_answer(row.text("answer"), row.source)
+        return Problem(
+            problem_id=problem_id(self.name, question),
+            prompt=fill_template(template, question),
+            answer=number,
+            solution=f"{steps}\nThe answer is \\boxed{{{number}}}.".lstrip(),
+            source=row.source,
+            question=question,
+            metadata=row.rest(("question", "answer")),
+        )
 
     def score(self, problem: Problem, response: str) -> Score:
         """Reward 1.0 for an answer equal to the reference."""

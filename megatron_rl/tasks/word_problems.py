@@ -23,8 +23,8 @@ from typing import Literal
 
 from megatron_rl.errors import UserError
 from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors
-from megatron_rl.tasks.base import check_template, fill_template, problem_id, unique_problems
-from megatron_rl.tasks.jsonl import read_rows
+from megatron_rl.tasks.base import check_template, fill_template, problem_id
+from megatron_rl.tasks.rows.row import Row
 from megatron_rl.types import Problem, Score
 
 NAMES = (
@@ -287,25 +287,21 @@ class WordProblems:
     name: str = "word_problems"
     preload: Sequence[str] = ()
 
-    def load(self, path: Path, *, template: str | None) -> list[Problem]:
-        """Read problems; the prompt is the question alone unless a template says otherwise."""
+    def problem(self, row: Row, *, template: str | None) -> Problem:
+        """Make a problem; the prompt is the question alone unless a template says otherwise."""
         template = check_template("{question}" if template is None else template)
-        problems = []
-        for source, row, rest in read_rows(path, required=("question", "answer"), optional=("solution",)):
-            if not re.fullmatch(r"-?\d+", row["answer"], re.ASCII):
-                raise UserError(source, row["answer"], "field 'answer' must be an integer", "write digits only")
-            problems.append(
-                Problem(
-                    problem_id=problem_id(self.name, row["question"]),
-                    prompt=fill_template(template, row["question"]),
-                    answer=row["answer"],
-                    solution=row.get("solution"),
-                    source=source,
-                    question=row["question"],
-                    metadata=rest,
-                )
-            )
-        return unique_problems(problems)
+        question, answer = row.text("question"), row.text("answer")
+        if not re.fullmatch(r"-?\d+", answer, re.ASCII):
+            raise UserError(row.source, answer, "field 'answer' must be an integer", "write digits only")
+        return Problem(
+            problem_id=problem_id(self.name, question),
+            prompt=fill_template(template, question),
+            answer=answer,
+            solution=row.optional_text("solution"),
+            source=row.source,
+            question=question,
+            metadata=row.rest(("question", "answer", "solution")),
+        )
 
     def score(self, problem: Problem, response: str) -> Score:
         """Reward 1.0 where the integer after the last ``####`` is the answer; nothing may follow it.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_rl.tasks.gsm8k import Gsm8k
+from megatron_rl.tasks.rows.row import Row
 from megatron_rl.types import Problem, Score
 
 
@@ -14,8 +14,8 @@ class Parity:
     name: str = "parity"
     preload: tuple[str, ...] = ()
 
-    def load(self, path: Path, *, template: str | None) -> list[Problem]:
-        return Gsm8k().load(path, template=template)
+    def problem(self, row: Row, *, template: str | None) -> Problem:
+        return Gsm8k().problem(row, template=template)
 
     def score(self, problem: Problem, response: str) -> Score:
         is_even = sum(letter.isalpha() for letter in response) % 2 == 0

@@ -21,7 +21,7 @@ from megatron_rl.commands.cli import app
 from megatron_rl.config import Config, load_config, save_resolved
 from megatron_rl.data.origin import tokenizer_digest
 from megatron_rl.data.pool import Pool, PoolWriter, Provenance, Trajectory
-from megatron_rl.data.prompts import tokenize_prompts
+from megatron_rl.data.prompts import PromptMaker, tokenize_prompts
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import PhaseTimer
@@ -29,7 +29,7 @@ from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.rollout.recorded import RecordingEngine
 from megatron_rl.scoring.scorer import Scorer
-from megatron_rl.tasks import load_problems
+from megatron_rl.tasks.problems import load_problems
 from megatron_rl.tasks.word_problems import generate, write_rows
 from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
 from megatron_rl.types import Completion
@@ -158,7 +158,8 @@ def record(root: Path) -> list[list[tuple[str, list[int], list[int], float, str]
     assert group is not None
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     problems = load_problems("word_problems", root / "train.jsonl")
-    prompts, _ = tokenize_prompts(problems, tokenizer, config.data, context_length=256, max_new_tokens=12)
+    maker = PromptMaker(tokenizer, config.data, context_length=256, max_new_tokens=12)
+    prompts, _ = tokenize_prompts(problems, maker)
     engine = HalfRight(tokenizer, {tuple(p.prompt_ids.tolist()): p.problem.answer for p in prompts})
     recording = RecordingEngine(cast(RolloutEngine, engine), config.exp_manager.run_dir / "rollouts", is_writer=True)
     scorer = Scorer(["word_problems"], tokenizer, num_workers=1, timeout_s=10.0, cpu_group=group)

@@ -44,8 +44,7 @@ MODULES = {
         import functools
         NUMBER = 3
         class Reward: ...
-        async def later(problem, response): ...
-        def one(problem): ...
+        def one(answer): ...
         def three(problem, response, tokenizer): ...
         whole = functools.partial(three, tokenizer=None)
         """,
@@ -216,9 +215,10 @@ def test_what_is_right_passes(check, override: str) -> None:
         # rewards are imported
         ("data.reward=by_path_rewards:NUMBER", "data.reward = 'by_path_rewards:NUMBER': is an int, not a function."),
         ("data.reward=by_path_rewards:Reward", "data.reward = 'by_path_rewards:Reward': is a type, not a function."),
-        ("data.reward=by_path_rewards:later", "data.reward = 'by_path_rewards:later': is an async function."),
-        ("data.reward=by_path_rewards:one", "data.reward = 'by_path_rewards:one': cannot be called as f(problem, resp"),
-        ("data.reward=by_path_rewards:three", "data.reward = 'by_path_rewards:three': cannot be called as f(problem,"),
+        (
+            "data.reward=by_path_rewards:one",
+            "data.reward = 'by_path_rewards:one': takes answer, none of which is a resp",
+        ),
         (
             "data.reward=by_path_raises:reward",
             "data.reward = 'by_path_raises:reward': cannot be imported (RuntimeError: one line, another xxx",

@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(model: Path, tmp_path: Path) -> list[str]:
-    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
     return [f"policy.model_path={model}", f"data.train={tmp_path}/train.jsonl", f"exp_manager.exp_dir={tmp_path}/runs"]
 
 

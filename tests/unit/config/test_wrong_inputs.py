@@ -30,7 +30,7 @@ from megatron_rl.commands.verbs import run_verb
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
 from megatron_rl.launch import command
-from megatron_rl.tasks import get_task
+from megatron_rl.tasks.problems import open_problems
 
 def passes(*_, **__):
     sys.exit("the input was taken")
@@ -38,7 +38,7 @@ def passes(*_, **__):
 def load(path, *overrides):  # as each rank does
     config = load_config(path, overrides)
     try:
-        get_task(config.data.task).load(Path(config.data.train), template=config.data.template)
+        open_problems(config.data.task, config.data.train, template=config.data.template)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -108,6 +108,9 @@ KINDS: dict[object, tuple[str, ...]] = {
 }
 
 
+TEXT_OR_LIST = {"data.train", "data.validation", "presample.problems"}
+
+
 def kind_of(annotation: Any) -> object:
     """The kind of a field, ``None`` and bounds aside."""
     parts = [part for part in get_args(annotation) if part is not type(None)]
@@ -137,7 +140,7 @@ def rows_of_kinds() -> Iterator[Row]:
     ]
     fields += [pair for pair in fields_of(METHODS["grpo"], "algorithm") if pair[0] != "algorithm.name"]
     for number, (key, kind) in enumerate(fields):
-        values = KINDS[kind]
+        values = KINDS[list][:2] if key in TEXT_OR_LIST else KINDS[kind]
         yield Row(key, (f"{key}={values[number % len(values)]}",))
 
 
@@ -363,9 +366,9 @@ PATHS = [
     Row("policy.model_path", ("policy.model_path=/nowhere",), "is not a directory", verb="train"),
     Row("policy.model_path", ("policy.model_path=~/no/such/model",), "is not a directory", verb="train"),
     Row("policy.tokenizer_path", ("policy.tokenizer_path=.",), "holds no tokenizer", verb="train"),
-    Row("data.train", ("data.train=/nowhere.jsonl",), "is not a file", verb="train"),
-    Row("data.train", ("data.train=.",), "is not a file", verb="train"),
-    Row("data.validation", ("data.validation=/nowhere.jsonl",), "is not a file", verb="train"),
+    Row("data.train", ("data.train=/nowhere.jsonl",), "is no file or folder here", verb="train"),
+    Row("data.validation", ("data.validation=/nowhere.jsonl",), "is no file or folder here", verb="train"),
+    Row("data.reward", ("data.reward=os.path:join",), "takes a, none of which is a response"),
     Row("exp_manager.exp_dir", ("exp_manager.exp_dir=train.jsonl",), "is a file", verb="train"),
     Row("exp_manager.exp_dir", ("exp_manager.exp_dir=/dev/null/x",), "is a file", verb="train"),
     *(
@@ -648,7 +651,16 @@ PROBLEMS = [
     problems("in the digits 0 to 9", problem("#### 3\N{FULLWIDTH DIGIT FOUR}")),
     problems("must be an integer", problem("٣٤"), task="word_problems"),
     problems("must be an integer", problem("3.5"), task="word_problems"),
-    Row("data.train", ("data.train=train.json",), "is not a file", verb="train"),
+    problems("has the columns of no layout", '{"a": 1}\n', task="math"),
+    Row("data.train", ("data.train=[]",), "must be a path, or a list of paths"),
+    Row("data.train", ("data.train={a: b}",), "must be a path, or a list of paths"),
+    Row("data.train", ("data.train=[train.jsonl, 3]",), "must be a path, or a list of paths"),
+    Row("data.train", ("data.train=train.jsonl[5:9]",), "takes no row", verb="load"),
+    Row("data.fields", ("data.fields.answer=a",), "one of prompt and question has to be named"),
+    Row("data.fields", ("data.fields.prompt=a", "data.fields.question=b"), "only one of prompt and question"),
+    Row("train.jsonl:1", ("data.task=math", "data.fields.question=query"), "has no field 'query'", verb="train"),
+    Row("data.system_prompt", ("data.apply_chat_template=false", "data.system_prompt=be"), "needs a chat template"),
+    Row("data.train", ("data.train=train.json",), "is no file or folder here", verb="train"),
 ]
 
 TABLE = [*rows_of_kinds(), *BOUNDS, *YAML, *KEYS, *PATHS, *PAIRS, *PASSED, *SECRETS, *MODELS, *PROBLEMS]

@@ -33,7 +33,7 @@ def test_chunks_are_kept_and_summed_up(tmp_path: Path) -> None:
     folder.keep(1, [Verdict("p2", 1, EXPLORATION), Verdict("p3", 2, "dropped: wrong")], [])
     assert PresampledFolder(tmp_path / "out", SETTINGS, ORIGIN).num_done() == 2
     rows = problems(tmp_path / "all.jsonl")
-    summary = folder.finish(rows, 2)
+    summary = folder.finish(rows, [str(tmp_path / "all.jsonl")], 2)
     assert summary["fates"] == {KEPT: 1, EXPLORATION: 2, "dropped: wrong": 1}
     assert summary["problems_by_num_correct"] == [1, 1, 2]
     lines = (tmp_path / "all.jsonl").read_text().splitlines()

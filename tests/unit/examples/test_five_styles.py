@@ -20,7 +20,7 @@ from examples.five_styles.task import (
 )
 from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.errors import UserError
-from megatron_rl.tasks import load_problems
+from megatron_rl.tasks.problems import load_problems
 from megatron_rl.tasks.word_problems import HASH_CLASSES, Chain, Step
 from megatron_rl.tasks.word_tokenizer import ModelSize, save_model
 from megatron_rl.types import Problem

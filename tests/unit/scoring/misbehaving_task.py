@@ -1,5 +1,6 @@
 """A task and rewards that do what the response says; imported by scoring workers, found by import path."""
 
+import asyncio
 import os
 import time
 
@@ -10,8 +11,8 @@ class MisbehavingTask:
     name = "misbehaving"
     preload = ()
 
-    def load(self, path, *, template):
-        return []
+    def problem(self, row, *, template):
+        raise NotImplementedError
 
     def score(self, problem, response):
         answer = problem.answer
@@ -72,10 +73,54 @@ def numpy_reward(problem, response, scale=1.0):
     return numpy.float32(response) * scale
 
 
-def one_argument(response): ...
+def only_answer(answer): ...
 
 
-def three_arguments(problem, response, tokenizer): ...
+def by_place(response, /): ...
+
+
+def one_and_many(responses, answer): ...
+
+
+def exact(response, answer):
+    return {"reward": float(response == answer), "length": len(response), "reason": "as asked"}
+
+
+def of_verl(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(solution_str == ground_truth) - extra_info["index"], "acc": solution_str == ground_truth}
+
+
+def of_trl(completions, answers, level, **kwargs):
+    assert {"prompts", "other"} <= set(kwargs)
+    return [float(c == a) * n for c, a, n in zip(completions, answers, level)]
+
+
+def one_too_few(responses):
+    return [1.0] * (len(responses) - 1)
+
+
+def none_may_be(responses):
+    if "bad" in responses:
+        raise ValueError("bad")
+    return [1.0] * len(responses)
+
+
+async def slow_one(response):
+    await asyncio.sleep(float(response))
+    return 1.0
+
+
+async def slow_all(responses):
+    await asyncio.sleep(0.2)
+    return list(map(float, responses))
+
+
+def scaled(response, finish_reason, scale):
+    return scale * float(response) if finish_reason == "stop" else -1.0
+
+
+def unknown_column(response, difficulty):
+    return difficulty
 
 
 async def asynchronous(problem, response): ...

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.scoring.workers import ScoringPool, _JobChunk, _score_chunk
+from megatron_rl.scoring.workers import ScoringPool, _How, _JobChunk, _score_chunk
 from megatron_rl.tasks import TASKS
+from megatron_rl.tasks.reward import Attempt
 from megatron_rl.types import Problem, Score
 
 HERE = Path(__file__).parent
@@ -19,10 +20,11 @@ TASK = "misbehaving_task:TASK"  # next to this file, so pytest has its folder on
 
 
 def job(answer, response, task=TASK, **fields):
-    return Problem("id", "text", answer, task=task, **fields), response
+    return Attempt(Problem("id", "text", answer, task=task, **fields), response)
 
 
 GOOD = job("yes", "yes")
+HOW = _How(None, "{}", 10.0)
 CORRECT = Score(1.0, reason="correct")
 
 
@@ -74,7 +76,7 @@ def test_any_number_of_jobs(pool, num_jobs):
 def test_pool_agrees_with_the_task_itself():
     jobs = [job("12", f"#### {i}" if i % 3 else "nothing", "word_problems") for i in range(100)]
     with ScoringPool(["word_problems"], num_workers=1, timeout_s=5) as pool:
-        assert pool.score(jobs) == [TASKS["word_problems"].score(*job) for job in jobs]
+        assert pool.score(jobs) == [TASKS["word_problems"].score(*job[:2]) for job in jobs]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +87,9 @@ def test_pool_agrees_with_the_task_itself():
         ("raise no luck", "crash: RuntimeError: no luck"),
         ("quit", "crash: SystemExit: 3"),
         ("memory", "crash: MemoryError: "),
-        ("none", "crash: TypeError: NoneType is neither a Score nor a float"),
-        ("nan", "crash: ValueError: a reward is not finite"),
-        ("text 1", "crash: TypeError: a reward is a str, not a float"),
+        ("none", "crash: TypeError: the reward is a NoneType, not a number"),
+        ("nan", "crash: ValueError: the reward is not finite"),
+        ("text 1", "crash: TypeError: the reward is a str, not a number"),
         ("exit 3", "crash: the worker exited with status 3"),
         ("kill 9", "crash: the worker was killed by SIGKILL"),
         ("kill 11", "crash: the worker was killed by SIGSEGV"),
@@ -119,9 +121,9 @@ def test_many_slow_jobs_do_not_add_up_to_a_timeout(pool):
 
 
 def test_worker_gives_a_slow_chunk_back_when_its_time_is_used():
-    assert 1 <= len(_score_chunk(None, [job("", "sleep 0.05")] * 10, 0.1)) <= 3
-    assert len(_score_chunk(None, [job("", "sleep 0.05")] * 10, 0.0)) == 1
-    assert len(_score_chunk(None, [GOOD] * 10, 60.0)) == 10
+    assert 1 <= len(_score_chunk(HOW, [job("", "sleep 0.05")] * 10, 0.1)) <= 3
+    assert len(_score_chunk(HOW, [job("", "sleep 0.05")] * 10, 0.0)) == 1
+    assert len(_score_chunk(HOW, [GOOD] * 10, 60.0)) == 10
 
 
 def test_deadline_is_kept(pool):
@@ -252,13 +254,14 @@ SCRIPT = """
 import os, sys, time
 print("top level", flush=True)           # no __main__ guard: workers must not run this
 from megatron_rl.scoring.workers import ScoringPool
+from megatron_rl.tasks.reward import Attempt
 from megatron_rl.types import Problem
 pool = ScoringPool(["gsm8k"], num_workers=2, timeout_s=600)
 problem = Problem("id", "text", "3", task="gsm8k")
-pool.score([(problem, "\\\\boxed{1}")])
+pool.score([Attempt(problem, "\\\\boxed{1}")])
 print(*[w.pid for w in pool._pool._pool_manager.worker_manager.workers.values()], flush=True)
 if sys.argv[1] == "stuck":
-    pool.score([(problem, "\\\\boxed{9^{9^{9^9}}}")] * 2)
+    pool.score([Attempt(problem, "\\\\boxed{9^{9^{9^9}}}")] * 2)
 """
 
 

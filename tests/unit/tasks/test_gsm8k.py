@@ -6,6 +6,7 @@ import pytest
 
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
+from megatron_rl.tasks.problems import load_problems
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 NATALIA = {
@@ -20,7 +21,7 @@ def write(path, *rows):
 
 
 def test_answer_and_solution_are_taken_apart(tmp_path):
-    (problem,) = get_task("gsm8k").load(write(tmp_path / "a.jsonl", NATALIA), template=None)
+    (problem,) = load_problems("gsm8k", write(tmp_path / "a.jsonl", NATALIA))
     assert problem.answer == "1072"
     assert problem.solution == ("She sold 48/2 = 24 clips in May.\nIn all 48+24 = 1,072.\nThe answer is \\boxed{1072}.")
     assert problem.prompt.startswith("How many clips?\n") and "\\boxed{}" in problem.prompt
@@ -28,10 +29,9 @@ def test_answer_and_solution_are_taken_apart(tmp_path):
 
 
 def test_problem_id_depends_on_the_question_only(tmp_path):
-    task = get_task("gsm8k")
-    (here,) = task.load(write(tmp_path / "a.jsonl", NATALIA), template=None)
-    (there,) = task.load(write(tmp_path / "b.jsonl", NATALIA), template="Q: {question}")
-    (other,) = task.load(write(tmp_path / "c.jsonl", NATALIA | {"question": "How many?"}), template=None)
+    (here,) = load_problems("gsm8k", write(tmp_path / "a.jsonl", NATALIA))
+    (there,) = load_problems("gsm8k", write(tmp_path / "b.jsonl", NATALIA), template="Q: {question}")
+    (other,) = load_problems("gsm8k", write(tmp_path / "c.jsonl", NATALIA | {"question": "How many?"}))
     assert here.problem_id == there.problem_id != other.problem_id
 
 
@@ -39,7 +39,7 @@ def test_problem_id_depends_on_the_question_only(tmp_path):
 def test_answer_without_final_number_is_an_error(tmp_path, answer):
     path = write(tmp_path / "a.jsonl", NATALIA, {"question": "q", "answer": answer})
     with pytest.raises(UserError, match=r"must end in #### and a number") as caught:
-        get_task("gsm8k").load(path, template=None)
+        load_problems("gsm8k", path)
     assert caught.value.field == f"{path}:2"
 
 
@@ -47,7 +47,7 @@ def real_problems():
     files = [DATA / "gsm8k_train.jsonl", DATA / "gsm8k_test.jsonl"]
     if not all(file.exists() for file in files):
         pytest.skip(f"needs the published data set at {DATA}")
-    return [problem for file in files for problem in get_task("gsm8k").load(file, template=None)]
+    return [problem for file in files for problem in load_problems("gsm8k", file)]
 
 
 def check_references(problems):

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
+from megatron_rl.tasks.problems import load_problems
 from megatron_rl.tasks.word_problems import HASH_CLASSES, Chain, Step, generate, write_rows
 from megatron_rl.types import Problem
 
@@ -154,7 +155,7 @@ def test_more_problems_than_there_are_is_an_error(monkeypatch):
 def test_written_rows_load_as_problems(tmp_path, name):
     rows = list(generate(20, seed=1))
     assert write_rows(tmp_path / name, iter(rows)) == 20
-    problems = get_task("word_problems").load(tmp_path / name, template=None)
+    problems = load_problems("word_problems", tmp_path / name)
     assert [(p.prompt, p.answer, p.solution) for p in problems] == [
         (row["question"], row["answer"], row["solution"]) for row in rows
     ]
@@ -173,10 +174,10 @@ def test_interrupted_writing_leaves_no_file(tmp_path):
 def test_problem_without_solution_loads_and_bad_answer_does_not(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps({"question": "q", "answer": "36"}).encode()))
-    assert get_task("word_problems").load(path, template=None)[0].solution is None
+    assert load_problems("word_problems", path)[0].solution is None
     path.write_bytes(gzip.compress(json.dumps({"question": "q", "answer": "thirty"}).encode()))
     with pytest.raises(UserError, match="must be an integer"):
-        get_task("word_problems").load(path, template=None)
+        load_problems("word_problems", path)
 
 
 def score_of(answer, response):

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
+from megatron_rl.tasks.problems import load_problems
 from megatron_rl.tasks.word_problems import generate
 from megatron_rl.tasks.word_tokenizer import END, PAD, UNKNOWN, VOCABULARY, ModelSize, build_tokenizer, save_model
 from megatron_rl.types import Problem
@@ -94,7 +95,7 @@ def test_tool_writes_everything(tmp_path):
         "--num-operations", 2, "--no-tied", "--hidden-size", 64,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    files = {name: get_task("word_problems").load(tmp_path / "out" / f"{name}.jsonl", template=None)
+    files = {name: load_problems("word_problems", tmp_path / "out" / f"{name}.jsonl")
              for name in ("warm_start", "train", "held_out")}  # fmt: skip
     assert {name: len(problems) for name, problems in files.items()} == {"warm_start": 30, "train": 20, "held_out": 10}
     score = get_task("word_problems").score
