@@ -66,9 +66,9 @@ def test_without_dynamic_sampling_there_is_nothing_to_add() -> None:
 
 
 def test_the_shaped_reward_is_reported_where_shaping_is_on() -> None:
-    algorithm = grpo("rollout.max_new_tokens=4", "algorithm.overlong.buffer=2")  # 3 tokens lose half of the penalty
+    algorithm = grpo("rollout.max_new_tokens=4", "algorithm.overlong.buffer=2")  # 3 tokens lose half of 0.5
     algorithm.samples(collect(algorithm, [[1, 1], [1, 0]]), 0)
-    assert algorithm.step_metrics() == {"reward/shaped_mean": pytest.approx(0.25)}
+    assert algorithm.step_metrics() == {"reward/shaped_mean": pytest.approx(0.5)}
 
 
 @pytest.mark.parametrize(("setting", "is_reported"), [("null", False), ("3", True)])
