@@ -1,7 +1,8 @@
 """One update of the policy against a float64 model that knows nothing of layouts: loss, metrics, every gradient, their norm.
 
 The reference is transformers' own model, one row at a time, with full logits. Gradients are compared under the names and
-shapes of the Hugging Face checkpoint, so a wrong conversion would show as well.
+shapes of the Hugging Face checkpoint, so a wrong conversion would show as well. Weights and loss terms of tokens are the
+algorithm's own: what is checked is how a layout computes them, not the method's formula.
 """
 
 from __future__ import annotations
