@@ -433,7 +433,7 @@ class Run:
             distance = distance_metrics(self.policy, probes, batch_size=self.config.row_unit)
         if probes or self.rollouts.engine.weight_version != done:
             self.publish(version=done)
-        evaluation = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples)
+        evaluation = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples, say=self.say)
         if self.config.trainer.stage == "sft":  # nothing else is sampled until the next evaluation
             self.release_engine_memory()
         self.timer.flush()  # evaluation has its own figure and does not count into a step

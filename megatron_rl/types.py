@@ -145,8 +145,6 @@ class Rollout:
     """Starts of its segments, in order; for methods that have segments."""
     policy_log_probs: Tensor | None = None
     """[R] float32: the trainer's own log p of each token at sampling time, where a method asked for them while it collected."""
-    share: float | None = None
-    """Weight in its group's means; those of a group add up to 1. None: all rollouts weigh the same."""
 
 
 @dataclass

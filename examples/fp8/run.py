@@ -66,11 +66,11 @@ def fp8(recipe: str) -> tuple[str, ...]:
 
 
 def compared(name: str, kind: str, seeds: list[int]) -> dict[str, Any]:
-    """Compare the accuracy of each seed's last evaluation with that of bfloat16, problem by problem."""
+    """Compare the accuracy of each seed's last evaluation with that of bfloat16, over the problems that both could judge."""
     mine, base = ([accuracies(FOLDER / f"seed_{seed}" / run)[kind] for seed in seeds] for run in (name, "bf16"))
-    differences = [a - b for a, b in zip(mine, base, strict=True)]
+    differences = [(a - b)[~np.isnan(a - b)] for a, b in zip(mine, base, strict=True)]
     found = {
-        "accuracy": [round(float(values.mean()), 4) for values in mine],
+        "accuracy": [round(float(np.nanmean(values)), 4) for values in mine],
         "difference": [round(float(values.mean()), 4) for values in differences],
         "interval_95": [interval([values]) for values in differences],
     }
@@ -91,13 +91,13 @@ def errors(name: str, seeds: list[int]) -> dict[str, float]:
 
 
 def accuracies(run: Path) -> dict[str, np.ndarray]:
-    """Return, by kind of decoding, one number for each problem, in the order of their ids."""
+    """Return, by kind of decoding, one number for each problem, in the order of their ids; NaN where none could be judged."""
     last = sorted((run / "eval").glob("step_*.json"))[-1]
     results = json.loads(last.read_text())
     problems = sorted(results["problems"], key=lambda problem: problem["problem_id"])
     return {
-        "greedy": np.array([float(problem["is_greedy_correct"]) for problem in problems]),
-        "pass1": np.array([problem["num_correct"] / results["num_samples"] for problem in problems]),
+        "greedy": np.array([problem["is_greedy_correct"] for problem in problems], dtype=float),
+        "pass1": np.array([problem["num_correct"] / (problem["num_samples"] or np.nan) for problem in problems]),
     }
 
 

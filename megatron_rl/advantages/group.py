@@ -30,7 +30,11 @@ def group_advantages(rewards: Tensor, *, normalize: bool, leave_one_out: bool) -
         raise ValueError(f"a group needs at least 2 rollouts to have a baseline, got {size}")
     if bool((rewards == rewards[0]).all()):  # rounding of the mean must not be blown up by the division
         return torch.zeros_like(rewards)
-    centred = rewards - rewards.mean()
-    if leave_one_out:
-        centred = centred * (size / (size - 1))
+    centred = against_baseline(rewards, leave_one_out=leave_one_out)
     return centred / (rewards.std(unbiased=True) + STD_EPSILON) if normalize else centred
+
+
+def against_baseline(values: Tensor, *, leave_one_out: bool) -> Tensor:
+    """Return [G] the difference of each value to the mean of the group's G > 1 values, or to that of the others."""
+    centred, size = values - values.mean(), len(values)
+    return centred * (size / (size - 1)) if leave_one_out else centred

@@ -10,7 +10,7 @@ def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer: int, penalty: 
         num_tokens: T, length of the response with its end-of-sequence token.
         max_tokens: L_max, after which a response is cut.
         buffer: L_buf, the last tokens over which the penalty grows; 0 switches it off.
-        penalty: p, what a response of L_max tokens loses.
+        penalty: p, what a response of L_max tokens loses. DAPO's 1 is half of the difference between its right and wrong.
 
     Returns:
         0 or less, to be added to the reward. ``overlong_penalty(2816, max_tokens=3072, buffer=512, penalty=1.0) == -0.5``.

@@ -45,9 +45,9 @@ def edges(root: TreeNode, kind: EdgeAdvantage) -> Iterator[Edge]:
 
     Args:
         root: the prompt.
-        kind: of advantage. ``raw``: V(node) - V(parent). ``std``: that over the unbiased standard deviation of the siblings'
-            values (+1e-8). ``leave_one_out``: V(node) less the mean of its siblings without it, b / (b - 1) times ``raw``
-            (what the released code calls rloo is ``raw``).
+        kind: of advantage. ``raw``: V(node) - V(parent). ``std``: that over the standard deviation of the siblings' values, of
+            all b of them (divided by b, not b - 1), as in the released code; 1e-8 is added. ``leave_one_out``: V(node) less the
+            mean of its siblings without it, b / (b - 1) times ``raw`` (what the released code calls rloo is ``raw``).
     """
     waiting: list[tuple[tuple[TreeNode, ...], TreeNode]] = [((), root)]
     while waiting:
@@ -68,4 +68,4 @@ def _scale(parent: TreeNode, kind: EdgeAdvantage) -> float:
         return 0.0
     if kind == "leave_one_out":
         return len(values) / (len(values) - 1)
-    return 1 / (float(torch.tensor(values, dtype=torch.float64).std()) + STD_EPSILON)
+    return 1 / (float(torch.tensor(values, dtype=torch.float64).std(unbiased=False)) + STD_EPSILON)

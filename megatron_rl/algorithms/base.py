@@ -25,16 +25,16 @@ from torch import Tensor
 
 from megatron_rl.algorithms.parts.base import Correction, Credit, Objective, Part, Rollouts, StoredRows, TokenSelection
 from megatron_rl.algorithms.parts.correction import TruncatedRatio
+from megatron_rl.algorithms.parts.credit import charge_kl
 from megatron_rl.algorithms.parts.objective import ClippedObjective
-from megatron_rl.config import ClippedConfig, Config
+from megatron_rl.config import ClippedConfig, Config, GroupConfig
 from megatron_rl.data.pool import PoolNeed
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
 from megatron_rl.losses.aggregate import token_weights
-from megatron_rl.losses.kl import kl_estimate
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
+from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, RowKind, TrainingSample
 
 
 class Algorithm(ABC):
@@ -229,9 +229,11 @@ class OnlineAlgorithm(Algorithm):
     def assign_advantages(self, samples: Sequence[TrainingSample]) -> None:
         """Set ``advantages`` of every row; the vectors in ``needs`` are filled by now."""
         self.mask_rows(samples)
-        if self.kl_in_reward > 0:
-            pay_kl(samples, self.kl_in_reward)
         self.credit.assign(samples, self.updates(samples))
+        if self.kl_in_reward > 0:
+            settings = self.config.algorithm
+            leave_one_out = isinstance(settings, GroupConfig) and settings.use_leave_one_out_baseline
+            charge_kl(samples, self.kl_in_reward, leave_one_out=leave_one_out)
 
     def assign_weights(self, mini_batch: Sequence[TrainingSample]) -> None:
         """Set ``weights``; stored rows with a loss of their own have an aggregation of their own."""
@@ -282,11 +284,3 @@ class OnlineAlgorithm(Algorithm):
             "stored": self.stored,
         }
         return [(name, part) for name, part in parts.items() if part is not None]
-
-
-def pay_kl(samples: Sequence[TrainingSample], coef: float) -> None:
-    """Subtract ``coef * (log policy - log reference)``, summed over a response, from the reward of each of these rows."""
-    for sample in samples:
-        if sample.kind in POLICY_GRADIENT_KINDS and sample.has_reward:
-            assert sample.old_log_probs is not None and sample.ref_log_probs is not None
-            sample.reward -= coef * float(kl_estimate(sample.old_log_probs, sample.ref_log_probs, "k1").sum())

@@ -11,7 +11,10 @@ layout; a row's kind decides its loss, whoever shares its micro-batch.
 
 Deviations from the released code: both means are over the whole update (there: over whatever one rank's micro-batch held,
 routed by its first row); stored rows have no reward and no group; ``js_definition`` has its factors 1/2, and acts on all
-rollouts, not on a random part of the micro-batches.
+rollouts, not on a random part of the micro-batches. Stored rows have a mean of their own, whose weight is eta however many
+there are. There a stored row weighs as much as a rollout, times eta: the same strength is here the released eta times
+``num_rows_per_update / train_global_batch_size``, an eighth at one stored row to eight rollouts. There they are also the last
+rows of a step, which makes three updates of it, the last of 32 rows a rank; here they are spread over its two updates.
 """
 
 from __future__ import annotations

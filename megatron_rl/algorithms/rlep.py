@@ -9,7 +9,9 @@ step's start, as if that had sampled it; nothing corrects for the policy that di
     online   successes that the run itself has found in earlier steps
 
 Deviations from the released code: a question with fewer than M successes gets fewer replays, where the code fills up with empty
-responses that count as failures; a replayed response is whole, never cut.
+responses that count as failures; a replayed response is whole, never cut. Replays join the update of their question, so 512 of
+them are 8 updates, where the code cuts its 9,216 mixed rows into 9 updates of 1,024. It scores 1 and -1, our tasks 1 and 0, so
+its penalty of 1 for long responses is ``algorithm.overlong.penalty: 0.5``.
 """
 
 from __future__ import annotations

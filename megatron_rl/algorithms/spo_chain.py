@@ -12,8 +12,10 @@ complete. Equal borders of a prompt are sampled once.
 VinePPO (2410.01679) is ``partition.kind: newlines`` without mask; naive segments are ``equal`` without mask.
 
 Deviations from the released code: prefixes stay token ids; cut points and mask use one comparison; advantages are whitened
-over the optimizer mini-batch, not over each micro-batch; KL is a mean over the same tokens as the loss; no micro-batch is
-skipped for its ratio; a continuation that is cut at the limit gets the reward that the task gives it.
+over the optimizer mini-batch, not over each micro-batch; no micro-batch is skipped for its ratio; a continuation that is cut at
+the limit gets the reward that the task gives it. Naive segments have a value at the prompt as well, where the code has three
+inner borders and no advantage before the first. KL is off; where it is on, it is a mean over the same tokens as the loss. The
+code's is summed over the loss tokens of a response, so its 1e-4 is 1e-4 times their number here.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@
 Edges whose advantage is 0 are dropped. Every edge that waits gets its old log-probs in the step that grew its tree.
 
 Deviations from the released code: advantages are whitened over the optimizer mini-batch, not over each micro-batch; the real
-leave-one-out is there beside what the code calls so; KL is a mean over the same tokens as the loss.
+leave-one-out is there beside what the code calls so. KL is off; where it is on, it is a mean over the same tokens as the loss.
+The code's is summed over the loss tokens of a response, so its 1e-4 is 1e-4 times their number here.
 """
 
 from __future__ import annotations

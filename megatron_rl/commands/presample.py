@@ -69,7 +69,9 @@ def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verd
     groups = run.rollouts.collect(
         prompts, num_generations=settings.num_samples, sampling=sampling, purpose=f"presample/{chunk}"
     )
-    sources = [group for group in groups if _num_correct(group) >= settings.min_correct]
+    # Replay takes the samples themselves, so there must be enough of those that it can take.
+    count = _num_correct if settings.purpose == "rehearsal" else _num_successes
+    sources = [group for group in groups if count(group) >= settings.min_correct]
     if settings.purpose == "rehearsal":
         sources = run.rollouts.collect(
             [group.prompt for group in sources],
@@ -133,7 +135,7 @@ def _fate_of_the_unsolved(group: RolloutGroup, settings: PresampleConfig) -> str
     from megatron_rl.data.presampled import EXPLORATION
 
     if settings.purpose == "replay":
-        return f"dropped: fewer than {settings.min_correct} successes"
+        return f"dropped: fewer than {settings.min_correct} right and whole samples"
     num_judged = sum(not rollout.score.is_failure for rollout in group.rollouts)
     if num_judged < len(group.rollouts) and _num_correct(group) == num_judged:
         return "dropped: not every sample could be judged"
@@ -144,6 +146,10 @@ def _num_correct(group: RolloutGroup) -> int:
     from megatron_rl.rewards.correct import is_correct
 
     return sum(is_correct(rollout.score) and not rollout.score.is_failure for rollout in group.rollouts)
+
+
+def _num_successes(group: RolloutGroup) -> int:
+    return len(_successes(group))
 
 
 # ------------------------------------------------------------------------------------------------------ around it
@@ -224,10 +230,11 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
     print("problems by right samples: " + ", ".join(f"{n}: {count}" for n, count in enumerate(counts) if count))
     if not summary["fates"].get(KEPT):
         reliable = sum(counts[settings.min_correct :])
+        whole = ", but none with so many whole responses" if reliable and settings.purpose == "replay" else ""
         raise UserError(
             "presample.min_correct",
             settings.min_correct,
-            f"leaves the pool empty: {reliable} of {summary['num_problems']} problems were solved so often",
+            f"leaves the pool empty: {reliable} of {summary['num_problems']} problems were solved so often{whole}",
             f"lower it ({folder.directory / 'summary.json'} has the counts), or sample more problems",
         )
     print(f"pool: {folder.pool}")

@@ -1,7 +1,8 @@
 """One update of the policy against a float64 model that knows nothing of layouts: loss, metrics, every gradient, their norm.
 
 The reference is transformers' own model, one row at a time, with full logits. Gradients are compared under the names and
-shapes of the Hugging Face checkpoint, so a wrong conversion would show as well.
+shapes of the Hugging Face checkpoint, so a wrong conversion would show as well. Weights and loss terms of tokens are the
+algorithm's own: what is checked is how a layout computes them, not the method's formula.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ class Outcome(TypedDict):
     """Gradients by Hugging Face name; empty on ranks above 0."""
     grad_norm: float
     """Norm of the whole gradient, as the optimizer reports it: what clipping divides by."""
+
+
+class TrueOutcome(Outcome):
+    """Result of the reference."""
+
+    loss_size: float
+    """Sum over the tokens of ``|weight * term|``. The loss itself may be next to nothing, where terms of both signs cancel."""
 
 
 def load_reference(model: Path) -> Any:
@@ -99,7 +107,7 @@ def reference(
     temperature: float = 1.0,
     row_loss: Callable[[list[Tensor]], Tensor] | None = None,
     before_row: Callable[[int], None] = lambda _: None,
-) -> Outcome:
+) -> TrueOutcome:
     """The truth.
 
     Args:
@@ -113,6 +121,7 @@ def reference(
     """
     logits = watch_routers(network)
     total_loss = auxiliary = torch.zeros((), dtype=torch.float64)
+    loss_size = 0.0
     sums: dict[str, float] = {}
     for number, row in enumerate(samples):
         logits.clear()
@@ -122,7 +131,8 @@ def reference(
             auxiliary = auxiliary + row_loss(logits) / len(samples)
         assert row.weights is not None
         terms = algorithm.loss(log_probs, entropy, _row_as_batch(row))
-        total_loss = total_loss + (terms.loss * row.weights.double()).sum()
+        weighted = terms.loss * row.weights.double()
+        total_loss, loss_size = total_loss + weighted.sum(), loss_size + float(weighted.detach().abs().sum())
         for name, value in terms.means.items():
             kinds = terms.kinds.get(name, frozenset(RowKind))
             if row.kind in kinds:
@@ -133,7 +143,13 @@ def reference(
     held = {name: parameter.grad for name, parameter in network.named_parameters()}
     norm = torch.stack([gradient.norm() for gradient in held.values() if gradient is not None]).norm()
     gradients = checkpoint_views(held, network.config.model_type)
-    return {"loss": float(total_loss.detach()), "metrics": sums, "gradients": gradients, "grad_norm": float(norm)}
+    return {
+        "loss": float(total_loss.detach()),
+        "loss_size": loss_size,
+        "metrics": sums,
+        "gradients": gradients,
+        "grad_norm": float(norm),
+    }
 
 
 def sequence_balance(balance: float, z_loss: float, num_chosen: int) -> Callable[[list[Tensor]], Tensor]:
@@ -184,26 +200,31 @@ def one_update(policy: Policy, algorithm: Algorithm, samples: Sequence[TrainingS
     }
 
 
-def errors(found: Outcome, true: Outcome) -> dict[str, float]:
-    """Return the errors of the loss (relative), of the worst metric (relative to it or to 1, whichever is more), of the worst
-    parameter's gradient (norm of the difference over its own norm, or over 1e-3 of the whole gradient's if that is more), and
-    of the norm that the optimizer reports (relative)."""
+def errors(found: Outcome, true: TrueOutcome) -> dict[str, float]:
+    """Return the errors of the loss (over the size of its terms), of the worst metric (relative to it or to 1, whichever is
+    more), of the worst parameter's gradient (norm of the difference over its own norm, or over 1e-3 of the whole gradient's if
+    that is more), and of the norm that the optimizer reports (relative)."""
     of_metrics = [abs(found["metrics"][name] - value) / max(abs(value), 1.0) for name, value in true["metrics"].items()]
     return {
-        "loss": abs(found["loss"] - true["loss"]) / abs(true["loss"]),
+        "loss": _relative(found["loss"] - true["loss"], true["loss_size"]),
         "metric": _largest(of_metrics),
         "gradient": _largest(gradient_errors(found, true).values()),
-        "grad_norm": _largest([abs(found["grad_norm"] - true["grad_norm"]) / true["grad_norm"]]),
+        "grad_norm": _relative(found["grad_norm"] - true["grad_norm"], true["grad_norm"]),
     }
 
 
-def gradient_errors(found: Outcome, true: Outcome) -> dict[str, float]:
+def gradient_errors(found: Outcome, true: TrueOutcome) -> dict[str, float]:
     """Return the gradient error of each parameter, as ``errors`` defines it."""
     norm = torch.stack([g.norm() for g in true["gradients"].values()]).norm()
     return {
-        name: float((found["gradients"][name].double() - g).norm() / max(g.norm(), 1e-3 * norm))
+        name: _relative(float((found["gradients"][name].double() - g).norm()), float(max(g.norm(), 1e-3 * norm)))
         for name, g in true["gradients"].items()
     }
+
+
+def _relative(difference: float, size: float) -> float:
+    """Return the difference over the size; of nothing that should be nothing, 0.0."""
+    return _largest([abs(difference) / size]) if size else _largest([0.0 if difference == 0 else math.inf])
 
 
 def _largest(values: Iterable[float]) -> float:

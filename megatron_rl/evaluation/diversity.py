@@ -58,12 +58,13 @@ def answer_metrics(answers: Sequence[Sequence[str]]) -> dict[str, float]:
         answers: [P][G] normalised final answers; ``""`` where a sample has none.
 
     Returns:
-        ``distinct_answers`` and ``answer_entropy`` (nats), means over problems; one without any answer counts 0. Empty where
-        no sample has an answer (a task that extracts none), or where there is one sample a problem: nothing can differ.
+        ``distinct_answers`` and ``answer_entropy`` (nats), means over the problems with two samples or more: of one nothing
+        can differ. A problem without any answer counts 0. Empty where no sample has an answer (a task that extracts none).
     """
-    if not any(map(any, answers)) or max(map(len, answers)) < 2:
+    several = [of_problem for of_problem in answers if len(of_problem) >= 2]
+    if not any(map(any, several)):
         return {}
-    return {"distinct_answers": _mean_of(distinct, answers), "answer_entropy": _mean_of(entropy, answers)}
+    return {"distinct_answers": _mean_of(distinct, several), "answer_entropy": _mean_of(entropy, several)}
 
 
 def style_metrics(styles: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -74,9 +75,9 @@ def style_metrics(styles: Sequence[Sequence[str]]) -> dict[str, float]:
 
     Returns:
         ``style/<name>``, shares of all samples; a style that no sample has is absent. ``style_entropy_pooled``, nats, over
-        all samples together. Means over problems of their own samples: ``distinct_styles``, ``style_entropy`` (nats), from
-        two samples a problem on, and ``styles_ge_3``, the share of problems with at least three styles, from three on.
-        Empty where no sample has a style.
+        all samples together. Means over problems of their own samples: ``distinct_styles``, ``style_entropy`` (nats), over
+        problems with two samples or more, and ``styles_ge_3``, the share of problems with at least three styles, over those
+        with three or more. Empty where no sample has a style.
     """
     pooled = [style for of_problem in styles for style in of_problem]
     if not any(pooled):
@@ -84,11 +85,10 @@ def style_metrics(styles: Sequence[Sequence[str]]) -> dict[str, float]:
     counts = Counter(style for style in pooled if style)
     metrics = {f"style/{name}": counts[name] / len(pooled) for name in sorted(counts)}
     metrics["style_entropy_pooled"] = entropy(pooled)
-    num_samples = max(map(len, styles))
-    if num_samples >= 2:
-        metrics |= {"distinct_styles": _mean_of(distinct, styles), "style_entropy": _mean_of(entropy, styles)}
-    if num_samples >= MANY_STYLES:
-        metrics[f"styles_ge_{MANY_STYLES}"] = _mean_of(lambda names: distinct(names) >= MANY_STYLES, styles)
+    if several := [of_problem for of_problem in styles if len(of_problem) >= 2]:
+        metrics |= {"distinct_styles": _mean_of(distinct, several), "style_entropy": _mean_of(entropy, several)}
+    if many := [of_problem for of_problem in styles if len(of_problem) >= MANY_STYLES]:
+        metrics[f"styles_ge_{MANY_STYLES}"] = _mean_of(lambda names: distinct(names) >= MANY_STYLES, many)
     return metrics
 
 

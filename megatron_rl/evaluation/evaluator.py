@@ -1,5 +1,7 @@
 """Held-out problems: unbiased pass@k and avg@k from samples, greedy accuracy, and how diverse the samples are.
 
+What the scorer could not judge is neither right nor wrong: it is in no mean, and counted as ``eval/dropped/score_<reason>``.
+
 prompts -> Evaluator.evaluate -> Evaluation -- metrics --> the row of the step
                                             -- results --> eval/step_00000000.json, problem by problem
 results of step 0, or of another run (``eval.baseline``)  --> keep_and_explore_rates of later steps
@@ -11,8 +13,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from megatron_rl.config.data import EvalConfig
 from megatron_rl.errors import UserError
@@ -20,6 +23,7 @@ from megatron_rl.evaluation.diversity import answer_metrics, keep_and_explore, s
 from megatron_rl.evaluation.pass_at_k import pass_at_k
 from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.metrics.rows import EVAL_PREFIX
+from megatron_rl.metrics.step import dropped_scores
 from megatron_rl.rewards.correct import is_correct
 from megatron_rl.rollout.collect import Collector, Sampling
 from megatron_rl.types import Prompt, RolloutGroup
@@ -33,7 +37,9 @@ class ProblemResult:
     num_correct: int
     """Number of right samples."""
     is_greedy_correct: bool | None
-    """None if nothing was decoded greedily."""
+    """None if nothing was decoded greedily, or what was could not be judged."""
+    num_samples: int
+    """Number of samples that could be judged."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +48,22 @@ class EvalResults:
 
     step: int
     num_samples: int
-    """Number of samples of each problem."""
+    """Number of samples drawn of each problem."""
     temperature: float
     top_p: float
     problems: list[ProblemResult]
 
     @property
     def solved_by_any(self) -> dict[str, bool]:
-        """Return problem id -> True if at least one sample is right."""
-        return {problem.problem_id: problem.num_correct > 0 for problem in self.problems}
+        """Return problem id -> True if at least one sample is right; for problems whose every sample could be judged.
+
+        The others had fewer chances to be solved.
+        """
+        return {p.problem_id: p.num_correct > 0 for p in self.problems if p.num_samples == self.num_samples}
 
     @property
     def solved_greedily(self) -> dict[str, bool]:
-        """Return problem id -> True if greedy decoding solved it; empty if nothing was decoded greedily."""
+        """Return problem id -> True if greedy decoding solved it; for problems where that could be judged."""
         return {p.problem_id: p.is_greedy_correct for p in self.problems if p.is_greedy_correct is not None}
 
 
@@ -75,17 +84,22 @@ class Evaluator:
     config: EvalConfig
     max_new_tokens: int
 
-    def evaluate(self, collector: Collector, *, step: int, num_samples: int) -> Evaluation:
+    def evaluate(self, collector: Collector, *, step: int, num_samples: int, say: Callable[[str], None]) -> Evaluation:
         """Sample, score, count. A collective.
 
         Args:
             collector: engine and scorer.
             step: number of steps trained; it names the draw.
             num_samples: per problem; values of k above it are left out.
+            say: is told once if something could not be judged.
 
         Returns:
-            Metrics ``eval/greedy``, ``eval/pass@k`` for each k, ``eval/avg@n``, shares in [0, 1]; ``eval/response_length``;
-            and those of ``answer_metrics`` and ``style_metrics``. Results of each problem in the order of the prompts.
+            Metrics ``eval/greedy``, ``eval/pass@k`` for each k, ``eval/avg@n``, shares in [0, 1], means over the problems of
+            which enough could be judged: the greedy response, k samples, one sample. ``eval/dropped/<name>`` is the number of
+            problems that are left out of such a mean, ``eval/dropped/score_<reason>`` that of scores that failed.
+            ``eval/response_length`` is over all samples, ``answer_metrics`` and ``style_metrics`` over those that could be
+            judged. What would be a mean over nothing, or a count of 0, is absent. Results of each problem are in the order of
+            the prompts.
         """
         config = self.config
         sampled = collector.collect(
@@ -94,20 +108,28 @@ class Evaluator:
             sampling=Sampling(config.temperature, config.top_p, 0, self.max_new_tokens),
             purpose=f"eval/{step}",
         )
-        correct = [sum(is_correct(r.score) for r in group.rollouts) for group in sampled]
-        metrics = {
-            f"pass@{k}": _mean([pass_at_k(num_samples, c, k) for c in correct]) for k in self._k_up_to(num_samples)
+        decoded = self._decode_greedily(collector, step) if config.greedy else []
+        judged = [[r.score for r in group.rollouts if not r.score.is_failure] for group in sampled]
+        counts = [(len(scores), sum(map(is_correct, scores))) for scores in judged]
+        greedy = {_problem_id(group): _greedy_verdict(group) for group in decoded}
+        accuracies = {
+            f"pass@{k}": [pass_at_k(n, c, k) for n, c in counts if n >= k] for k in self._k_up_to(num_samples)
         }
-        metrics[f"avg@{num_samples}"] = _mean([c / num_samples for c in correct])
+        accuracies[f"avg@{num_samples}"] = [c / n for n, c in counts if n]
+        if decoded:
+            accuracies["greedy"] = [float(verdict) for verdict in greedy.values() if verdict is not None]
+        metrics = {name: _mean(values) for name, values in accuracies.items() if values}
         metrics["response_length"] = _mean([float(n) for n in _response_lengths(sampled)])
-        greedy = self._decode_greedily(collector, step) if config.greedy else {}
-        if greedy:
-            metrics["greedy"] = _mean(list(greedy.values()))
-        metrics |= answer_metrics([[r.score.answer for r in group.rollouts] for group in sampled])
-        metrics |= style_metrics([[r.score.style for r in group.rollouts] for group in sampled])
+        metrics |= answer_metrics([[score.answer for score in scores] for scores in judged])
+        metrics |= style_metrics([[score.style for score in scores] for scores in judged])
+        if failures := dropped_scores([*sampled, *decoded]):
+            metrics |= failures
+            left_out = {name: len(counts) - len(values) for name, values in accuracies.items()}
+            metrics |= {f"dropped/{name}": float(count) for name, count in left_out.items() if count}
+            say(_warning(step, failures, num_scores=sum(len(group.rollouts) for group in [*sampled, *decoded])))
         problems = [
-            ProblemResult(problem_id, num_correct, greedy.get(problem_id))
-            for problem_id, num_correct in zip(map(_problem_id, sampled), correct)
+            ProblemResult(problem_id, num_correct, greedy.get(problem_id), num_judged)
+            for problem_id, (num_judged, num_correct) in zip(map(_problem_id, sampled), counts)
         ]
         results = EvalResults(step, num_samples, config.temperature, config.top_p, problems)
         return Evaluation(_with_prefix(metrics), results)
@@ -162,31 +184,34 @@ class Evaluator:
     def _k_up_to(self, num_samples: int) -> list[int]:
         return [k for k in self.config.k_values if k <= num_samples]
 
-    def _decode_greedily(self, collector: Collector, step: int) -> dict[str, bool]:
-        """Return problem id -> True if the most likely response is right."""
-        groups = collector.collect(
+    def _decode_greedily(self, collector: Collector, step: int) -> list[RolloutGroup]:
+        """Return the most likely response to each prompt, scored."""
+        return collector.collect(
             self.prompts,
             num_generations=1,
             sampling=Sampling(0.0, 1.0, 0, self.max_new_tokens),
             purpose=f"eval/{step}/greedy",
         )
-        return {_problem_id(group): is_correct(group.rollouts[0].score) for group in groups}
 
 
 def keep_and_explore_rates(before: EvalResults, after: EvalResults) -> dict[str, float]:
     """Return ``keep_and_explore`` for both meanings of "solved": ``eval/keep_rate_greedy``, ``eval/explore_rate_any``, ...
 
     ``_greedy`` where both evaluations decoded greedily. ``_any`` (at least one of n samples is right) where both drew as many
-    samples at the same temperature and top_p: else the rates would tell of the sampling and not of the weights.
+    samples at the same temperature and top_p: else the rates would tell of the sampling and not of the weights. Both are over
+    the problems that both evaluations could judge, by every sample that they drew.
     """
-    rates: dict[str, float] = {}
-    if before.solved_greedily and after.solved_greedily:
-        greedy = keep_and_explore(before.solved_greedily, after.solved_greedily)
-        rates |= {f"{name}_greedy": rate for name, rate in greedy.items()}
+    rates = _rates_of_both(before.solved_greedily, after.solved_greedily, "greedy")
     if _sampling(before) == _sampling(after):
-        of_any = keep_and_explore(before.solved_by_any, after.solved_by_any)
-        rates |= {f"{name}_any": rate for name, rate in of_any.items()}
+        rates |= _rates_of_both(before.solved_by_any, after.solved_by_any, "any")
     return _with_prefix(rates)
+
+
+def _rates_of_both(before: Mapping[str, bool], after: Mapping[str, bool], meaning: str) -> dict[str, float]:
+    """Return the rates over the problems that are in both."""
+    both = [problem_id for problem_id in before if problem_id in after]
+    found = keep_and_explore({name: before[name] for name in both}, {name: after[name] for name in both})
+    return {f"{name}_{meaning}": rate for name, rate in found.items()}
 
 
 def results_path(run_dir: Path, step: int) -> Path:
@@ -205,10 +230,20 @@ def save_results(run_dir: Path, results: EvalResults) -> None:
         write_atomic(path, json.dumps(asdict(results), indent=1) + "\n")
 
 
+def _count_all_samples(results: Any) -> Any:
+    """Add ``num_samples`` to the problems of a file that lacks it: there, all samples counted, judged or not."""
+    if isinstance(results, dict) and isinstance(problems := results.get("problems"), list):
+        for problem in problems:
+            if isinstance(problem, dict):
+                problem.setdefault("num_samples", results.get("num_samples"))
+    return results
+
+
 def _read(path: Path, field: str) -> EvalResults:
     fix = "give the eval/step_<number>.json of a run"
+    adapter: TypeAdapter[EvalResults] = TypeAdapter(Annotated[EvalResults, BeforeValidator(_count_all_samples)])
     try:
-        return TypeAdapter(EvalResults).validate_json(path.read_bytes())
+        return adapter.validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(field, str(path), f"cannot be read ({error.strerror})", fix) from error
     except ValidationError as error:
@@ -228,6 +263,21 @@ def _with_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _problem_id(group: RolloutGroup) -> str:
     return group.prompt.problem.problem_id
+
+
+def _greedy_verdict(group: RolloutGroup) -> bool | None:
+    """Tell whether the one response of a group is right; None where it could not be judged."""
+    score = group.rollouts[0].score
+    return None if score.is_failure else is_correct(score)
+
+
+def _warning(step: int, failures: Mapping[str, float], *, num_scores: int) -> str:
+    total = sum(failures.values())
+    reasons = ", ".join(f"{name.removeprefix('dropped/score_')} {count:.0f}" for name, count in failures.items())
+    return (
+        f"evaluation after step {step}: {total:.0f} of {num_scores} responses could not be judged ({reasons}); they are left "
+        "out. See data.scoring_timeout_s and data.num_scoring_workers"
+    )
 
 
 def _response_lengths(groups: Sequence[RolloutGroup]) -> list[int]:

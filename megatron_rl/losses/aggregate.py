@@ -14,7 +14,7 @@ def token_weights(num_tokens: Sequence[int], aggregation: Aggregation, *, max_to
         num_tokens: loss tokens of every row of the optimizer mini-batch, over all ranks; rows with 0 have no weight.
         aggregation: ``token-mean`` divides by all tokens (DAPO, arXiv 2503.14476 eq. 8); ``seq-mean-token-mean`` by the
             row's own tokens, then by the rows (GRPO, arXiv 2402.03300 eq. 3); ``seq-mean-token-sum-norm`` by
-            ``max_tokens``, then by the rows (Dr. GRPO, arXiv 2503.20783).
+            ``max_tokens``, then by the rows (Dr. GRPO, arXiv 2503.20783; verl's of this name divides by a length only).
         max_tokens: the constant length of ``seq-mean-token-sum-norm``.
 
     Returns:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.rewards.correct import is_correct
-from megatron_rl.types import RolloutGroup, RowKind, TrainingSample
+from megatron_rl.types import RolloutGroup, RowKind, Score, TrainingSample, TreeNode
 
 MAXIMA = frozenset({"ratio/max", "ratio/max_abs_log_ratio"})
 """Names in an update's report that are maxima over its tokens: what algorithms put into ``TokenTerms.maxima``."""
@@ -29,28 +30,49 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, version: int) -> dict[str
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [len(r.completion.response_ids) for r in rollouts]
-    correct = [[is_correct(r.score) for r in group.rollouts] for group in groups]
-    size = len(groups[0].rollouts)
-    parts = sorted({name for r in rollouts for name in r.score.parts})
-    metrics = {
-        "reward/mean": _mean([_shared(group, [r.score.reward for r in group.rollouts]) for group in groups]),
-        "pass@1": _mean([_shared(group, c) for group, c in zip(groups, correct)]),
-        "groups/all_right_frac": _mean([all(c) for c in correct]),
-        "groups/all_wrong_frac": _mean([not any(c) for c in correct]),
+    return accuracy_metrics(groups) | {
         "response_length/mean": _mean(lengths),
         "response_length/max": float(max(lengths)),
         "response_length/cut_frac": _mean([r.completion.finish_reason == "length" for r in rollouts]),
         "num_rollouts": float(len(rollouts)),
         "rollout/staleness": _mean([version - r.completion.weight_version for r in rollouts]),
     }
+
+
+def accuracy_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Return rewards and accuracy of groups, over the rollouts that could be judged, and the failed scores.
+
+    ``reward/mean``, ``pass@1`` and ``reward/<part>`` are means over groups of their rollouts' means; of a tree, of its root's
+    values. ``groups/*`` are shares of groups. ``pass@G`` is over groups all of whose G rollouts could be judged, and
+    ``dropped/pass@G`` the number of the others. A mean over nothing is absent, as is a count of 0.
+    """
+    judged = [scores for group in groups if (scores := [r.score for r in group.rollouts if not r.score.is_failure])]
+    parts = sorted({name for scores in judged for score in scores for name in score.parts})
+    figures: dict[str, Callable[[Score], float]] = {"reward/mean": lambda score: score.reward, "pass@1": is_correct}
+    figures |= {f"reward/{name}": partial(_part_of, name) for name in parts}
+    metrics = {}
+    for name, figure in figures.items():
+        means = [mean for group in groups if (mean := _group_mean(group, figure)) is not None]
+        if means:
+            metrics[name] = _mean(means)
+    if judged:
+        metrics["groups/all_right_frac"] = _mean([all(map(is_correct, scores)) for scores in judged])
+        metrics["groups/all_wrong_frac"] = _mean([not any(map(is_correct, scores)) for scores in judged])
     if all(group.tree is None for group in groups):  # leaves are no independent samples, and not always as many
-        metrics[f"pass@{size}"] = _mean([any(c) for c in correct])
-    for part in parts:
-        of_groups = [_shared(group, [r.score.parts.get(part, 0.0) for r in group.rollouts]) for group in groups]
-        metrics[f"reward/{part}"] = _mean(of_groups)
-    failures = Counter(r.score.reason.split(":")[0] for r in rollouts if r.score.is_failure)
-    metrics |= {f"dropped/score_{reason}": float(count) for reason, count in failures.items()}
-    return metrics
+        size = len(groups[0].rollouts)
+        whole = [any(map(is_correct, scores)) for scores in judged if len(scores) == size]
+        if whole:
+            metrics[f"pass@{size}"] = _mean(whole)
+        if len(whole) < len(groups):
+            metrics[f"dropped/pass@{size}"] = float(len(groups) - len(whole))
+    return metrics | dropped_scores(groups)
+
+
+def dropped_scores(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Count the rollouts that could not be judged: ``dropped/score_<reason>``."""
+    scores = [rollout.score for group in groups for rollout in group.rollouts]
+    failures = Counter(score.reason.split(":")[0] for score in scores if score.is_failure)
+    return {f"dropped/score_{reason}": float(count) for reason, count in failures.items()}
 
 
 def sample_metrics(samples: Sequence[TrainingSample], cpu_group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -190,12 +212,24 @@ def update_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def _shared(group: RolloutGroup, values: Sequence[float]) -> float:
-    """Return the mean over a group, each rollout weighted by its share."""
-    shares = [r.share for r in group.rollouts]
-    if any(share is None for share in shares):
-        return _mean(values)
-    return sum(share * value for share, value in zip(shares, values) if share is not None)
+def _part_of(name: str, score: Score) -> float:
+    return score.parts.get(name, 0.0)
+
+
+def _group_mean(group: RolloutGroup, figure: Callable[[Score], float]) -> float | None:
+    """Return the mean of a figure over a group's judged rollouts; of a tree the root's; None without any."""
+    if group.tree is not None:
+        return _node_mean(group.tree, figure)
+    values = [figure(r.score) for r in group.rollouts if not r.score.is_failure]
+    return _mean(values) if values else None
+
+
+def _node_mean(node: TreeNode, figure: Callable[[Score], float]) -> float | None:
+    """Return a leaf's figure, or the mean of those of the children that have one: a tree's values are made like this."""
+    if not node.children:
+        return None if node.score is None or node.score.is_failure else figure(node.score)
+    means = [mean for child in node.children if (mean := _node_mean(child, figure)) is not None]
+    return _mean(means) if means else None
 
 
 def _joined(samples: Sequence[TrainingSample], name: str) -> Tensor:

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {
         "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "plugins", "process", "scoring",
     },
-    "algorithms": {"advantages", "config", "data", "losses", "plugins", "report", "rewards", "rollout"},
+    "algorithms": {"advantages", "config", "data", "losses", "metrics", "plugins", "report", "rollout"},
     "model": {
         "config", "convert.architecture", "convert.hf", "convert.offline", "convert.tables", "data", "losses", "metrics",
         "parallel", "patches", "process", "tasks.rows",

@@ -13,7 +13,7 @@ import torch
 from megatron_rl.algorithms import build_algorithm
 from megatron_rl.config import Config
 from megatron_rl.doctor import exactness
-from megatron_rl.doctor.exactness import BOUNDS, Outcome, errors, load_reference
+from megatron_rl.doctor.exactness import BOUNDS, Outcome, TrueOutcome, errors, load_reference
 from megatron_rl.types import MicroBatch, TrainingSample
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, tiny_config
@@ -30,7 +30,7 @@ def config_of(model: Path, *overrides: str, **layout: object) -> Config:
     return tiny_config(model, "policy.optim.clip_grad=0", "rollout.temperature=1.0", *overrides, **layout)
 
 
-def reference(model: Path, samples: list[TrainingSample], *overrides: str, **options: Any) -> Outcome:
+def reference(model: Path, samples: list[TrainingSample], *overrides: str, **options: Any) -> TrueOutcome:
     return exactness.reference(load_reference(model), build_algorithm(config_of(model, *overrides)), samples, **options)
 
 
@@ -59,14 +59,14 @@ def outcomes(
     return run_ranks(one_update, num_ranks(layout), model, samples, layout, overrides, changes)
 
 
-def assert_exact(found: list[Outcome], true: Outcome) -> None:
+def assert_exact(found: list[Outcome], true: TrueOutcome) -> None:
     """All ranks report the same, and it is the reference's."""
     off = outside(found[0], true)
     assert not off, off
     assert all(outcome["metrics"] == found[0]["metrics"] for outcome in found), "ranks report different numbers"
 
 
-def outside(outcome: Outcome, true: Outcome) -> dict[str, float]:
+def outside(outcome: Outcome, true: TrueOutcome) -> dict[str, float]:
     """The errors that are not within bounds. Empty where a deliberate error went unnoticed: a crash gives no outcome."""
     return {what: error for what, error in errors(outcome, true).items() if not error < BOUNDS[what]}
 

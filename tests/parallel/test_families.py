@@ -62,7 +62,7 @@ class Case:
     samples: list[TrainingSample]
     logits: dict[tuple[int, int], Tensor]
     """(row, position) -> [V] where a response token is predicted."""
-    update: exactness.Outcome
+    update: exactness.TrueOutcome
 
 
 class Cases(dict[str, Case]):

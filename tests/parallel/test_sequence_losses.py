@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.grpo import GRPO
-from megatron_rl.doctor.exactness import Outcome, load_reference
+from megatron_rl.doctor.exactness import TrueOutcome, load_reference
 from megatron_rl.doctor.exactness import reference as reference_of
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.types import MicroBatch
@@ -64,7 +64,7 @@ def use_local_sums() -> None:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list, Outcome]:
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list, TrueOutcome]:
     folder = tmp_path_factory.mktemp("sequences")
     model = make_tiny_model(folder / "qwen3", "qwen3", tied=True, seed=5, num_hidden_layers=4)
     batch = recorded_batch(model)

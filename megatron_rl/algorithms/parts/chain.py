@@ -187,9 +187,11 @@ class ChainRollouts(Rollouts):
                         loss_mask=mask,
                     )
                 )
-        masks = [sample.loss_mask for sample in samples if sample.loss_mask is not None]
-        if masks:
-            self.metrics["spo/loss_tokens_frac"] = float(torch.cat(masks).double().mean())
+        if any(sample.loss_mask is not None for sample in samples):
+            num_tokens = sum(sample.num_response_tokens for sample in samples)
+            self.metrics["spo/loss_tokens_frac"] = sum(sample.num_loss_tokens for sample in samples) / max(
+                num_tokens, 1
+            )
         return samples
 
     def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:

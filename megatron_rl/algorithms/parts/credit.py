@@ -1,17 +1,17 @@
-"""Credit: the advantage of each token, against the other rollouts of a group, or by segment and whitened."""
+"""Credit: the advantage of each token, against the other rollouts of a group, or by segment and whitened; and what KL costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_rl.advantages.group import group_advantages
+from megatron_rl.advantages.group import against_baseline, group_advantages
 from megatron_rl.algorithms.parts.base import Credit
 from megatron_rl.config import GroupConfig
 from megatron_rl.config.methods.spo import SegmentConfig
+from megatron_rl.losses.kl import kl_estimate
 from megatron_rl.losses.selection import moments
 from megatron_rl.types import POLICY_GRADIENT_KINDS, TrainingSample
 
@@ -27,9 +27,7 @@ class GroupCredit(Credit):
 
     def assign(self, samples: Sequence[TrainingSample], updates: Sequence[Sequence[int]]) -> None:
         """Set ``advantages``: 0 where the scorer failed, or where a rollout has nobody to be compared with."""
-        grouped = [sample for sample in samples if sample.kind in POLICY_GRADIENT_KINDS]
-        for _, rows in groupby(grouped, key=lambda sample: sample.group_index):
-            group = list(rows)
+        for group in groups_of(sample for sample in samples if sample.kind in POLICY_GRADIENT_KINDS):
             judged = [sample for sample in group if sample.has_reward]
             for sample in group:
                 sample.advantages = torch.zeros(sample.num_response_tokens)
@@ -42,6 +40,42 @@ class GroupCredit(Credit):
             )
             for sample, advantage in zip(judged, advantages):
                 sample.advantages = advantage.expand(sample.num_response_tokens).clone()
+
+
+def groups_of(samples: Iterable[TrainingSample]) -> list[list[TrainingSample]]:
+    """Return the rows of each group, wherever they stand; groups in the order of their first rows."""
+    groups: dict[int, list[TrainingSample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_index, []).append(sample)
+    return list(groups.values())
+
+
+def charge_kl(samples: Sequence[TrainingSample], coef: float, *, leave_one_out: bool) -> None:
+    """Subtract ``coef * (KL_i - baseline_i)`` from the advantage of each token of rollout i, KL_i being its summed k1.
+
+    The baseline is the mean KL of the group's judged rollouts, or of the others among them. The advantages are there already,
+    so no division by a standard deviation touches the KL, and its policy gradient is that of ``coef * KL(policy || reference)``
+    of whole responses (times (G - 1) / G without ``leave_one_out``: as for the reward, a rollout is part of its own baseline).
+    As a part of the reward the KL would be divided by the group's standard deviation: where task rewards are equal it would
+    have size 1, whatever ``coef`` is.
+
+    Args:
+        samples: all rows of the step, with ``advantages``, ``old_log_probs`` and ``ref_log_probs``.
+        coef: nats of a response to units of advantage.
+        leave_one_out: the baseline of rollout i leaves i out.
+    """
+    chargeable = (sample for sample in samples if sample.kind in POLICY_GRADIENT_KINDS and sample.has_reward)
+    for group in groups_of(chargeable):
+        if len(group) < 2:
+            continue
+        costs = torch.stack([_summed_k1(sample) for sample in group])
+        for sample, cost in zip(group, against_baseline(costs, leave_one_out=leave_one_out)):
+            sample.advantages = _advantages(sample) - coef * cost
+
+
+def _summed_k1(sample: TrainingSample) -> Tensor:
+    assert sample.old_log_probs is not None and sample.ref_log_probs is not None
+    return kl_estimate(sample.old_log_probs, sample.ref_log_probs, "k1").sum()
 
 
 class SegmentCredit(Credit):

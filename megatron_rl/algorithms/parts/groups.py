@@ -10,7 +10,7 @@ from megatron_rl.algorithms.parts.rows import RowMaker
 from megatron_rl.config import Config, GroupConfig
 from megatron_rl.data.stream import Stream
 from megatron_rl.errors import UserError
-from megatron_rl.rewards.correct import is_correct
+from megatron_rl.metrics.step import accuracy_metrics
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.types import Prompt, RolloutGroup, TrainingSample
 
@@ -49,12 +49,13 @@ class GroupRollouts(Rollouts):
             groups += [group for group in fresh if not settings.use_dynamic_sampling or _has_contrast(group)]
             if len(groups) >= settings.num_prompts_per_step:
                 if settings.use_dynamic_sampling:
-                    self.metrics = _sampling_metrics(
-                        seen,
-                        num_rounds=generation_round + 1,
-                        num_useful=len(groups),
-                        num_needed=settings.num_prompts_per_step,
-                    )
+                    # The groups that are trained on were chosen for being neither solved nor failed throughout, which says
+                    # little about the policy: the figures of all that it was asked take the place of theirs.
+                    self.metrics = accuracy_metrics(seen) | {
+                        "dropped/equal_rewards": float(len(seen) - len(groups)),
+                        "dropped/surplus_groups": float(len(groups) - settings.num_prompts_per_step),
+                        "rollout/generation_rounds": float(generation_round + 1),
+                    }
                 return groups[: settings.num_prompts_per_step]
         raise UserError(
             "algorithm.max_generation_batches",
@@ -76,37 +77,10 @@ class GroupRollouts(Rollouts):
             for index, group in enumerate(groups)
             for rollout in group.rollouts
         ]
-        if self.settings.overlong.buffer > 0:
-            self.metrics |= {"reward/shaped_mean": _mean([sample.reward for sample in samples])}
+        judged = [sample.reward for sample in samples if sample.has_reward]
+        if self.settings.overlong.buffer > 0 and judged:
+            self.metrics |= {"reward/shaped_mean": sum(judged) / len(judged)}
         return samples
-
-
-def _sampling_metrics(
-    seen: Sequence[RolloutGroup], *, num_rounds: int, num_useful: int, num_needed: int
-) -> dict[str, float]:
-    """Say what dynamic sampling did, and how good the policy is on all that it was asked.
-
-    The groups that are trained on were chosen for being neither solved nor failed throughout: their mean says little about
-    the policy, so these means replace those of ``rollout_metrics``, over all ``seen`` groups of the step.
-    """
-    scores = [[rollout.score for rollout in group.rollouts] for group in seen]
-    rows = [score for group in scores for score in group]
-    size = len(scores[0])
-    metrics = {
-        "dropped/equal_rewards": float(len(seen) - num_useful),
-        "dropped/surplus_groups": float(num_useful - num_needed),
-        "rollout/generation_rounds": float(num_rounds),
-        "reward/mean": _mean([score.reward for score in rows]),
-        "pass@1": _mean([is_correct(score) for score in rows]),
-        f"pass@{size}": _mean([any(map(is_correct, group)) for group in scores]),
-    }
-    for part in sorted({name for score in rows for name in score.parts}):
-        metrics[f"reward/{part}"] = _mean([score.parts.get(part, 0.0) for score in rows])
-    return metrics
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values) / len(values))
 
 
 def _has_contrast(group: RolloutGroup) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 
 from torch import Tensor
 
 from megatron_rl.algorithms.parts.base import StoredRows
+from megatron_rl.algorithms.parts.credit import groups_of
 from megatron_rl.algorithms.parts.rows import RowMaker
 from megatron_rl.config import Config
 from megatron_rl.config.methods.rlep import ReplayConfig
@@ -48,8 +48,9 @@ class ReplayedRows(StoredRows):
         assert self.successes is not None, "use_pool comes first"
         mixed: list[TrainingSample] = []
         num_replayed, num_without = 0, 0
-        for index, fresh in groupby(rows, key=lambda sample: sample.group_index):
-            prompt, settings = groups[index].prompt, self.settings
+        for fresh in groups_of(rows):
+            index, settings = fresh[0].group_index, self.settings
+            prompt = groups[index].prompt
             chosen = self.successes.draw(prompt, settings.num_per_prompt, seed=self.config.trainer.seed, step=step)
             mixed += [*fresh, *(self._row(prompt, success, index) for success in chosen)]
             num_replayed, num_without = num_replayed + len(chosen), num_without + (not chosen)

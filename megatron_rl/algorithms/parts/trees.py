@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +85,11 @@ class TreeRollouts(Rollouts):
         responses = [_path([nodes[key[:n]] for n in range(2, len(key) + 1)]) for key in leaves]
         scores = collector.score([prompts[key[0]] for key in leaves], responses)
         groups = [RolloutGroup(prompt, [], nodes[(i,)]) for i, prompt in enumerate(prompts)]
-        factors = self.settings.branch_factors
         for key, response, score in zip(leaves, responses, scores):
             node = nodes[key]
             node.score = score
             node.value = None if score.is_failure else self.make.shaped(score.reward, len(response.response_ids))
-            share = 1 / prod(factors[: len(key) - 1])
-            groups[key[0]].rollouts.append(Rollout(response, score, share=share))
+            groups[key[0]].rollouts.append(Rollout(response, score))
         for group in groups:
             assert group.tree is not None
             set_values(group.tree)
@@ -100,7 +97,7 @@ class TreeRollouts(Rollouts):
         self.metrics = {
             "spo/nodes_per_tree": (len(nodes) - len(groups)) / len(groups),
             "spo/leaves_per_tree": len(leaves) / len(groups),
-            "spo/early_leaves_frac": sum(len(key) <= len(factors) for key in leaves) / len(leaves),
+            "spo/early_leaves_frac": sum(len(key) <= len(self.settings.branch_factors) for key in leaves) / len(leaves),
             "spo/value_mean": sum(known) / len(known) if known else 0.0,
         }
         return groups

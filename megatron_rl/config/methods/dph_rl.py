@@ -24,8 +24,10 @@ class RehearsalConfig:
     that is nearly forgotten. ``js_definition`` also acts on rollouts, and keeps the initial weights for it."""
     alpha: float = Field(default=0.2, gt=0, lt=1)
     """Parameter of ``alpha``: near 0 it is the reverse KL, near 1 the forward KL."""
-    coef: NonNegativeFloat = 0.2
-    """The eta of loss = L_rollouts + eta L_rehearsal. For the same local strength js needs twice that of the KLs."""
+    coef: NonNegativeFloat = 0.025
+    """The eta of loss = L_rollouts + eta L_rehearsal, each a mean over its own tokens. The released code weighs rows and not
+    means: its values (js 0.05 to 0.2, forward_kl and alpha 0.01 to 0.05) times num_rows_per_update / train_global_batch_size
+    are the same strength. For the same local strength js needs twice that of the KLs."""
     num_rows_per_update: PositiveInt = 128
     """Stored rows beside the policy.train_global_batch_size rollouts of each update."""
 

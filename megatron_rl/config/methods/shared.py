@@ -21,12 +21,17 @@ class KLConfig:
     """KL to the frozen reference, the policy that the run started from. Off at ``coef: 0`` (no reference is kept then)."""
 
     coef: NonNegativeFloat = 0.0
+    """In the loss it multiplies the estimate of each token, in nats, which has the same weights as the policy term. In the
+    reward it multiplies the KL of a whole response, and one unit of the product is one unit of advantage: under
+    ``normalize_rewards`` one standard deviation of the group's rewards."""
     placement: Literal["loss", "reward"] = "loss"
-    """``reward`` subtracts coef * (k1 summed over the response) from the rollout's reward, before the group baseline; its
-    policy gradient is that of KL(policy || reference)."""
+    """``reward`` subtracts coef * (KL_i - the group's mean KL) from the advantage of rollout i, KL_i being k1 summed over its
+    response. Its policy gradient is that of KL(policy || reference) of whole responses. It is subtracted after the reward is
+    normalised. verl subtracts before (use_kl_in_reward), and so divides its coefficient by the standard deviation of a group:
+    among equal rewards that leaves an advantage of size 1, whatever the coefficient is."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator. Added to the loss, k1 has zero expected gradient, k2 that of the reverse KL, k3 that of the
-    *forward* KL. In the reward only k1 is right."""
+    """Estimator. Added to the loss, k1 has zero expected gradient, k2 per token that of the reverse KL, k3 that of the
+    *forward* KL, up to its clamp at 10 (``losses/kl.py``). In the reward only k1 is right."""
 
     def __post_init__(self) -> None:
         if self.coef > 0 and self.placement == "reward" and self.estimator != "k1":
@@ -51,7 +56,9 @@ class OverlongConfig:
     ``buffer`` tokens before ``rollout.max_new_tokens``. Off at ``buffer: 0``."""
 
     buffer: NonNegativeInt = 0
-    penalty: NonNegativeFloat = 1.0
+    penalty: NonNegativeFloat = 0.5
+    """What a response at the limit loses: half of the difference between a right and a wrong one. DAPO and RLEP subtract 1
+    from rewards of 1 and -1; our tasks give 1 and 0, for which 0.5 makes the same normalised advantages."""
 
 
 @section

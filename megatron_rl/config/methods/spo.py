@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_rl.config.methods.base import OtherSections
-from megatron_rl.config.methods.shared import ClippedConfig, KLConfig, SelectionConfig
+from megatron_rl.config.methods.shared import ClippedConfig, SelectionConfig
 from megatron_rl.config.rollout import RolloutConfig
 from megatron_rl.config.section import section
 from megatron_rl.errors import UserError
@@ -24,13 +24,6 @@ class SPOSelectionConfig(SelectionConfig):
     """Tokens that enter the loss: those that the policy was not sure of."""
 
     max_probability: float | None = Field(default=SURE_FROM, gt=0, le=1)
-
-
-@section
-class SPOKLConfig(KLConfig):
-    """KL to the frozen reference, on as in the released code."""
-
-    coef: NonNegativeFloat = 1e-4
 
 
 @section
@@ -72,10 +65,13 @@ class PartitionConfig:
 
 @section
 class SegmentConfig(ClippedConfig):
-    """Settings of both forms of SPO."""
+    """Settings of both forms of SPO.
+
+    KL is off. The released code has it on, but its 1e-4 multiplies k3 summed over the loss tokens of a response, where
+    ``kl.coef`` multiplies their mean: the same strength is 1e-4 times the loss tokens of a response, 0.003 for thirty.
+    """
 
     selection: SPOSelectionConfig = Field(default_factory=SPOSelectionConfig)
-    kl: SPOKLConfig = Field(default_factory=SPOKLConfig)
     whitening: Literal["none", "std", "mean_std"] = "mean_std"
     """Whitening of advantages over the loss tokens of an optimizer mini-batch: divide by their standard deviation, after
     subtracting their mean (``mean_std``). The released code does both, over each micro-batch."""
@@ -172,8 +168,8 @@ class SPOTreeConfig(SegmentConfig):
     tokens_per_level: PositiveInt = 100
     """Length of a segment; those of the last level go on to the end."""
     advantage: EdgeAdvantage = "raw"
-    """``raw``: value less the parent's. ``std``: over the siblings' standard deviation. ``leave_one_out``: less the other
-    siblings' mean."""
+    """``raw``: value less the parent's. ``std``: over the siblings' standard deviation (that of all of them, N not N - 1).
+    ``leave_one_out``: less the other siblings' mean."""
     num_edges_per_step: PositiveInt = 512
     """Rows of a step at most: edges of this step's trees and of those before."""
     max_edges_per_tree: PositiveInt = 32

@@ -3,6 +3,7 @@ import torch
 
 from megatron_rl.advantages.group import group_advantages
 from megatron_rl.advantages.shaping import overlong_penalty
+from megatron_rl.config.methods.shared import OverlongConfig
 
 
 def rewards(*counts: int) -> torch.Tensor:
@@ -47,6 +48,20 @@ def test_a_group_of_one_is_refused() -> None:
 @pytest.mark.parametrize(("tokens", "penalty"), [(100, 0.0), (2560, 0.0), (2816, -0.5), (3072, -1.0)])
 def test_overlong_penalty(tokens: int, penalty: float) -> None:
     assert overlong_penalty(tokens, max_tokens=3072, buffer=512, penalty=1.0) == penalty
+
+
+def test_the_default_penalty_gives_dapos_advantages() -> None:
+    """DAPO subtracts up to 1 from rewards of 1 and -1; what is learned from 1 and 0 under the default penalty is the same."""
+    is_right, lengths = [1, 1, 0, 0, 1], [100, 2816, 2816, 3072, 3072]
+
+    def advantages(right: float, wrong: float, penalty: float) -> torch.Tensor:
+        shaped = [
+            (right if one else wrong) + overlong_penalty(n, max_tokens=3072, buffer=512, penalty=penalty)
+            for one, n in zip(is_right, lengths)
+        ]
+        return group_advantages(torch.tensor(shaped), normalize=True, leave_one_out=False)
+
+    torch.testing.assert_close(advantages(1, 0, OverlongConfig().penalty), advantages(1, -1, 1.0), atol=1e-5, rtol=0)
 
 
 def test_overlong_penalty_is_off_without_buffer() -> None:

@@ -36,7 +36,9 @@ def test_other_scales() -> None:
         return inner(leaf(1), leaf(0), leaf(0), leaf(0))
 
     assert advantages(root(), "leave_one_out") == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
-    assert advantages(root(), "std") == pytest.approx([1.5, -0.5, -0.5, -0.5])
+    root_3 = 3**0.5  # differences 3/4 and -1/4 over a standard deviation of sqrt(3)/4
+    assert advantages(root(), "std") == pytest.approx([root_3, -1 / root_3, -1 / root_3, -1 / root_3])
+    assert advantages(inner(leaf(1), leaf(0)), "std") == pytest.approx([1, -1])
     assert advantages(inner(leaf(1), leaf(1)), "std") == [0, 0]
 
 

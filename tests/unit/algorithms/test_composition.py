@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms import build_algorithm
-from megatron_rl.algorithms.base import OnlineAlgorithm, pay_kl
+from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.parts.base import TokenSelection
 from megatron_rl.algorithms.parts.credit import GroupCredit, SegmentCredit, whiten
@@ -110,16 +110,6 @@ def test_parts_keep_their_state_apart(model: Path) -> None:
     again = rlep(model)
     again.load_state(state | {"rollouts/rewards": torch.zeros(3)})
     assert again.state().keys() == state.keys()
-
-
-def test_kl_in_the_reward_is_paid_whatever_gives_credit() -> None:
-    rows = [
-        TrainingSample(torch.tensor([1]), torch.tensor([2, 3]), kind, 1.0) for kind in (RowKind.RL, RowKind.REHEARSAL)
-    ]
-    for row in rows:
-        row.old_log_probs, row.ref_log_probs = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -3.0])
-    pay_kl(rows, 0.1)
-    assert [row.reward for row in rows] == pytest.approx([1 - 0.1 * 1.5, 1.0])
 
 
 class ByEntropy(TokenSelection):

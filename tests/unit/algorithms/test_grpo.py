@@ -19,17 +19,21 @@ from megatron_rl.types import Completion, MicroBatch, Problem, Prompt, Rollout, 
 TINY = Path(__file__).parents[2] / "tiny.yaml"
 
 
-class ScriptedCollector:
-    """Groups whose rewards a test gives, one list of groups a round."""
+FAILED = Score(0.0, reason="timeout", is_failure=True)
 
-    def __init__(self, *rounds: list[list[float]]) -> None:
+
+class ScriptedCollector:
+    """Groups whose rewards a test gives, one list of groups a round; None where the scorer failed."""
+
+    def __init__(self, *rounds: list[list[float | None]]) -> None:
         self.rounds = list(rounds)
 
     def collect_first(self, num_groups, prompts, **_how):
         groups = []
         for prompt, rewards in zip(prompts, self.rounds.pop(0), strict=True):
             completion = Completion(torch.tensor([1, 2, 3]), torch.zeros(3), "stop", 0)
-            groups.append(RolloutGroup(prompt, [Rollout(completion, Score(r, {"correct": r}, "")) for r in rewards]))
+            scores = [FAILED if r is None else Score(r, {"correct": r}) for r in rewards]
+            groups.append(RolloutGroup(prompt, [Rollout(completion, score) for score in scores]))
         return groups
 
 
@@ -38,7 +42,7 @@ def grpo(*overrides: str) -> GRPO:
     return GRPO(load_config(TINY, ["policy.model_path=m", "policy.train_global_batch_size=4", *small, *overrides]))
 
 
-def collect(algorithm: GRPO, *rounds: list[list[float]]) -> list[RolloutGroup]:
+def collect(algorithm: GRPO, *rounds: list[list[float | None]]) -> list[RolloutGroup]:
     prompts = Stream([Prompt(Problem(str(n), "?", "1"), torch.tensor([n])) for n in range(8)], 1, False)
     return algorithm.collect(prompts, cast(Collector, ScriptedCollector(*rounds)), 0)
 
@@ -56,6 +60,8 @@ def test_dynamic_sampling_counts_what_it_throws_away_and_reports_the_policys_own
         "reward/correct": 5 / 8,
         "pass@1": 5 / 8,
         "pass@2": 1.0,
+        "groups/all_right_frac": 1 / 4,
+        "groups/all_wrong_frac": 0.0,
     }
 
 
@@ -66,9 +72,9 @@ def test_without_dynamic_sampling_there_is_nothing_to_add() -> None:
 
 
 def test_the_shaped_reward_is_reported_where_shaping_is_on() -> None:
-    algorithm = grpo("rollout.max_new_tokens=4", "algorithm.overlong.buffer=2")  # 3 tokens lose half of the penalty
+    algorithm = grpo("rollout.max_new_tokens=4", "algorithm.overlong.buffer=2")  # 3 tokens lose half of 0.5
     algorithm.samples(collect(algorithm, [[1, 1], [1, 0]]), 0)
-    assert algorithm.step_metrics() == {"reward/shaped_mean": pytest.approx(0.25)}
+    assert algorithm.step_metrics() == {"reward/shaped_mean": pytest.approx(0.5)}
 
 
 @pytest.mark.parametrize(("setting", "is_reported"), [("null", False), ("3", True)])
@@ -93,17 +99,30 @@ def test_the_loss_reports_means_and_known_maxima(setting: str, is_reported: bool
 
 def test_a_rollout_whose_scorer_failed_gets_no_advantage_and_moves_no_baseline() -> None:
     algorithm = grpo("algorithm.overlong.buffer=0", "algorithm.kl.coef=0", "algorithm.normalize_rewards=false")
-    group = collect(algorithm, [[1, 0, 0], [1, 0, 0]])[0]
-    group.rollouts[1] = Rollout(group.rollouts[1].completion, Score(0.0, reason="timeout", is_failure=True))
+    group = collect(algorithm, [[1, None, 0], [1, 0, 0]])[0]
     samples = algorithm.samples([group], 0)
     algorithm.assign_advantages(samples)
     assert [sample.advantages.tolist() for sample in samples] == [[0.5] * 3, [0.0] * 3, [-0.5] * 3]
 
 
+def test_under_dynamic_sampling_failed_scores_count_for_nothing_but_themselves() -> None:
+    """Two of the four pairs have one score that failed, and so nothing to compare."""
+    algorithm = grpo("algorithm.use_dynamic_sampling=true", "algorithm.overlong.buffer=2", "rollout.max_new_tokens=4")
+    kept = collect(algorithm, [[0, None], [1, 0]], [[1, 0], [1, None]])
+    assert len(kept) == 2
+    algorithm.samples(kept, 0)
+    metrics = algorithm.step_metrics()
+    assert metrics["pass@1"] == metrics["reward/mean"] == (0 + 1 / 2 + 1 / 2 + 1) / 4
+    assert (metrics["pass@2"], metrics["dropped/pass@2"], metrics["dropped/score_timeout"]) == (1.0, 2.0, 2.0)
+    assert metrics["dropped/equal_rewards"] == 2.0
+    kept[0].rollouts[0] = Rollout(kept[0].rollouts[0].completion, FAILED)
+    algorithm.samples(kept, 0)
+    assert algorithm.step_metrics()["reward/shaped_mean"] == pytest.approx(1 / 3 - 0.25)
+
+
 def test_dynamic_sampling_sees_no_contrast_in_a_failed_score() -> None:
     algorithm = grpo("algorithm.use_dynamic_sampling=true")
     kept = collect(algorithm, [[1, 0], [1, 0]])
-    failed = Score(0.0, reason="crash", is_failure=True)
     assert _has_contrast(kept[0])
-    kept[0].rollouts[1] = Rollout(kept[0].rollouts[1].completion, failed)
+    kept[0].rollouts[1] = Rollout(kept[0].rollouts[1].completion, FAILED)
     assert not _has_contrast(kept[0])

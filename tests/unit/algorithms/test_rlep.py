@@ -112,6 +112,16 @@ def test_a_question_with_fewer_successes_gets_fewer_replays(model: Path, tmp_pat
     assert metrics["replay/groups_without_frac"] == pytest.approx(1 / 3)
 
 
+def test_each_group_gets_its_replays_once_wherever_its_rows_stand(model: Path, tmp_path: Path) -> None:
+    algorithm = rlep(model, "algorithm.num_prompts_per_step=2", "algorithm.num_generations_per_prompt=2", size=4)
+    algorithm.stored.use_pool(make_pool(tmp_path / "pool", {1: 5, 2: 5}), PROMPTS)
+    groups = [group(number, [1.0, 0.0]) for number in (1, 2)]
+    rows = algorithm.rollouts.rows(groups, 0)
+    mixed = algorithm.stored.add([rows[0], rows[2], rows[1], rows[3]], groups, 0)
+    assert [row.group_index for row in mixed] == [0] * 4 + [1] * 4
+    assert [row.kind for row in mixed] == [RowKind.RL, RowKind.RL, RowKind.REPLAY, RowKind.REPLAY] * 2
+
+
 def test_the_choice_follows_from_seed_problem_and_step(model: Path, tmp_path: Path) -> None:
     algorithm = rlep(model)
     algorithm.stored.use_pool(make_pool(tmp_path / "pool", {1: 20}), PROMPTS)

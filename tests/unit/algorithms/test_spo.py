@@ -203,6 +203,21 @@ def test_a_border_that_cannot_be_judged_is_none(model: Path) -> None:
     assert all(r.states[0].value == pytest.approx(true_value([1, 1]), abs=0.5) for g in groups for r in g.rollouts)
 
 
+def test_the_share_of_loss_tokens_is_of_all_rows(model: Path) -> None:
+    """Without a threshold only what could not be judged has a mask."""
+    algorithm = chain(
+        model,
+        "algorithm.partition.kind=equal",
+        "algorithm.partition.size=1",
+        "algorithm.selection.max_probability=null",
+    )
+    groups, _ = collect(algorithm, judge=Judge(broken=[(1, 2, 2, 2)]))
+    rows = algorithm.samples(groups, 0)
+    unjudged = sum(not row.has_reward for row in rows)
+    assert 0 < unjudged < 16 and all((row.loss_mask is None) == row.has_reward for row in rows)
+    assert algorithm.step_metrics()["spo/loss_tokens_frac"] == pytest.approx(1 - unjudged / 16)
+
+
 def test_a_limit_leaves_continuations_what_is_left(model: Path) -> None:
     algorithm = chain(model, "rollout.max_new_tokens=5")
     groups, collector = collect(algorithm)

@@ -15,6 +15,7 @@ from megatron_rl.config.data import EvalConfig
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.evaluator import (
     EvalResults,
+    Evaluation,
     Evaluator,
     ProblemResult,
     keep_and_explore_rates,
@@ -26,7 +27,10 @@ from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup
 
 
 class Planted:
-    """A collector whose model says what the test says: by problem, samples and a greedy response, each (answer, style)."""
+    """A collector whose model says what the test says: by problem, samples and a greedy response, each (answer, style).
+
+    The scorer fails on an answer that says so: ``timeout`` or ``crash``.
+    """
 
     def __init__(self, samples: dict[str, list[tuple[str, str]]], greedy: dict[str, str]) -> None:
         self.samples, self.greedy = samples, greedy
@@ -42,7 +46,10 @@ class Planted:
             said = [(self.greedy[name], "")] if sampling.temperature == 0 else self.samples[name][:num_generations]
             assert len(said) == num_generations
             scores = [
-                Score(float(answer == prompt.problem.answer), answer=answer, style=style) for answer, style in said
+                Score(0.0, reason=answer, is_failure=True)
+                if answer in ("timeout", "crash")
+                else Score(float(answer == prompt.problem.answer), answer=answer, style=style)
+                for answer, style in said
             ]
             completion = Completion(torch.zeros(4, dtype=torch.int64), torch.zeros(4), "stop", 0)
             groups.append(RolloutGroup(prompt, [Rollout(completion, score) for score in scores]))
@@ -64,9 +71,17 @@ def planted(greedy: str = "12") -> Collector:
     return cast(Collector, Planted(SAMPLES, dict(zip("ab", greedy))))
 
 
+def evaluate(evaluator: Evaluator, collector: Collector, *, step: int = 0, num_samples: int = 4) -> Evaluation:
+    """Evaluate where nothing is to be said."""
+    said: list[str] = []
+    evaluation = evaluator.evaluate(collector, step=step, num_samples=num_samples, say=said.append)
+    assert said == []
+    return evaluation
+
+
 def test_evaluation_counts_by_hand() -> None:
     collector = planted()
-    evaluation = evaluator_of().evaluate(collector, step=3, num_samples=4)
+    evaluation = evaluate(evaluator_of(), collector, step=3)
     assert cast(Planted, collector).purposes == ["eval/3", "eval/3/greedy"]
     answers = (2 * math.log(2) / 4 + 2 * math.log(4) / 4 + 0) / 2  # of a: 1/2, 1/4, 1/4
     styles = (2 * math.log(2) / 4 + 2 * math.log(4) / 4 + 0) / 2  # of a: x, y, z as 2, 1, 1
@@ -82,22 +97,73 @@ def test_evaluation_counts_by_hand() -> None:
         }
     )  # fmt: skip
     assert evaluation.results == EvalResults(
-        3, 4, 1.0, 1.0, [ProblemResult("a", 2, is_greedy_correct=True), ProblemResult("b", 0, is_greedy_correct=False)]
+        3, 4, 1.0, 1.0, [ProblemResult("a", 2, True, 4), ProblemResult("b", 0, False, 4)]
     )
 
 
 def test_fewer_samples_leave_out_the_larger_k() -> None:
-    metrics = evaluator_of(greedy=False).evaluate(planted(), step=0, num_samples=1).metrics
+    metrics = evaluate(evaluator_of(greedy=False), planted(), num_samples=1).metrics
     assert metrics.keys() == {
         "eval/pass@1", "eval/avg@1", "eval/response_length", "eval/style/x", "eval/style_entropy_pooled",
     }  # fmt: skip
 
 
+UNJUDGED = {
+    "a": [("1", "x"), ("timeout", ""), ("2", "y"), ("1", "x")],  # two of three right
+    "b": [("timeout", ""), ("crash", ""), ("timeout", ""), ("2", "z")],  # none of one
+    "c": [("timeout", "")] * 4,
+    "d": [("1", "x"), ("1", "x"), ("2", "x"), ("2", "x")],  # two of four
+}
+GREEDY = {"a": "1", "b": "timeout", "c": "2", "d": "1"}
+
+
+def test_what_could_not_be_judged_is_left_out_counted_and_said_once() -> None:
+    said: list[str] = []
+    collector = cast(Collector, Planted(UNJUDGED, GREEDY))
+    evaluation = evaluator_of("abcd", k_values=[1, 2, 3, 4]).evaluate(collector, step=5, num_samples=4, say=said.append)
+    answers, pair = math.log(3) - 2 / 3 * math.log(2), math.log(2)  # entropy of 2/3 and 1/3; of 1/2 and 1/2
+    assert evaluation.metrics == pytest.approx(
+        {
+            "eval/pass@1": (2 / 3 + 0 + 1 / 2) / 3, "eval/dropped/pass@1": 1,
+            "eval/pass@2": (1 + 5 / 6) / 2, "eval/dropped/pass@2": 2,
+            "eval/pass@3": (1 + 1) / 2, "eval/dropped/pass@3": 2,
+            "eval/pass@4": 1.0, "eval/dropped/pass@4": 3,
+            "eval/avg@4": (2 / 3 + 0 + 1 / 2) / 3, "eval/dropped/avg@4": 1,
+            "eval/greedy": 2 / 3, "eval/dropped/greedy": 1,
+            "eval/dropped/score_timeout": 8, "eval/dropped/score_crash": 1,
+            "eval/response_length": 4.0,
+            "eval/distinct_answers": 2.0, "eval/answer_entropy": (answers + pair) / 2,
+            "eval/style/x": 6 / 8, "eval/style/y": 1 / 8, "eval/style/z": 1 / 8,
+            "eval/distinct_styles": 1.5, "eval/style_entropy": answers / 2,
+            "eval/style_entropy_pooled": 6 / 8 * math.log(8 / 6) + 2 / 8 * math.log(8),
+            "eval/styles_ge_3": 0.0,
+        }
+    )  # fmt: skip
+    assert evaluation.results.problems == [
+        ProblemResult("a", 2, True, 3), ProblemResult("b", 0, None, 1), ProblemResult("c", 0, False, 0),
+        ProblemResult("d", 2, True, 4),
+    ]  # fmt: skip
+    assert len(said) == 1 and "9 of 20 responses could not be judged (timeout 8, crash 1)" in said[0]
+
+
+def test_an_evaluation_of_nothing_but_failures_has_no_accuracy() -> None:
+    collector = cast(Collector, Planted({"c": [("timeout", "")] * 4}, {"c": "crash"}))
+    metrics = evaluator_of("c").evaluate(collector, step=0, num_samples=4, say=lambda _: None).metrics
+    assert {name for name in metrics if not name.startswith("eval/dropped/")} == {"eval/response_length"}
+    assert metrics["eval/dropped/greedy"] == metrics["eval/dropped/pass@4"] == 1.0
+
+
 # ---- against the baseline
 
 
-def results(*outcomes: tuple[int, bool | None], num_samples: int = 4, temperature: float = 1.0) -> EvalResults:
-    problems = [ProblemResult(name, correct, greedy) for name, (correct, greedy) in zip("abcdef", outcomes)]
+def results(
+    *outcomes: tuple[int, bool | None], num_samples: int = 4, temperature: float = 1.0, judged: str = "444444"
+) -> EvalResults:
+    """Of problems a, b, c, ...: right samples, greedy verdict and, of ``num_samples``, the number that was judged."""
+    problems = [
+        ProblemResult(name, correct, greedy, min(int(count), num_samples))
+        for name, (correct, greedy), count in zip("abcdef", outcomes, judged)
+    ]
     return EvalResults(0, num_samples, temperature, 1.0, problems)
 
 
@@ -119,15 +185,37 @@ def test_only_what_was_measured_alike_is_compared() -> None:
     assert keep_and_explore_rates(before, results((4, None), (0, None))) == of_any
 
 
+def test_only_what_both_could_judge_is_compared() -> None:
+    """Greedily that is a, c and d; by all four samples it is b and d."""
+    before = results((4, True), (1, None), (0, False), (2, True), judged="4434")
+    after = results((3, True), (0, True), (1, True), (0, False), judged="3444")
+    assert keep_and_explore_rates(before, after) == {
+        "eval/keep_rate_greedy": 1 / 2, "eval/explore_rate_greedy": 1.0, "eval/keep_rate_any": 0.0,
+    }  # fmt: skip
+    nothing = results((0, None), (0, None), (0, None), (0, None), judged="0000")
+    assert keep_and_explore_rates(before, nothing) == {}
+
+
+def test_in_files_of_earlier_versions_all_samples_count(tmp_path: Path) -> None:
+    saved = results((4, True), (0, None))
+    save_results(tmp_path, saved)
+    path = results_path(tmp_path, 0)
+    older = json.loads(path.read_text())
+    for problem in older["problems"]:
+        assert problem.pop("num_samples") == 4
+    path.write_text(json.dumps(older))
+    assert evaluator_of().read_results(path, field="eval") == saved
+
+
 def test_results_come_back_from_their_file(tmp_path: Path) -> None:
     evaluator = evaluator_of()
-    found = evaluator.evaluate(planted(), step=0, num_samples=4).results
+    found = evaluate(evaluator, planted()).results
     save_results(tmp_path, results((0, None)))
     save_results(tmp_path, found)
     assert results_path(tmp_path, 0) == tmp_path / "eval/step_00000000.json"
     assert evaluator.read_results(results_path(tmp_path, 0), field="eval") == found
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["step_00000000.json"]
-    problem = {"problem_id": "a", "num_correct": 2, "is_greedy_correct": True}
+    problem = {"problem_id": "a", "num_correct": 2, "is_greedy_correct": True, "num_samples": 4}
     assert json.loads(results_path(tmp_path, 0).read_text())["problems"][0] == problem
 
 

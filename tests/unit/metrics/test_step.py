@@ -8,24 +8,34 @@ import torch.distributed as dist
 
 from megatron_rl.metrics import step
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
-from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, RowKind, Score, TrainingSample
+from megatron_rl.types import (
+    Completion,
+    Problem,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    RowKind,
+    Score,
+    TrainingSample,
+    TreeNode,
+)
 from tests.forked import run_ranks
 
 
-def rollout(correct: float, tokens: int, *, version: int = 5, reason: str = "", cut: bool = False) -> Rollout:
+def rollout(correct: float, tokens: int, *, version: int = 5, failure: str = "", cut: bool = False) -> Rollout:
     ids = torch.zeros(tokens, dtype=torch.int64)
-    score = Score(2 * correct - 1, {"correct": correct}, reason, is_failure=bool(reason))
+    score = Score(0.0, reason=failure, is_failure=True) if failure else Score(2 * correct - 1, {"correct": correct})
     return Rollout(Completion(ids, torch.zeros(tokens), "length" if cut else "stop", version), score)
 
 
-def group(*rollouts: Rollout) -> RolloutGroup:
-    return RolloutGroup(Prompt(Problem("id", "text", "1"), torch.tensor([1])), list(rollouts))
+def group(*rollouts: Rollout, tree: TreeNode | None = None) -> RolloutGroup:
+    return RolloutGroup(Prompt(Problem("id", "text", "1"), torch.tensor([1])), list(rollouts), tree)
 
 
 def test_rollout_metrics() -> None:
     groups = [
         group(rollout(1, 4), rollout(0, 2), rollout(0, 2), rollout(0, 8, cut=True)),
-        group(rollout(0, 1, version=3), rollout(0, 1), rollout(0, 1, reason="timeout"), rollout(0, 5)),
+        group(rollout(0, 1, version=3), rollout(0, 1), rollout(0, 1), rollout(0, 5)),
     ]
     metrics = rollout_metrics(groups, version=5)
     assert metrics["reward/mean"] == pytest.approx(-0.75)
@@ -35,7 +45,32 @@ def test_rollout_metrics() -> None:
     assert metrics["response_length/mean"] == 3.0 and metrics["response_length/max"] == 8.0
     assert metrics["response_length/cut_frac"] == 1 / 8
     assert metrics["rollout/staleness"] == 2 / 8
-    assert metrics["dropped/score_timeout"] == 1.0
+    assert not any(name.startswith("dropped/") for name in metrics)
+
+
+def test_what_could_not_be_judged_is_neither_right_nor_wrong() -> None:
+    timeout, crash = rollout(0, 9, failure="timeout"), rollout(0, 9, failure="crash: KeyError: 'c'")
+    right, wrong = rollout(1, 1), rollout(0, 1)
+    groups = [group(right, timeout, timeout, crash), group(right, wrong, wrong, timeout), group(*[timeout] * 4)]
+    metrics = rollout_metrics([*groups, group(right, wrong, wrong, wrong)], version=5)
+    assert metrics["pass@1"] == metrics["reward/correct"] == pytest.approx((1 + 1 / 3 + 1 / 4) / 3)
+    assert metrics["reward/mean"] == pytest.approx((1 - 1 / 3 - 2 / 4) / 3)
+    assert (metrics["groups/all_right_frac"], metrics["groups/all_wrong_frac"]) == (1 / 3, 0.0)
+    assert metrics["pass@4"] == 1.0 and metrics["dropped/pass@4"] == 3.0  # of the last group alone
+    assert metrics["dropped/score_timeout"] == 7.0 and metrics["dropped/score_crash"] == 1.0
+    assert metrics["num_rollouts"] == 16.0 and metrics["response_length/max"] == 9.0
+    of_nothing = rollout_metrics([group(*[timeout] * 4)], version=5)
+    assert not {"reward/mean", "pass@1", "pass@4", "groups/all_wrong_frac"} & of_nothing.keys()
+
+
+def test_a_tree_s_mean_is_its_root_s_value() -> None:
+    """An early leaf weighs as much as a subtree; of the subtree one leaf was judged, and another one not at all."""
+    leaves = [rollout(1, 1), rollout(0, 1), rollout(0, 1, failure="timeout"), rollout(0, 1, failure="timeout")]
+    nodes = [TreeNode(None, [], leaf.score) for leaf in leaves]
+    root = TreeNode(None, [nodes[0], TreeNode(None, [nodes[1], nodes[2]]), TreeNode(None, [nodes[3]])])
+    metrics = rollout_metrics([group(*leaves, tree=root)], version=5)
+    assert metrics["pass@1"] == 1 / 2 and metrics["reward/mean"] == 0.0
+    assert metrics["dropped/score_timeout"] == 2.0 and "pass@4" not in metrics
 
 
 def test_sample_metrics() -> None:
