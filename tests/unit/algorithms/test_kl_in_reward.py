@@ -34,7 +34,7 @@ def row(
 
 
 def advantages(algorithm: GRPO, rows: list[TrainingSample]) -> list[float]:
-    """Of each row; all its tokens have the same."""
+    """Return the advantage of each row; all its tokens have the same."""
     algorithm.assign_advantages(rows)
     values = [set(row.advantages.tolist()) for row in rows if row.advantages is not None]
     assert all(len(value) == 1 for value in values)
@@ -81,7 +81,7 @@ def test_rows_of_two_groups_may_be_mixed() -> None:
 @pytest.mark.parametrize("normalize", ["true", "false"])
 @pytest.mark.parametrize("leave_one_out", [True, False])
 def test_the_expected_policy_gradient_is_that_of_the_reverse_kl(normalize: str, leave_one_out: bool) -> None:
-    """Over all pairs of one-token responses, with their chances; both rollouts of a pair are equally right."""
+    """The expectation is over all pairs of one-token responses; both rollouts of a pair are equally right."""
     settings = [f"algorithm.normalize_rewards={normalize}", *([LEAVE_ONE_OUT] if leave_one_out else [])]
     algorithm, logits = grpo(*settings, coef=0.3), LOGITS.clone().requires_grad_()
     log_probs = logits.log_softmax(0)

@@ -1,4 +1,4 @@
-"""From rewards to the one number that an update lowers: weights, advantages and loss together, worked out by hand.
+"""The one number that an update lowers, from rewards on: advantages, weights and loss together, worked out by hand.
 
 ``doctor.exactness`` takes weights and loss from the method itself, so that a wrong formula or denominator would pass it.
 """
@@ -49,7 +49,7 @@ def row(
 
 
 def loss(algorithm: OnlineAlgorithm, rows: list[TrainingSample]) -> float:
-    """Of one update on these rows; where they have no ``old_log_probs``, the policy has not moved."""
+    """Return the loss of an update on these rows; where they have no ``old_log_probs``, the policy has not moved."""
     for each in rows:
         if each.old_log_probs is None and each.kind is not RowKind.REHEARSAL:
             each.old_log_probs = torch.full((each.num_response_tokens,), -3.0)

@@ -204,7 +204,7 @@ def test_a_border_that_cannot_be_judged_is_none(model: Path) -> None:
 
 
 def test_the_share_of_loss_tokens_is_of_all_rows(model: Path) -> None:
-    """Without a threshold only what could not be judged has a mask."""
+    """Only what could not be judged has a mask, where there is no threshold."""
     algorithm = chain(
         model,
         "algorithm.partition.kind=equal",

@@ -1,4 +1,4 @@
-"""What the exactness check calls an error."""
+"""Errors as the exactness check measures them."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_an_evaluation_of_nothing_but_failures_has_no_accuracy() -> None:
 def results(
     *outcomes: tuple[int, bool | None], num_samples: int = 4, temperature: float = 1.0, judged: str = "444444"
 ) -> EvalResults:
-    """Of problems a, b, c, ...: right samples, greedy verdict and, of ``num_samples``, the number that was judged."""
+    """Results of problems a, b, c, ...: right samples, greedy verdict and, of ``num_samples``, the number that was judged."""
     problems = [
         ProblemResult(name, correct, greedy, min(int(count), num_samples))
         for name, (correct, greedy), count in zip("abcdef", outcomes, judged)
