@@ -147,7 +147,8 @@ class PresampleConfig:
 
     purpose: Literal["rehearsal", "replay"] = "rehearsal"
     """``rehearsal`` (DPH-RL): of each problem solved ``min_correct`` times or more, one further sample if that is right too,
-    with its log-probs; the other problems are ``exploration.jsonl``. ``replay`` (RLEP): of such problems, all right samples."""
+    with its log-probs; the other problems are ``exploration.jsonl``. ``replay`` (RLEP): of such problems, all samples that are
+    right and whole."""
     problems: PathTexts | None = None
     """Problem files to sample on; null takes ``data.train``."""
     num_problems: PositiveInt | None = None

@@ -210,20 +210,20 @@ def test_a_tokenizer_larger_than_the_vocabulary(case: Case, tmp_path: Path, capf
 @pytest.mark.parametrize(
     ("content", "where"),
     [
-        ("", "train.jsonl"),
         ('{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": \n', "train.jsonl:2"),
         ('{"question": "a", "answer": "#### 1"}\n\n{"question": "b"}\n', "train.jsonl:2"),
-        ('{"question": "a", "answer": "no mark"}\n', "train.jsonl:1"),
-        ('["question"]\n', "train.jsonl:1"),
+        ('{"question": "a", "answer": "#### 1"}\n{"question": "b", "answer": "no mark"}\n', "train.jsonl:2"),
     ],
 )
 def test_a_bad_line_is_named(case: Case, capfd: pytest.CaptureFixture[str], content: str, where: str) -> None:
+    """The first line is looked at before any rank starts."""
     case.train.write_text(content)
     assert where in fails(case, capfd)
 
 
 def test_each_rank_above_0_has_the_error_in_its_log(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
-    case.train.write_text("")
+    with case.train.open("a") as file:
+        file.write("{\n")
     error = fails(case, capfd)
     assert error in (case.root / "tiny/logs/rank_1.log").read_text().splitlines()
 
