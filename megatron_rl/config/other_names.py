@@ -1,4 +1,4 @@
-"""Keys of other systems, translated: for the error of an unknown key, and for docs/coming_from.md.
+"""Keys of other systems, translated: for the error of an unknown key, and for docs/coming_from/names.md.
 
 The names are in the YAML file beside this module.
 """

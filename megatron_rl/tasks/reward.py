@@ -25,11 +25,16 @@ class Attempt(NamedTuple):
     """``length``: cut at the limit."""
 
 
+def _as_turn(attempt: Attempt) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": attempt.response}]
+
+
 OFFERED: dict[str, Callable[[Attempt], Any]] = {
     "problem": lambda attempt: attempt.problem,
     "prompt": lambda attempt: list(attempt.problem.messages or ()) or attempt.problem.prompt,
     "question": lambda attempt: attempt.problem.question,
     "response": lambda attempt: attempt.response,
+    "completion": lambda attempt: _as_turn(attempt) if attempt.problem.messages is not None else attempt.response,
     "answer": lambda attempt: attempt.problem.answer,
     "metadata": lambda attempt: dict(attempt.problem.metadata),
     "finish_reason": lambda attempt: attempt.finish_reason,
@@ -37,13 +42,12 @@ OFFERED: dict[str, Callable[[Attempt], Any]] = {
 """Arguments by name, besides the columns of the metadata."""
 PLURALS = {
     "problems": "problem", "prompts": "prompt", "questions": "question", "responses": "response", "answers": "answer",
-    "finish_reasons": "finish_reason",
+    "completions": "completion", "finish_reasons": "finish_reason",
 }  # fmt: skip
 """Arguments of a function that judges many at once; ``metadata`` and columns come as lists then."""
-ALIASES = {
-    "solution_str": "response", "ground_truth": "answer", "completion": "response", "completions": "responses",
-}  # fmt: skip
-"""Names that verl's and TRL's rewards give their arguments."""
+ALIASES = {"solution_str": "response", "ground_truth": "answer"}
+"""Names that verl's rewards give their arguments. TRL's take ``completions``: messages where the prompts are."""
+RESPONSES = frozenset({"response", "completion", "problem", "responses", "completions"})
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def as_verifier(function: Callable[..., Any], path: str, kwargs: Mapping[str, An
     names = tuple(p.name for p in by_name if p.name not in kwargs)
     known = {ALIASES.get(name, name) for name in names}
     takes_many = bool(known & set(PLURALS))
-    if not known & ({"responses"} if takes_many else {"response", "problem"}) and not takes_all:
+    if not known & RESPONSES and not takes_all:
         raise UserError(
             FIELD,
             path,

@@ -81,4 +81,4 @@ def test_no_name_of_a_system_has_two_meanings() -> None:
 
 
 def test_the_page_has_the_table() -> None:
-    assert table() in (ROOT / "docs/coming_from.md").read_text()
+    assert table() in (ROOT / "docs/coming_from/names.md").read_text()

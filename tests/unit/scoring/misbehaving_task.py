@@ -95,6 +95,10 @@ def of_trl(completions, answers, level, **kwargs):
     return [float(c == a) * n for c, a, n in zip(completions, answers, level)]
 
 
+def of_trl_chat(prompts, completions, **kwargs):
+    return [float(prompt[0]["content"] == turns[0]["content"]) for prompt, turns in zip(prompts, completions)]
+
+
 def one_too_few(responses):
     return [1.0] * (len(responses) - 1)
 

@@ -93,6 +93,12 @@ def test_rewards_of_verl_and_trl_work_as_they_are() -> None:
     assert [score.reward for score in scores_of("of_trl", "yes", "no")] == [2.0, 0.0]
 
 
+def test_a_reward_of_trl_gets_messages_where_the_prompts_are_such() -> None:
+    problem = Problem("id", "", "yes", task="math", messages=({"role": "user", "content": "hi"},))
+    verifier = get_reward(f"{MODULE}:of_trl_chat")
+    assert verifier.call([Attempt(problem, "hi"), Attempt(problem, "ho")]) == [1.0, 0.0]
+
+
 def test_further_arguments_and_cut_responses() -> None:
     assert [score.reward for score in scores_of("scaled", "3", scale=0.5)] == [1.5]
     assert [score.reward for score in scores_of("scaled", "3", finish="length", scale=0.5)] == [-1.0]
