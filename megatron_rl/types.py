@@ -82,7 +82,7 @@ class Score:
     parts: dict[str, float] = field(default_factory=dict)
     """Named parts of the reward (``correct``, ``format``, ...), logged as ``reward/<part>``."""
     reason: str = ""
-    """A few words for pages and reports: ``correct``, ``wrong``, ``no answer``, ``timeout``, ``crash: ...``."""
+    """A few words for pages and reports: ``correct``, ``wrong``, ``no answer``, ``cut``, ``timeout``, ``crash: ...``."""
     is_failure: bool = False
     """True where the scorer failed (timeout, crash): counted as ``dropped/score_<reason>``; the row gets no advantage."""
     answer: str = ""

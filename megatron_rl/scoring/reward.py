@@ -105,7 +105,8 @@ def as_score(value: Any) -> Score:
     parts = {name: _number(part, f"the part {name!r}") for name, part in value.parts.items()}
     if not (isinstance(value.reason, str) and isinstance(value.answer, str) and isinstance(value.style, str)):
         raise TypeError("reason, answer and style of a Score must be strings")
-    return replace(value, reward=_number(value.reward, "the reward"), parts=parts)
+    reward = _number(value.reward, "the reward")
+    return value if reward is value.reward and parts == value.parts else replace(value, reward=reward, parts=parts)
 
 
 def _from_dict(value: Mapping[str, Any]) -> Score:
@@ -120,6 +121,8 @@ def _from_dict(value: Mapping[str, Any]) -> Score:
 
 
 def _number(value: Any, what: str) -> float:
+    if type(value) is float and math.isfinite(value):  # nearly all
+        return value
     if not isinstance(value, numbers.Real):  # NumPy's numbers are real, too
         raise TypeError(f"{what} is {plugins.kind_of(value)}, not a number")
     if not math.isfinite(value):

@@ -89,8 +89,7 @@ class _How:
 
     def is_slow(self, task_names: Sequence[str]) -> bool:
         """Many are judged at once."""
-        found = map(self.verifier, task_names)
-        return any(verifier.takes_many or verifier.is_async for verifier in found)
+        return any(self.verifier(name).judges_together for name in task_names)
 
 
 class ScoringPool:
@@ -217,8 +216,10 @@ class ScoringPool:
         # A chunk may take a part of the deadline and should use half of that: little is lost when one of its jobs is
         # stuck, and a job that is only slow gets the whole deadline afterwards.
         limit_s = self._timeout_s if chunk.is_single else max(0.2, self._timeout_s / 4)
-        if self._how.is_slow(self._task_names):  # many at once: they have the deadline of one together
-            limit_s = self._timeout_s
+        if self._how.is_slow(
+            self._task_names
+        ):  # many at once: they have one deadline, which async ones keep by themselves
+            limit_s = self._timeout_s + max(1.0, self._timeout_s / 4)
         args = (self._how, [jobs[index] for index in chunk.indices], limit_s / 2)
         try:
             return self._pool.schedule(_score_chunk, args=args, timeout=limit_s)
@@ -280,14 +281,16 @@ def _score_chunk(how: _How, attempts: Sequence[Attempt], budget_s: float) -> lis
     start = time.monotonic()
     scores: list[Score] = []
     while len(scores) < len(attempts) and (not scores or time.monotonic() - start <= budget_s):
-        rest = attempts[len(scores) :]
-        verifier = how.verifier(rest[0].problem.task)
-        together = len(rest) if verifier.takes_many or verifier.is_async else 1
-        same = next((i for i in range(together) if rest[i].problem.task != rest[0].problem.task), together)
+        first = len(scores)
+        task = attempts[first].problem.task
+        verifier = how.verifier(task)
+        end = first + 1
+        while verifier.judges_together and end < len(attempts) and attempts[end].problem.task == task:
+            end += 1
         try:
-            scores += judge(verifier, rest[:same], how.timeout_s)
+            scores += judge(verifier, attempts[first:end], how.timeout_s)
         except BaseException as error:  # SystemExit too: the pool must not lose the rest of the chunk to it
-            if same > 1:  # one of them is to blame
+            if end - first > 1:  # one of them is to blame
                 raise
             scores.append(failure(crash(error)))
     return scores

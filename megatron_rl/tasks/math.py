@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rl.errors import UserError
-from megatron_rl.rewards.math import find_marked_answer, score_math
+from megatron_rl.rewards.answers import find_marked_answer
+from megatron_rl.rewards.math import score_math
 from megatron_rl.tasks.base import check_template, fill_template, problem_id
 from megatron_rl.tasks.rows.layouts import Example, read_example
 from megatron_rl.tasks.rows.row import Row
-from megatron_rl.types import Problem, Score
+from megatron_rl.types import FinishReason, Problem, Score
 
 TEMPLATE = "{question}\nReason step by step, and finish with the final answer in \\boxed{}.\n"
 _WRAPPED = re.compile(r"\$+(?P<inner>[^$]+)\$+|\\boxed\{(?P<boxed>.+)\}", re.DOTALL)
@@ -56,9 +57,11 @@ class Math:
             tools=example.tools,
         )
 
-    def score(self, problem: Problem, response: str) -> Score:
-        """Reward 1.0 for an answer equal to the reference."""
-        return score_math(problem.answer, response)
+    def score(
+        self, problem: Problem, response: str, *, finish_reason: FinishReason = "stop", lenient: bool = False
+    ) -> Score:
+        """Reward 1.0 for an answer equal to the reference: marked, and of a response that was not cut, unless ``lenient``."""
+        return score_math(problem.answer, response, finish_reason=finish_reason, lenient=lenient)
 
 
 def _reference(example: Example) -> tuple[str, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ PLURALS = {
 """Arguments of a function that judges many at once; ``metadata`` and columns come as lists then."""
 ALIASES = {"solution_str": "response", "ground_truth": "answer"}
 """Names that verl's rewards give their arguments. TRL's take ``completions``: messages where the prompts are."""
+_TAKERS = OFFERED | {name: OFFERED[single] for name, single in {**PLURALS, **ALIASES}.items()}
 RESPONSES = frozenset({"response", "completion", "problem", "responses", "completions"})
 
 
@@ -67,12 +68,27 @@ class Verifier:
     required: frozenset[str] = frozenset()
     """Arguments that must be columns of the metadata."""
 
+    @property
+    def judges_together(self) -> bool:
+        """Several responses are judged at the same time."""
+        return self.takes_many or self.is_async
+
     def call(self, attempts: Sequence[Attempt]) -> Any:
         """Call the function: for one attempt, unless it ``takes_many``."""
         columns = attempts[0].problem.metadata
-        names = dict.fromkeys((*self.names, *((*self._all(), *columns) if self.takes_all else ())))
-        given = {name: self._value(name, attempts) for name in names if self._is_there(name, columns)}
+        names: Iterable[str] = self.names
+        if self.takes_all:
+            names = dict.fromkeys((*names, *(PLURALS if self.takes_many else OFFERED), "metadata", *columns))
+        given = {name: self._value(name, attempts) for name in names if name in _TAKERS or name in columns}
         return self.function(**given, **self.kwargs)
+
+    def _value(self, name: str, attempts: Sequence[Attempt]) -> Any:
+        take = _TAKERS.get(name)
+        if not self.takes_many:
+            return attempts[0].problem.metadata[name] if take is None else take(attempts[0])
+        if take is None:
+            return [attempt.problem.metadata.get(name) for attempt in attempts]
+        return [take(attempt) for attempt in attempts]
 
     def check_columns(self, problem: Problem) -> None:
         """Check that the columns that the function asks for are there.
@@ -89,19 +105,6 @@ class Verifier:
                 f"columns are {there}",
                 "rename it, give it a default, or give it in data.reward_kwargs",
             )
-
-    def _all(self) -> Sequence[str]:
-        return [*PLURALS, "metadata"] if self.takes_many else list(OFFERED)
-
-    def _is_there(self, name: str, columns: Mapping[str, Any]) -> bool:
-        name = ALIASES.get(name, name)
-        return name in OFFERED or name in PLURALS or name in columns
-
-    def _value(self, name: str, attempts: Sequence[Attempt]) -> Any:
-        name = ALIASES.get(name, name)
-        single = PLURALS.get(name, name)
-        take = OFFERED.get(single, lambda attempt: attempt.problem.metadata.get(single))
-        return [take(attempt) for attempt in attempts] if self.takes_many else take(attempts[0])
 
 
 def as_verifier(function: Callable[..., Any], path: str, kwargs: Mapping[str, Any]) -> Verifier:

@@ -111,10 +111,13 @@ def test_of_many_at_once_the_one_to_blame_is_found() -> None:
 
 
 def test_async_rewards_run_at_the_same_time_and_have_the_deadline() -> None:
-    started = time.monotonic()
-    scores = scores_of("slow_one", *["0.3"] * 20, "60", timeout_s=2.0)
-    assert [score.reason for score in scores] == ["correct"] * 20 + ["timeout"]
-    assert time.monotonic() - started < 0.3 * 20 + 2.0  # one after the other would take longer
+    responses = [*["0.3"] * 40, "60"]
+    with ScoringPool(["math"], reward=f"{MODULE}:slow_one", num_workers=1, timeout_s=2.0) as pool:
+        pool.score([Attempt(Problem("id", "text", "", task="math"), "0")])  # workers are up
+        started = time.monotonic()
+        scores = pool.score([Attempt(Problem("id", "text", "", task="math"), response) for response in responses])
+    assert [score.reason for score in scores] == ["correct"] * 40 + ["timeout"]
+    assert time.monotonic() - started < 0.3 * 40  # one after the other would take longer
     assert [score.reward for score in scores_of("slow_all", "1", "2")] == [1.0, 2.0]
 
 

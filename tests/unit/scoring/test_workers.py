@@ -138,15 +138,14 @@ def test_all_jobs_stuck_still_ends(pool):
 
 
 @pytest.mark.slow
-def test_power_tower_is_killed_although_it_holds_the_gil():
+def test_endless_product_is_killed_although_it_holds_the_gil():
     with ScoringPool(["gsm8k"], num_workers=1, timeout_s=1.0) as pool:
         pool.score([job("1", "\\boxed{1}", "gsm8k")])
         start = time.monotonic()
-        responses = ("\\boxed{9^{9^{9^9}}}", "\\boxed{3}", "it is 10**10**10**10")
+        responses = ("\\boxed{\\prod_{k=1}^{10^9} k}", "\\boxed{3}", "\\boxed{9^{9^{9^9}}}")
         scores = pool.score([job("3", response, "gsm8k") for response in responses])
-        assert [score.reason for score in scores][:2] == ["timeout", "correct"]
-        assert scores[2].reason in ("timeout", "wrong", "no answer")
-        assert time.monotonic() - start < 20  # four deadlines, and a start of the worker after each
+        assert [score.reason for score in scores] == ["timeout", "correct", "wrong"]
+        assert time.monotonic() - start < 20  # deadlines, and a start of the worker after each
 
 
 def test_worker_killed_between_calls_is_replaced(pool):
@@ -261,7 +260,7 @@ problem = Problem("id", "text", "3", task="gsm8k")
 pool.score([Attempt(problem, "\\\\boxed{1}")])
 print(*[w.pid for w in pool._pool._pool_manager.worker_manager.workers.values()], flush=True)
 if sys.argv[1] == "stuck":
-    pool.score([Attempt(problem, "\\\\boxed{9^{9^{9^9}}}")] * 2)
+    pool.score([Attempt(problem, "\\\\boxed{\\\\prod_{k=1}^{10^9} k}")] * 2)
 """
 
 
@@ -282,7 +281,7 @@ def start_script(tmp_path, mode):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_survives_the_trainer_even_with_workers_that_hold_the_gil(tmp_path, how):
     trainer, workers, server = start_script(tmp_path, "stuck")
-    time.sleep(1)  # both workers are inside the power now
+    time.sleep(1)  # both workers are inside the product now
     assert all(map(parent_of, [*workers, server])) and len(workers) == 2
     trainer.send_signal(how)
     trainer.wait(10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,13 @@ import torch.distributed as dist
 
 from megatron_rl.scoring.scorer import Scorer
 from megatron_rl.tasks import get_task
+from megatron_rl.tasks.gsm8k import Gsm8k
 from megatron_rl.types import Completion, Problem, Prompt, Score
 from tests.forked import run_ranks
+
+
+def gsm8k_score(response: str, **options: Any) -> Score:
+    return Gsm8k().score(Problem("id", "text", "72"), response, **options)
 
 
 @pytest.mark.parametrize(
@@ -20,12 +26,23 @@ from tests.forked import run_ranks
         (r"\boxed{72}", "72"), (r"\boxed{144/2}", "72"), (r"\boxed{72.00 clips}", "72"),  # right ones
         (r"\boxed{\$1,071.50}", "1071.5"), (r"\boxed{1{,}071.5}", "1071.5"), ("#### 0071", "71"), (r"\boxed{71.0}", "71"),
         ("\\boxed{\N{MINUS SIGN}7}", "-7"), (r"\boxed{-0}", "0"), (r"\boxed{+.50}", "0.5"), (r"\boxed{x + 1}", "x+1"),
-        ("That makes 1,071.", "1071"), ("so 15-5", "5"), ("none", ""), ("", ""), (r"\boxed{.}", ""),
+        (r"\boxed{71.50 \text{ dollars}}", "71.5"), (r"\boxed{5 \text{ dozen}}", "60"), (r"\boxed{11 5/6}", "71/6"),
+        ("The answer is 1,071 clips.", "1071"), ("That makes 1,071.", ""), ("none", ""), ("", ""), (r"\boxed{.}", ""),
         (r"\boxed{" + "1" * 5000 + "}", "1" * 64), (r"\boxed{" + "x" * 5000 + "}", "x" * 64),
     ],
 )  # fmt: skip
 def test_answers_of_gsm8k_are_normalised(response: str, answer: str) -> None:
-    assert get_task("gsm8k").score(Problem("id", "text", "72"), response).answer == answer
+    assert gsm8k_score(response).answer == answer
+
+
+def test_unmarked_answers_of_gsm8k_are_the_last_number_if_lenient() -> None:
+    answers = [gsm8k_score(text, lenient=True).answer for text in ("That makes 1,071.", "so 15-5", "so 70 + 2", "none")]
+    assert answers == ["1071", "5", "72", ""]
+
+
+def test_cut_responses_of_gsm8k_have_no_answer() -> None:
+    score = gsm8k_score(r"\boxed{72}", finish_reason="length")
+    assert (score.reward, score.reason, score.answer) == (0.0, "cut", "")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.errors import UserError
-from megatron_rl.tasks import TASKS
+from megatron_rl.tasks import TASKS, get_task
 from megatron_rl.tasks import problems as problem_files
 from megatron_rl.tasks.base import Task, fill_template, unique_problems
 from megatron_rl.tasks.problems import Problems, fields_of, load_problems, open_problems
@@ -207,3 +207,29 @@ def test_of_many_rows_each_is_read_when_its_turn_comes(tmp_path: Path, monkeypat
     assert [problems[index].answer for index in (2, 0)] == ["2", "0"]
     with pytest.raises(UserError, match=r"a\.jsonl:4"):
         problems[3]
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("no_such_module:TASK", "cannot be imported"),
+        ("megatron_rl.tasks:NO_SUCH_TASK", "has no NO_SUCH_TASK"),
+        (":TASK", "does not read package.module:NAME"),
+        ("megatron_rl.tasks.gsm8k:Gsm8k", "is not an object with"),
+        ("megatron_rl.tasks.gsm8k:TEMPLATE", "is not an object with"),
+    ],
+)
+def test_wrong_import_path_is_an_error(path: str, rule: str) -> None:
+    with pytest.raises(UserError, match=rule):
+        get_task(path)
+
+
+def test_tasks_and_scoring_import_no_torch() -> None:
+    code = (
+        "import sys, megatron_rl.tasks as t, megatron_rl.scoring.workers\n"
+        "from megatron_rl.types import Problem\n"
+        "assert all(task.score(Problem('', '', '1'), '#### 1').reward == 1 for task in t.TASKS.values())\n"
+        "assert t.get_task('gsm8k').score(Problem('', '', '1/2'), '\\\\boxed{\\\\sqrt{4}/4}').reward == 1\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
