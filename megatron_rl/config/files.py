@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_rl import plugins
 from megatron_rl.config import upstream
 from megatron_rl.config.methods import settings_code
+from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
@@ -129,24 +130,19 @@ def _check_writable(run_dir: Path) -> None:
 def check_shape(config: Config, shape: ModelShape) -> None:
     """Raise ``UserError`` if a model of this shape does not fit the layout or the lengths of a config."""
     policy = config.policy
-    # Megatron then deals the remaining layers out itself, and says so where they do not divide.
-    is_uneven = any(
-        policy.megatron_cfg.get(f"num_layers_in_{end}_pipeline_stage") is not None for end in ("first", "last")
-    )
-    for size, what, length in (
-        (policy.tensor_parallel_size, "num_attention_heads", shape.num_attention_heads),
-        (policy.tensor_parallel_size, "num_key_value_heads", shape.num_key_value_heads),
-        (policy.tensor_parallel_size, shape.width_field, getattr(shape, shape.width_field)),
-        (1 if is_uneven else policy.pipeline_parallel_size, "num_hidden_layers", shape.num_layers),
+    for what, length in (
+        ("num_attention_heads", shape.num_attention_heads),
+        ("num_key_value_heads", shape.num_key_value_heads),
+        (shape.width_field, getattr(shape, shape.width_field)),
     ):
-        if length % size:
-            name = "pipeline" if what == "num_hidden_layers" else "tensor"
+        if length % policy.tensor_parallel_size:
             raise UserError(
-                f"policy.megatron_cfg.{name}_model_parallel_size",
-                size,
+                "policy.megatron_cfg.tensor_model_parallel_size",
+                policy.tensor_parallel_size,
                 f"must divide the model's {what} = {length}",
                 f"choose a divisor of {length}",
             )
+    _check_stages(policy, shape.num_layers)
     _check_experts(config, shape)
     if config.rollout.max_new_tokens >= shape.max_position_embeddings and config.trainer.stage == "rl":
         raise UserError(
@@ -155,6 +151,42 @@ def check_shape(config: Config, shape: ModelShape) -> None:
             f"leaves no room for a prompt in the model's context of {shape.max_position_embeddings} tokens",
             "lower it",
         )
+
+
+def _check_stages(policy: PolicyConfig, num_layers: int) -> None:
+    """Check that the layers can be dealt out to the pipeline stages, and those of a stage to its virtual ones."""
+    given, section = policy.megatron_cfg, "policy.megatron_cfg"
+    if any(given.get(name) for name in _OWN_SPLITS):  # Megatron's own checks follow
+        return
+    num_stages = policy.pipeline_parallel_size
+    ends = [f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last")]
+    sizes = {name: int(given[name]) for name in ends if given.get(name) is not None}
+    rest, others = num_layers - sum(sizes.values()), num_stages - len(sizes)
+    if sizes and (others < 0 or min(sizes.values()) < 1 or rest < others or (others == 0 and rest)):
+        name = next(iter(sizes))
+        rule = f"leaves {rest} of the model's {num_layers} layers to {others} other stages"
+        raise UserError(f"{section}.{name}", sizes[name], rule, "correct it, or leave it out")
+    if others and rest % others:
+        what = f"num_hidden_layers = {num_layers}" if not sizes else f"other {rest} layers, between {others} stages"
+        raise UserError(
+            f"{section}.pipeline_model_parallel_size",
+            num_stages,
+            f"must divide the model's {what}",
+            "choose another size",
+        )
+    virtual = given.get("virtual_pipeline_model_parallel_size")
+    for layers in {*sizes.values(), *([rest // others] if others else [])}:
+        if virtual and layers % int(virtual):
+            rule = f"must divide the {layers} layers of a pipeline stage"
+            raise UserError(
+                f"{section}.virtual_pipeline_model_parallel_size", virtual, rule, f"choose a divisor of {layers}"
+            )
+
+
+_OWN_SPLITS = (
+    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
+"""Fields by which Megatron deals layers out in other ways."""
 
 
 def _check_experts(config: Config, shape: ModelShape) -> None:

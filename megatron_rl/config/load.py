@@ -178,8 +178,10 @@ def _explain(error: ValidationError, section: type, where: tuple[str, ...]) -> E
     if first["type"] == "dataclass_type":
         return UserError(key, first["input"], "is a section, not a value", f"give its fields, as {key}.FIELD=VALUE")
     rule = first["msg"][0].lower() + first["msg"][1:]
-    is_number = first["type"] == "string_type" and isinstance(first["input"], int | float)
-    fix = f"put it into quotes of its own, as in {key}='\"{first['input']}\"'" if is_number else "correct the value"
+    # YAML reads 5 as a number, and the prompt template {question} as a mapping.
+    needs_quotes = first["type"] == "string_type" and isinstance(first["input"], int | float | dict)
+    text = first["input"] if isinstance(first["input"], int | float) else "{...}"
+    fix = f"put it into quotes of its own, as in {key}='\"{text}\"'" if needs_quotes else "correct the value"
     return UserError(key, first["input"], rule, fix)
 
 

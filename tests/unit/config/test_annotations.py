@@ -72,7 +72,6 @@ MEGATRON, SERVER = "policy.megatron_cfg", "rollout.sglang_cfg"
         [f"{MEGATRON}.fp8=hybrid", f"{MEGATRON}.fp8_recipe=tensorwise"],
         [f"{MEGATRON}.fp8=null"],
         [f"{MEGATRON}.init_method_std=1e-2"],
-        [f"{MEGATRON}.window_size=[128, 0]"],
         [f"{MEGATRON}.virtual_pipeline_model_parallel_size=null"],
         [f"{MEGATRON}.expert_tensor_parallel_size=null"],
         [f"{MEGATRON}.gradient_accumulation_fusion=false"],
