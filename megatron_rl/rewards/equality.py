@@ -33,6 +33,7 @@ _BASED = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _DIGITS = re.compile("[0-9A-Z]+", re.ASCII | re.IGNORECASE)
+_CAPITALS = re.compile("[A-Z]{2,}")
 _OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])")
 _APPROXIMATE = re.compile(r"\\approx(?![A-Za-z])")
 _DECIMALS = re.compile(r"\.(\d+)", re.ASCII)
@@ -218,8 +219,8 @@ def _brackets(answer: FinalAnswer) -> str:
 
 
 def _by_words(ours: FinalAnswer, theirs: FinalAnswer) -> bool | None:
-    """A text with words equals its own text alone: ``east`` is no product of letters, and ``5 if x > 0`` not 5."""
-    return False if words(ours.latex) or words(theirs.latex) else None
+    """A text with words, or of capitals, equals its own text alone: ``ACB`` is no product, and ``5 if x > 0`` not 5."""
+    return False if _CAPITALS.fullmatch(ours.flat) or words(ours.latex) or words(theirs.latex) else None
 
 
 def _by_number(ours: FinalAnswer, theirs: FinalAnswer) -> bool | None:

@@ -65,7 +65,7 @@ _VARIABLE = re.compile(r"(?<![A-Za-z])[a-df-hj-zA-Z](?![A-Za-z])")
 _BINDS_VARIABLE = re.compile(r"\\(?:sum|prod)(?![A-Za-z])")
 _TAKES_LIST = re.compile(r"\\(?:gcd|lcm|max|min)(?![A-Za-z])")
 _RATIO = re.compile(r"\s*\d+(?:\.\d+)?\s*:\s*\d+(?:\.\d+)?\s*", re.ASCII)
-_APART = re.compile(r"\d\s+[\d.]", re.ASCII)
+_APART = re.compile(r"[\d.]\s+[\d.]", re.ASCII)
 _MIXED = re.compile(r"\d\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", re.ASCII)
 _SUBSCRIPT = re.compile(r"(?<!\\log)(?<!\\sum)(?<!\\prod)_")
 
@@ -76,7 +76,7 @@ _FORMULA = re.compile(
 _RELATION = re.compile(r"[<>]|\\(?:neq|leq|geq|approx|in|notin|sim|equiv|subset|subseteq)(?![A-Za-z])")
 _WORDS = re.compile(r"\\(?:begin|end)\s*\{[a-z*]+\}|\\text\s*\{([^{}]*)\}|\\[A-Za-z]+|(?![A-Z]+(?![a-z]))[A-Za-z]{4,}")
 _BLANKS = re.compile(r"\s+")
-_BLANKS_BETWEEN = re.compile(r"(?<=\w)\s+(?=\w)")
+_BLANKS_BETWEEN = re.compile(r"(?<=[\w.])\s+(?=[\w.])")
 _LETTER_RUN = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -161,7 +161,7 @@ def words(latex: str) -> frozenset[str]:
 
 
 def plain(text: str) -> str:
-    """Return a text without the case of its words, and without blanks except between letters and digits."""
+    """Return a text without the case of its words, and without blanks except between letters, digits and points."""
     text = _LETTER_RUN.sub(
         lambda run: run[0].lower() if len(run[0]) > 2 or run[0].istitle() else run[0], without_wrappers(text)
     )

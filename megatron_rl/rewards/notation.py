@@ -100,7 +100,7 @@ def normalise(text: str) -> str:
     text = _PIECE.sub(_respell, " ".join(text.split()))
     text = _BRACED_COMMA.sub(",", text)
     text = _BARE_ROOT.sub(lambda root: rf"\sqrt{{{root[1]}}}" if root[1] else r"\sqrt", text)
-    text = text.strip(_AROUND).rstrip(".。").strip(_AROUND)
+    text = text.strip(_AROUND).rstrip(".,;。").strip(_AROUND)
     while text.startswith("{") and closes_at_end(text):
         text = text[1:-1].strip()
     return text
