@@ -117,6 +117,7 @@ def not_written(model: Path, directory: Path) -> Any:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     torch.distributed.barrier()
     left = sorted(path.name for path in directory.iterdir())
+    torch.distributed.barrier()  # the other rank has looked, before the next folder is begun
     checkpoints.start(3, policy.trainable, {"step": 3})
     return str(error.value), left, checkpoints.complete()
 
