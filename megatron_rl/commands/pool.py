@@ -269,10 +269,10 @@ def _tokenizer(config: Config) -> Any:
 def _prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     from megatron_rl.convert.architecture.shape import read_shape
     from megatron_rl.data.prompts import PromptMaker, tokenize_prompts
-    from megatron_rl.tasks.problems import fields_of, load_problems
+    from megatron_rl.tasks.problems import load_problems
 
     data = config.data
-    problems = load_problems(data.task, *data.train, template=data.template, fields=fields_of(vars(data.fields)))
+    problems = load_problems(data.task, *data.train, template=data.template, fields=data.fields)
     context = read_shape(Path(config.policy.model_path)).max_position_embeddings
     maker = PromptMaker(tokenizer, data, context_length=context, max_new_tokens=config.rollout.max_new_tokens)
     prompts, _ = tokenize_prompts(problems, maker)

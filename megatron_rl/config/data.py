@@ -9,34 +9,21 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_rl.config.section import PathText, PathTexts, PerMachine, Seconds, Temperature, section
 from megatron_rl.errors import UserError
+from megatron_rl.tasks.rows.row import Fields
 
 
 @section
-class FieldsConfig:
-    """Columns of problem files whose layout is not recognised; a dot leads into one: ``reward_model.ground_truth``."""
-
-    prompt: str | None = None
-    """The column that the model reads: a text, or chat messages. ``question`` in its place goes into ``data.template``."""
-    question: str | None = None
-    answer: str | None = None
-    """The reference answer; without one only ``data.reward`` can judge."""
-    solution: str | None = None
-    """A worked answer, which supervised training learns from."""
-    metadata: str | None = None
-    """A column of further values for the reward; null gives it all columns that have no other use."""
-    tools: str | None = None
-    """Descriptions of tools, for the chat template."""
+class FieldsConfig(Fields):
+    """Columns of problem files whose layout is not recognised, as a section of a config."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("prompt", "question") if getattr(self, name) is not None]
-        others = [name for name in ("answer", "solution", "metadata", "tools") if getattr(self, name) is not None]
-        if len(given) == 2 or (others and not given):
-            rule = (
-                "one of prompt and question has to be named"
-                if others
-                else "only one of prompt and question can be named"
-            )
-            raise UserError("data.fields", ", ".join((*given, *others)), rule, "name the column that the model reads")
+        if self.prompt is not None and self.question is not None:
+            given, rule = f"{self.prompt}, {self.question}", "only one of prompt and question can be named"
+        elif self and self.prompt is None and self.question is None:
+            given, rule = self.described(), "one of prompt and question has to be named"
+        else:
+            return
+        raise UserError("data.fields", given, rule, "name the column that the model reads")
 
 
 @section
@@ -47,6 +34,7 @@ class DataConfig:
     """A name from megatron_rl.tasks (math, gsm8k, word_problems), or ``package.module:NAME`` of a task of your own. math takes
     problem files of every layout that is known, and those that ``fields`` maps; it compares final answers."""
     fields: FieldsConfig = Field(default_factory=FieldsConfig)
+    """Columns by what they hold (megatron_rl/tasks/rows/row.py), where the layout is none that is recognised."""
     reward: str | None = None
     """``my_rewards.py:FUNCTION`` or ``package.module:FUNCTION``, a reward of your own; null takes the task's ``score``.
 

@@ -13,7 +13,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
-from megatron_rl.tasks.problems import fields_of, problem_of
+from megatron_rl.tasks.problems import problem_of
 from megatron_rl.tasks.reward import find_verifier
 from megatron_rl.tasks.rows.open import first_row
 from megatron_rl.tasks.rows.spec import parse_spec
@@ -68,13 +68,13 @@ def check_problem_files(config: Config) -> None:
         UserError: naming the config key, or the file.
     """
     data = config.data
-    task, fields = get_task(data.task), fields_of(vars(data.fields))
+    task = get_task(data.task)
     verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
     for key, texts in {"data.train": data.train, "data.validation": data.validation or []}.items():
         for text in texts:
             row = first_row(parse_spec(text, key))
             if row is not None:
-                verifier.check_columns(problem_of(row, task, data.template, fields))
+                verifier.check_columns(problem_of(row, task, data.template, data.fields))
 
 
 def check_names(config: Config) -> None:

@@ -25,7 +25,7 @@ from megatron_rl.data.tokenizer import load_tokenizer, stop_ids
 from megatron_rl.errors import UserError
 from megatron_rl.parallel.agree import all_ranks_agree, gather_json
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.tasks.problems import Problems, check_answer, fields_of, open_problems
+from megatron_rl.tasks.problems import Problems, check_answer, open_problems
 from megatron_rl.types import Prompt, TrainingSample
 
 Say = Callable[[str], None]
@@ -94,7 +94,7 @@ class Inputs:
             data.task,
             files,
             template=data.template,
-            fields=fields_of(vars(data.fields)),
+            fields=data.fields,
             needs_answer=needs_answer,
             field=field,
             split="train" if field == "data.train" else "test",

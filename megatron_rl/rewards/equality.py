@@ -63,7 +63,7 @@ class FinalAnswer:
 
     @cached_property
     def latex(self) -> str:
-        """What the parser reads."""
+        """The answer as LaTeX for the parser."""
         return as_latex(self.text)
 
     @cached_property

@@ -42,7 +42,7 @@ _COMMANDS = {
     **{"ne": r"\neq", "lt": "<", "gt": ">", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "colon": ":"},
 }  # fmt: skip
 _SYMBOLS = {**dict.fromkeys(",;:> ", " "), **dict.fromkeys("()[]", ""), "%": "%"}
-"""What a backslash and one of these characters becomes."""
+"""The character after a backslash -> what both become."""
 
 _SMALL_GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau upsilon phi "

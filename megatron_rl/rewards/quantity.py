@@ -33,7 +33,7 @@ class Quantity:
     is_rounded: bool = False
     """True where it has a decimal point: it may stand for a value near by. Other numbers are exact."""
     name: str = ""
-    """What it is said to be, if variables stand there: ``x`` of ``x = 5``, ``a + b`` of ``a + b = 5``."""
+    """The left side of its equation, if variables stand there: ``x`` of ``x = 5``, ``a + b`` of ``a + b = 5``."""
 
     @property
     def solves_equation(self) -> bool:
@@ -108,11 +108,11 @@ class Equation:
     """A text, split at its ``=``; the sides are "" where there is none."""
 
     name: str
-    """What stands before the first ``=``."""
+    """The text before the first ``=``."""
     left: str
-    """What stands before the last one."""
+    """The text before the last ``=``."""
     right: str
-    """What stands after the last one; the whole text where there is none."""
+    """The text after the last ``=``; the whole text where there is none."""
 
 
 def read_quantity(text: str) -> Quantity | None:

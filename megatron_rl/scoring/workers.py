@@ -77,7 +77,7 @@ class _JobChunk:
 
 @dataclass(frozen=True)
 class _How:
-    """What judges, and how long it may take."""
+    """The way to judge: a reward or the task's score, its arguments, and the time it may take."""
 
     reward: str | None
     kwargs: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def problem_of(row: Row, task: Task, template: str | None, fields: Fields | None
     Raises:
         UserError: the row or the template is wrong.
     """
-    return task.problem(row if fields is None else replace(row, fields=fields), template=template)
+    return task.problem(replace(row, fields=fields) if fields else row, template=template)
 
 
 def open_problems(
@@ -73,7 +73,7 @@ def open_problems(
         task: its name in the config.
         files: paths, folders, ids on the hub, slices of them.
         template: the prompt with ``{question}`` in it; None takes the task's own.
-        fields: what the columns hold; None recognises the layout, for tasks that take any.
+        fields: what the columns hold; None, or none named, recognises the layout, for tasks that take any.
         needs_answer: each problem must have a reference answer.
         field: config key, for errors.
         split: of sets that have several.
@@ -87,7 +87,7 @@ def open_problems(
     """
     found = get_task(task)
     rows = open_rows(files, field=field, split=split)
-    if fields is None and getattr(found, "takes_layouts", False):
+    if not fields and getattr(found, "takes_layouts", False):
         fields = _layout_of(rows, files, field, say)
     problems = Problems(rows, task, found, template, fields)
     if len(problems) > MAX_LOADED:
@@ -130,8 +130,3 @@ def load_problems(
 ) -> list[Problem]:
     """Read all problems of files, however many; arguments and errors as ``open_problems``."""
     return list(open_problems(task, list(map(str, files)), template=template, fields=fields))
-
-
-def fields_of(given: Mapping[str, str | None]) -> Fields | None:
-    """Return the mapping that a config gives; None where it names no column."""
-    return Fields(**given) if any(given.values()) else None

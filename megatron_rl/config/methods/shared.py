@@ -57,8 +57,8 @@ class OverlongConfig:
 
     buffer: NonNegativeInt = 0
     penalty: NonNegativeFloat = 0.5
-    """What a response at the limit loses: half of the difference between a right and a wrong one. DAPO and RLEP subtract 1
-    from rewards of 1 and -1; our tasks give 1 and 0, for which 0.5 makes the same normalised advantages."""
+    """The reward that a response at the limit loses: half of the difference between a right and a wrong one. DAPO and RLEP
+    subtract 1 from rewards of 1 and -1; our tasks give 1 and 0, for which 0.5 makes the same normalised advantages."""
 
 
 @section

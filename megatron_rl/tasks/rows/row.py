@@ -19,15 +19,19 @@ class Fields:
     prompt: str | None = None
     """The text or the chat messages that the model reads as they stand."""
     question: str | None = None
-    """A text that the task puts into its template, in place of ``prompt``."""
+    """A text that goes into ``data.template``, in place of ``prompt``."""
     answer: str | None = None
-    """The reference answer: a text, a number, or anything else, which then becomes JSON."""
+    """The reference answer: a text, a number, or anything else, which then becomes JSON. Without one only a reward of one's
+    own can judge."""
     solution: str | None = None
-    """A worked answer, to learn from: a text, or an assistant's message."""
+    """A worked answer, which supervised training learns from: a text, or an assistant's message."""
     metadata: str | None = None
-    """A column of more values; None takes all that have no other use."""
+    """A column of further values for the reward; None gives it all columns that have no other use."""
     tools: str | None = None
     """Descriptions of tools, for the chat template."""
+
+    def __bool__(self) -> bool:
+        return bool(self.given())
 
     def given(self) -> dict[str, str]:
         """Return the columns that are named."""

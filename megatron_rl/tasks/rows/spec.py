@@ -1,4 +1,4 @@
-"""What ``data.train`` and other keys name: a file, a folder or a set on the hub, perhaps a slice of it."""
+"""Entries of ``data.train`` and keys like it, taken apart: a file, a folder or a set on the hub, perhaps a slice of it."""
 
 from __future__ import annotations
 

@@ -208,7 +208,14 @@ def test_a_set_on_the_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: py
     assert "hf download --repo-type dataset nobody/nothing --local-dir FOLDER" in said
 
 
-def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_splits_are_chosen_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "odd" / "saved")
+    (tmp_path / "odd" / "saved").rename(tmp_path / "odd" / "one")
+    write(tmp_path / "odd" / "saved")
+    (tmp_path / "odd" / "saved").rename(tmp_path / "odd" / "two")
+    (tmp_path / "odd" / "dataset_dict.json").write_text('{"splits": ["one", "two"]}')
+    with pytest.raises(UserError, match=r"data\.train = .*has the splits one, two, not train"):
+        read(tmp_path / "odd")
     write(tmp_path / "splits")
     (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["test"]}')
     assert len(read(tmp_path / "splits")) == 1  # the only one

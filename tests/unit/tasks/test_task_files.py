@@ -14,7 +14,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.tasks import TASKS, get_task
 from megatron_rl.tasks import problems as problem_files
 from megatron_rl.tasks.base import Task, fill_template, unique_problems
-from megatron_rl.tasks.problems import Problems, fields_of, load_problems, open_problems
+from megatron_rl.tasks.problems import Problems, load_problems, open_problems
 from megatron_rl.tasks.rows.row import Fields
 from megatron_rl.types import Problem
 
@@ -169,7 +169,7 @@ def test_what_is_wrong_with_columns_is_named(
 ) -> None:
     path = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(UserError) as caught:
-        load_problems("math", path, fields=fields_of(fields or {}))
+        load_problems("math", path, fields=Fields(**(fields or {})))
     assert caught.value.field == f"{path}{where}" and rule in caught.value.rule
 
 
