@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import read_shape
+from megatron_rl.data.limits import row_limit
 from megatron_rl.data.origin import digest_of_fingerprints, random_model_digest, tokenizer_digest, weight_fingerprints
 from megatron_rl.data.pack import pack_layout, too_long
 from megatron_rl.data.pool import Pool, PoolNeed
@@ -67,8 +68,15 @@ class Inputs:
         """Rows that a supervised run learns from."""
         self.held_out: list[Prompt] = []
         """Prompts of the evaluation."""
+        self._is_chat = False
         is_online = config.trainer.stage == "rl"
         prompts = self._prompts_of("data.train", data.train, new_tokens if is_online else 1, is_judged=is_online)
+        if config.eval.is_used:
+            assert data.validation is not None
+            found = self._prompts_of(
+                "data.validation", data.validation, new_tokens, is_judged=True, at_most=config.eval.num_problems
+            )
+            self.held_out = [prompt for prompt in found if prompt is not None]
         self.stop_ids = stop_ids(
             self.tokenizer, self.shape, Path(config.policy.model_path), is_chat=self._is_chat, say=self._say
         )
@@ -77,12 +85,6 @@ class Inputs:
             self.prompts.items = prompts
         else:
             self.demonstrations.items = self._rows_of(prompts)
-        if config.eval.is_used:
-            assert data.validation is not None
-            found = self._prompts_of(
-                "data.validation", data.validation, new_tokens, is_judged=True, at_most=config.eval.num_problems
-            )
-            self.held_out = [prompt for prompt in found if prompt is not None]
 
     def _prompts_of(
         self, field: str, files: Sequence[str], max_new_tokens: int, *, is_judged: bool, at_most: int | None = None
@@ -95,23 +97,27 @@ class Inputs:
             files,
             template=data.template,
             fields=data.fields,
-            needs_answer=needs_answer,
             field=field,
             split="train" if field == "data.train" else "test",
             say=self._say,
         )
-        self._is_chat = bool(data.apply_chat_template) or problems[0].messages is not None
-        if data.apply_chat_template is None and not self._is_chat and self.tokenizer.chat_template is not None:
+        is_chat = bool(data.apply_chat_template) or problems[0].messages is not None
+        self._is_chat = self._is_chat or is_chat
+        if data.apply_chat_template is None and not is_chat and self.tokenizer.chat_template is not None:
             self._say(
                 f"{field}: prompts are texts, and the model reads them as they are. data.apply_chat_template=true wraps "
                 "each in the tokenizer's chat template, as instruct models want it (false: no word of it)"
             )
-        context_length = self.shape.max_position_embeddings
+        is_lazy = isinstance(problems, Problems) and at_most is None
+        # Lengths of rows that are not read yet are unknown: what a micro-batch has no room for is too long then.
+        context_length = row_limit(self._config) if is_lazy else self.shape.max_position_embeddings
         maker = PromptMaker(self.tokenizer, data, context_length=context_length, max_new_tokens=max_new_tokens)
-        if isinstance(problems, Problems) and at_most is None:
+        if is_lazy:
             self._say(f"{field}: {len(problems)} rows, each read when its turn comes")
             return LazyPrompts(problems, maker, check_answer if needs_answer else lambda _: None)
         wanted = [problems[index] for index in range(len(problems))[:at_most]]
+        for problem in wanted if needs_answer else ():
+            check_answer(problem)
         prompts, dropped = tokenize_prompts(wanted, maker, field=field)
         if dropped:
             self._say(f"{field}: {dropped} of {len(wanted)} problems left out, their prompts are too long")
@@ -119,10 +125,11 @@ class Inputs:
 
     def _rows_of(self, prompts: Sequence[Prompt | None]) -> Sequence[TrainingSample | None]:
         """Make supervised rows."""
+        is_lazy = isinstance(prompts, LazyPrompts)
         maker = SupervisedRowMaker(
             self.tokenizer,
             stop_id=self.stop_ids[0],
-            context_length=self.shape.max_position_embeddings,
+            context_length=row_limit(self._config) if is_lazy else self.shape.max_position_embeddings,
             overlong=self._config.data.overlong_prompts,
         )
         if isinstance(prompts, LazyPrompts):
@@ -150,7 +157,7 @@ class Inputs:
             return _longest_prompt(self.prompts.items) + self._config.rollout.max_new_tokens
         rows = self.demonstrations.items
         if isinstance(rows, LazyDemonstrations):
-            return self.shape.max_position_embeddings
+            return row_limit(self._config)
         return max(row.num_tokens for row in rows if row is not None)
 
     # ---- whether rows fit

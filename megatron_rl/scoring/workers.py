@@ -87,8 +87,8 @@ class _How:
     def verifier(self, task_name: str) -> Verifier:
         return get_verifier(task_name, self.reward, self.kwargs)
 
-    def is_slow(self, task_names: Sequence[str]) -> bool:
-        """Many are judged at once."""
+    def judges_together(self, task_names: Sequence[str]) -> bool:
+        """Tell whether several responses are judged at once."""
         return any(self.verifier(name).judges_together for name in task_names)
 
 
@@ -216,7 +216,7 @@ class ScoringPool:
         # A chunk may take a part of the deadline and should use half of that: little is lost when one of its jobs is
         # stuck, and a job that is only slow gets the whole deadline afterwards.
         limit_s = self._timeout_s if chunk.is_single else max(0.2, self._timeout_s / 4)
-        if self._how.is_slow(
+        if self._how.judges_together(
             self._task_names
         ):  # many at once: they have one deadline, which async ones keep by themselves
             limit_s = self._timeout_s + max(1.0, self._timeout_s / 4)

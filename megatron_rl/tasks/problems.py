@@ -62,7 +62,6 @@ def open_problems(
     *,
     template: str | None = None,
     fields: Fields | None = None,
-    needs_answer: bool = False,
     field: str = "data.train",
     split: str = "train",
     say: Callable[[str], None] = lambda _: None,
@@ -74,7 +73,6 @@ def open_problems(
         files: paths, folders, ids on the hub, slices of them.
         template: the prompt with ``{question}`` in it; None takes the task's own.
         fields: what the columns hold; None, or none named, recognises the layout, for tasks that take any.
-        needs_answer: each problem must have a reference answer.
         field: config key, for errors.
         split: of sets that have several.
         say: is told which layout was recognised.
@@ -92,10 +90,7 @@ def open_problems(
     problems = Problems(rows, task, found, template, fields)
     if len(problems) > MAX_LOADED:
         return problems
-    loaded = unique_problems(problems)
-    for problem in loaded if needs_answer else ():
-        check_answer(problem)
-    return loaded
+    return unique_problems(problems)
 
 
 def check_answer(problem: Problem) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_rl.tasks import problems
 from tests.e2e.conftest import Case, run_main
 from tests.forked import run_ranks
 from tests.policy_case import build_policy, log_probs_of, random_samples, tiny_config
@@ -197,3 +198,21 @@ def test_a_reader_that_goes_does_not_end_the_run_which_leaves_no_process(case: C
     assert first.endswith("standard output cannot be written (Broken pipe); it goes on here")
     assert any(line.startswith("step 1/1") for line in rest) and not any("Traceback" in line for line in rest)
     assert (logs / "rank_1.log").exists() and os.path.getsize(case.root / "tiny/metrics.jsonl")
+
+
+@pytest.mark.parametrize("stage", ["rl", "sft"])
+def test_rows_that_stay_on_disk_make_the_same_run(case: Case, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Above a number of rows each is read when its turn comes; here above one."""
+    place = case if stage == "rl" else case.with_algorithm("{name: sft}")
+    overrides = (
+        "trainer.max_steps=2",
+        f"trainer.stage={stage}",
+        "policy.train_micro_batch_tokens=512",
+        f"data.validation={case.held_out}",
+        "eval.before=true",
+    )
+    assert place.run(*overrides, "exp_manager.name=loaded") == [0]
+    monkeypatch.setattr(problems, "MAX_LOADED", 1)
+    assert place.run(*overrides, "exp_manager.name=on_disk") == [0]
+    loaded, on_disk = place.rows("loaded"), place.rows("on_disk")
+    assert loaded == on_disk and len(loaded) >= 2

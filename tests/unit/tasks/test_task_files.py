@@ -14,7 +14,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.tasks import TASKS, get_task
 from megatron_rl.tasks import problems as problem_files
 from megatron_rl.tasks.base import Task, fill_template, unique_problems
-from megatron_rl.tasks.problems import Problems, load_problems, open_problems
+from megatron_rl.tasks.problems import Problems, check_answer, load_problems, open_problems
 from megatron_rl.tasks.rows.row import Fields
 from megatron_rl.types import Problem
 
@@ -193,9 +193,9 @@ def test_a_template_does_not_go_around_a_whole_prompt(tmp_path: Path) -> None:
 
 def test_an_answer_has_to_be_there_where_it_is_compared_with(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "q"})
-    assert len(open_problems("math", [str(path)])) == 1
+    (problem,) = open_problems("math", [str(path)])
     with pytest.raises(UserError, match=r"a\.jsonl:1: has no reference answer"):
-        open_problems("math", [str(path)], needs_answer=True)
+        check_answer(problem)
 
 
 def test_of_many_rows_each_is_read_when_its_turn_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
