@@ -2,6 +2,7 @@
 
     .venv/bin/python -m examples.five_styles.run [--seed 1]       all methods, about an hour on two CPU cores
     .venv/bin/python -m examples.five_styles.run --quick          four methods and few steps, a quarter of an hour
+    .venv/bin/python -m examples.five_styles.run --methods grpo rkl_reward      some of them; the others compare with the first
 
 Leaves runs/five_styles/seed_1/ (quick_1/): results.json, results.png, and a run for each method. Run again after an
 interruption, it goes on where it stopped.
@@ -61,13 +62,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The five-style experiment.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), metavar="METHOD", help=", ".join(METHODS))
     arguments = parser.parse_args()
     folder = Path("runs/five_styles") / f"{'quick' if arguments.quick else 'seed'}_{arguments.seed}"
     common = (f"exp_manager.exp_dir={folder}", f"trainer.seed={arguments.seed}")
-    methods = QUICK_METHODS if arguments.quick else tuple(METHODS)
+    methods = tuple(arguments.methods or (QUICK_METHODS if arguments.quick else METHODS))
     short = QUICK if arguments.quick else ()
 
-    seconds = {part.name: seconds_of(part) for part in preparation(folder, common, arguments.seed)}
+    parts = preparation(folder, common, arguments.seed, needs_samples=any("dph_rl.yaml" in METHODS[m] for m in methods))
+    seconds = {part.name: seconds_of(part) for part in parts}
     results: dict[str, Any] = {}
     for method in methods:
         config, *settings = METHODS[method]
@@ -94,17 +97,18 @@ def main() -> int:
     return 0
 
 
-def preparation(folder: Path, common: tuple[str, ...], seed: int) -> list[Part]:
-    """Return the parts that make problems, the model of five styles, and its own samples."""
+def preparation(folder: Path, common: tuple[str, ...], seed: int, *, needs_samples: bool) -> list[Part]:
+    """Return the parts that make problems, the model of five styles, and, where a method learns from them, its own samples."""
     make = [sys.executable, "-m", "examples.five_styles.make_data", str(folder / "data"), "--seed", str(seed), *ERRORS]
     warm_start = verb("train", HERE / "warm_start.yaml", *common)
-    # The folder of presampling is shared by the methods, so it lies beside theirs.
-    presample = verb("presample", HERE / "dph_rl.yaml", *common, "exp_manager.name=.")
-    return [
+    parts = [
         Part("problems", make, folder / "data" / "model" / "config.json"),
         Part("warm start", warm_start, folder / "warm_start" / "summary.json"),
-        Part("presample", presample, folder / "presample" / "summary.json"),
     ]
+    if needs_samples:  # their folder is shared by the methods, so it lies beside theirs
+        presample = verb("presample", HERE / "dph_rl.yaml", *common, "exp_manager.name=.")
+        parts.append(Part("presample", presample, folder / "presample" / "summary.json"))
+    return parts
 
 
 def shown(row: Mapping[str, float]) -> dict[str, float]:
