@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -120,13 +120,19 @@ def disk_error(path: Path, error: Exception | str, *, field: str | None = None, 
     return UserError(str(path), None, rule, fix) if field is None else UserError(field, str(path), rule, fix)
 
 
-def content_digest(path: Path) -> str:
-    """Return a digest of a file, or of a folder without what is hidden in it. Of large files in a folder pieces count."""
+def content_digest(path: Path, *, suffixes: Collection[str] = ()) -> str:
+    """Return a digest of a file, or of a folder without what is hidden in it. Of large files in a folder pieces count.
+
+    Args:
+        path: the file or folder.
+        suffixes: of the files in a folder that count, such as ``.safetensors``; none: all of them.
+    """
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             name = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            is_meant = not suffixes or file.suffix in suffixes or not path.is_dir()
+            if is_meant and file.is_file() and not any(part.startswith(".") for part in name.parts):
                 size = file.stat().st_size
                 digest.update(f"{name} {size} ".encode())
                 with file.open("rb") as opened:

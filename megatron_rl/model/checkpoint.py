@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.errors import UserError, described
+from megatron_rl.files import content_digest
 from megatron_rl.model.generators import restore_generators
 from megatron_rl.model.manifest import (
     damage,
@@ -62,6 +63,7 @@ from megatron_rl.tasks.rows.content import rows_digest
 TOGETHER_S = 10.0
 """Most seconds between ranks that end by the same error."""
 _NAME = re.compile(r"step_(\d{8})")
+_WEIGHTS = "digest of the weights"
 _NOT_SHAPE = {"max_position_embeddings", "initializer_range", "dtype", "bos_token_id", "eos_token_ids", "pad_token_id"}
 """Fields of ``ModelShape`` that change neither the parameters nor what the model computes from them."""
 
@@ -356,11 +358,14 @@ def fixed_settings(
         JSON by dotted field: ``value`` as the user gave it, and ``compared``, which has to be equal. A model or a data
         file may move; its shape or its content may not change.
     """
-    data = config.data
-    sizes = {name: value for name, value in asdict(shape).items() if name not in _NOT_SHAPE}
+    data, policy = config.data, config.policy
+    model = {name: value for name, value in asdict(shape).items() if name not in _NOT_SHAPE}
+    if policy.initialization == "pretrained":  # the run goes on from its checkpoint, but these are what it began with
+        model[_WEIGHTS] = content_digest(Path(policy.model_path), suffixes=(".safetensors", ".bin"))
     fixed = {
-        "policy.model_path": (config.policy.model_path, sizes),
-        "policy.optim.name": (config.policy.optim.name, config.policy.optim.name),
+        "policy.model_path": (policy.model_path, model),
+        "policy.optim.name": (policy.optim.name, policy.optim.name),
+        "algorithm.name": (config.algorithm.name, config.algorithm.name),
         "data.task": (data.task, data.task),
         "data.reward": (data.reward, data.reward),
         "data.train": (", ".join(data.train), rows_digest(data.train)),
@@ -382,8 +387,9 @@ def _check_fixed(saved: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
             rule += ", whose content was another"
         if field == "policy.model_path":
             old, new = then["compared"], now["compared"]
-            names = [name for name in new if old.get(name) != new[name]]
-            rule += ", a model of " + ", ".join(f"{name} {old.get(name)!r}, not {new[name]!r}" for name in names)
+            names = [name for name in new if old.get(name) != new[name] and name != _WEIGHTS]
+            shape = ", ".join(f"{name} {old.get(name)!r}, not {new[name]!r}" for name in names)
+            rule += f", a model of {shape}" if shape else ", whose weights were others"
         raise UserError(
             field, now["value"], rule, "restore it to continue that run, or start another one: set exp_manager.name"
         )

@@ -341,6 +341,11 @@ def test_fixed_settings_are_compared_before_anything_is_loaded(tmp_path: Path) -
         ("data.reward", fixed("a:b", "a:b"), "data.reward = 'a:b': the checkpoint was trained without one. Fix"),
         ("data.train", fixed("a.jsonl", "34cd"), "trained with 'a.jsonl', whose content was another"),
         ("policy.model_path", fixed("n", {"num_layers": 3, "tied": True}), "a model of num_layers 2, not 3. Fix"),
+        (
+            "policy.model_path",
+            fixed("n", {"num_layers": 2, "tied": True, "digest of the weights": "5"}),
+            "weights were others",
+        ),
     ):
         for error in run_ranks(load_with, 2, path, {**saved, "trainer.seed": fixed(1, 1), field: now}):
             assert words in error
@@ -359,6 +364,15 @@ def test_what_may_not_change_is_written_down(tmp_path: Path) -> None:
     values = {field: entry["value"] for field, entry in fixed.items()}
     assert values == {
         "policy.model_path": str(model), "policy.optim.name": "adam", "data.task": "gsm8k", "data.reward": reward,
+        "algorithm.name": "grpo",
         "data.train": str(train), "trainer.seed": 5,
     }  # fmt: skip
     assert fixed["data.reward"]["compared"] == reward and fixed["policy.model_path"]["compared"]["num_layers"] > 0
+    moved = shutil.copytree(model, tmp_path / "moved")
+    other = make_tiny_model(tmp_path / "other", "qwen3", tied=True, seed=2)
+    [of_moved, of_other] = [
+        fixed_settings(load_config(CONFIG, [*overrides, f"policy.model_path={path}"]), read_shape(path))
+        for path in (moved, other)
+    ]
+    assert of_moved["policy.model_path"]["compared"] == fixed["policy.model_path"]["compared"]
+    assert of_other["policy.model_path"]["compared"] != fixed["policy.model_path"]["compared"]
