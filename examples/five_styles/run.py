@@ -69,8 +69,7 @@ def main() -> int:
     methods = tuple(arguments.methods or (QUICK_METHODS if arguments.quick else METHODS))
     short = QUICK if arguments.quick else ()
 
-    parts = preparation(folder, common, arguments.seed, needs_samples=any("dph_rl.yaml" in METHODS[m] for m in methods))
-    seconds = {part.name: seconds_of(part) for part in parts}
+    seconds = {part.name: seconds_of(part) for part in preparation(folder, common, arguments.seed)}
     results: dict[str, Any] = {}
     for method in methods:
         config, *settings = METHODS[method]
@@ -97,18 +96,17 @@ def main() -> int:
     return 0
 
 
-def preparation(folder: Path, common: tuple[str, ...], seed: int, *, needs_samples: bool) -> list[Part]:
-    """Return the parts that make problems, the model of five styles, and, where a method learns from them, its own samples."""
+def preparation(folder: Path, common: tuple[str, ...], seed: int) -> list[Part]:
+    """Return the parts that make problems, the model of five styles, and its own samples."""
     make = [sys.executable, "-m", "examples.five_styles.make_data", str(folder / "data"), "--seed", str(seed), *ERRORS]
     warm_start = verb("train", HERE / "warm_start.yaml", *common)
-    parts = [
+    # The folder of presampling is shared by the methods, so it lies beside theirs.
+    presample = verb("presample", HERE / "dph_rl.yaml", *common, "exp_manager.name=.")
+    return [
         Part("problems", make, folder / "data" / "model" / "config.json"),
         Part("warm start", warm_start, folder / "warm_start" / "summary.json"),
+        Part("presample", presample, folder / "presample" / "summary.json"),
     ]
-    if needs_samples:  # their folder is shared by the methods, so it lies beside theirs
-        presample = verb("presample", HERE / "dph_rl.yaml", *common, "exp_manager.name=.")
-        parts.append(Part("presample", presample, folder / "presample" / "summary.json"))
-    return parts
 
 
 def shown(row: Mapping[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.config import Config, PresampleConfig
@@ -79,7 +80,7 @@ def sample_chunk(run: Run, prompts: list[Prompt], chunk: int) -> tuple[list[Verd
             sampling=sampling,
             purpose=f"presample/{chunk}/extra",
         )
-    fates = {g.prompt.problem.problem_id: KEPT if _successes(g) else _why_not(g) for g in sources}
+    fates = {g.prompt.problem.problem_id: KEPT if _successes(g) else _fate_without_sample(g) for g in sources}
     verdicts = []
     for group in groups:
         problem = group.prompt.problem.problem_id
@@ -123,12 +124,12 @@ def _successes(group: RolloutGroup) -> list[tuple[Completion, float]]:
     ]
 
 
-def _why_not(group: RolloutGroup) -> str:
-    """Say why a group has no success to keep."""
-    if _num_correct(group):
-        return "dropped: right, but cut at the limit"
+def _fate_without_sample(group: RolloutGroup) -> str:
+    """Return the fate of a problem whose further sample cannot be kept: wrong or cut, it is not solved so reliably."""
+    from megatron_rl.data.presampled import EXPLORATION
+
     is_judged = not any(rollout.score.is_failure for rollout in group.rollouts)
-    return "dropped: the further sample was wrong" if is_judged else "dropped: the further sample could not be judged"
+    return EXPLORATION if is_judged else "dropped: the further sample could not be judged"
 
 
 def _fate_of_the_unsolved(group: RolloutGroup, settings: PresampleConfig) -> str:
@@ -229,14 +230,7 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
     counts = summary["problems_by_num_correct"]
     print("problems by right samples: " + ", ".join(f"{n}: {count}" for n, count in enumerate(counts) if count))
     if not summary["fates"].get(KEPT):
-        reliable = sum(counts[settings.min_correct :])
-        whole = ", but none with so many whole responses" if reliable and settings.purpose == "replay" else ""
-        raise UserError(
-            "presample.min_correct",
-            settings.min_correct,
-            f"leaves the pool empty: {reliable} of {summary['num_problems']} problems were solved so often{whole}",
-            f"lower it ({folder.directory / 'summary.json'} has the counts), or sample more problems",
-        )
+        raise _empty_pool(settings, sum(counts[settings.min_correct :]), summary["num_problems"], folder.directory)
     print(f"pool: {folder.pool}")
     if settings.purpose == "rehearsal":
         if not summary["fates"].get(EXPLORATION):
@@ -247,6 +241,18 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
                 "raise it, or give harder problems",
             )
         print(f"still to be learned: {folder.exploration}")
+
+
+def _empty_pool(settings: PresampleConfig, num_reliable: int, num_problems: int, folder: Path) -> UserError:
+    """Return the error of a pool without a sample."""
+    rule = f"leaves the pool empty: {num_reliable} of {num_problems} problems were solved so often"
+    if num_reliable and settings.purpose == "replay":
+        rule += ", but none with so many whole responses"
+    elif num_reliable:
+        rule += ", and the further sample of each was wrong or cut"
+    lower = "" if settings.min_correct == 1 else f"lower it ({folder / 'summary.json'} has the counts), "
+    fix = f"{lower}sample more problems or easier ones, or start from a stronger model"
+    return UserError("presample.min_correct", settings.min_correct, rule, fix)
 
 
 def main(argv: list[str] | None = None) -> int:

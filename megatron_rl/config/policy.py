@@ -26,10 +26,24 @@ class SchedConfig:
 
     name: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
     warmup_updates: NonNegativeInt = 0
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """In place of ``warmup_updates``, for runs of any length: W is this share of ``decay_updates``, rounded down."""
     decay_updates: PositiveInt | None = None
-    """Updates until ``min_lr``; required by linear and cosine."""
+    """Updates until ``min_lr``; required by linear and cosine, without effect on constant."""
+
+    @property
+    def num_warmup_updates(self) -> int:
+        """W."""
+        return self.warmup_updates or int(self.warmup_fraction * (self.decay_updates or 0))
 
     def __post_init__(self) -> None:
+        field = "policy.optim.sched.warmup_fraction"
+        if self.warmup_fraction and self.warmup_updates:
+            raise UserError(field, self.warmup_fraction, "is for runs without warmup_updates", "give one of the two")
+        if self.warmup_fraction and self.decay_updates is None:
+            raise UserError(field, self.warmup_fraction, "is a share of decay_updates", "set that, or warmup_updates")
+        if self.name == "constant":
+            return
         if self.name in ("linear", "cosine") and self.decay_updates is None:
             raise UserError(
                 "policy.optim.sched.decay_updates",
@@ -42,7 +56,7 @@ class SchedConfig:
                 "policy.optim.sched.warmup_updates",
                 self.warmup_updates,
                 f"must be below decay_updates = {self.decay_updates}",
-                "shorten the warm-up or lengthen the decay",
+                "shorten the warm-up or lengthen the decay; warmup_fraction fits any length",
             )
 
 

@@ -80,13 +80,14 @@ def optimizer_config(optim: OptimConfig, megatron_config: TransformerConfig) -> 
 def build_scheduler(optimizer: Any, optim: OptimConfig) -> OptimizerParamScheduler:
     """Build the schedule of learning rate and weight decay, in updates."""
     sched = optim.sched
+    warmup, decay = sched.num_warmup_updates, None if sched.name == "constant" else sched.decay_updates
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0 if sched.warmup_updates else optim.lr,
+        init_lr=0.0 if warmup else optim.lr,
         max_lr=optim.lr,
         min_lr=optim.min_lr,
-        lr_warmup_steps=sched.warmup_updates,
-        lr_decay_steps=sched.decay_updates or max(sched.warmup_updates + 1, _NO_DECAY),
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay or max(warmup + 1, _NO_DECAY),
         lr_decay_style=sched.name,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,

@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from megatron_rl.commands.presample import adapt, sample_chunk
-from megatron_rl.config import load_config
+from megatron_rl.commands.presample import _empty_pool, adapt, sample_chunk
+from megatron_rl.config import PresampleConfig, load_config
 from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, Score
 
 ONLINE = Path(__file__).parents[3] / "configs" / "online.yaml"
@@ -51,3 +52,47 @@ def test_a_problem_gives_replays_if_enough_of_its_right_samples_are_whole() -> N
     assert [(v.problem_id, v.num_correct) for v in verdicts] == [("whole", 2), ("cut", 3), ("wrong", 1)]
     assert [v.fate for v in verdicts] == ["kept", *["dropped: fewer than 2 right and whole samples"] * 2]
     assert [trajectory.problem_id for trajectory in kept] == ["whole"] * 2
+
+
+def test_a_problem_whose_further_sample_is_wrong_is_still_to_be_learned() -> None:
+    paths = ["policy.model_path=m", "data.train=d", "data.task=gsm8k", "algorithm.name=grpo"]
+    settings = ["presample.num_samples=2", "presample.min_correct=1"]
+    wrong = SimpleNamespace(collect=lambda prompts, *, num_generations, purpose, **_how: further(prompts, purpose))
+    run: Any = SimpleNamespace(config=load_config(ONLINE, [*paths, *settings]), rollouts=wrong)
+    prompts = [Prompt(Problem(name, "?", "1"), torch.tensor([1])) for name in ("wrong", "cut", "unjudged")]
+    verdicts, kept = sample_chunk(run, prompts, 0)
+    assert not kept
+    assert [verdict.fate for verdict in verdicts] == [
+        "exploration", "exploration", "dropped: the further sample could not be judged",
+    ]  # fmt: skip
+
+
+def further(prompts: list[Prompt], purpose: str) -> list[RolloutGroup]:
+    """Return two right samples of each problem, or the further one, which cannot be kept."""
+    if not purpose.endswith("/extra"):
+        return [group_of(prompt, [("stop", Score(1.0))] * 2) for prompt in prompts]
+    ends = {
+        "wrong": ("stop", Score(0.0)),
+        "cut": ("length", Score(1.0)),
+        "unjudged": ("stop", Score(0.0, is_failure=True)),
+    }
+    return [group_of(prompt, [ends[prompt.problem.problem_id]]) for prompt in prompts]
+
+
+def group_of(prompt: Prompt, ends: list[tuple[Any, Score]]) -> RolloutGroup:
+    completions = [Completion(torch.tensor([1]), torch.zeros(1), end, 0) for end, _ in ends]
+    return RolloutGroup(prompt, [Rollout(c, score) for c, (_, score) in zip(completions, ends)])
+
+
+@pytest.mark.parametrize(
+    ("purpose", "least", "reliable", "words"),
+    [
+        ("rehearsal", 1, 0, "0 of 9 problems were solved so often. Fix: sample more problems or easier ones"),
+        ("rehearsal", 4, 0, "so often. Fix: lower it (presample/summary.json has the counts), sample more"),
+        ("rehearsal", 4, 2, "and the further sample of each was wrong or cut. Fix: lower it"),
+        ("replay", 4, 2, "but none with so many whole responses"),
+    ],
+)
+def test_an_empty_pool_says_what_can_help(purpose: Any, least: int, reliable: int, words: str) -> None:
+    settings = PresampleConfig(purpose=purpose, min_correct=least)
+    assert words in str(_empty_pool(settings, reliable, 9, Path("presample")))

@@ -411,6 +411,12 @@ PAIRS = [
     Row("trainer.devices", ("trainer.devices=3", "policy.megatron_cfg.tensor_model_parallel_size=2"), "multiple of"),
     Row("policy.optim.sched.decay_updates", ("policy.optim.sched.name=cosine",), "number of updates"),
     Row(
+        "policy.optim.sched.warmup_fraction",
+        ("policy.optim.sched={warmup_fraction: 0.1, warmup_updates: 5}",),
+        "of the two",
+    ),
+    Row("policy.optim.sched.warmup_fraction", ("policy.optim.sched.warmup_fraction=0.1",), "share of decay_updates"),
+    Row(
         "policy.optim.sched.warmup_updates",
         ("policy.optim.sched.name=linear", "policy.optim.sched.decay_updates=5", "policy.optim.sched.warmup_updates=5"),
         "must be below",
