@@ -64,7 +64,15 @@ def test_a_log_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> No
 
 
 def test_a_verb_whose_reader_has_gone_is_silent() -> None:
-    verb = [sys.executable, "-m", "megatron_rl.commands", "check", "tests/tiny.yaml", "policy.model_path=m"]
+    verb = [
+        sys.executable,
+        "-m",
+        "megatron_rl.commands",
+        "check",
+        "--no-files",
+        "tests/tiny.yaml",
+        "policy.model_path=m",
+    ]
     with subprocess.Popen(verb, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait(30)) == ("", 0)
