@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -61,6 +62,14 @@ def test_a_log_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> No
         time.sleep(0.01)
     assert victim.read_text() == "mine"
     assert "two" in (tmp_path / "console.log").read_text() and (tmp_path / "server_0.log").read_text() == "three\n"
+
+
+def test_logs_are_for_their_user_alone(tmp_path: Path) -> None:
+    older = tmp_path / "server_1.log"
+    older.touch(0o644)
+    for log in (tmp_path / "server_0.log", older):
+        ChildProcess(["true"], log=log, environment={}).status()
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 def test_a_verb_whose_reader_has_gone_is_silent() -> None:
