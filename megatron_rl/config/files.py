@@ -186,6 +186,9 @@ def check_shape(config: Config, shape: ModelShape) -> None:
                 f"must divide the model's {what} = {length}",
                 f"choose a divisor of {length}",
             )
+    if shape.mlp_bias and config.rollout.engine == "sglang" and config.trainer.stage == "rl":
+        rule = "has no layer in SGLang for this model: mlp_bias is true in its config.json"
+        raise UserError("rollout.engine", "sglang", rule, "use rollout.engine=transformers")
     _check_stages(policy, shape.num_layers)
     _check_experts(config, shape)
     if config.rollout.max_new_tokens >= shape.max_position_embeddings and config.trainer.stage == "rl":

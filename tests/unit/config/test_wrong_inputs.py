@@ -646,6 +646,12 @@ MODELS = [
         verb="train",
     ),
     Row("rollout.max_new_tokens", ("rollout.max_new_tokens=512",), "leaves no room", verb="train"),
+    Row(
+        "rollout.engine",
+        (SGLANG,),
+        "mlp_bias is true",
+        model={"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": True},
+    ),
 ]
 
 

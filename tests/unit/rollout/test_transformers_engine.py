@@ -25,13 +25,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", tied=False, seed=2)
 
 
-def engine(model: Path, max_batch_size: int = 8) -> TransformersEngine:
+def engine(model: Path, max_batch_size: int = 8, pad_id: int = 0) -> TransformersEngine:
     built = TransformersEngine(
         model,
         dtype=torch.float32,
         device=torch.device("cpu"),
         stop_ids=[EOS_ID, 5],
-        pad_id=0,
+        pad_id=pad_id,
         max_batch_size=max_batch_size,
         cpu_group=dist.group.WORLD,
     )
