@@ -22,10 +22,12 @@ from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
 from megatron_rl.tasks.problems import problem_of
 from megatron_rl.tasks.reward import find_verifier
-from megatron_rl.tasks.rows.open import first_row
+from megatron_rl.tasks.rows.open import check_lines, first_row
 from megatron_rl.tasks.rows.spec import parse_spec
 
 MODEL, TOKENIZER = "policy.model_path", "policy.tokenizer_path"
+_NUM_LINES = 10_000
+"""Lines of a file that are parsed: some tenths of a second."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -104,7 +106,7 @@ def _check_weights(policy: PolicyConfig) -> None:
 def check_problem_files(config: Config) -> None:
     """Look at the first row of each problem file: it is there, and its columns are what the config says or known ones.
 
-    Folders and sets on the hub are opened later.
+    Of lines of JSON the first thousands are parsed. Folders and sets on the hub are opened later.
 
     Raises:
         UserError: naming the config key, or the file.
@@ -114,9 +116,11 @@ def check_problem_files(config: Config) -> None:
     verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
     for key, texts in {"data.train": data.train, "data.validation": data.validation or []}.items():
         for text in texts:
-            row = first_row(parse_spec(text, key))
+            spec = parse_spec(text, key)
+            row = first_row(spec)
             if row is not None:
                 verifier.check_columns(problem_of(row, task, data.template, data.fields))
+            check_lines(spec, at_most=_NUM_LINES)
 
 
 def check_names(config: Config) -> None:

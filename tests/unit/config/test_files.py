@@ -169,3 +169,6 @@ def test_check_passes_what_is_right_and_names_a_wrong_problem_file(
     assert run_verb(cli.app) == 0 and "max_steps: 4" in capsys.readouterr().out
     (tmp_path / "train.jsonl").write_text("no json")
     assert run_verb(cli.app) == 2 and "train.jsonl:1 = 'no json': is not JSON" in capsys.readouterr().err
+    good = '{"question": "q", "answer": "#### 1"}\n'
+    (tmp_path / "train.jsonl").write_text(good * 30 + "no json\n" + good)
+    assert run_verb(cli.app) == 2 and "train.jsonl:31 = 'no json': is not JSON" in capsys.readouterr().err
