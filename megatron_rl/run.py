@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -293,7 +292,7 @@ class Run:
             raise failure
 
     def _export(self) -> UserError | None:
-        source, target = Path(self.config.policy.model_path), self.directory / "hf"
+        source, target = self.config.policy.model_dir, self.directory / "hf"
         was_there = target.is_dir()
         try:
             export_hf(self.policy.chunks, self.shape, self.groups, source=source, target=target)
@@ -330,7 +329,7 @@ class Run:
             chunks,
             self.shape,
             self.groups,
-            lambda: RandomReader(self.shape, seed=seed) if is_random else HFReader(Path(policy.model_path)),
+            lambda: RandomReader(self.shape, seed=seed) if is_random else HFReader(policy.model_dir),
         )
 
     def _log_probs_of(self, prompts: Sequence[Prompt], responses: Sequence[Tensor]) -> list[Tensor]:
@@ -400,7 +399,7 @@ class Run:
         config, inputs = self.config, self.inputs
         pad_id = inputs.tokenizer.pad_token_id
         model = ServedModel(
-            Path(config.policy.model_path),
+            config.policy.model_dir,
             self.shape,
             torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
             tuple(inputs.stop_ids),

@@ -71,7 +71,7 @@ def train(
 
     checked = load_config(config, overrides or [])
     meeting = find_meeting(checked, rdzv_endpoint, node_rank, os.environ)
-    check_files(checked)
+    check_files(checked, fetches=True)
     start(checked, config, overrides or [], meeting)
 
 
@@ -90,7 +90,7 @@ def presample(
 
     checked = adapt(load_config(config, overrides or []))
     meeting = find_meeting(checked, rdzv_endpoint, node_rank, os.environ)
-    check_files(checked)
+    check_files(checked, fetches=True)
     start(checked, config, overrides or [], meeting, program="megatron_rl.commands.presample")
 
 
@@ -110,14 +110,17 @@ def tree(
     print(target)
 
 
-def _load_to_look(config: str, overrides: list[str] | None) -> Config:
-    """Load a config that is not run here: SGLang may be missing."""
+def _load_to_look(config: str, overrides: list[str] | None, *, fetches: bool = True) -> Config:
+    """Load a config that is not run here: SGLang may be missing. Of a model of the hub config.json is downloaded."""
     from megatron_rl.config import load_config
     from megatron_rl.config.upstream import unchecked_note
+    from megatron_rl.convert.architecture.hub import CONFIG, fetch_small_files
 
     loaded = load_config(config, overrides or [])
     if note := unchecked_note(loaded.rollout.sglang_cfg):
         print(f"note: {note}", file=sys.stderr)
+    if fetches:
+        fetch_small_files(loaded.policy.model_path, field="policy.model_path", only=CONFIG)
     return loaded
 
 
@@ -180,15 +183,27 @@ app.add_typer(pool_tools.app, name="pool")
 
 
 @app.command()
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check a config without loading torch, and print it with every default filled in.
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    no_files: Annotated[
+        bool,
+        typer.Option(
+            "--no-files", help="Look at no model and no data: for a config whose files are on another machine."
+        ),
+    ] = False,
+) -> None:
+    """Check a config, its model, tokenizer, problem files, task and reward without loading torch, and print it.
 
-    The files of the run need not exist; the code that the config names has to.
+    Every default is filled in. SGLang may be missing; of a model of the hub all but the weights is downloaded.
     """
-    from megatron_rl.config import check_names, to_yaml
+    from megatron_rl.config import check_files, check_names, to_yaml
 
-    checked = _load_to_look(config, overrides)
-    check_names(checked)
+    checked = _load_to_look(config, overrides, fetches=False)
+    if no_files:
+        check_names(checked)
+    else:
+        check_files(checked, fetches=True, starts=False)
     print(to_yaml(checked), end="")
 
 

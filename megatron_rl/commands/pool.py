@@ -263,7 +263,7 @@ def _tokenizer(config: Config) -> Any:
     from megatron_rl.data.tokenizer import load_tokenizer
 
     policy = config.policy
-    return load_tokenizer(Path(policy.tokenizer_path or policy.model_path), read_shape(Path(policy.model_path)))
+    return load_tokenizer(policy.tokenizer_dir, read_shape(policy.model_dir))
 
 
 def _prompts(config: Config, tokenizer: Any) -> list[Prompt]:
@@ -273,7 +273,7 @@ def _prompts(config: Config, tokenizer: Any) -> list[Prompt]:
 
     data = config.data
     problems = load_problems(data.task, *data.train, template=data.template, fields=data.fields)
-    context = read_shape(Path(config.policy.model_path)).max_position_embeddings
+    context = read_shape(config.policy.model_dir).max_position_embeddings
     maker = PromptMaker(tokenizer, data, context_length=context, max_new_tokens=config.rollout.max_new_tokens)
     prompts, _ = tokenize_prompts(problems, maker)
     return prompts

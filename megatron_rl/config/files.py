@@ -10,41 +10,52 @@ from megatron_rl.config import upstream
 from megatron_rl.config.methods import settings_code
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.schema import Config
+from megatron_rl.convert.architecture.hub import fetch_small_files, fetch_weights, hub_name
 from megatron_rl.convert.architecture.shape import ModelShape, read_shape
+from megatron_rl.convert.architecture.weight_files import (
+    WEIGHT_FILES,
+    check_weight_files,
+    is_lfs_pointer,
+    refuse_gguf,
+)
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
 from megatron_rl.tasks.problems import problem_of
 from megatron_rl.tasks.reward import find_verifier
-from megatron_rl.tasks.rows.open import first_row
+from megatron_rl.tasks.rows.open import check_lines, first_row
 from megatron_rl.tasks.rows.spec import parse_spec
 
+MODEL, TOKENIZER = "policy.model_path", "policy.tokenizer_path"
+_NUM_LINES = 10_000
+"""Lines of a file that are parsed: some tenths of a second."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-def check_files(config: Config) -> None:
+
+def check_files(config: Config, *, fetches: bool = False, starts: bool = True) -> None:
     """Open what the run will need and check that it fits the layout, so that a mistake costs a second and not a queue slot.
+
+    Args:
+        config: of the run.
+        fetches: models that are named as on the Hugging Face hub are downloaded, weights after all other checks.
+        starts: the run starts here and now. Else SGLang may be missing, and weights of the hub are not downloaded.
 
     Raises:
         UserError: naming the config key whose path or size is wrong.
     """
     policy = config.policy
     check_names(config)
-    if config.rollout.starts_servers:
+    if config.rollout.starts_servers and starts:
         upstream.check_sglang_is_here(is_colocated=config.rollout.is_colocated)
     _check_writable(config.exp_manager.run_dir)
+    if fetches:
+        fetch_small_files(policy.model_path, field=MODEL)
+        if policy.tokenizer_path is not None:
+            fetch_small_files(policy.tokenizer_path, field=TOKENIZER)
     read_model_shape(config)
-    directory = Path(policy.model_path)
-    tokenizer = Path(policy.tokenizer_path or directory)
-    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        key = "policy.tokenizer_path" if policy.tokenizer_path else "policy.model_path"
-        raise UserError(
-            key, str(tokenizer), "holds no tokenizer", "point policy.tokenizer_path at a directory that has one"
-        )
-    if policy.initialization == "pretrained" and not any(directory.glob("*.safetensors")):
-        raise UserError(
-            "policy.model_path",
-            str(directory),
-            "holds no *.safetensors weights",
-            "give a directory with weights, or set policy.initialization=random to start from nothing",
-        )
+    _check_tokenizer(policy)
+    is_pretrained = policy.initialization == "pretrained"
+    if is_pretrained and hub_name(policy.model_path) is None:
+        _check_weights(policy)
     check_problem_files(config)
     baseline = config.eval.baseline if config.eval.is_used else None
     if baseline is not None and not Path(baseline).is_file():
@@ -57,12 +68,45 @@ def check_files(config: Config) -> None:
         raise UserError(
             "rollout.recorded_dir", recorded, "is not a directory", "give the rollouts/ folder of a recorded run"
         )
+    if is_pretrained and starts and hub_name(policy.model_path) is not None:
+        if fetches:
+            fetch_weights(policy.model_path, field=MODEL)
+        _check_weights(policy)
+
+
+def _check_tokenizer(policy: PolicyConfig) -> None:
+    """Check that there is a tokenizer which transformers loads without code from its folder."""
+    folder = policy.tokenizer_dir
+    key = TOKENIZER if policy.tokenizer_path else MODEL
+    found = next((folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()), None)
+    fix = "point policy.tokenizer_path at a directory that has one"
+    if found is None and any(folder.glob("*tiktoken*")):
+        rule = "has a tokenizer of tiktoken with code of its own, which is not run"
+        raise UserError(key, str(folder), rule, f"turn it into tokenizer.json once (docs/models.md), and {fix}")
+    if found is None:
+        raise UserError(key, str(folder), "holds no tokenizer", fix)
+    if is_lfs_pointer(found):
+        raise UserError(str(found), None, "is a git-lfs pointer, not the file", "download it again")
+
+
+def _check_weights(policy: PolicyConfig) -> None:
+    """Check that the files of the weights are there and whole."""
+    folder = policy.model_dir
+    if not any((folder / name).exists() for name in WEIGHT_FILES):
+        refuse_gguf(folder, MODEL)
+        raise UserError(
+            MODEL,
+            str(folder),
+            "holds no weights, neither model.safetensors nor pytorch_model.bin nor an index of several files",
+            "give a directory with weights, or set policy.initialization=random to start from nothing",
+        )
+    check_weight_files(folder)
 
 
 def check_problem_files(config: Config) -> None:
     """Look at the first row of each problem file: it is there, and its columns are what the config says or known ones.
 
-    Folders and sets on the hub are opened later.
+    Of lines of JSON the first thousands are parsed. Folders and sets on the hub are opened later.
 
     Raises:
         UserError: naming the config key, or the file.
@@ -72,9 +116,11 @@ def check_problem_files(config: Config) -> None:
     verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
     for key, texts in {"data.train": data.train, "data.validation": data.validation or []}.items():
         for text in texts:
-            row = first_row(parse_spec(text, key))
+            spec = parse_spec(text, key)
+            row = first_row(spec)
             if row is not None:
                 verifier.check_columns(problem_of(row, task, data.template, data.fields))
+            check_lines(spec, at_most=_NUM_LINES)
 
 
 def check_names(config: Config) -> None:
@@ -105,11 +151,13 @@ def read_model_shape(config: Config) -> ModelShape:
     Raises:
         UserError: it is not there, not of a kind that we know, or does not fit the layout.
     """
-    directory = Path(config.policy.model_path)
+    directory = config.policy.model_dir
     if not directory.is_dir():
-        raise UserError(
-            "policy.model_path", str(directory), "is not a directory", "give a Hugging Face checkpoint directory"
-        )
+        refuse_gguf(directory, MODEL)
+        fix = "give a Hugging Face checkpoint directory, or the name of a model on the hub: ORGANISATION/NAME"
+        raise UserError(MODEL, str(directory), "is not a directory", fix)
+    if not (directory / "config.json").exists():
+        refuse_gguf(directory, MODEL)
     shape = read_shape(directory)
     check_shape(config, shape)
     return shape
@@ -142,6 +190,9 @@ def check_shape(config: Config, shape: ModelShape) -> None:
                 f"must divide the model's {what} = {length}",
                 f"choose a divisor of {length}",
             )
+    if shape.mlp_bias and config.rollout.engine == "sglang" and config.trainer.stage == "rl":
+        rule = "has no layer in SGLang for this model: mlp_bias is true in its config.json"
+        raise UserError("rollout.engine", "sglang", rule, "use rollout.engine=transformers")
     _check_stages(policy, shape.num_layers)
     _check_experts(config, shape)
     if config.rollout.max_new_tokens >= shape.max_position_embeddings and config.trainer.stage == "rl":

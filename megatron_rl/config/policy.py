@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_rl.config import upstream
 from megatron_rl.config.section import PathText, section
+from megatron_rl.convert.architecture.hub import local_folder
 from megatron_rl.errors import UserError
 
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
@@ -130,9 +132,10 @@ class PolicyConfig:
     """The model that is trained."""
 
     model_path: PathText
-    """Hugging Face directory: config.json, tokenizer, and weights unless ``initialization: random``."""
+    """Hugging Face directory: config.json, tokenizer, and weights unless ``initialization: random``. Or a model of the hub:
+    ``ORGANISATION/NAME`` or ``ORGANISATION/NAME@REVISION``, which ``train`` and ``presample`` download into the hub's cache."""
     tokenizer_path: PathText | None = None
-    """Another directory for the tokenizer."""
+    """Another directory, or model of the hub, for the tokenizer."""
     initialization: Literal["pretrained", "random"] = "pretrained"
     megatron_cfg: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's TransformerConfig under their own names: parallel sizes, recompute, fp8, ... The shape of the
@@ -147,6 +150,18 @@ class PolicyConfig:
     train_micro_batch_tokens: PositiveInt = 16384
     """Tokens of one forward and backward of one copy of the model (context-parallel ranks share them). The longest prompt
     with ``rollout.max_new_tokens`` has to fit."""
+
+    @property
+    def model_dir(self) -> Path:
+        """Folder of ``model_path``; of a model of the hub that in the cache, and a ``UserError`` if it has none."""
+        return local_folder(self.model_path, field="policy.model_path")
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder of the tokenizer, likewise."""
+        if self.tokenizer_path is None:
+            return self.model_dir
+        return local_folder(self.tokenizer_path, field="policy.tokenizer_path")
 
     @property
     def tensor_parallel_size(self) -> int:

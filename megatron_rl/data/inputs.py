@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import Config
@@ -48,8 +47,8 @@ class Inputs:
         self._config, self._groups, self._say = config, groups, say
         policy = config.policy
         with all_ranks_agree(groups.cpu_group):
-            self.shape = read_shape(Path(policy.model_path))
-            self.tokenizer = load_tokenizer(Path(policy.tokenizer_path or policy.model_path), self.shape)
+            self.shape = read_shape(policy.model_dir)
+            self.tokenizer = load_tokenizer(policy.tokenizer_dir, self.shape)
             self._load_problems()
             self._check_budget()
         self.probes: list[TrainingSample] = []
@@ -78,7 +77,7 @@ class Inputs:
             )
             self.held_out = [prompt for prompt in found if prompt is not None]
         self.stop_ids = stop_ids(
-            self.tokenizer, self.shape, Path(config.policy.model_path), is_chat=self._is_chat, say=self._say
+            self.tokenizer, self.shape, config.policy.model_dir, is_chat=self._is_chat, say=self._say
         )
         """Token ids that end a response; demonstrations end with the first."""
         if is_online:
@@ -201,7 +200,7 @@ class Inputs:
     def model_digest(self) -> str:
         """Return a digest of the weights that the policy starts from. A collective: each rank reads a share."""
         policy, groups = self._config.policy, self._groups
-        directory, is_random = Path(policy.model_path), policy.initialization == "random"
+        directory, is_random = policy.model_dir, policy.initialization == "random"
         with all_ranks_agree(groups.cpu_group):
             if is_random:
                 return random_model_digest(directory, self._config.trainer.seed)

@@ -23,7 +23,7 @@ def load_tokenizer(directory: Path, shape: ModelShape) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; all mean the same to the user
         raise UserError(
             "policy.tokenizer_path",

@@ -117,7 +117,7 @@ def check_layout(config: Config) -> bool:
 
     warnings.filterwarnings("ignore")  # what upstream packages lack or deprecate is not news to our users
     torch.set_num_threads(1)
-    source = Path(config.policy.model_path)
+    source = config.policy.model_dir
     shape = read_model_shape(config)
     megatron_rl.patches.apply("cpu")
     from megatron_rl.doctor.exactness import BOUNDS, errors, gradient_errors
@@ -160,7 +160,7 @@ def _reference(_rank: int, config: Config, folder: Path) -> None:
     from megatron_rl.algorithms import build_algorithm
     from megatron_rl.doctor import exactness
 
-    network = exactness.load_reference(Path(config.policy.model_path))
+    network = exactness.load_reference(config.policy.model_dir)
     temperature = config.rollout.temperature if config.trainer.stage == "rl" else 1.0
     lengths = exactness.LENGTHS * (config.policy.train_global_batch_size // len(exactness.LENGTHS))
     vocab_size = network.config.vocab_size
@@ -236,7 +236,7 @@ def build_policy(config: Config) -> Any:
     from megatron_rl.model.trainable import Trainable
     from megatron_rl.model.weights import load_hf_weights
 
-    directory = Path(config.policy.model_path)
+    directory = config.policy.model_dir
     shape, groups = read_shape(directory), build_groups_of(config, torch.device("cpu"))
     trainable = Trainable(
         config,

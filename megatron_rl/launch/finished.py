@@ -104,8 +104,13 @@ def result_settings(config: Config) -> dict[str, Any]:
         **stored_pools(config),
     }
     settings = dict(_fields(shown(config), ""))
+    policy = config.policy
+    folders = {"policy.model_path": policy.model_dir}
+    if policy.tokenizer_path is not None:
+        folders["policy.tokenizer_path"] = policy.tokenizer_dir
     for field, path in paths.items():
-        settings[field] = None if path is None else {"path": path, "content": content_digest(Path(path))}
+        folder = None if path is None else folders.get(field, Path(path))
+        settings[field] = None if folder is None else {"path": path, "content": content_digest(folder)}
     for field, files in {"data.train": config.data.train, "data.validation": config.data.validation}.items():
         settings[field] = None if files is None else {"path": ", ".join(files), "content": rows_digest(files)}
     return json.loads(json.dumps(json_safe(settings), default=str))

@@ -13,6 +13,7 @@ longest part here, n query heads, g key-value heads, r = n / g, d size of a quer
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -118,12 +120,34 @@ class PackedCausalAttention(MegatronModule):
         return {}
 
 
+OF_ATTENTION = "of_attention"
+"""Attribute of a TransformerConfig: the fields, by name, that attention layers have otherwise than the rest of the model."""
+
+
+def config_of_attention(config: Any) -> Any:
+    """Return the config that attention layers are built from: a bias of the projection alone, an epsilon of their own norms."""
+    own = copy(config)
+    for name, value in getattr(config, OF_ATTENTION, {}).items():
+        setattr(own, name, value)
+    return own
+
+
+class GroupedAttention(SelfAttention):
+    """Megatron's grouped-query attention, with the fields that a model has for attention alone."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config_of_attention(config), *args, **kwargs)
+
+
 class AsSpecified(MLASelfAttention):
     """Megatron's multi-head latent attention, with norms where the layer's spec has them.
 
     Later versions (0.19) norm the queries' input wherever the latent of keys and values is normed. DeepSeek-V2-Lite, whose
     queries have no latent, has no such norm.
     """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config_of_attention(config), *args, **kwargs)
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")

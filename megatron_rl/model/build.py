@@ -15,10 +15,12 @@ from torch import Tensor
 
 from megatron_rl.config import Config
 from megatron_rl.config.schema import check_attention
+from megatron_rl.convert.architecture.deepseek_fields import LATENT_NORM_EPS
 from megatron_rl.convert.architecture.rope import RopeScaling, YarnScaling
 from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.kinds import padded_vocab_size
 from megatron_rl.errors import UserError
+from megatron_rl.model.attention import OF_ATTENTION
 from megatron_rl.model.experts import reduce_over_holders
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.fp8.emulation import EMULATED, finish_layers
@@ -36,13 +38,6 @@ _EXPERT_PADDING = ("moe_router_padding_for_fp8", "moe_router_padding_for_quantiz
 
 def transformer_config(config: Config, shape: ModelShape, device: torch.device) -> TransformerConfig:
     """Build Megatron's config: shape from config.json, precision from ``trainer``, the rest from ``policy.megatron_cfg``."""
-    if shape.proj_bias != shape.mlp_bias:
-        raise UserError(
-            "policy.model_path",
-            config.policy.model_path,
-            "has a bias in only one of attention and MLP; Megatron's layers have both or none",
-            "use another model",
-        )
     _check_features(config, shape)
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
     settings: dict[str, object] = {
@@ -56,7 +51,7 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
         "layernorm_epsilon": shape.norm_eps,
         "activation_func": F.silu,
         "gated_linear_unit": True,
-        "add_bias_linear": shape.proj_bias and shape.mlp_bias,
+        "add_bias_linear": shape.mlp_bias,
         "add_qkv_bias": shape.qkv_bias,
         "qk_layernorm": shape.qk_norm,
         "hidden_dropout": 0.0,
@@ -102,12 +97,24 @@ def transformer_config(config: Config, shape: ModelShape, device: torch.device) 
     overrides = {name: value for name, value in config.policy.megatron_cfg.items() if name in known}
     if config.policy.virtual_pipeline_size == 1:
         overrides.pop("virtual_pipeline_model_parallel_size", None)
-    if recipe is None or device.type != "cpu":
-        return kind(**(settings | overrides))
+    is_emulated = recipe is not None and device.type == "cpu"
     # Emulation needs no padding of experts, which Megatron grants to its own fields alone.
-    found = kind(**(settings | overrides | {"fp8": None, **dict.fromkeys(_EXPERT_PADDING, False)}))
-    setattr(found, EMULATED, recipe)
+    off = {"fp8": None, **dict.fromkeys(_EXPERT_PADDING, False)} if is_emulated else {}
+    found = kind(**(settings | overrides | off))
+    if is_emulated:
+        setattr(found, EMULATED, recipe)
+    setattr(found, OF_ATTENTION, _attention_settings(shape))
     return found
+
+
+def _attention_settings(shape: ModelShape) -> dict[str, object]:
+    """Return the fields in which a model's attention differs from its other layers; Megatron's config has one value for all."""
+    settings: dict[str, object] = {}
+    if shape.proj_bias != shape.mlp_bias:
+        settings["add_bias_linear"] = shape.proj_bias
+    if shape.latent is not None and shape.norm_eps != LATENT_NORM_EPS:
+        settings["layernorm_epsilon"] = LATENT_NORM_EPS
+    return settings
 
 
 def _fused_kernels(shape: ModelShape) -> dict[str, object]:
@@ -115,7 +122,7 @@ def _fused_kernels(shape: ModelShape) -> dict[str, object]:
     return {
         "bias_activation_fusion": True,  # doctor/memory.py counts what it saves
         # Of a layer without bias and dropout one addition is left to fuse.
-        "bias_dropout_fusion": shape.proj_bias,
+        "bias_dropout_fusion": shape.proj_bias or shape.mlp_bias,
         # By cu_seqlens and rank, as zigzag_indices cuts them; any frequencies, but no scale of YaRN. For latent attention
         # Megatron has another kernel, which it calls experimental, and for YaRN alone.
         "apply_rope_fusion": shape.latent is None and rope_utils.fused_apply_rotary_pos_emb_thd is not None,

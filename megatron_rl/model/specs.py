@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.optimizer import Adam
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -20,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rl.config.installed import has_transformer_engine
 from megatron_rl.errors import UserError
 from megatron_rl.model import experts
-from megatron_rl.model.attention import AsSpecified, LatentAttention, PackedCausalAttention
+from megatron_rl.model.attention import AsSpecified, GroupedAttention, LatentAttention, PackedCausalAttention
 from megatron_rl.model.fp8.emulation import EMULATED, emulated
 
 
@@ -87,6 +88,8 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
 
 def _use_own_parts(spec: ModuleSpec, *, is_local: bool, has_experts: bool) -> None:
     attention = spec.submodules.self_attention
+    if attention.module is SelfAttention:
+        attention.module = GroupedAttention
     if attention.module is MLASelfAttention:
         attention.module = LatentAttention if is_local else AsSpecified
     if is_local:

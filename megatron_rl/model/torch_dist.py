@@ -54,7 +54,7 @@ def log_probs_of_one_rank(config: Config, directory: str | Path, tokens: Tensor)
     Returns:
         [T - 1] float32: log-prob of each token but the first.
     """
-    shape, groups = read_shape(config.policy.model_path), build_groups_of(config, torch.device("cpu"))
+    shape, groups = read_shape(config.policy.model_dir), build_groups_of(config, torch.device("cpu"))
     chunks = build_chunks(config, shape, groups)
     load_torch_dist(chunks, groups, directory)
     sample = TrainingSample(tokens[:1], tokens[1:], RowKind.SFT)

@@ -44,7 +44,9 @@ def open_output(descriptor: int, like: TextIO | None = None) -> TextIO:
 
 
 def open_log(path: str | os.PathLike[str]) -> int:
-    """Open a log for appending. A link in its place would lead output into any file of the user's: it is replaced.
+    """Open a log for appending, which nobody else reads: SGLang's has rollouts, and perhaps keys.
+
+    A link in its place would lead output into any file of the user's: it is replaced.
 
     Raises:
         OSError: it cannot be written.
@@ -52,7 +54,10 @@ def open_log(path: str | os.PathLike[str]) -> int:
     if os.path.islink(path):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
             os.unlink(path)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    with contextlib.suppress(OSError):  # of an earlier version, or of another user who let this one write
+        os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 class _Descriptor(io.FileIO):

@@ -161,7 +161,7 @@ def choose_transports(
             )
         return [transport]
     if sync.transport == "disk":
-        base, directory = Path(config.policy.model_path), Path(str(sync.directory)).absolute()
+        base, directory = config.policy.model_dir, Path(str(sync.directory)).absolute()
         return [SharedDirectory(tensors, directory, base, full_every=sync.full_every, cpu_group=groups.cpu_group)]
     over_http = OverHttp(tensors, bucket_bytes=sync.bucket_bytes, cpu_group=groups.cpu_group)
     # SGLang's servers have our weight loader. Those of an engine from outside are asked if the config wants shards of them.

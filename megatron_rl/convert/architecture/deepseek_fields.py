@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from megatron_rl.convert.architecture.fields import ConfigFields
 
-NORM_EPS = 1e-6
-"""Epsilon of the norms over latents, whatever ``rms_norm_eps`` says."""
+LATENT_NORM_EPS = 1e-6
+"""Epsilon of the norms over latents, whatever ``rms_norm_eps`` says of the others."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,6 @@ def read_latent(config: ConfigFields) -> LatentShape:
         "num_attention_heads"
     ):
         raise config.error("num_key_value_heads", "must equal num_attention_heads: latent attention has no groups")
-    if config.positive_float("rms_norm_eps", NORM_EPS) != NORM_EPS:
-        raise config.error(
-            "rms_norm_eps", f"must be {NORM_EPS}: norms over latents always have it, and Megatron gives all norms one"
-        )
     rotated = config.positive_int("qk_rope_head_dim")
     if rotated % 2:
         raise config.error("qk_rope_head_dim", "must be even for rotary embeddings")

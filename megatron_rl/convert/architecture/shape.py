@@ -20,11 +20,12 @@ from megatron_rl.convert.architecture.deepseek_fields import (
 from megatron_rl.convert.architecture.fields import MAX_LENGTH, ConfigFields
 from megatron_rl.convert.architecture.rope import RopeScaling, YarnScaling, read_rope
 
-Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 ARCHITECTURES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -164,8 +165,8 @@ def read_shape(directory: str | Path) -> ModelShape:
         types=("default", "yarn") if family == "deepseek_v3" else ("default", "llama3"),
         default_theta=1e6 if family == "mixtral" else 1e4,
     )
-    # Qwen2 has its q, k, v biases whatever attention_bias says, Mixtral none; Llama and Qwen3 have all four or none.
-    attention_bias = family not in ("qwen2", "mixtral") and config.boolean("attention_bias", False)
+    # Qwen2 has biases of q, k and v whatever attention_bias says, Mistral and Mixtral none; the others have all four or none.
+    attention_bias = family not in ("qwen2", "mistral", "mixtral") and config.boolean("attention_bias", False)
     latent = read_latent(config) if family == "deepseek_v3" else None
     return ModelShape(
         family=family,
@@ -210,12 +211,6 @@ def _qwen3_experts(config: ConfigFields) -> dict[str, Any]:
 
 
 def _mixtral_experts(config: ConfigFields) -> dict[str, Any]:
-    if config.get("sliding_window") is not None:
-        raise config.error(
-            "sliding_window",
-            "sliding-window attention is not implemented",
-            "use a model without it, or set it to null if sequences stay below the window",
-        )
     if config.get("router_jitter_noise", 0) != 0:
         raise config.error("router_jitter_noise", "noise in the router is not implemented", "set it to 0")
     return {
@@ -274,9 +269,19 @@ def _refuse_unsupported(config: ConfigFields, family: Family) -> None:
         raise config.error("hidden_act", "only the gated silu MLP is implemented", "use a model with silu")
     if config.boolean("use_sliding_window", False):
         raise config.error(
-            "use_sliding_window",
-            "sliding-window attention is not implemented",
-            "use a model without it, or set it to false if sequences stay below the window",
+            "use_sliding_window", "sliding-window attention is not implemented", "use a model with full attention"
+        )
+    # What transformers' class of Mistral takes where the field is absent; null is full attention.
+    window = config.values.get("sliding_window", 4096 if family == "mistral" else None)
+    if (
+        family in ("mistral", "mixtral")
+        and window is not None
+        and window < config.positive_int("max_position_embeddings")
+    ):
+        raise config.error(
+            "sliding_window",
+            f"is {window} tokens, less than the context, and sliding-window attention is not implemented",
+            "use a model with full attention, of Mistral from v0.2 on",
         )
     if any(layer != "full_attention" for layer in config.get("layer_types") or []):
         raise config.error("layer_types", "every layer must be 'full_attention'", "use a model with full attention")
@@ -290,8 +295,8 @@ def _refuse_unsupported(config: ConfigFields, family: Family) -> None:
     if own_code is not None and (family, own_code) != ("deepseek_v3", "modeling_deepseek.DeepseekV3ForCausalLM"):
         raise config.error(
             "auto_map",
-            "a model with its own code is not implemented",
-            "remove the field if the model is the standard one",
+            "names code of the model's own, which is not run",
+            f"use a model that is transformers' own {ARCHITECTURES[family]}",
         )
 
 

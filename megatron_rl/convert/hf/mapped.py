@@ -84,7 +84,11 @@ class MappedHF:
 
     def __init__(self, reader: HFReader) -> None:
         self._places: dict[str, tuple[MappedFile, int, torch.dtype, Extent]] = {}
-        for path in reader.files:
+        # torch has mapped the files that it wrote.
+        self._tensors = {
+            name: tensor for name, tensor in reader.torch_tensors.items() if tensor.dtype in _NAMES.values()
+        }
+        for path in () if reader.torch_tensors else reader.files:
             mapped = MappedFile(path)
             length = int.from_bytes(bytes(mapped.bytes(0, 8).tolist()), "little")
             header = json.loads(bytes(mapped.bytes(8, length).numpy().data))
@@ -95,14 +99,18 @@ class MappedHF:
 
     def __contains__(self, name: str) -> bool:
         """Say whether the tensor can be used as it is stored; 8-bit weights cannot."""
-        return name in self._places
+        return name in self._places or name in self._tensors
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored type."""
+        if name in self._tensors:
+            return self._tensors[name].dtype
         return self._places[name][2]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Return rows [first, last) of a tensor, with all its other dimensions: a view of the file."""
+        if name in self._tensors:
+            return self._tensors[name][first:last].contiguous()
         mapped, offset, dtype, extent = self._places[name]
         row_bytes = prod(extent[1:]) * dtype.itemsize
         raw = mapped.bytes(offset + first * row_bytes, (last - first) * row_bytes)
@@ -110,6 +118,8 @@ class MappedHF:
 
     def announce(self, name: str, first: int, last: int) -> None:
         """Ask the system to start reading these rows."""
+        if name in self._tensors:
+            return
         mapped, offset, dtype, extent = self._places[name]
         row_bytes = prod(extent[1:]) * dtype.itemsize
         mapped.announce(offset + first * row_bytes, (last - first) * row_bytes)

@@ -1,22 +1,21 @@
-"""A Hugging Face safetensors checkpoint, opened for reading slices."""
+"""A Hugging Face checkpoint, of safetensors or of torch's ``.bin`` files, opened for reading slices."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_rl.convert.architecture.weight_files import DOWNLOAD_AGAIN, find_weight_files
 from megatron_rl.convert.tables.kinds import Extent
-from megatron_rl.errors import UserError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from megatron_rl.errors import UserError, described
 
 _DTYPES = {"F32", "BF16", "F16"}
-_DOWNLOAD_AGAIN = "download or export the checkpoint again"
+_TORCH_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class _Slice(Protocol):
@@ -25,6 +24,32 @@ class _Slice(Protocol):
     def get_shape(self) -> list[int]: ...
     def get_dtype(self) -> str: ...
     def __getitem__(self, slices: tuple[slice, ...]) -> Tensor: ...
+
+
+class _TorchSlice:
+    """A tensor of a ``.bin`` file, with the answers of safetensors' slices."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return _TORCH_NAMES.get(self._tensor.dtype, str(self._tensor.dtype))
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
+        return self._tensor[slices]
+
+
+class _LazySlices:
+    """The slices of a safetensors file, made when they are asked for."""
+
+    def __init__(self, handle: safe_open) -> None:
+        self._handle = handle
+
+    def __getitem__(self, name: str) -> _Slice:
+        return self._handle.get_slice(name)
 
 
 class TensorReader(Protocol):
@@ -58,16 +83,17 @@ class HFReader:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, Mapping[str, _Slice] | _LazySlices] = {}
         self._file_of: dict[str, str] = {}
-        index = self._read_index()
-        for file in sorted(set(index.values())) if index is not None else [SINGLE_FILE]:
+        self.torch_tensors: dict[str, Tensor] = {}
+        """Tensors of ``.bin`` files, as views of them; empty where the checkpoint is safetensors."""
+        self._found = find_weight_files(self.directory)
+        for file in self._found.files:
             self._open(file)
-        for name, file in (index or {}).items():
+        for name, file in (self._found.index or {}).items():
             if self._file_of.get(name) != file:
-                raise UserError(
-                    str(self.directory / file), None, f"lacks {name}, which {INDEX_FILE} places there", _DOWNLOAD_AGAIN
-                )
+                rule = f"lacks {name}, which {self._found.index_file} places there"
+                raise UserError(str(self.directory / file), None, rule, DOWNLOAD_AGAIN)
 
     @property
     def names(self) -> set[str]:
@@ -76,7 +102,7 @@ class HFReader:
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files, in the order of their names."""
+        """The files with the weights, in the order of their names."""
         return [self.directory / file for file in self._files]
 
     def shape(self, name: str) -> Extent:
@@ -100,7 +126,7 @@ class HFReader:
                 f"{self.directory}: {name}",
                 None,
                 "is required by config.json but not in the checkpoint",
-                "check tie_word_embeddings and the bias fields, or " + _DOWNLOAD_AGAIN,
+                "check tie_word_embeddings and the bias fields, or " + DOWNLOAD_AGAIN,
             )
         path = self.directory / self._file_of[name]
         if self.shape(name) != shape:
@@ -119,50 +145,39 @@ class HFReader:
             )
 
     def _slice(self, name: str) -> _Slice:
-        return self._files[self._file_of[name]].get_slice(name)
-
-    def _read_index(self) -> dict[str, str] | None:
-        """Return tensor name -> file; None if the checkpoint is one file."""
-        path, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
-        if path.exists() and single.exists():
-            raise UserError(
-                str(self.directory), None, f"has both {SINGLE_FILE} and {INDEX_FILE}", "remove the stale one"
-            )
-        if single.exists():
-            return None
-        if not path.exists():
-            raise UserError(
-                str(self.directory),
-                None,
-                f"has neither {SINGLE_FILE} nor {INDEX_FILE}",
-                "point model_path at a checkpoint in safetensors format",
-            )
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            # A file name with a folder in it would read outside the checkpoint.
-            is_valid = bool(index) and all(Path(file).name == file for file in index.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(str(path), None, "is not a valid safetensors index", _DOWNLOAD_AGAIN) from error
-        if not is_valid:
-            raise UserError(str(path), None, "weight_map must name files beside the index", _DOWNLOAD_AGAIN)
-        return index
+        return self._files[self._file_of[name]][name]
 
     def _open(self, file: str) -> None:
         path = self.directory / file
-        try:
-            handle = safe_open(path, framework="pt")
-            names = handle.keys()
-        except FileNotFoundError as error:
-            raise UserError(str(path), None, f"is named in {INDEX_FILE} but missing", _DOWNLOAD_AGAIN) from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                str(path),
-                None,
-                f"is not a complete safetensors file ({error})",
-                _DOWNLOAD_AGAIN + " (a git-lfs pointer is not the file)",
-            ) from error
-        self._files[file] = handle
+        slices: Mapping[str, _Slice] | _LazySlices
+        if self._found.is_torch:
+            self.torch_tensors |= (tensors := _load_torch(path))
+            names, slices = list(tensors), {name: _TorchSlice(tensor) for name, tensor in tensors.items()}
+        else:
+            try:
+                handle = safe_open(path, framework="pt")
+                names, slices = handle.keys(), _LazySlices(handle)
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    str(path),
+                    None,
+                    f"is not a complete safetensors file ({error})",
+                    DOWNLOAD_AGAIN + " (a git-lfs pointer is not the file)",
+                ) from error
+        self._files[file] = slices
         for name in names:
             if name in self._file_of:
                 raise UserError(f"{path}: {name}", None, f"is also in {self._file_of[name]}", "remove the stale file")
             self._file_of[name] = file
+
+
+def _load_torch(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a ``.bin`` file as views of it; nothing that the file names is run."""
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # pickle, zip and torch have kinds of their own
+        rule = f"is not a complete file of tensors that torch wrote ({described(error)})"
+        raise UserError(str(path), None, rule, DOWNLOAD_AGAIN) from error
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise UserError(str(path), None, "holds more than tensors by name", "give the weights of the model alone")
+    return {name: tensor.detach() for name, tensor in found.items()}

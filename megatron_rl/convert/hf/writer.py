@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import Dtype, ModelShape
-from megatron_rl.convert.hf.reader import INDEX_FILE, SINGLE_FILE
+from megatron_rl.convert.architecture.weight_files import INDEX_FILE, SINGLE_FILE
 from megatron_rl.convert.tables.kinds import Extent
 from megatron_rl.convert.tables.table import hf_tensors
 from megatron_rl.errors import UserError

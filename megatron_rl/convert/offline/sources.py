@@ -42,6 +42,13 @@ _NOT_WEIGHTS = re.compile(
     r"(^|\.)(optimizer\.|_extra_state|rng_state|rerun_state|opt_param_scheduler|lr_scheduler)|^chained_\d+\."
 )
 """Keys of a training checkpoint that an export leaves out."""
+_HF_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "*.gguf",
+)
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -273,7 +280,7 @@ def open_source(directory: str | Path, *, config_from: str | Path | None = None)
     """
     if not Path(directory).is_dir():
         raise UserError(str(directory), None, "is no directory", "give the directory of a checkpoint")
-    if list(Path(directory).glob("*.safetensors")) or list(Path(directory).glob("*.safetensors.index.json")):
+    if any(any(Path(directory).glob(pattern)) for pattern in _HF_FILES):
         return HFSource(directory)
     return MegatronSource(directory, config_from=config_from)
 

@@ -21,6 +21,7 @@ from megatron_rl.errors import UserError
 
 TABLES: dict[Family, tuple[Rule, ...]] = {
     "llama": llama.TABLE,
+    "mistral": llama.TABLE,
     "qwen2": qwen2.TABLE,
     "qwen3": qwen3.TABLE,
     "qwen3_moe": qwen3_moe.TABLE,

@@ -82,6 +82,18 @@ def first_row(spec: Spec) -> Row | None:
     return rows[0]
 
 
+def check_lines(spec: Spec, *, at_most: int) -> None:
+    """Parse the first lines of a ``.jsonl`` file of which all rows are wanted; other files are left alone.
+
+    Raises:
+        UserError: naming the line that is no row.
+    """
+    path = Path(spec.path)
+    if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file() and spec.start is None and spec.stop is None:
+        for _ in JsonLines(path, at_most=at_most):
+            pass
+
+
 def _open(spec: Spec, field: str, split: str) -> Sequence[Row]:
     path = Path(spec.path)
     if not path.is_file() or path.name.endswith(".parquet"):

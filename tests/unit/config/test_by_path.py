@@ -175,7 +175,9 @@ def check(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.syspath_prepend(folder)
 
     def run(*overrides: str, config: Path = TINY) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["megatron-rl", "check", str(config), "policy.model_path=m", *overrides])
+        monkeypatch.setattr(
+            sys, "argv", ["megatron-rl", "check", "--no-files", str(config), "policy.model_path=m", *overrides]
+        )
         return run_verb(app), *capsys.readouterr()
 
     return run

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_rl.commands import cli
+from megatron_rl.commands.verbs import run_verb
 from megatron_rl.config import Config, check_files, load_config
 from megatron_rl.errors import UserError
 from tests.tiny_models import make_tiny_model
@@ -79,3 +85,90 @@ def test_pipeline_stages_may_be_uneven_where_their_sizes_are_given(arguments: li
     with pytest.raises(UserError, match="num_hidden_layers = 3"):
         check_files(config(arguments, *two_stages))
     check_files(config(arguments, *two_stages, "policy.megatron_cfg.num_layers_in_first_pipeline_stage=2"))
+
+
+def gguf_file(folder: Path) -> Path:
+    (folder / "model.Q4.gguf").touch()
+    return folder / "model.Q4.gguf"
+
+
+def gguf_folder(folder: Path) -> Path:
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    return gguf_file(folder).parent
+
+
+def without(*names: str) -> Callable[[Path], Path]:
+    def change(folder: Path) -> Path:
+        for name in names:
+            (folder / name).unlink()
+        return folder
+
+    return change
+
+
+def shard_missing(folder: Path) -> Path:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    places = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+def shard_cut(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    return folder
+
+
+def pointer(name: str) -> Callable[[Path], Path]:
+    def change(folder: Path) -> Path:
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        return folder
+
+    return change
+
+
+def tiktoken(folder: Path) -> Path:
+    (folder / "tokenizer.json").rename(folder / "tiktoken.model")
+    return folder
+
+
+WRONG_FOLDERS: list[tuple[Callable[[Path], Path], str]] = [
+    (lambda folder: folder / "nowhere", "policy.model_path = .*nowhere.*: is not a directory"),
+    (gguf_file, r"policy.model_path = .*is a GGUF file.*tools/gguf_to_hf.py model.Q4.gguf FOLDER"),
+    (gguf_folder, r"policy.model_path = .*is a GGUF file"),
+    (without("config.json"), r"config\.json: cannot be read"),
+    (without("tokenizer.json"), "policy.model_path = .*: holds no tokenizer"),
+    (tiktoken, "policy.model_path = .*: has a tokenizer of tiktoken with code of its own.*policy.tokenizer_path"),
+    (pointer("tokenizer.json"), r"tokenizer\.json: is a git-lfs pointer"),
+    (without("model.safetensors"), "policy.model_path = .*: holds no weights.*initialization=random"),
+    (pointer("model.safetensors"), r"model\.safetensors: is a git-lfs pointer"),
+    (shard_missing, r"model-00002-of-00002\.safetensors: is named in model\.safetensors\.index\.json but missing"),
+    (shard_cut, r"model\.safetensors: is not a complete safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_FOLDERS)
+def test_check_names_what_is_wrong_with_a_model(
+    model: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], Path], message: str,
+) -> None:  # fmt: skip
+    wrong = change(Path(shutil.copytree(model, tmp_path / "model")))
+    monkeypatch.setattr(sys, "argv", ["megatron-rl", "check", str(TINY), *arguments, f"policy.model_path={wrong}"])
+    assert run_verb(cli.app) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and re.match(f"error: (.*/)?{message}", error), error
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--no-files"])
+    assert run_verb(cli.app) == 0
+
+
+def test_check_passes_what_is_right_and_names_a_wrong_problem_file(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["megatron-rl", "check", str(TINY), *arguments])
+    assert run_verb(cli.app) == 0 and "max_steps: 4" in capsys.readouterr().out
+    (tmp_path / "train.jsonl").write_text("no json")
+    assert run_verb(cli.app) == 2 and "train.jsonl:1 = 'no json': is not JSON" in capsys.readouterr().err
+    good = '{"question": "q", "answer": "#### 1"}\n'
+    (tmp_path / "train.jsonl").write_text(good * 30 + "no json\n" + good)
+    assert run_verb(cli.app) == 2 and "train.jsonl:31 = 'no json': is not JSON" in capsys.readouterr().err

@@ -106,7 +106,7 @@ def test_paths_stay_readable() -> None:
 
 
 def test_check_prints_the_interpolation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["check", str(TINY), "policy.model_path=m", f"{'.'.join(KEYS)}={WRITTEN}"]
+    arguments = ["check", "--no-files", str(TINY), "policy.model_path=m", f"{'.'.join(KEYS)}={WRITTEN}"]
     monkeypatch.setattr(sys, "argv", ["megatron-rl", *arguments])
     status, out = run_verb(cli.app), capsys.readouterr().out
     assert status == 0 and SECRET not in out

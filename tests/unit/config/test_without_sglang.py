@@ -29,7 +29,7 @@ def no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_check_says_what_it_did_not_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["megatron-rl", "check", str(RECIPE), *FURTHER])
+    monkeypatch.setattr(sys, "argv", ["megatron-rl", "check", "--no-files", str(RECIPE), *FURTHER])
     assert run_verb(cli.app) == 0
     said = capsys.readouterr()
     assert "sglang_cfg" in said.out

@@ -62,6 +62,8 @@ for row in json.load(sys.stdin):
     print(json.dumps([status, out.getvalue(), err.getvalue(), seconds, has_torch]), flush=True)
 """
 SGLANG = "rollout.engine=sglang"
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+"""A safetensors file."""
 MODEL = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 128,
@@ -650,6 +652,12 @@ MODELS = [
         verb="train",
     ),
     Row("rollout.max_new_tokens", ("rollout.max_new_tokens=512",), "leaves no room", verb="train"),
+    Row(
+        "rollout.engine",
+        (SGLANG,),
+        "mlp_bias is true",
+        model={"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": True},
+    ),
 ]
 
 
@@ -711,8 +719,8 @@ def prepare(row: Row, folder: Path) -> list[str]:
     """Write a row's files; return the arguments of its command."""
     (folder / "MODEL").mkdir(parents=True)
     (folder / "MODEL/config.json").write_text(json.dumps(MODEL | row.model))
-    for name in ("tokenizer.json", "model.safetensors"):
-        (folder / "MODEL" / name).touch()
+    (folder / "MODEL/tokenizer.json").touch()
+    (folder / "MODEL/model.safetensors").write_bytes(NO_TENSORS)
     for name, text in (("train.jsonl", row.train), ("config.yaml", row.config)):
         if text is not None:
             (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -67,7 +67,17 @@ DEEPSEEK_V4: dict[str, Any] = {
     "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128,
     "vocab_size": 129280,
 }  # fmt: skip
-ALL_V4 = {"llama": LLAMA_V4, "qwen2": QWEN2_V4, "qwen3": QWEN3_V4, "mixtral": MIXTRAL_V4, "deepseek_v3": DEEPSEEK_V4}
+MISTRAL_V4 = {name: value for name, value in MIXTRAL_V4.items() if "expert" not in name and "router" not in name} | {
+    "model_type": "mistral", "architectures": ["MistralForCausalLM"],
+}  # fmt: skip
+ALL_V4 = {
+    "llama": LLAMA_V4,
+    "mistral": MISTRAL_V4,
+    "qwen2": QWEN2_V4,
+    "qwen3": QWEN3_V4,
+    "mixtral": MIXTRAL_V4,
+    "deepseek_v3": DEEPSEEK_V4,
+}
 
 
 def write(directory: Path, config: dict[str, Any]) -> Path:
@@ -167,10 +177,72 @@ def test_absent_fields_have_the_class_defaults(tmp_path: Path) -> None:
     assert (shape.rope_scaling, shape.tied, shape.dtype, shape.eos_token_ids) == (None, False, "float32", ())
 
 
+# Members of the families by what sets them apart from the file above: fields that change nothing, that are null, or are ours.
+MEMBERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "Llama-2": (
+        "llama", {"rope_scaling": None, "rope_theta": None, "head_dim": None, "pretraining_tp": 2, "eos_token_id": 2},
+        {"rope_theta": 1e4, "rope_scaling": None, "head_dim": 64},
+    ),
+    "SmolLM2": (
+        "llama",
+        {"rope_scaling": None, "is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": {}}},
+        {"rope_scaling": None},
+    ),
+    "DeepSeek-R1-Distill-Qwen": ("qwen2", {"use_mrope": False, "sliding_window": 4096, "tie_word_embeddings": False}, {}),
+    "Qwen2.5-Math": ("qwen2", {"sliding_window": 4096, "max_position_embeddings": 4096}, {}),
+    "Qwen2.5-1M": ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}, "max_position_embeddings": 1010000}, {}),
+    "QwQ": ("qwen2", {"rope_scaling": None, "max_window_layers": 64, "tie_word_embeddings": False}, {}),
+    "Qwen3 with biases": ("qwen3", {"attention_bias": True}, {"qkv_bias": True, "proj_bias": True, "mlp_bias": False}),
+    "Mistral-7B-v0.3": ("mistral", {}, {"qkv_bias": False, "proj_bias": False, "head_dim": 128, "num_experts": 0}),
+    "Mistral-Nemo": ("mistral", {"head_dim": 160}, {"head_dim": 160}),
+    "Mixtral with a window as long as its context": ("mixtral", {"sliding_window": 32768}, {}),
+    "Moonlight": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None, "rms_norm_eps": 1e-5, "n_group": 1, "topk_group": 1, "n_routed_experts": 64,
+            "num_experts_per_tok": 6, "n_shared_experts": 2, "num_attention_heads": 16, "num_key_value_heads": 16,
+            "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "quantization_config": None, "rope_scaling": None,
+            "rope_theta": 50000.0, "routed_scaling_factor": 2.446, "hidden_size": 2048, "num_hidden_layers": 27,
+            "max_position_embeddings": 8192, "aux_loss_alpha": 0.001, "seq_aux": True, "pretraining_tp": 1,
+        },
+        {"norm_eps": 1e-5, "has_plain_query": True, "rope_theta": 5e4, "rope_scaling": None, "num_experts": 64},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_well_known_member_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+    family, changes, expected = MEMBERS[name]
+    shape = read_shape(write(tmp_path, ALL_V4[family] | changes))
+    assert shape.family == family
+    assert {field: getattr(shape, field) for field in expected} == expected
+
+
+def test_a_mistral_without_the_field_has_the_window_of_its_class(tmp_path: Path) -> None:
+    silent = {name: value for name, value in MISTRAL_V4.items() if name != "sliding_window"}
+    with pytest.raises(UserError, match="is 4096 tokens, less than the context"):
+        read_shape(write(tmp_path, silent))
+    read_shape(write(tmp_path, silent | {"max_position_embeddings": 4096}))
+
+
+def test_no_refusal_of_a_feature_asks_to_edit_the_file(tmp_path: Path) -> None:
+    """A file edited to get past a refusal would describe another model than its weights are."""
+    for family, changes in (
+        ("mixtral", {"sliding_window": 4096}), ("qwen2", {"use_sliding_window": True}),
+        ("deepseek_v3", {"model_type": "kimi_k2"}),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}), ("qwen3", {"partial_rotary_factor": 0.5}),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            read_shape(write(tmp_path, ALL_V4[family] | changes))
+        assert not {"remove", "set", "correct", "edit"} & set(caught.value.fix.split()), caught.value
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"model_type": "gpt_oss"}, "model_type"),
     ("mixtral", {"sliding_window": 4096}, "sliding_window"),
+    ("mistral", {"sliding_window": 4096}, "sliding_window"),
+    ("deepseek_v3", {"model_type": "kimi_k2"}, "model_type"),
     ("mixtral", {"num_local_experts": None}, "num_local_experts"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
@@ -179,7 +251,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"attention_bias": True}, "attention_bias"),
     ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
     ("deepseek_v3", {"num_key_value_heads": 64}, "num_key_value_heads"),
-    ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
     ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank"),
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),

@@ -50,6 +50,7 @@ FUSIONS = ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion",
         ("qwen3", {}, (True, False, True, False)),
         ("qwen3_moe", {}, (True, False, True, False)),
         ("llama", {"attention_bias": True, "mlp_bias": True}, (True, True, True, False)),
+        ("llama", {"attention_bias": True}, (True, True, True, False)),
         ("deepseek_v3", {}, (True, False, False, False)),
     ],
 )

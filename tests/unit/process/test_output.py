@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -63,8 +64,24 @@ def test_a_log_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> No
     assert "two" in (tmp_path / "console.log").read_text() and (tmp_path / "server_0.log").read_text() == "three\n"
 
 
+def test_logs_are_for_their_user_alone(tmp_path: Path) -> None:
+    older = tmp_path / "server_1.log"
+    older.touch(0o644)
+    for log in (tmp_path / "server_0.log", older):
+        ChildProcess(["true"], log=log, environment={}).status()
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
 def test_a_verb_whose_reader_has_gone_is_silent() -> None:
-    verb = [sys.executable, "-m", "megatron_rl.commands", "check", "tests/tiny.yaml", "policy.model_path=m"]
+    verb = [
+        sys.executable,
+        "-m",
+        "megatron_rl.commands",
+        "check",
+        "--no-files",
+        "tests/tiny.yaml",
+        "policy.model_path=m",
+    ]
     with subprocess.Popen(verb, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait(30)) == ("", 0)

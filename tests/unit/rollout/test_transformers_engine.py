@@ -25,13 +25,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", tied=False, seed=2)
 
 
-def engine(model: Path, max_batch_size: int = 8) -> TransformersEngine:
+def engine(model: Path, max_batch_size: int = 8, pad_id: int = 0) -> TransformersEngine:
     built = TransformersEngine(
         model,
         dtype=torch.float32,
         device=torch.device("cpu"),
         stop_ids=[EOS_ID, 5],
-        pad_id=0,
+        pad_id=pad_id,
         max_batch_size=max_batch_size,
         cpu_group=dist.group.WORLD,
     )
@@ -51,8 +51,8 @@ def requests(count: int = 10, **settings: float) -> list[Request]:
     ]
 
 
-def generate(model: Path, asked: list[Request], max_batch_size: int = 8) -> list[Completion]:
-    return engine(model, max_batch_size).generate(asked)
+def generate(model: Path, asked: list[Request], max_batch_size: int = 8, pad_id: int = 0) -> list[Completion]:
+    return engine(model, max_batch_size, pad_id).generate(asked)
 
 
 @pytest.mark.parametrize("temperature", [0.8, 1.0])
@@ -89,6 +89,15 @@ def test_a_completion_does_not_depend_on_its_neighbours(model: Path, world_size:
     alone = run_ranks(generate, 1, model, asked)[0]
     for others in run_ranks(generate, world_size, model, asked, max_batch_size):
         assert [c.response_ids.tolist() for c in others] == [c.response_ids.tolist() for c in alone]
+
+
+def test_without_a_pad_token_an_end_token_fills_batches_and_changes_nothing(model: Path) -> None:
+    asked = requests()
+    true, found = (run_ranks(generate, 1, model, asked, 8, pad_id)[0] for pad_id in (0, EOS_ID))
+    assert {completion.finish_reason for completion in true} == {"stop", "length"}
+    for one, other in zip(true, found, strict=True):
+        assert torch.equal(one.response_ids, other.response_ids) and one.finish_reason == other.finish_reason
+        torch.testing.assert_close(one.log_probs, other.log_probs)
 
 
 def test_stop_and_length(model: Path) -> None:

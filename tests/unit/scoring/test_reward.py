@@ -216,7 +216,7 @@ def test_check_finds_code_in_the_current_folder_and_refuses_what_is_not_there(
     script = folder / "bin" / "megatron-rl"  # a console script: its own folder is on the path, the current one is not
     script.parent.mkdir()
     script.write_text("from megatron_rl.commands.cli import main\nmain()\n")
-    done = run(folder, str(script), "check", "grpo.yaml", *overrides)
+    done = run(folder, str(script), "check", "--no-files", "grpo.yaml", *overrides)
     if message is None:
         assert done.returncode == 0, done.stderr
         assert "reward: my_reward" in done.stdout
