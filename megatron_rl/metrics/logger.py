@@ -10,6 +10,7 @@ from typing import Self
 from rich.console import Console
 
 from megatron_rl.metrics.rows import EVAL_PREFIX, MetricsFile, Row, as_number, read_metrics
+from megatron_rl.metrics.signal import SignalWatch
 from megatron_rl.metrics.sinks import GuardedSink, Sink
 from megatron_rl.metrics.terminal import StepConsole, use_console
 
@@ -42,6 +43,7 @@ class MetricsLogger:
         self._file = MetricsFile(self.path) if is_writer else None
         self._sinks = [GuardedSink(sink) for sink in sinks]
         self._console = StepConsole(use_console((console or Console()) if is_writer else None), total_steps=total_steps)
+        self._signal = SignalWatch()
 
     def rows(self) -> list[Row]:
         """Read the file's rows, in the order of steps; none on ranks that do not write."""
@@ -59,6 +61,8 @@ class MetricsLogger:
         self._put(self._file, step, metrics)
         if step > 0:
             self._console.step(step, metrics)
+            if warning := self._signal.see(metrics):
+                self._console.say(f"step {step}: {warning}")
         self._console.evaluation(step, metrics)
 
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:

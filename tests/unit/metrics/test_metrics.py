@@ -618,6 +618,15 @@ def test_plain_lines_are_rate_limited_but_first_and_last_are_there():
     assert lines[0] == "step 1/9  reward 0.500  pass@1 25.0%  12.3k tok/s"
 
 
+def test_a_supervised_step_shows_loss_gradient_and_learning_rate():
+    console = plain_console()
+    StepConsole(Display(console, clock=Clock()), total_steps=1).step(
+        1, {"loss": 1.25, "grad_norm": 0.5, "lr": 4e-3, "entropy/mean": 0.75, "tokens_per_s": 900.0}
+    )
+    line = "step 1/1  loss 1.2500  grad norm 0.500  lr 0.004  entropy 0.750  900 tok/s"
+    assert console.file.getvalue().splitlines() == [line]
+
+
 def test_last_planned_step_is_printed_however_fast():
     console = plain_console()
     steps = StepConsole(Display(console, clock=Clock()), total_steps=3)
