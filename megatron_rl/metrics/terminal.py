@@ -62,6 +62,7 @@ class Display:
     def print(self, text: str) -> None:
         """Print a line that stays, above the live area if there is one."""
         if self.console is not None:
+            text = text.encode(self.console.encoding, errors="replace").decode(self.console.encoding)
             # No markup: a user's text may hold [brackets]. soft_wrap: a log file has no width.
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
