@@ -70,6 +70,7 @@ class RolloutTexts:
         self.settings, self._directory, self._tokenizer = settings, directory, tokenizer
         self._texts = TokenTexts(tokenizer)
         self._kept: list[_Kept] = []
+        self._last_prompt: tuple[Tensor | None, str] = None, ""
 
     def is_due(self, step: int) -> bool:
         """Tell whether the texts of a step, counted from 1, are written; the same on every rank."""
@@ -157,9 +158,15 @@ class RolloutTexts:
                     size += len(data)
         fix = f"{SAME_COMMAND}, or set {FIELD}.every_n_steps=0"
         with disk_errors(path, field=FIELD, fix=fix):
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"".join(written))
         return lines
+
+    def _prompt(self, prompt_ids: Tensor) -> str:
+        """Decode a prompt as the model read it; the rollouts of a group share it."""
+        if self._last_prompt[0] is not prompt_ids:
+            self._last_prompt = prompt_ids, self._tokenizer.decode(prompt_ids.tolist())
+        return self._last_prompt[1]
 
     def _line(self, one: _Kept, step: int, *, with_tokens: bool) -> Line:
         ids = [token for piece in one.pieces for token in piece.response_ids.tolist()]
@@ -170,7 +177,7 @@ class RolloutTexts:
             "origin": one.origin,
             "group": one.group,
             **one.about,
-            "prompt": self._tokenizer.decode(one.prompt_ids.tolist()),
+            "prompt": self._prompt(one.prompt_ids),
             "response": self._tokenizer.decode(ids, skip_special_tokens=True),
             "found": score.answer,
             "reward": None if score.is_failure else score.reward,
