@@ -2,8 +2,8 @@
 
     <run>/metrics.jsonl, rollouts/*.jsonl, eval/*.jsonl, trees/*.json  -->  data  -->  view.html with view.css, view.js, data
 
-The page loads nothing. It has at most ``MAX_BYTES``: of a long run every n-th step is in it, and page and caller say so. Files of a
-run that is still going on may end in a torn line, which is left out.
+The page loads nothing. It has at most ``MAX_BYTES``: of a long run every n-th step is in it, and page and caller say so. Files
+of a run that is still going on may end in a torn line, which is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,10 @@ def _step_of(path: Path) -> int:
 
 
 def _fitting(kind: str, paths: Sequence[Path], budget: int) -> tuple[list[tuple[Path, str]], str, int]:
-    """Return the encoded records of every n-th file and of the last, n as small as ``budget`` bytes allow; and a note on that."""
+    """Return the encoded records of every n-th file, n as ``budget`` bytes allow, the last one among them; and a note on that.
+
+    Also the number of torn lines.
+    """
     if not paths:
         return [], "", 0
     total = sum(path.stat().st_size for path in paths)
@@ -124,27 +128,25 @@ def _record(kind: str, path: Path, budget: int) -> tuple[str, int, bool]:
         raise UserError("RUN", str(path), f"cannot be read ({error.strerror})", _FIX) from error
     if kind == "trees":
         record = _tree_record(path, raw)
+        num_prompts = len(record["prompts"])
         while (text := _encoded({"kind": kind, "step": record["step"], "record": record})) and len(text) > budget:
-            if len(record["prompts"]) < 2:
-                return text, 0, True
+            if not record["prompts"]:
+                break
             record["prompts"] = record["prompts"][: len(record["prompts"]) // 2]
-        return text, 0, True
+        return text, 0, len(record["prompts"]) == num_prompts
     lines, num_torn = [*_lines(raw)], 0
     rollouts = [line for line in lines if line is not None]
     num_torn = len(lines) - len(rollouts)
     if lines and not rollouts and num_torn > 1:
         raise UserError("RUN", str(path), "is no record of rollouts", _FIX)
     prompts: dict[str, int] = {}
-    encoded, size = [], 0
     for rollout in rollouts:
         rollout["prompt"] = prompts.setdefault(rollout["prompt"], len(prompts))
-        text = _encoded(rollout)
-        if size + len(text) > budget:
-            text = _encoded({key: value for key, value in rollout.items() if key != "tokens"})
-        if size + len(text) > budget:
-            break
-        encoded.append(text)
-        size += len(text)
+    encoded = [_encoded(rollout) for rollout in rollouts]
+    if sum(map(len, encoded)) > budget:  # texts say more than the numbers of tokens
+        encoded = [_encoded({key: x for key, x in rollout.items() if key != "tokens"}) for rollout in rollouts]
+    sizes = accumulate(len(text) for text in encoded)
+    encoded = [text for text, size in zip(encoded, sizes) if size <= budget]
     head = _encoded({"kind": kind, "step": _step_of(path), "prompts": [*prompts]})[:-1]
     return f'{head}, "rollouts": [{", ".join(encoded)}]}}', num_torn, len(encoded) == len(rollouts)
 
@@ -188,7 +190,7 @@ def _series(metrics: Path) -> dict[str, list[tuple[int, float]]]:
 def _encoded(value: object) -> str:
     """Return JSON that no text in it can lead out of a script element."""
     text = json.dumps(json_safe(value), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    return re.sub("[\ud800-\udfff\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)  # half of a pair is no character, and browsers choke on it
 
 
 def _filled(data: str) -> str:
