@@ -191,8 +191,8 @@ class RolloutTexts:
         }
         trained = [row for row in rows if row.advantages is not None]
         if trained:
-            line["advantage"] = round(float(torch.cat([_in_loss(row, row.advantages) for row in trained]).mean()), 4)
-            line["advantage"] = line["advantage"] if line["advantage"] == line["advantage"] else None  # no loss token
+            in_loss = torch.cat([_in_loss(row, row.advantages) for row in trained])
+            line["advantage"] = round(float(in_loss.mean()), 4) if len(in_loss) else None
         if one.borders:
             line["borders"] = [[n, None if value is None else round(value, 4)] for n, value in one.borders]
         if with_tokens:

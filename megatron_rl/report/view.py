@@ -114,7 +114,7 @@ def _fitting(kind: str, paths: Sequence[Path], budget: int) -> tuple[list[tuple[
             break
         stride *= 2
     what = {"eval": "evaluation", "trees": "step with trees", "step": "step"}[kind]
-    note = f"every {stride}th {what} of {len(paths)}" if stride > 1 else ""
+    note = f"one {what} in {stride}, of {len(paths)}" if stride > 1 else ""
     if not is_whole:
         note += f"{', ' if note else ''}the {what} is too large and was cut"
     return made, note, torn

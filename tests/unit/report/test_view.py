@@ -101,7 +101,7 @@ def test_a_long_run_is_thinned_to_the_limit_and_says_so(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").stat().st_size < 400_000
     shown = [page["step"] for page in data["pages"] if page["kind"] == "step"]
     assert 5 < len(shown) < 60 and shown[-1] == 100 and len({b - a for a, b in pairwise(shown)}) == 1
-    assert re.search(r"every \d+th step of 100", note) and data["note"] == note
+    assert re.search(r"one step in \d+, of 100", note) and data["note"] == note
     assert sum(page["kind"] == "eval" for page in data["pages"]) == 3, "evaluations have room of their own"
 
 
