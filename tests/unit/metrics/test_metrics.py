@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from megatron_rl.config.trainer import RolloutTextsConfig
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import (
     Display,
@@ -401,6 +402,46 @@ def test_missing_package_says_how_to_install_it(name, tmp_path):
         pytest.skip(f"{name} is installed")
     with pytest.raises(UserError, match=f"create_{name}_logger.*pip install {name}"):
         build_sinks(exp_manager(**{f"create_{name}_logger": True}), tmp_path)
+
+
+ROLLOUT = {
+    "origin": "rollout", "group": 0, "problem_id": "p", "prompt": "p" * 900, "response": "\x1b[2Jé \ud800\n" * 99,
+    "answer": "7", "found": "", "reward": 1.0, "verdict": "right", "reason": "correct", "finish": "stop", "response_tokens": 5,
+    "advantage": 0.5, "weight_version": 1,
+}  # fmt: skip
+
+
+def test_the_console_shows_shortened_rollouts_that_cannot_move_its_cursor(open_logger):
+    console = plain_console()
+    open_logger(console=console).log_rollouts(3, [ROLLOUT] * 5, RolloutTextsConfig(print=2))
+    text = console.file.getvalue()
+    assert text.count("step 3, rollout of group 0: reward 1 (correct), 5 tokens, stop, answer 7") == 2
+    assert "\x1b" not in text and "\ud800" not in text and "[700 characters]" in text and "[80 lines]" in text
+    assert len(text.splitlines()) < 60
+
+
+class Texts(ListSink):
+    """Takes rollouts, and fails at some steps."""
+
+    def log_rollouts(self, step, rows):
+        self.log(step, {"rows": len(rows)})
+
+
+def test_rollouts_reach_the_sinks_that_take_them_and_a_failure_costs_only_a_copy(open_logger):
+    plain, broken = ListSink(), Texts(broken_steps=(3,))
+    log = open_logger(sinks=[plain, broken])
+    for step in (2, 3):
+        log.log_rollouts(step, [ROLLOUT] * 20, RolloutTextsConfig(to_sinks=4))
+    assert log._sinks[1].num_missed == 1 and log._sinks[0].num_missed == 0
+
+
+def test_tensorboard_takes_rollouts_as_texts(open_logger, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with open_logger(sinks=build_sinks(exp_manager(create_tensorboard_logger=True), tmp_path)) as log:
+        log.log_rollouts(3, [ROLLOUT] * 2, RolloutTextsConfig())
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"rollouts/0/text_summary", "rollouts/1/text_summary"} <= set(events.Tags()["tensors"])
 
 
 def test_no_sink_is_built_unless_asked(tmp_path):
