@@ -37,7 +37,7 @@ EvaluatedGroups = tuple[Sequence[RolloutGroup], Sequence[RolloutGroup]]
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _RolloutPiece:
     """Tokens that were sampled at once, and the training row that they became, if any."""
 
     response_ids: Tensor
@@ -54,7 +54,7 @@ class _Kept:
     prompt_ids: Tensor
     about: Mapping[str, str]
     """``problem_id``, ``answer`` and ``set``, where they are known."""
-    pieces: Sequence[_Piece]
+    pieces: Sequence[_RolloutPiece]
     score: Score
     finish: str
     weight_version: int
@@ -117,7 +117,8 @@ class RolloutTexts:
             return
         kept: list[_Kept] = []
         for name, (sampled, greedy) in sets.items():
-            members, label = [], {"set": name} if name else {}
+            members: list[list[_Kept]] = []
+            label = {"set": name} if name else {}
             for i, group in enumerate(sampled, start=len(kept)):
                 few = RolloutGroup(group.prompt, group.rollouts[:NUM_SAMPLES])
                 decoded = [*_members(greedy[len(members)], i, {}, origin="greedy")] if greedy else []
@@ -142,7 +143,7 @@ class RolloutTexts:
             chosen = [one for one in kept if one.group == group]
             with_tokens = group in groups[: self.settings.groups_with_tokens] and group >= 0
             made = [self._line(one, step, with_tokens=with_tokens) for one in chosen]
-            encoded = []
+            encoded: list[bytes] = []
             for line in made:
                 data = encode(line)
                 details = line.pop("tokens", None)
@@ -226,7 +227,7 @@ def _members(
     if group.tree is None:
         for rollout in group.rollouts:
             completion, states = rollout.completion, rollout.states
-            piece = _Piece(completion.response_ids, completion.log_probs, rows.get(id(completion.response_ids)))
+            piece = _RolloutPiece(completion.response_ids, completion.log_probs, rows.get(id(completion.response_ids)))
             yield _Kept(
                 origin, index, prompt_ids, about, [piece], rollout.score, completion.finish_reason,
                 completion.weight_version, [(state.num_tokens, state.value) for state in states],
@@ -236,7 +237,7 @@ def _members(
         completions = [node.completion for node in path if node.completion is not None]
         score = path[-1].score
         assert score is not None, "a leaf has a score"
-        pieces = [_Piece(c.response_ids, c.log_probs, rows.get(id(c.response_ids))) for c in completions]
+        pieces = [_RolloutPiece(c.response_ids, c.log_probs, rows.get(id(c.response_ids))) for c in completions]
         starts = [sum(len(c.response_ids) for c in completions[:n]) for n in range(len(completions))]
         borders = [(start, node.value) for start, node in zip(starts, path)]
         last = completions[-1]
@@ -256,7 +257,7 @@ def _stored(sample: TrainingSample, about: Mapping[str, str]) -> _Kept:
     """Return a row that no rollout of this step became."""
     is_replay = sample.kind is RowKind.REPLAY
     score = Score(sample.reward if is_replay else 0.0, reason="stored", is_failure=not is_replay)
-    piece = _Piece(sample.response_ids, sample.rollout_log_probs, sample)
+    piece = _RolloutPiece(sample.response_ids, sample.rollout_log_probs, sample)
     return _Kept(
         sample.kind.name.lower(), sample.group_index, sample.prompt_ids, about, [piece], score, sample.finish_reason,
         sample.weight_version,
@@ -269,7 +270,7 @@ def _in_loss(row: TrainingSample, values: Tensor | None) -> Tensor:
     return values if row.loss_mask is None else values[row.loss_mask]
 
 
-def _vectors(pieces: Sequence[_Piece]) -> Line:
+def _vectors(pieces: Sequence[_RolloutPiece]) -> Line:
     """Return the numbers of each token, as short as JSON has them; what is not known is absent."""
     found: Line = {}
     if all(piece.rollout_log_probs is not None for piece in pieces):
@@ -291,7 +292,7 @@ def _vectors(pieces: Sequence[_Piece]) -> Line:
     return found
 
 
-def _mask(piece: _Piece) -> Tensor:
+def _mask(piece: _RolloutPiece) -> Tensor:
     """Return the tokens that this step's loss had, [R] bool."""
     size, row = len(piece.response_ids), piece.row
     if row is None or row.weights is None:  # an edge without advantage, or one that waits for a later step

@@ -104,7 +104,8 @@ def _fitting(kind: str, paths: Sequence[Path], budget: int) -> tuple[list[tuple[
     stride = max(1, math.ceil(total / budget))
     while True:
         chosen = paths[::-stride][::-1]  # the last step is always there
-        made, torn, size = [], 0, 0
+        made: list[tuple[Path, str]] = []
+        torn = size = 0
         for path in chosen:
             text, num_torn, is_whole = _record(kind, path, budget)
             made, torn, size = [*made, (path, text)], torn + num_torn, size + len(text.encode())
