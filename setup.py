@@ -75,7 +75,7 @@ setup(
     package_data={
         "megatron_rl": ["py.typed"],
         "megatron_rl.config": ["other_names.yaml"],
-        "megatron_rl.report": ["page.html"],
+        "megatron_rl.report": ["view.html", "view.css", "view.js"],
     },
     install_requires=RUNTIME,
     extras_require=EXTRAS,

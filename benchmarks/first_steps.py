@@ -84,9 +84,9 @@ def prepare(code: Path, folder: Path) -> None:
         data = (f"policy.model_path={start}/data/model", f"data.train={start}/data/warm_start.jsonl")
         warm = (*data, f"exp_manager.exp_dir={start}", "exp_manager.name=warm_start")
         run(code, verb("train", f"{example}/warm_start.yaml", *warm), start / "warm_start" / "hf")
-    own = ("exp_manager.name=.", "presample.num_problems=1000")
+    own = ("exp_manager.name=samples", "presample.num_problems=1000")
     for start, config in ((styles, "five_styles/dph_rl.yaml"), (words, "replay/rlep.yaml")):
-        result = start / "presample" / "summary.json"
+        result = start / "samples" / "presample" / "summary.json"
         run(code, verb("presample", config, f"exp_manager.exp_dir={start}", *own, *places(start)), result)
 
 
@@ -97,7 +97,7 @@ def first_steps(code: Path, name: str, folder: Path, label: str) -> list[dict[st
     own = (*places(folder / start), f"exp_manager.exp_dir={run_folder.parent}", f"exp_manager.name={name}")
     pools = {"five_styles_dph_forward": "rehearsal", "replay": "replay"}
     if name in pools:
-        own += (f"algorithm.{pools[name]}.pool={folder / start}/presample/pool",)
+        own += (f"algorithm.{pools[name]}.pool={folder / start}/samples/presample/pool",)
     command = verb("train", config, *own, "trainer.seed=1", *SHORT, *settings)
     run(code, command, run_folder / "summary.json")
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()

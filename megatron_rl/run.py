@@ -38,13 +38,13 @@ from megatron_rl.model.weights import export_hf, load_hf_weights
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
 from megatron_rl.process import activity
 from megatron_rl.report.curves import plot_curves
+from megatron_rl.report.rollout_texts import RolloutTexts
 from megatron_rl.report.summary import sum_up
-from megatron_rl.rollout.build import build_engine
+from megatron_rl.rollout.build import build_engine, build_scorer
 from megatron_rl.rollout.collect import Collector
-from megatron_rl.rollout.engine import RolloutEngine, ServedModel
-from megatron_rl.scoring.scorer import Scorer
+from megatron_rl.rollout.engine import RolloutEngine
 from megatron_rl.types import Prompt, RolloutGroup, RowKind, TrainingSample
-from megatron_rl.weight_sync.publish import WeightSync, served_overrides
+from megatron_rl.weight_sync.publish import WeightSync, served_model
 
 
 class Run:
@@ -84,6 +84,7 @@ class Run:
             self.algorithm = build_algorithm(config)
             if config.trainer.stage == "rl":
                 self.online_algorithm.use_tokenizer(self.inputs.tokenizer)
+        self._texts = RolloutTexts(config.exp_manager.rollout_texts, self.directory, self.inputs.tokenizer)
         self.inputs.open_pools(self.online_algorithm.pool_need if config.trainer.stage == "rl" else None)
         self.evaluator = Evaluator(self.inputs.held_out, config.eval, config.rollout.max_new_tokens)
         with all_ranks_agree(self.groups.cpu_group):
@@ -122,7 +123,7 @@ class Run:
         parts.callback(self.logger.close)
         self.collector: Collector | None = None
         if engine is not None:
-            scorer = self._build_scorer()
+            scorer = build_scorer(config, self.inputs.tokenizer, cpu_group=self.groups.cpu_group)
             parts.callback(scorer.close)
             self.collector = Collector(engine, scorer, config.trainer.seed, self.timer, self._log_probs_of)
         self._weight_sync = WeightSync(config, self.policy.trainable)
@@ -171,6 +172,7 @@ class Run:
             metrics |= self._weight_sync.metrics
         if self._numerics is not None:
             metrics |= self._numerics.finish_step(done, self.directory / "numerics", self.say)
+        texts = self._write_texts(done)
         seconds = time.monotonic() - self._step_started
         metrics |= self.timer.flush(seconds) | self.checkpoints.take_metrics()
         metrics["memory/resident_bytes"] = float(resident_bytes())
@@ -182,12 +184,21 @@ class Run:
         with all_ranks_agree(self.groups.cpu_group):  # rank 0 writes, and its disk may be full, or gone
             self.folder.check_same()
             self.logger.log(done, metrics)
+            self.logger.log_rollouts(done, texts, self.config.exp_manager.rollout_texts)
         every = self.config.eval.every_n_steps
         if self._is_last(done) and self.config.eval.after:
             self._evaluate(done, self.config.eval.num_samples)
         elif every and done % every == 0:
             self._evaluate(done, self.config.eval.num_samples_during)
         self._save_if_due(done)
+
+    def _write_texts(self, done: int) -> list[dict[str, Any]]:
+        """Write what the model wrote, where it is time to; return it, on the first rank."""
+        if not (self._rollout_metrics and self._texts.is_due(done)):
+            return []
+        with self.timer("record"), all_ranks_agree(self.groups.cpu_group):
+            self.folder.check_same()
+            return self._texts.write(done) if self.is_first else []
 
     @property
     def _is_budget_spent(self) -> bool:
@@ -208,6 +219,8 @@ class Run:
             samples = algorithm.samples(groups, step)
             if self.is_first:
                 algorithm.keep(self.directory, groups, self.inputs.tokenizer, step=step + 1)
+                if self._texts.is_due(step + 1):
+                    self._texts.take(groups, samples)
         self._rollout_metrics = rollout_metrics(groups, version=step)
         return samples
 
@@ -396,31 +409,15 @@ class Run:
         return logger
 
     def _build_engine(self) -> RolloutEngine:
-        config, inputs = self.config, self.inputs
-        pad_id = inputs.tokenizer.pad_token_id
-        model = ServedModel(
-            config.policy.model_dir,
+        inputs = self.inputs
+        model = served_model(
+            self.config,
             self.shape,
-            torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
-            tuple(inputs.stop_ids),
-            pad_id=inputs.stop_ids[0] if pad_id is None else pad_id,
+            stop_ids=inputs.stop_ids,
+            pad_id=inputs.tokenizer.pad_token_id,
             longest_request=inputs.longest_request,
-            records_experts=config.policy.router_replay,
-            overrides=served_overrides(config, self.shape),
         )
-        return build_engine(config, model, device=self.runtime.device, cpu_group=self.groups.cpu_group)
-
-    def _build_scorer(self) -> Scorer:
-        data = self.config.data
-        return Scorer(
-            [data.task],
-            self.inputs.tokenizer,
-            num_workers=data.num_scoring_workers,
-            timeout_s=data.scoring_timeout_s,
-            cpu_group=self.groups.cpu_group,
-            reward=data.reward,
-            reward_kwargs=data.reward_kwargs,
-        )
+        return build_engine(self.config, model, device=self.runtime.device, cpu_group=self.groups.cpu_group)
 
     @activity.phase("evaluation")
     def _evaluate(self, done: int, num_samples: int) -> None:
@@ -444,4 +441,5 @@ class Run:
             self.folder.check_same()
             if self.is_first:
                 save_results(self.directory, evaluation.results)
+                self._texts.write_evaluation(done, {"": evaluation.groups})
             self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})

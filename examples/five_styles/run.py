@@ -100,18 +100,11 @@ def preparation(folder: Path, common: tuple[str, ...], seed: int) -> list[Part]:
     """Return the parts that make problems, the model of five styles, and its own samples."""
     make = [sys.executable, "-m", "examples.five_styles.make_data", str(folder / "data"), "--seed", str(seed), *ERRORS]
     warm_start = verb("train", HERE / "warm_start.yaml", *common)
-    # The folder of presampling is shared by the methods, so it lies beside theirs.
-    presample = verb(
-        "presample",
-        HERE / "dph_rl.yaml",
-        *common,
-        f"exp_manager.exp_dir={folder.parent}",
-        f"exp_manager.name={folder.name}",
-    )
+    presample = verb("presample", HERE / "dph_rl.yaml", *common, "exp_manager.name=samples")
     return [
         Part("problems", make, folder / "data" / "model" / "config.json"),
         Part("warm start", warm_start, folder / "warm_start" / "summary.json"),
-        Part("presample", presample, folder / "presample" / "summary.json"),
+        Part("presample", presample, folder / "samples" / "presample" / "summary.json"),
     ]
 
 

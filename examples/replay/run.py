@@ -28,11 +28,11 @@ def main() -> int:
     seed = parser.parse_args().seed
     folder = Path("runs/replay") / f"seed_{seed}"
     seconds, common = start(folder, seed)
-    # The model to sample is that of phase 1; its folder of samples lies beside the runs.
-    collect = (*common, f"policy.model_path={folder}/phase1/hf", "exp_manager.name=.")
+    collect = (*common, f"policy.model_path={folder}/phase1/hf", "exp_manager.name=samples")
+    successes = folder / "samples" / "presample" / "summary.json"
     parts = (
         Part("phase 1", verb("train", HERE / "grpo.yaml", *common), folder / "phase1" / "summary.json"),
-        Part("successes", verb("presample", HERE / "rlep.yaml", *collect), folder / "presample" / "summary.json"),
+        Part("successes", verb("presample", HERE / "rlep.yaml", *collect), successes),
         Part("phase 2", verb("train", HERE / "rlep.yaml", *common), folder / "phase2" / "summary.json"),
     )
     seconds |= {part.name: seconds_of(part) for part in parts}

@@ -252,7 +252,7 @@ class OnlineAlgorithm(Algorithm):
     # ---- what surrounds a step
 
     def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
-        """Write what ``megatron-rl tree`` shows of a step into the run's folder; called on one rank.
+        """Write what ``megatron-rl view`` shows of a step into the run's folder; called on one rank.
 
         Raises:
             UserError: it cannot be written.

@@ -95,19 +95,24 @@ def presample(
 
 
 @app.command()
-def tree(
-    record: Annotated[Path, typer.Argument(help="a file of <run>/trees/", metavar="RECORD")],
-    page: Annotated[Path | None, typer.Argument(help="left out: beside the record", metavar="[HTML]")] = None,
+def view(
+    run: Annotated[
+        Path, typer.Argument(help="folder of a run, or a file of its rollouts/, eval/ or trees/", metavar="RUN")
+    ],
+    page: Annotated[
+        Path | None, typer.Argument(help="left out: beside the file, or in the folder", metavar="[HTML]")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="show this step alone", metavar="N")] = None,
 ) -> None:
-    """Make a page of one step's trees or chains of rollouts (SPO), for a browser.
+    """Make a page of what the model wrote, for a browser: rollouts with their tokens, rewards, groups, evaluations, trees.
 
-    A run writes records with algorithm.save_every_n_steps.
+    The run may be going on. What a run records: exp_manager.rollout_texts, and algorithm.save_every_n_steps of SPO.
     """
-    from megatron_rl.report.tree_page import write_page
+    from megatron_rl.report.view import write_page
 
-    target = page or record.with_suffix(".html")
-    write_page(record, target)
-    print(target)
+    target = page or (run / "view.html" if run.is_dir() else run.with_suffix(".html"))
+    note = write_page(run, target, step=step)
+    print(f"{target}: {note}")
 
 
 def _load_to_look(config: str, overrides: list[str] | None, *, fetches: bool = True) -> Config:

@@ -103,6 +103,24 @@ class CheckpointConfig:
 
 
 @section
+class RolloutTextsConfig:
+    """What the model writes, as text: ``rollouts/step_<number>.jsonl`` and ``eval/step_<number>.jsonl`` (docs/view.md)."""
+
+    every_n_steps: NonNegativeInt = 1
+    """0 never writes any."""
+    max_rollouts: PositiveInt = 64
+    """Rollouts of a step or an evaluation: its first whole groups (prompts are shuffled anyway), at least a part of one."""
+    groups_with_tokens: NonNegativeInt = 2
+    """Groups whose tokens have their log-probs, advantages, mask and entropy."""
+    max_kb_per_step: PositiveInt = 500
+    """Kilobytes of a file, whatever the settings above: 1,000 steps are at most 0.5 GB. Token details take half at most."""
+    print: NonNegativeInt = 0
+    """Rollouts of each recorded step on the console, shortened."""
+    to_sinks: NonNegativeInt = 8
+    """Rollouts of each recorded step for TensorBoard, W&B and MLflow, where those are on."""
+
+
+@section
 class ExpManagerConfig:
     """Folder of a run, how it resumes, and where its metrics go."""
 
@@ -117,6 +135,7 @@ class ExpManagerConfig:
     checkpoint_callback_params: CheckpointConfig = Field(default_factory=CheckpointConfig)
     export_hf: bool = True
     """Write ``hf/``, a Hugging Face checkpoint, at the end."""
+    rollout_texts: RolloutTextsConfig = Field(default_factory=RolloutTextsConfig)
     create_tensorboard_logger: bool = False
     summary_writer_kwargs: dict[str, Any] = Field(default_factory=dict)
     create_wandb_logger: bool = False

@@ -74,6 +74,8 @@ class Evaluation:
     metrics: dict[str, float]
     """``eval/...``, for the row of the step."""
     results: EvalResults
+    groups: tuple[list[RolloutGroup], list[RolloutGroup]] = ([], [])
+    """The sampled groups, and those of one greedy response each."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Evaluator:
             for problem_id, (num_judged, num_correct) in zip(map(_problem_id, sampled), counts)
         ]
         results = EvalResults(step, num_samples, config.temperature, config.top_p, problems)
-        return Evaluation(_with_prefix(metrics), results)
+        return Evaluation(_with_prefix(metrics), results, (sampled, decoded))
 
     def read_results(self, path: Path, *, field: str) -> EvalResults:
         """Read the results of another evaluation of the same problems.

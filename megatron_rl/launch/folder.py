@@ -19,11 +19,11 @@ from megatron_rl.files import SAME_COMMAND, disk_errors
 from megatron_rl.process.lock import identity, other_holder
 
 METRICS, SUMMARY, CHECKPOINTS = "metrics.jsonl", "summary.json", "checkpoints"
-_BY_STEP = ("eval", "trees", "numerics")
-"""Folders of one file a step."""
+_BY_STEP = ("eval", "trees", "numerics", "rollouts")
+"""Folders of files named by step; of ``rollouts`` the texts, beside what ``rollout.record`` writes under other names."""
 _SINKS = ("tensorboard", "wandb_run_id.txt", "mlflow_run_id.txt")
 """Events, and the ids under which tracking services know the run: another run must not go on there."""
-_PRODUCTS = (CHECKPOINTS, METRICS, *_BY_STEP, "rollouts", "hf", SUMMARY, "curves.png", *_SINKS)
+_PRODUCTS = (CHECKPOINTS, METRICS, *_BY_STEP, "hf", SUMMARY, "curves.png", *_SINKS)
 _STEP = re.compile(r"step_(\d{8})\..+")
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 
+from megatron_rl.metrics import rollout_lines
 from megatron_rl.metrics.rows import EVAL_PREFIX, MetricsFile, Row, as_number, read_metrics
+from megatron_rl.metrics.signal import SignalWatch
 from megatron_rl.metrics.sinks import GuardedSink, Sink
 from megatron_rl.metrics.terminal import StepConsole, use_console
+
+if TYPE_CHECKING:
+    from megatron_rl.config.trainer import RolloutTextsConfig
 
 
 class MetricsLogger:
@@ -42,6 +47,7 @@ class MetricsLogger:
         self._file = MetricsFile(self.path) if is_writer else None
         self._sinks = [GuardedSink(sink) for sink in sinks]
         self._console = StepConsole(use_console((console or Console()) if is_writer else None), total_steps=total_steps)
+        self._signal = SignalWatch()
 
     def rows(self) -> list[Row]:
         """Read the file's rows, in the order of steps; none on ranks that do not write."""
@@ -59,6 +65,8 @@ class MetricsLogger:
         self._put(self._file, step, metrics)
         if step > 0:
             self._console.step(step, metrics)
+            if warning := self._signal.see(metrics):
+                self._console.say(f"step {step}: {warning}")
         self._console.evaluation(step, metrics)
 
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -71,6 +79,20 @@ class MetricsLogger:
         metrics = {EVAL_PREFIX + key.removeprefix(EVAL_PREFIX): value for key, value in metrics.items()}
         self._put(self._file, step, metrics)
         self._console.evaluation(step, metrics)
+
+    def log_rollouts(self, step: int, rollouts: Sequence[Mapping[str, Any]], settings: RolloutTextsConfig) -> None:
+        """Show the first rollouts of a step on the console, and send some to the sinks that take them.
+
+        Args:
+            step: steps done.
+            rollouts: lines of ``rollouts/step_<number>.jsonl``; none shows nothing.
+            settings: how many.
+        """
+        for rollout in rollouts[: settings.print]:
+            self._console.say(rollout_lines.on_console(step, rollout))
+        if sent := rollouts[: settings.to_sinks]:
+            for guard in self._sinks:
+                guard.log_rollouts(step, sent)
 
     def resume_at(self, step: int) -> int:
         """Forget the rows after ``step`` steps, which will be repeated; -1 forgets all. Return their number."""

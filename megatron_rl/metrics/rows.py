@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 Row = dict[str, float]
 
 REWARD, PASS_1, ENTROPY, LENGTH = "reward/mean", "pass@1", "entropy/mean", "response_length/mean"
+LOSS, GRAD_NORM, LR = "loss", "grad_norm", "lr"
 """Names of the metrics that the console and the curves show."""
 EVAL_PREFIX = "eval/"
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -12,13 +12,14 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from megatron_rl import plugins
 from megatron_rl.errors import UserError, described
 from megatron_rl.files import write_atomic
+from megatron_rl.metrics import rollout_lines
 
 if TYPE_CHECKING:
     from megatron_rl.config.trainer import ExpManagerConfig
@@ -40,6 +41,14 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write pending values, and stop."""
+
+
+@runtime_checkable
+class RolloutSink(Protocol):
+    """A sink that also takes texts; a sink may leave this method out."""
+
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show some rollouts of a step: fields as in ``rollouts/step_<number>.jsonl``, without token details."""
 
 
 def _missing(name: str, pip: str) -> UserError:
@@ -91,6 +100,15 @@ class TensorBoardSink:
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write one text a rollout, as it is."""
+        self._writer = self._writer or self._open(None)
+        for number, values in enumerate(rollout_lines.table(rows)):
+            lines = "\n".join(f"{name}: {value}" for name, value in zip(rollout_lines.COLUMNS, values))
+            text = "\n".join("    " + line for line in lines.splitlines())  # Markdown shows indented lines as they are
+            self._writer.add_text(f"rollouts/{number}", text, step)
+        self._writer.flush()
+
     def resume_at(self, step: int) -> None:
         """Start a new event file, whose first record makes readers forget every later step."""
         self.close()
@@ -132,6 +150,13 @@ class WandbSink:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add one W&B history entry."""
         self._run.log({"step": step, **metrics})
+
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add a table of the step."""
+        import wandb
+
+        found = wandb.Table(columns=list(rollout_lines.COLUMNS), data=rollout_lines.table(rows))
+        self._run.log({"step": step, "rollouts": found})
 
     def resume_at(self, step: int) -> None:
         """Keep the values of lost steps: the service cannot undo them (see the class)."""
@@ -189,6 +214,14 @@ class MLflowSink:
         batch = [self._metric(key.replace("@", "_at_"), value, now_ms, step) for key, value in metrics.items()]
         for start in range(0, len(batch), 1000):
             self._client.log_batch(self._run_id, metrics=batch[start : start + 1000])
+
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write ``rollouts/step_<number>.json``, a table as MLflow writes them.
+
+        Not by MLflow's ``log_table``: that keeps the names of all tables in one tag, which overflows after some hundred steps.
+        """
+        content = {"columns": list(rollout_lines.COLUMNS), "data": rollout_lines.table(rows)}
+        self._client.log_dict(self._run_id, content, f"rollouts/step_{step:08d}.json")
 
     def resume_at(self, step: int) -> None:
         """Keep the values of lost steps: the service cannot undo them (see the class)."""
@@ -261,12 +294,21 @@ class GuardedSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Pass a row on, unless the sink is resting after failures."""
+        self._pass_on(step, lambda: self.sink.log(step, metrics))
+
+    def log_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Pass texts on to a sink that takes them, unless it is resting; missed ones count as a row."""
+        sink = self.sink
+        if isinstance(sink, RolloutSink):
+            self._pass_on(step, lambda: sink.log_rollouts(step, rows))
+
+    def _pass_on(self, step: int, call: Callable[[], None]) -> None:
         if self._rest > 0:
             self._rest -= 1
             self.num_missed += 1
             return
         try:
-            self.sink.log(step, metrics)
+            call()
         except Exception as error:  # third-party code and a network: any type can arrive here
             if self.num_missed == 0:
                 logger.warning(

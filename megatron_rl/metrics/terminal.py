@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD
+from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, GRAD_NORM, LENGTH, LOSS, LR, PASS_1, REWARD
 
 T = TypeVar("T")
 
@@ -62,6 +62,7 @@ class Display:
     def print(self, text: str) -> None:
         """Print a line that stays, above the live area if there is one."""
         if self.console is not None:
+            text = text.encode(self.console.encoding, errors="replace").decode(self.console.encoding)
             # No markup: a user's text may hold [brackets]. soft_wrap: a log file has no width.
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -226,6 +227,12 @@ COLUMNS: dict[str, Callable[[float], str]] = {
     "time/step_s": lambda x: f"{x:.1f} s",
 }
 """Metrics that a step's line shows if it has them, in this order."""
+WITHOUT_REWARD: dict[str, Callable[[float], str]] = {
+    LOSS: lambda x: f"loss {x:.4f}",
+    GRAD_NORM: lambda x: f"grad norm {x:.3f}",
+    LR: lambda x: f"lr {x:.2g}",
+}
+"""Metrics that come first where nothing has a reward, as in supervised training."""
 
 
 class StepConsole:
@@ -246,7 +253,8 @@ class StepConsole:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a finished training step."""
         of = "" if self.total_steps is None else f"/{self.total_steps}"
-        numbers = "  ".join(show(metrics[key]) for key, show in COLUMNS.items() if key in metrics)
+        columns = COLUMNS if REWARD in metrics or PASS_1 in metrics else WITHOUT_REWARD | COLUMNS
+        numbers = "  ".join(show(metrics[key]) for key, show in columns.items() if key in metrics)
         self._unsaid = f"step {step}{of}  {numbers}".rstrip()
         if self._display.is_live:
             if self._task is None:
@@ -259,6 +267,10 @@ class StepConsole:
         if now - self._printed_s >= self.min_interval_s or step == self.total_steps:
             self._say()
             self._printed_s = now
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._display.print(text)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the evaluation among the metrics, if any: greedy and pass@k in percent; the row has the rest."""

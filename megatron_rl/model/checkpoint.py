@@ -361,7 +361,7 @@ def fixed_settings(
     data, policy = config.data, config.policy
     model = {name: value for name, value in asdict(shape).items() if name not in _NOT_SHAPE}
     if policy.initialization == "pretrained":  # the run goes on from its checkpoint, but these are what it began with
-        model[_WEIGHTS] = content_digest(Path(policy.model_path), suffixes=(".safetensors", ".bin"))
+        model[_WEIGHTS] = content_digest(policy.model_dir, suffixes=(".safetensors", ".bin"))
     fixed = {
         "policy.model_path": (policy.model_path, model),
         "policy.optim.name": (policy.optim.name, policy.optim.name),

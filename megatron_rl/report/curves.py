@@ -1,11 +1,14 @@
-"""One picture of a run: reward, accuracy, entropy and response length over steps; and diversity, where it was measured."""
+"""One picture of a run over its steps: reward, accuracy, entropy and response length; and diversity, where it was measured.
+
+Of a supervised run: loss, gradient norm, learning rate; and accuracy, or entropy where nothing was evaluated.
+"""
 
 from __future__ import annotations
 
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_rl.files import write_atomic
-from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, LENGTH, PASS_1, REWARD, Row, read_metrics
+from megatron_rl.metrics.rows import (
+    ENTROPY,
+    EVAL_PREFIX,
+    GRAD_NORM,
+    LENGTH,
+    LOSS,
+    LR,
+    PASS_1,
+    REWARD,
+    Row,
+    read_metrics,
+)
 
 LINE, NOTE = "#2563a8", "#6b7280"
 EVAL_STYLES = (
@@ -50,13 +64,8 @@ def plot_curves(metrics_jsonl: Path, png: Path, *, title: str | None = None) -> 
     figure = Figure(figsize=(11, 3.5 * num_panel_rows), dpi=130, layout="constrained")
     figure.suptitle(metrics_jsonl.absolute().parent.name if title is None else title, fontsize=14, fontweight="bold")
     panels = figure.subplots(num_panel_rows, 2)
-    (reward, accuracy), (entropy, length) = panels[:2]
-    _line(reward, rows, REWARD, "Reward", "mean reward")
-    _line(accuracy, rows, PASS_1, "Accuracy", "solved", label="train pass@1")
-    _evaluations(accuracy, rows)
-    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-    _line(entropy, rows, ENTROPY, "Entropy", "nats per token")
-    _line(length, rows, LENGTH, "Response length", "tokens")
+    is_supervised = any(LOSS in row for row in rows) and not any(REWARD in row or LENGTH in row for row in rows)
+    (_supervised if is_supervised else _of_rollouts)(panels[:2].flat, rows)
     if has_diversity:
         _pass_at_k(panels[2][0], rows)
         _diversity(panels[2][1], rows)
@@ -67,6 +76,31 @@ def plot_curves(metrics_jsonl: Path, png: Path, *, title: str | None = None) -> 
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_atomic(png, image.getvalue())
+
+
+def _of_rollouts(panels: Iterable[Axes], rows: Sequence[Row]) -> None:
+    reward, accuracy, entropy, length = panels
+    _line(reward, rows, REWARD, "Reward", "mean reward")
+    _accuracy(accuracy, rows)
+    _line(entropy, rows, ENTROPY, "Entropy", "nats per token")
+    _line(length, rows, LENGTH, "Response length", "tokens")
+
+
+def _supervised(panels: Iterable[Axes], rows: Sequence[Row]) -> None:
+    loss, second, grad_norm, rate = panels
+    _line(loss, rows, LOSS, "Loss", "nats per token")
+    if any(key.startswith(EVAL_PREFIX) for row in rows for key in row):
+        _accuracy(second, rows)
+    else:
+        _line(second, rows, ENTROPY, "Entropy", "nats per token")
+    _line(grad_norm, rows, GRAD_NORM, "Gradient norm", "before clipping")
+    _line(rate, rows, LR, "Learning rate", "")
+
+
+def _accuracy(panel: Axes, rows: Sequence[Row]) -> None:
+    _line(panel, rows, PASS_1, "Accuracy", "solved", label="train pass@1")
+    _evaluations(panel, rows)
+    panel.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
 
 
 def smooth(values: Sequence[float], width: float) -> np.ndarray:

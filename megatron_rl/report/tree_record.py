@@ -21,6 +21,7 @@ from megatron_rl.advantages.segment import segment_advantages
 from megatron_rl.advantages.tree import edges
 from megatron_rl.config.methods.spo import EdgeAdvantage, SegmentConfig
 from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
+from megatron_rl.report.token_texts import TokenTexts
 from megatron_rl.types import Completion, Rollout, RolloutGroup, Score, TreeNode
 
 Piece = dict[str, Any]
@@ -70,13 +71,7 @@ def write_record(
     Raises:
         UserError: the file cannot be written.
     """
-    texts: dict[int, str] = {}
-
-    def text_of(token: int) -> str:
-        if token not in texts:
-            texts[token] = tokenizer.decode([token])
-        return texts[token]
-
+    texts_of = TokenTexts(tokenizer).of
     prompts = [
         {
             "problem_id": group.prompt.problem.problem_id,
@@ -84,9 +79,9 @@ def write_record(
             "answer": group.prompt.problem.answer,
         }
         | (
-            {"tree": _of_tree(group.tree, advantage, text_of)}
+            {"tree": _of_tree(group.tree, advantage, texts_of)}
             if group.tree is not None
-            else {"chains": [_of_chain(rollout, shaped, text_of) for rollout in group.rollouts]}
+            else {"chains": [_of_chain(rollout, shaped, texts_of) for rollout in group.rollouts]}
         )
         for group in groups
     ]
@@ -95,13 +90,13 @@ def write_record(
         write_atomic(path, json.dumps({"step": step, "threshold": threshold, "prompts": prompts}))
 
 
-def _of_tree(root: TreeNode, advantage: EdgeAdvantage, text_of: Callable[[int], str]) -> list[Piece]:
+def _of_tree(root: TreeNode, advantage: EdgeAdvantage, texts_of: Callable[[Sequence[int]], list[str]]) -> list[Piece]:
     pieces: dict[int, Piece] = {id(root): {"pieces": []}}
     for edge in edges(root, advantage):
         parent = edge.path[-1] if edge.path else root
         completion = edge.node.completion
         assert completion is not None
-        piece = _piece(completion.response_ids, completion.log_probs, parent.value, edge.advantage, text_of)
+        piece = _piece(completion.response_ids, completion.log_probs, parent.value, edge.advantage, texts_of)
         if edge.node.score is not None:
             piece |= _ending(edge.node.score, completion)
         pieces[id(edge.node)] = piece
@@ -109,7 +104,9 @@ def _of_tree(root: TreeNode, advantage: EdgeAdvantage, text_of: Callable[[int], 
     return pieces[id(root)]["pieces"]
 
 
-def _of_chain(rollout: Rollout, shaped: Callable[[float, int], float], text_of: Callable[[int], str]) -> list[Piece]:
+def _of_chain(
+    rollout: Rollout, shaped: Callable[[float, int], float], texts_of: Callable[[Sequence[int]], list[str]]
+) -> list[Piece]:
     completion, score = rollout.completion, rollout.score
     log_probs = completion.log_probs if rollout.policy_log_probs is None else rollout.policy_log_probs
     num_tokens = len(completion.response_ids)
@@ -119,7 +116,7 @@ def _of_chain(rollout: Rollout, shaped: Callable[[float, int], float], text_of: 
     starts: list[tuple[int, float | None]] = [*([] if known and known[0][0] == 0 else [(0, None)]), *known]
     ends = [*(start for start, _ in starts[1:]), num_tokens]
     pieces = [
-        _piece(completion.response_ids[start:end], log_probs[start:end], value, float(advantages[start]), text_of)
+        _piece(completion.response_ids[start:end], log_probs[start:end], value, float(advantages[start]), texts_of)
         for (start, value), end in zip(starts, ends)
     ]
     pieces[-1] |= _ending(score, completion)
@@ -127,9 +124,13 @@ def _of_chain(rollout: Rollout, shaped: Callable[[float, int], float], text_of: 
 
 
 def _piece(
-    ids: Tensor, log_probs: Tensor, value: float | None, advantage: float, text_of: Callable[[int], str]
+    ids: Tensor,
+    log_probs: Tensor,
+    value: float | None,
+    advantage: float,
+    texts_of: Callable[[Sequence[int]], list[str]],
 ) -> Piece:
-    tokens = [[text_of(token), round(p, 4)] for token, p in zip(ids.tolist(), log_probs.exp().tolist())]
+    tokens = [[text, round(p, 4)] for text, p in zip(texts_of(ids.tolist()), log_probs.exp().tolist())]
     return {"tokens": tokens, "value": value, "advantage": round(advantage, 4), "pieces": []}
 
 

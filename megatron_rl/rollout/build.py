@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron_rl.rollout.engine import RolloutEngine, ServedModel
 from megatron_rl.rollout.recorded import RecordedEngine, RecordingEngine
 from megatron_rl.rollout.sglang.flags import check_kv_pool
 from megatron_rl.rollout.transformers_engine import TransformersEngine
+from megatron_rl.scoring.scorer import Scorer
 
 
 class EngineBuilder(Protocol):
@@ -60,6 +61,24 @@ def build_engine(
     agree = partial(all_ranks_agree, cpu_group)
     is_writer = dist.get_rank(cpu_group) == 0
     return RecordingEngine(engine, config.exp_manager.run_dir / "rollouts", is_writer=is_writer, agree=agree)
+
+
+def build_scorer(config: Config, tokenizer: Any, *, cpu_group: dist.ProcessGroup) -> Scorer:
+    """Start the scorer of a run; a collective.
+
+    Raises:
+        UserError: ``data.task`` or ``data.reward`` names nothing that judges; on all ranks.
+    """
+    data = config.data
+    return Scorer(
+        [data.task],
+        tokenizer,
+        num_workers=data.num_scoring_workers,
+        timeout_s=data.scoring_timeout_s,
+        cpu_group=cpu_group,
+        reward=data.reward,
+        reward_kwargs=data.reward_kwargs,
+    )
 
 
 def _recorded(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_rl.config import Config
@@ -12,7 +13,7 @@ from megatron_rl.convert.architecture.shape import ModelShape
 from megatron_rl.convert.tables.table import hf_tensors, plain_name
 from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import iterate_hf_tensors, named_parameters
-from megatron_rl.rollout.engine import RolloutEngine
+from megatron_rl.rollout.engine import RolloutEngine, ServedModel
 from megatron_rl.weight_sync.delivery import WeightDelivery, choose_transports
 from megatron_rl.weight_sync.fp8_format import quantization_config
 from megatron_rl.weight_sync.layouts import fp8_format, rollout_layout
@@ -55,6 +56,33 @@ class WeightSync:
         policy = self._policy
         tensors = iterate_hf_tensors(policy.chunks, policy.shape, policy.groups)
         return tensors if self._format is None else quantized(tensors, self._format)
+
+
+def served_model(
+    config: Config, shape: ModelShape, *, stop_ids: Sequence[int], pad_id: int | None, longest_request: int
+) -> ServedModel:
+    """Return what the engine of a run generates from.
+
+    Args:
+        config: of the run.
+        shape: of its model.
+        stop_ids: end-of-sequence tokens.
+        pad_id: of the tokenizer; None takes the first of ``stop_ids``.
+        longest_request: tokens of the longest prompt with its response.
+
+    Raises:
+        UserError: SGLang could not serve the model so.
+    """
+    return ServedModel(
+        config.policy.model_dir,
+        shape,
+        torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
+        tuple(stop_ids),
+        pad_id=stop_ids[0] if pad_id is None else pad_id,
+        longest_request=longest_request,
+        records_experts=config.policy.router_replay,
+        overrides=served_overrides(config, shape),
+    )
 
 
 def served_overrides(config: Config, shape: ModelShape) -> dict[str, Any]:

@@ -344,8 +344,8 @@ def short(root: Path, run: str) -> list[str]:
 
 
 CASES = (
-    Case("grpo", grpo, HELPERS, (*TRAINED, "eval/*.json", "rollouts/**/*.*")),
-    Case("rlep", rlep, HELPERS, (*TRAINED, "eval/*.json")),
+    Case("grpo", grpo, HELPERS, (*TRAINED, "eval/*.json*", "rollouts/**/*.*")),
+    Case("rlep", rlep, HELPERS, (*TRAINED, "eval/*.json*")),
     Case("spo_tree", spo_tree, HELPERS, (*TRAINED, "trees/*.json")),
     Case("presample", presample, HELPERS, ("presample/summary.json", "presample/*.jsonl", "presample/pool/**/*.bin")),
     Case("import", convert("import", "large"), ("program",), ("**/*.distcp", "**/digests.json")),
@@ -356,7 +356,7 @@ SERVERS = Case(
     limit_s=600.0, is_exact=False,
 )  # fmt: skip
 SHORT = Case(
-    "short", short, ("launcher", "rank 0", "scorer", "fork server"), (*TRAINED, "eval/*.json", "rollouts/**/*.*")
+    "short", short, ("launcher", "rank 0", "scorer", "fork server"), (*TRAINED, "eval/*.json*", "rollouts/**/*.*")
 )
 
 

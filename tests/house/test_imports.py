@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert.architecture", "convert.hf", "convert.tables", "parallel", "rewards", "tasks", "tasks.rows",
     },
     "launch": {"config", "metrics", "parallel", "patches", "process", "tasks.rows"},
-    "report": {"advantages", "config", "metrics"},
+    "report": {"advantages", "config", "metrics", "rewards"},
     "rollout": {
         "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "plugins", "process", "scoring",
     },

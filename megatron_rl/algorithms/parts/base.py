@@ -55,7 +55,7 @@ class Rollouts(Part, ABC):
         """Take the tokenizer, once, before the first step."""
 
     def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
-        """Write what ``megatron-rl tree`` shows of a step into the run's folder."""
+        """Write what ``megatron-rl view`` shows of a step into the run's folder."""
 
 
 class TokenSelection(Part):

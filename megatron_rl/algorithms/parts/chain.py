@@ -195,7 +195,7 @@ class ChainRollouts(Rollouts):
         return samples
 
     def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
-        """Write the chains of every n-th step, for ``megatron-rl tree``."""
+        """Write the chains of every n-th step, for ``megatron-rl view``."""
         record_step(directory, groups, tokenizer, self.settings, step=step, shaped=self.make.shaped)
 
 

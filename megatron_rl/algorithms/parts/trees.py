@@ -156,7 +156,7 @@ class TreeRollouts(Rollouts):
     # ---- around a step
 
     def keep(self, directory: Path, groups: Sequence[RolloutGroup], tokenizer: Any, *, step: int) -> None:
-        """Write the trees of every n-th step, for ``megatron-rl tree``."""
+        """Write the trees of every n-th step, for ``megatron-rl view``."""
         record_step(
             directory, groups, tokenizer, self.settings, step=step, shaped=self.make.shaped,
             advantage=self.settings.advantage,

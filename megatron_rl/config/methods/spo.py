@@ -76,7 +76,7 @@ class SegmentConfig(ClippedConfig):
     """Whitening of advantages over the loss tokens of an optimizer mini-batch: divide by their standard deviation, after
     subtracting their mean (``mean_std``). The released code does both, over each micro-batch."""
     save_every_n_steps: NonNegativeInt = 0
-    """Keep the trees or chains of every n-th step in <run>/trees/, for ``megatron-rl tree``; 0 never does."""
+    """Keep the trees or chains of every n-th step in <run>/trees/, for ``megatron-rl view``; 0 never does."""
 
     @property
     def sure_from(self) -> float:

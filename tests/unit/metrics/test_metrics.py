@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from megatron_rl.config.trainer import RolloutTextsConfig
 from megatron_rl.errors import UserError
 from megatron_rl.metrics import (
     Display,
@@ -403,6 +404,46 @@ def test_missing_package_says_how_to_install_it(name, tmp_path):
         build_sinks(exp_manager(**{f"create_{name}_logger": True}), tmp_path)
 
 
+ROLLOUT = {
+    "origin": "rollout", "group": 0, "problem_id": "p", "prompt": "p" * 900, "response": "\x1b[2Jé \ud800\n" * 99,
+    "answer": "7", "found": "", "reward": 1.0, "verdict": "right", "reason": "correct", "finish": "stop", "response_tokens": 5,
+    "advantage": 0.5, "weight_version": 1,
+}  # fmt: skip
+
+
+def test_the_console_shows_shortened_rollouts_that_cannot_move_its_cursor(open_logger):
+    console = plain_console()
+    open_logger(console=console).log_rollouts(3, [ROLLOUT] * 5, RolloutTextsConfig(print=2))
+    text = console.file.getvalue()
+    assert text.count("step 3, rollout of group 0: reward 1 (correct), 5 tokens, stop, answer 7") == 2
+    assert "\x1b" not in text and "\ud800" not in text and "[700 characters]" in text and "[80 lines]" in text
+    assert len(text.splitlines()) < 60
+
+
+class Texts(ListSink):
+    """Takes rollouts, and fails at some steps."""
+
+    def log_rollouts(self, step, rows):
+        self.log(step, {"rows": len(rows)})
+
+
+def test_rollouts_reach_the_sinks_that_take_them_and_a_failure_costs_only_a_copy(open_logger):
+    plain, broken = ListSink(), Texts(broken_steps=(3,))
+    log = open_logger(sinks=[plain, broken])
+    for step in (2, 3):
+        log.log_rollouts(step, [ROLLOUT] * 20, RolloutTextsConfig(to_sinks=4))
+    assert log._sinks[1].num_missed == 1 and log._sinks[0].num_missed == 0
+
+
+def test_tensorboard_takes_rollouts_as_texts(open_logger, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with open_logger(sinks=build_sinks(exp_manager(create_tensorboard_logger=True), tmp_path)) as log:
+        log.log_rollouts(3, [ROLLOUT] * 2, RolloutTextsConfig())
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"rollouts/0/text_summary", "rollouts/1/text_summary"} <= set(events.Tags()["tensors"])
+
+
 def test_no_sink_is_built_unless_asked(tmp_path):
     assert build_sinks(exp_manager(), tmp_path) == []
 
@@ -616,6 +657,15 @@ def test_plain_lines_are_rate_limited_but_first_and_last_are_there():
     lines = console.file.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/9", "step 4/9", "step 7/9"]
     assert lines[0] == "step 1/9  reward 0.500  pass@1 25.0%  12.3k tok/s"
+
+
+def test_a_supervised_step_shows_loss_gradient_and_learning_rate():
+    console = plain_console()
+    StepConsole(Display(console, clock=Clock()), total_steps=1).step(
+        1, {"loss": 1.25, "grad_norm": 0.5, "lr": 4e-3, "entropy/mean": 0.75, "tokens_per_s": 900.0}
+    )
+    line = "step 1/1  loss 1.2500  grad norm 0.500  lr 0.004  entropy 0.750  900 tok/s"
+    assert console.file.getvalue().splitlines() == [line]
 
 
 def test_last_planned_step_is_printed_however_fast():

@@ -66,6 +66,16 @@ def test_raw_line_is_faint_and_exact_and_the_smoothed_one_strong(draw):
         assert notes(panel) == []
 
 
+def test_a_supervised_run_has_loss_gradient_norm_and_learning_rate(draw):
+    rows = [{"step": n, "loss": 2 / n, "grad_norm": 1 / n, "lr": 1e-3, "entropy/mean": 0.5} for n in range(1, 10)]
+    panels = draw(rows)
+    assert list(panels) == ["Loss", "Entropy", "Gradient norm", "Learning rate"]
+    assert points(panels["Loss"].lines[0]) == [(n, 2 / n) for n in range(1, 10)]
+    assert not any(map(notes, panels.values())), "no panel is empty"
+    evaluated = draw([{"step": 0, "eval/greedy": 0.1}, *rows])
+    assert list(evaluated) == ["Loss", "Accuracy", "Gradient norm", "Learning rate"] and evaluated["Accuracy"].lines
+
+
 def test_evaluations_are_points_at_their_steps(draw):
     rows = [{"step": 0, "eval/greedy": 0.1, "eval/pass@16": 0.6, "eval/pass@1": 0.05, "eval/pass@8": 0.5}, *FULL]
     rows[-1] = rows[-1] | {"eval/greedy": 0.7}

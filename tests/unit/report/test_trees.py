@@ -11,8 +11,8 @@ import torch
 
 from megatron_rl.advantages.tree import set_values
 from megatron_rl.errors import UserError
-from megatron_rl.report.tree_page import write_page
 from megatron_rl.report.tree_record import write_record
+from megatron_rl.report.view import write_page
 from megatron_rl.types import Completion, Problem, Prompt, Rollout, RolloutGroup, Score, SegmentStart, TreeNode
 
 PROMPT = Prompt(Problem("p1", "What is </script>?", "7"), torch.tensor([1]))
@@ -67,15 +67,16 @@ def test_a_tree_keeps_its_shape(tmp_path: Path) -> None:
     assert "reward" not in first and [piece["reward"] for piece in first["pieces"]] == [1.0, 0.0]
 
 
-def test_the_page_holds_the_record_and_stays_one(tmp_path: Path) -> None:
+def test_a_record_alone_makes_a_page(tmp_path: Path) -> None:
     group = RolloutGroup(PROMPT, [Rollout(completion("ab"), Score(0.0), ())])
-    write_record(tmp_path / "step.json", [group], Letters(), step=1)
-    write_page(tmp_path / "step.json", tmp_path / "step.html")
+    write_record(tmp_path / "step_00000001.json", [group], Letters(), step=1)
+    write_page(tmp_path / "step_00000001.json", tmp_path / "step.html")
     page = (tmp_path / "step.html").read_text()
-    assert page.count("</script>") == 1, "the prompt must not end the script"
-    assert not re.search(r"(src|href)=", page), "self-contained: nothing is loaded from elsewhere"
-    data = re.search(r"^const record = (.*);$", page, re.MULTILINE)
-    assert data is not None and json.loads(data.group(1)) == json.loads((tmp_path / "step.json").read_text())
+    assert page.count("</script>") == 2, "the prompt must not end a script"
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    (shown,) = json.loads(data.group(1))["pages"]
+    assert shown["record"] == json.loads((tmp_path / "step_00000001.json").read_text())
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"step": 1}', "[1]"])
@@ -83,5 +84,5 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(UserError, match="no record of a step"):
         write_page(tmp_path / "other.json", tmp_path / "page.html")
-    with pytest.raises(UserError, match="no record of a step"):
+    with pytest.raises(UserError, match="does not exist"):
         write_page(tmp_path / "missing.json", tmp_path / "page.html")
