@@ -21,8 +21,8 @@ from tests.real.conftest import END_ID, NUM_LONG, gsm8k, megatron_rl, worked
 
 LAYOUTS = [{"tp": 1}, {"tp": 3}, {"pp": 2}, {"tp": 3, "pp": 2}]
 BOUNDS = {"mean": 1e-6, "rms": 8e-6, "99 %": 3e-5, "max": 1.5e-4}
-"""Errors against float64. Transformers' own float32: 2e-7, 4e-6, 2e-5, 4e-5. The largest is that of one token of 2,044, and another
-order of summation moves it."""
+"""Errors against float64; transformers' own float32 has 2e-7, 4e-6, 2e-5, 4e-5. The largest is that of one token in 2,044, and
+depends on the order of summation."""
 
 IDS = {
     "Hello, we can use": [19556, 28, 392, 416, 722],
