@@ -34,7 +34,7 @@ def main(
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of the weights.")] = "float32",
 ) -> None:
     """Weights are dequantised: the model is the one that the GGUF's own readers run, not the one it was made from."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not each.name.startswith(".") for each in folder.iterdir())):
         raise UserError("FOLDER", folder, "is there already", "remove it, or name another folder")
     if source != SMOLLM2:
         convert(Path(source), folder, dtype=dtype)
@@ -74,7 +74,7 @@ def convert(file: Path, folder: Path, *, dtype: str) -> None:
         temporary = folder.with_name(f".{folder.name}.tmp")
         fresh_folder(temporary)
         write(temporary, model, weights, tokenizer)
-        publish_folder(temporary, folder)
+        publish_folder(temporary, folder, replaces=True)  # at most hidden files
     typer.echo(f"wrote {len(weights)} tensors in {dtype} and the tokenizer to {folder}")
 
 

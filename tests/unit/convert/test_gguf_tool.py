@@ -123,6 +123,8 @@ def test_an_interrupted_conversion_leaves_no_folder(
         tool.main(str(file), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     monkeypatch.undo()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / ".seconds_of_model").touch()  # as examples leave it
     tool.main(str(file), tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "tiny.gguf"]
 
