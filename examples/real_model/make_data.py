@@ -1,4 +1,4 @@
-"""Write problems of GSM8K that a small model can learn: one or two calculations, a short question, a short solution."""
+"""Write what a small model can learn: problems of GSM8K with short solutions as demonstrations, and sums to practise on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ CALCULATION = re.compile(r"<<([^<>]+=[^<>]+)>>")
 """GSM8K marks each calculation of a worked solution so."""
 MAX_CALCULATIONS, MAX_CHARACTERS = 2, 240
 NUM_DEMONSTRATIONS, NUM_HELD_OUT = 1200, 100
+LARGEST = 50
+"""Summands are from 1 to this."""
 
 
 def short_rows(file: str) -> Iterator[dict[str, str]]:
@@ -36,22 +38,29 @@ def short_rows(file: str) -> Iterator[dict[str, str]]:
             yield {"question": question, "answer": number.strip(), "solution": solution}
 
 
+def sums() -> list[dict[str, str]]:
+    """Return all questions for the sum of two numbers; they have no solutions."""
+    numbers = range(1, LARGEST + 1)
+    return [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in numbers for b in numbers]
+
+
 def main() -> None:
-    """Write demonstrations.jsonl and train.jsonl, which share no problem, from one split; held_out.jsonl from the other."""
+    """Write demonstrations.jsonl from one split of GSM8K and held_out.jsonl from the other; sums to train on, and others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("train")
     parser.add_argument("test")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    rows, held_out = list(short_rows(arguments.train)), list(short_rows(arguments.test))
-    generator = random.Random(arguments.seed)
-    generator.shuffle(rows)
-    random.Random(0).shuffle(held_out)  # the same for all seeds
+    rows, held_out, drawn = list(short_rows(arguments.train)), list(short_rows(arguments.test)), sums()
+    random.Random(arguments.seed).shuffle(rows)
+    for shuffled in (held_out, drawn):
+        random.Random(0).shuffle(shuffled)  # the same for all seeds
     files = {
         "demonstrations": rows[:NUM_DEMONSTRATIONS],
-        "train": rows[NUM_DEMONSTRATIONS:],
         "held_out": held_out[:NUM_HELD_OUT],
+        "sums": drawn[NUM_HELD_OUT:],
+        "held_out_sums": drawn[:NUM_HELD_OUT],
     }
     for name, chosen in reversed(files.items()):
         write_atomic(arguments.folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))

@@ -1,8 +1,9 @@
-"""Problems of the example with a real model: only short ones, solutions that are right, splits that share nothing."""
+"""Problems of the example with a real model: only short ones, solutions that are right, sums that are not trained on."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,10 @@ def test_short_problems_of_gsm8k(tmp_path: Path) -> None:
     problems = load_problems("math", tmp_path / "data" / "demonstrations.jsonl")
     assert all(problem.solution is not None and score(problem, problem.solution).reward == 1 for problem in problems)
     assert 8 < len((tmp_path / "data" / "held_out.jsonl").read_text().splitlines()) <= 12
+    trained, held_out = (
+        set((tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()) for name in ("sums", "held_out_sums")
+    )
+    assert (len(trained), len(held_out), len(trained & held_out)) == (2400, 100, 0)
+    row = json.loads(min(held_out))
+    first, second = re.findall(r"\d+", row["question"])
+    assert int(first) + int(second) == int(row["answer"])
