@@ -125,9 +125,11 @@ def _successes(group: RolloutGroup) -> list[tuple[Completion, float]]:
 
 
 def _fate_without_sample(group: RolloutGroup) -> str:
-    """Return the fate of a problem whose further sample cannot be kept: wrong or cut, it is not solved so reliably."""
+    """Return the fate of a problem whose further sample cannot be kept. If that was wrong, it is not solved so reliably."""
     from megatron_rl.data.presampled import EXPLORATION
 
+    if _num_correct(group):
+        return "dropped: right, but cut at the limit"
     is_judged = not any(rollout.score.is_failure for rollout in group.rollouts)
     return EXPLORATION if is_judged else "dropped: the further sample could not be judged"
 

@@ -43,7 +43,8 @@ def run_program(
         check_files(config)
         lock = _take_folder(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: its other ranks read the same files
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
     from megatron_rl.launch.rank import run_rank

@@ -216,14 +216,14 @@ def test_a_tokenizer_larger_than_the_vocabulary(case: Case, tmp_path: Path, capf
     ],
 )
 def test_a_bad_line_is_named(case: Case, capfd: pytest.CaptureFixture[str], content: str, where: str) -> None:
-    """The first line is looked at before any rank starts."""
+    """What a line lacks is looked at before any rank starts, its answer when the problems are read."""
     case.train.write_text(content)
     assert where in fails(case, capfd)
 
 
 def test_each_rank_above_0_has_the_error_in_its_log(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     with case.train.open("a") as file:
-        file.write("{\n")
+        file.write('{"question": "b", "answer": "no mark"}\n')
     error = fails(case, capfd)
     assert error in (case.root / "tiny/logs/rank_1.log").read_text().splitlines()
 

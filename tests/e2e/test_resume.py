@@ -223,7 +223,7 @@ def test_a_finished_run_is_left_alone_until_it_is_to_go_on(case: Case, capfd: py
     assert contents(folder) == before
     assert case.run("trainer.max_steps=2", export, "exp_manager.resume_if_exists=false") == [2]
     error = capfd.readouterr().err
-    assert "resume_if_exists = False: starts a new run, but" in error and "checkpoints, metrics.jsonl, hf" in error
+    assert "resume_if_exists = False: starts a new run, but" in error and "checkpoints, metrics.jsonl, " in error
     assert contents(folder) == before
     assert case.run("trainer.max_steps=3", export) == [0]
     assert "in place of an earlier one" in capfd.readouterr().out

@@ -43,7 +43,7 @@ def test_four_steps_are_two_and_two(case: Case, algorithm: str) -> None:
     if keep:
         trees = spo.root / "whole/trees"
         assert sorted(path.name for path in trees.iterdir()) == ["step_00000002.json", "step_00000004.json"]
-        command = [sys.executable, "-m", "megatron_rl.commands.cli", "tree", str(trees / "step_00000004.json")]
+        command = [sys.executable, "-m", "megatron_rl.commands.cli", "view", str(trees / "step_00000004.json")]
         subprocess.run(command, check=True, capture_output=True)
         assert ("chains" if algorithm == CHAIN else "tree") in json.loads((trees / "step_00000004.json").read_text())[
             "prompts"

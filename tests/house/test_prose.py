@@ -32,7 +32,7 @@ STRANGE_PAGES = re.compile(r"\b(DESIGN|ALGORITHMS|HOUSE|STYLE|PLAN|BRIEF)(\.md)?
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 PATH = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|md|sh|sbatch|txt|json|html|png))\b")
 NAME = re.compile(r"\bmegatron_rl((?:\.[a-z_]+)+)(?:[.:]([A-Za-z_]+))?")
-MADE_BY_OTHERS = re.compile(r"(runs|logs|my_\w+)/|.*NAME")
+MADE_BY_OTHERS = re.compile(r"(runs|logs|first_hour|my_\w+)/|.*NAME")
 """Paths of a page that runs write, or its reader."""
 
 

@@ -63,7 +63,7 @@ def test_a_problem_whose_further_sample_is_wrong_is_still_to_be_learned() -> Non
     verdicts, kept = sample_chunk(run, prompts, 0)
     assert not kept
     assert [verdict.fate for verdict in verdicts] == [
-        "exploration", "exploration", "dropped: the further sample could not be judged",
+        "exploration", "dropped: right, but cut at the limit", "dropped: the further sample could not be judged",
     ]  # fmt: skip
 
 
