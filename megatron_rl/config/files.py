@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_rl import plugins
 from megatron_rl.config import upstream
+from megatron_rl.config.data import validation_key
 from megatron_rl.config.methods import settings_code
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.schema import Config
@@ -70,7 +71,8 @@ def check_problem_files(config: Config) -> None:
     data = config.data
     task = get_task(data.task)
     verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
-    for key, texts in {"data.train": data.train, "data.validation": data.validation or []}.items():
+    held_out = {validation_key(name): files for name, files in data.held_out.items()}
+    for key, texts in {"data.train": data.train, **held_out}.items():
         for text in texts:
             row = first_row(parse_spec(text, key))
             if row is not None:

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert.architecture", "convert.hf", "convert.offline", "convert.tables", "data", "losses", "metrics",
         "parallel", "patches", "process", "tasks.rows",
     },
-    "evaluation": {"config", "losses", "metrics", "model", "rewards", "rollout"},
+    "evaluation": {"config", "data", "losses", "metrics", "model", "parallel", "rewards", "rollout"},
     "weight_sync": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "plugins", "process",
         "rollout",
