@@ -344,7 +344,9 @@ class Run:
         self._settings = result_settings(self.config) if self.is_first else {}  # now: files may change under a long run
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
         is_own, self._num_rows = False, 0
-        if path is not None:
+        if path is not None and not self.is_trained:
+            step = int(self.checkpoints.load(path, self.policy.trainable)["step"])
+        elif path is not None:
             state = self.checkpoints.load(path, self.policy.trainable, self._fixed)
             self.inputs.stream.load_state(state)
             self.algorithm.load_state(self.checkpoints.load_tensors(path))

@@ -9,7 +9,6 @@ The config is the one of the training that follows: its model, engine, layout an
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -196,14 +195,11 @@ def _provenance(run: Run) -> Provenance:
 
 
 def _open(run: Run, prompts: list[Prompt], provenance: Provenance) -> PresampledFolder:
+    from megatron_rl.data.chunked import prompts_digest
     from megatron_rl.data.presampled import PresampledFolder
 
-    digest = hashlib.blake2b(digest_size=8)
-    for prompt in prompts:
-        digest.update(prompt.problem.problem_id.encode())
-        digest.update(prompt.prompt_ids.numpy().tobytes())
     settings: dict[str, Any] = asdict(run.config.presample) | asdict(provenance)
-    settings |= {"seed": run.config.trainer.seed, "prompts": digest.hexdigest()}
+    settings |= {"seed": run.config.trainer.seed, "prompts": prompts_digest(prompts)}
     return PresampledFolder(run.directory, settings, provenance)
 
 
@@ -219,7 +215,7 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
     from megatron_rl.data.presampled import EXPLORATION, KEPT
 
     settings = config.presample
-    summary = folder.finish([prompt.problem for prompt in prompts], config.data.train, settings.num_samples)
+    summary = folder.finish([prompt.problem for prompt in prompts], config.data.train or [], settings.num_samples)
     table = Table(title=f"{summary['num_problems']} problems, {settings.num_samples} samples each")
     table.add_column("")
     table.add_column("problems", justify="right")

@@ -52,8 +52,8 @@ class DataConfig:
     reward_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the reward, or of the task's ``score``: math and gsm8k take ``lenient: true``, which also accepts an
     answer that is not marked, or of a response that was cut."""
-    train: PathTexts
-    """Problem files to train on: .jsonl, .jsonl.gz, .json, .parquet, a folder that ``datasets`` reads, or an id on the Hugging
+    train: PathTexts | None
+    """Problem files to train on (null: none, for ``megatron-rl eval``): .jsonl, .jsonl.gz, .json, .parquet, a folder that ``datasets`` reads, or an id on the Hugging
     Face hub as ORGANISATION/NAME:SUBSET:SPLIT. One or a list; ``[a:b]`` behind one takes a slice of its rows."""
     validation: PathSets | None = None
     """Problem files to evaluate on; required by ``eval``. A path or a list of paths is one set, whose metrics are
@@ -83,7 +83,7 @@ class DataConfig:
         return dict(self.validation) if isinstance(self.validation, dict) else {"": self.validation}
 
     def __post_init__(self) -> None:
-        trained = set(map(os.path.realpath, self.train))
+        trained = set(map(os.path.realpath, self.train or ()))
         validation = [path for files in self.held_out.values() for path in files]
         if repeated := [path for path in validation if os.path.realpath(path) in trained]:
             raise UserError(
@@ -126,6 +126,10 @@ class EvalConfig:
     this run's own evaluation before training, where there is one."""
     pool: PathText | None = None
     """A pool of samples with log-probs of their model: each evaluation adds how far the policy has gone from that."""
+    by: list[str] = Field(default_factory=list)
+    """Columns of the problems' metadata by whose values ``megatron-rl eval`` gives figures too; a dot leads into one."""
+    chunk_size: PositiveInt = 64
+    """Problems from one write of ``megatron-rl eval`` to the next: what a kill can cost."""
     num_pool_rows: PositiveInt = 256
     """The first rows of ``pool`` that are read."""
 

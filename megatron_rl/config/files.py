@@ -20,14 +20,21 @@ from megatron_rl.tasks.rows.open import first_row
 from megatron_rl.tasks.rows.spec import parse_spec
 
 
-def check_files(config: Config) -> None:
+def check_files(config: Config, *, is_trained: bool = True) -> None:
     """Open what the run will need and check that it fits the layout, so that a mistake costs a second and not a queue slot.
+
+    Args:
+        config: of the run.
+        is_trained: False for a program that needs no problems to train on.
 
     Raises:
         UserError: naming the config key whose path or size is wrong.
     """
     policy = config.policy
     check_names(config)
+    if is_trained and config.data.train is None:
+        fix = "give data.train=FILE; megatron-rl eval MODEL evaluates without training"
+        raise UserError("data.train", None, "there must be problems to train on", fix)
     if config.rollout.starts_servers:
         upstream.check_sglang_is_here(is_colocated=config.rollout.is_colocated)
     _check_writable(config.exp_manager.run_dir)
@@ -72,7 +79,7 @@ def check_problem_files(config: Config) -> None:
     task = get_task(data.task)
     verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
     held_out = {validation_key(name): files for name, files in data.held_out.items()}
-    for key, texts in {"data.train": data.train, **held_out}.items():
+    for key, texts in {"data.train": data.train or [], **held_out}.items():
         for text in texts:
             row = first_row(parse_spec(text, key))
             if row is not None:

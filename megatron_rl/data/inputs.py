@@ -52,7 +52,8 @@ class Inputs:
             self.shape = read_shape(Path(policy.model_path))
             self.tokenizer = load_tokenizer(Path(policy.tokenizer_path or policy.model_path), self.shape)
             self._load_problems()
-            self._check_budget()
+            if config.data.train is not None:
+                self._check_budget()
         self.probes: list[TrainingSample] = []
         """Rows of ``eval.pool``."""
         self.pool_contents: dict[str, tuple[str, str]] = {}
@@ -71,7 +72,9 @@ class Inputs:
         """Prompts of each held-out set, by its name; ``""`` is that of a set without one."""
         self._is_chat = False
         is_online = config.trainer.stage == "rl"
-        prompts = self._prompts_of("data.train", data.train, new_tokens if is_online else 1, is_judged=is_online)
+        prompts: Sequence[Prompt | None] = []
+        if data.train is not None:
+            prompts = self._prompts_of("data.train", data.train, new_tokens if is_online else 1, is_judged=is_online)
         for name, files in data.held_out.items() if config.eval.is_used else ():
             at_most = config.eval.num_problems
             found = self._prompts_of(validation_key(name), files, new_tokens, is_judged=True, at_most=at_most)

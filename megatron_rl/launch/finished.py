@@ -110,7 +110,7 @@ def result_settings(config: Config) -> dict[str, Any]:
     settings = {field: value for field, value in settings.items() if not field.startswith("data.validation.")}
     settings["data.validation"] = None
     sets = {validation_key(name): files for name, files in config.data.held_out.items()}
-    for field, files in {"data.train": config.data.train, **sets}.items():
+    for field, files in {"data.train": config.data.train or [], **sets}.items():
         settings[field] = {"path": ", ".join(files), "content": rows_digest(files)}
     if (names := sorted(config.data.held_out)) not in ([], [""]):  # another list of sets is another run
         settings["data.validation"] = {"path": ", ".join(names), "content": ", ".join(names)}
