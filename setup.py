@@ -74,7 +74,7 @@ setup(
     package_dir={"megatron_rl.patches": "patches"},
     package_data={
         "megatron_rl": ["py.typed"],
-        "megatron_rl.config": ["other_names.yaml"],
+        "megatron_rl.config": ["eval.yaml", "other_names.yaml"],
         "megatron_rl.report": ["view.html", "view.css", "view.js"],
     },
     install_requires=RUNTIME,

@@ -20,7 +20,7 @@ from megatron_rl.data.pack import full_batches
 from megatron_rl.doctor.memory_advice import check_gpu
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.distance import distance_metrics
-from megatron_rl.evaluation.evaluator import Evaluator, save_results
+from megatron_rl.evaluation.held_out import HeldOut
 from megatron_rl.launch.finished import result_settings
 from megatron_rl.launch.folder import RunFolder
 from megatron_rl.launch.rank import Runtime
@@ -35,7 +35,7 @@ from megatron_rl.model.numerics import NumericsMonitor
 from megatron_rl.model.policy import Policy
 from megatron_rl.model.trainable import Trainable
 from megatron_rl.model.weights import export_hf, load_hf_weights
-from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
+from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.process import activity
 from megatron_rl.report.curves import plot_curves
 from megatron_rl.report.rollout_texts import RolloutTexts
@@ -86,10 +86,7 @@ class Run:
                 self.online_algorithm.use_tokenizer(self.inputs.tokenizer)
         self._texts = RolloutTexts(config.exp_manager.rollout_texts, self.directory, self.inputs.tokenizer)
         self.inputs.open_pools(self.online_algorithm.pool_need if config.trainer.stage == "rl" else None)
-        self.evaluator = Evaluator(self.inputs.held_out, config.eval, config.rollout.max_new_tokens)
-        with all_ranks_agree(self.groups.cpu_group):
-            # Read now, so that a wrong file is found before training; by rank 0, whose own disk it may be on.
-            self._baseline = self.evaluator.read_baseline() if config.eval.is_used and self.is_first else None
+        self.held_out = HeldOut(self.inputs.held_out, config, self.groups, self.say)
         with ExitStack() as parts:  # stops the parts that were started, also if a later one cannot be built
             self._build(parts)
             self._parts = parts.pop_all()
@@ -359,7 +356,9 @@ class Run:
         self._settings = result_settings(self.config) if self.is_first else {}  # now: files may change under a long run
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
         is_own, self._num_rows = False, 0
-        if path is not None:
+        if path is not None and not self.is_trained:
+            step = int(self.checkpoints.load(path, self.policy.trainable)["step"])
+        elif path is not None:
             state = self.checkpoints.load(path, self.policy.trainable, self._fixed)
             self.inputs.stream.load_state(state)
             self.algorithm.load_state(self.checkpoints.load_tensors(path))
@@ -429,17 +428,14 @@ class Run:
             distance = distance_metrics(self.policy, probes, batch_size=self.config.row_unit)
         if probes or self.rollouts.engine.weight_version != done:
             self.publish(version=done)
-        evaluation = self.evaluator.evaluate(self.rollouts, step=done, num_samples=num_samples, say=self.say)
+        metrics = self.held_out.evaluate(self.rollouts, step=done, num_samples=num_samples) | distance
         if self.config.trainer.stage == "sft":  # nothing else is sampled until the next evaluation
             self.release_engine_memory()
         self.timer.flush()  # evaluation has its own figure and does not count into a step
-        rates: dict[str, float] = {}  # by files that rank 0 reads
-        if self.is_first:
-            rates = self.evaluator.rates(evaluation.results, self._baseline, run_dir=self.directory, say=self.say)
-        metrics = evaluation.metrics | broadcast_json(rates, self.groups.cpu_group) | distance
         with all_ranks_agree(self.groups.cpu_group):
             self.folder.check_same()
+            self.held_out.save()
+            groups = self.held_out.take_groups()
             if self.is_first:
-                save_results(self.directory, evaluation.results)
-                self._texts.write_evaluation(done, {"": evaluation.groups})
+                self._texts.write_evaluation(done, groups)
             self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})

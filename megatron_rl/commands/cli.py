@@ -94,6 +94,60 @@ def presample(
     start(checked, config, overrides or [], meeting, program="megatron_rl.commands.presample")
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="folder of a run, a checkpoint of one, a Hugging Face folder or name, or a YAML file", metavar="MODEL"
+        ),
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="problems, once a set; left out: data.validation", metavar="NAME=FILE")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="of a run: last, best, or a step; left out: its hf/, else last")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="samples of each problem (8)", metavar="N")] = None,
+    k: Annotated[
+        str | None, typer.Option(help="of pass@k and maj@k, 1,8; left out: powers of two", metavar="K,...")
+    ] = None,
+    greedy: Annotated[bool, typer.Option(help="also decode greedily")] = True,
+    by: Annotated[list[str] | None, typer.Option(help="give figures by this column of the problems, too")] = None,
+    num_problems: Annotated[int | None, typer.Option(help="the first so many of each set", metavar="N")] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    max_new_tokens: Annotated[int | None, typer.Option()] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers or sglang")] = None,
+    devices: Annotated[int | None, typer.Option(help="processes: GPUs, or CPU ranks")] = None,
+    out: Annotated[Path | None, typer.Option(help="left out: in evaluations/", metavar="FOLDER")] = None,
+) -> None:
+    """Evaluate a model: pass@k, avg@n, maj@k and greedy accuracy with 95 % intervals, and all samples.
+
+    The same command goes on after a kill. docs/evaluation.md.
+    """
+    from megatron_rl.commands.evaluate import adapt
+    from megatron_rl.commands.evaluated import data_overrides, find_model, sampling_overrides
+    from megatron_rl.config import check_files, load_config
+    from megatron_rl.launch.command import start
+
+    found = find_model(model, checkpoint)
+    folder = (out or found.out).absolute()
+    given = {
+        "eval.temperature": temperature, "eval.top_p": top_p, "eval.num_problems": num_problems, "rollout.engine": engine,
+        "rollout.max_new_tokens": max_new_tokens, "trainer.devices": devices,
+    }  # fmt: skip
+    settings = [
+        *found.overrides, f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}",
+        *data_overrides(data or []), *sampling_overrides(samples, k, greedy=greedy, by=by or []),
+        *(f"{field}={value}" for field, value in given.items() if value is not None), *(overrides or []),
+    ]  # fmt: skip
+    checked = adapt(load_config(str(found.config), settings))
+    check_files(checked, fetches=True, is_trained=False)
+    start(checked, str(found.config), settings, None, program="megatron_rl.commands.evaluate")
+
+
 @app.command()
 def view(
     run: Annotated[

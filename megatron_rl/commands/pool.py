@@ -272,7 +272,7 @@ def _prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     from megatron_rl.tasks.problems import load_problems
 
     data = config.data
-    problems = load_problems(data.task, *data.train, template=data.template, fields=data.fields)
+    problems = load_problems(data.task, *(data.train or ()), template=data.template, fields=data.fields)
     context = read_shape(config.policy.model_dir).max_position_embeddings
     maker = PromptMaker(tokenizer, data, context_length=context, max_new_tokens=config.rollout.max_new_tokens)
     prompts, _ = tokenize_prompts(problems, maker)

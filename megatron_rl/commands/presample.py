@@ -9,14 +9,13 @@ The config is the one of the training that follows: its model, engine, layout an
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_rl.commands.sampling import without_training
 from megatron_rl.config import Config, PresampleConfig
-from megatron_rl.config.methods.grpo import GRPOConfig
 from megatron_rl.errors import UserError
 from megatron_rl.launch.program import run_program
 from megatron_rl.process import lifetime
@@ -160,27 +159,13 @@ def _num_successes(group: RolloutGroup) -> int:
 
 def adapt(config: Config) -> Config:
     """Change the training's config for sampling: nothing is resumed, saved, logged or evaluated, and no update has to fit."""
-    unit = config.data_parallel_size * config.policy.pipeline_parallel_size
-    manager = replace(
-        config.exp_manager,
+    return without_training(
+        config,
         exp_dir=str(config.exp_manager.run_dir),
         name=FOLDER,
-        resume_if_exists=False,
-        resume_from_checkpoint=None,
-        create_checkpoint_callback=False,
-        create_tensorboard_logger=False,
-        create_wandb_logger=False,
-        create_mlflow_logger=False,
-        sinks=[],
-    )
-    return replace(
-        config,
-        trainer=replace(config.trainer, stage="rl"),
-        exp_manager=manager,
-        policy=replace(config.policy, train_global_batch_size=unit),
-        algorithm=GRPOConfig(num_prompts_per_step=unit, num_generations_per_prompt=2),
-        data=replace(config.data, train=config.presample.problems or config.data.train, shuffle=False),
-        eval=replace(config.eval, before=False, after=False, every_n_steps=0),
+        train=config.presample.problems or config.data.train,
+        evaluation=replace(config.eval, before=False, after=False, every_n_steps=0),
+        start=None,
     )
 
 
@@ -199,14 +184,11 @@ def _provenance(run: Run) -> Provenance:
 
 
 def _open(run: Run, prompts: list[Prompt], provenance: Provenance) -> PresampledFolder:
+    from megatron_rl.data.chunked import prompts_digest
     from megatron_rl.data.presampled import PresampledFolder
 
-    digest = hashlib.blake2b(digest_size=8)
-    for prompt in prompts:
-        digest.update(prompt.problem.problem_id.encode())
-        digest.update(prompt.prompt_ids.numpy().tobytes())
     settings: dict[str, Any] = asdict(run.config.presample) | asdict(provenance)
-    settings |= {"seed": run.config.trainer.seed, "prompts": digest.hexdigest()}
+    settings |= {"seed": run.config.trainer.seed, "prompts": prompts_digest(prompts)}
     return PresampledFolder(run.directory, settings, provenance)
 
 
@@ -222,7 +204,7 @@ def _sum_up(folder: PresampledFolder, prompts: list[Prompt], config: Config) -> 
     from megatron_rl.data.presampled import EXPLORATION, KEPT
 
     settings = config.presample
-    summary = folder.finish([prompt.problem for prompt in prompts], config.data.train, settings.num_samples)
+    summary = folder.finish([prompt.problem for prompt in prompts], config.data.train or [], settings.num_samples)
     table = Table(title=f"{summary['num_problems']} problems, {settings.num_samples} samples each")
     table.add_column("")
     table.add_column("problems", justify="right")

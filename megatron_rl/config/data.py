@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from megatron_rl.config.section import PathText, PathTexts, PerMachine, Seconds, Temperature, section
+from megatron_rl.config.section import PathSets, PathText, PathTexts, PerMachine, Seconds, Temperature, section
 from megatron_rl.errors import UserError
 from megatron_rl.tasks.rows.row import Fields
 
@@ -24,6 +24,11 @@ class FieldsConfig(Fields):
         else:
             return
         raise UserError("data.fields", given, rule, "name the column that the model reads")
+
+
+def validation_key(name: str) -> str:
+    """Return the config key of a held-out set; ``""`` is the one without a name."""
+    return f"data.validation.{name}" if name else "data.validation"
 
 
 @section
@@ -47,11 +52,14 @@ class DataConfig:
     reward_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the reward, or of the task's ``score``: math and gsm8k take ``lenient: true``, which also accepts an
     answer that is not marked, or of a response that was cut."""
-    train: PathTexts
+    train: PathTexts | None
     """Problem files to train on: .jsonl, .jsonl.gz, .json, .parquet, a folder that ``datasets`` reads, or an id on the Hugging
-    Face hub as ORGANISATION/NAME:SUBSET:SPLIT. One or a list; ``[a:b]`` behind one takes a slice of its rows."""
-    validation: PathTexts | None = None
-    """Problem files to evaluate on; required by ``eval``."""
+    Face hub as ORGANISATION/NAME:SUBSET:SPLIT. One or a list; ``[a:b]`` behind one takes a slice of its rows. null: none, for
+    ``megatron-rl eval``."""
+    validation: PathSets | None = None
+    """Problem files to evaluate on; required by ``eval``. A path or a list of paths is one set, whose metrics are
+    ``eval/...``; a mapping is several, ``{gsm8k: FILE, aime: [FILE, FILE]}``, with metrics ``eval/gsm8k/...``. On the command
+    line a mapping adds to one of the file, and anything else replaces it."""
     template: str | None = None
     """Prompt template with ``{question}``; null takes the task's own. Whole prompts and chat messages take none."""
     apply_chat_template: bool | None = None
@@ -68,15 +76,27 @@ class DataConfig:
     scoring_timeout_s: Seconds = 10.0
     """Deadline of one score; the worker is killed and the row counted as dropped/score_timeout."""
 
+    @property
+    def held_out(self) -> dict[str, list[str]]:
+        """Files of each held-out set by its name; ``""`` is the name of a set without one."""
+        if self.validation is None:
+            return {}
+        return dict(self.validation) if isinstance(self.validation, dict) else {"": self.validation}
+
     def __post_init__(self) -> None:
-        trained = set(map(os.path.realpath, self.train))
-        if repeated := [path for path in self.validation or () if os.path.realpath(path) in trained]:
+        trained = set(map(os.path.realpath, self.train or ()))
+        validation = [path for files in self.held_out.values() for path in files]
+        if repeated := [path for path in validation if os.path.realpath(path) in trained]:
             raise UserError(
                 "data.validation",
                 repeated[0],
                 "is data.train: accuracy on the problems that are trained on is not that on others",
                 "give other problems, or a copy under another name if this is what you want to see",
             )
+        real = list(map(os.path.realpath, validation))
+        if repeated := [path for n, path in enumerate(validation) if real[n] in real[:n]]:
+            rule = "stands in data.validation twice: its problems would count twice"
+            raise UserError("data.validation", repeated[0], rule, "leave one of them out")
         if self.apply_chat_template is False and (self.system_prompt or self.chat_template_kwargs):
             name = "system_prompt" if self.system_prompt else "chat_template_kwargs"
             rule = "needs a chat template, and data.apply_chat_template is false"
@@ -94,7 +114,7 @@ class EvalConfig:
     every_n_steps: NonNegativeInt = 0
     """0: never during training."""
     num_problems: PositiveInt | None = None
-    """Evaluate on this many problems of ``data.validation``, from the first on; null takes all."""
+    """Evaluate on this many problems of each set of ``data.validation``, from the first on; null takes all."""
     num_samples: PositiveInt = 8
     """Samples per problem before and after training."""
     num_samples_during: PositiveInt = 1
@@ -107,6 +127,10 @@ class EvalConfig:
     this run's own evaluation before training, where there is one."""
     pool: PathText | None = None
     """A pool of samples with log-probs of their model: each evaluation adds how far the policy has gone from that."""
+    by: list[str] = Field(default_factory=list)
+    """Columns of the problems' metadata by whose values ``megatron-rl eval`` gives figures too; a dot leads into one."""
+    chunk_size: PositiveInt = 64
+    """Problems from one write of ``megatron-rl eval`` to the next: what a kill can cost."""
     num_pool_rows: PositiveInt = 256
     """The first rows of ``pool`` that are read."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_rl import plugins
 from megatron_rl.config import upstream
+from megatron_rl.config.data import validation_key
 from megatron_rl.config.methods import settings_code
 from megatron_rl.config.policy import PolicyConfig
 from megatron_rl.config.schema import Config
@@ -31,19 +32,23 @@ _NUM_LINES = 10_000
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def check_files(config: Config, *, fetches: bool = False, starts: bool = True) -> None:
+def check_files(config: Config, *, fetches: bool = False, starts: bool = True, is_trained: bool = True) -> None:
     """Open what the run will need and check that it fits the layout, so that a mistake costs a second and not a queue slot.
 
     Args:
         config: of the run.
         fetches: models that are named as on the Hugging Face hub are downloaded, weights after all other checks.
         starts: the run starts here and now. Else SGLang may be missing, and weights of the hub are not downloaded.
+        is_trained: False for a program that needs no problems to train on.
 
     Raises:
         UserError: naming the config key whose path or size is wrong.
     """
     policy = config.policy
     check_names(config)
+    if is_trained and config.data.train is None:
+        fix = "give data.train=FILE; megatron-rl eval MODEL evaluates without training"
+        raise UserError("data.train", None, "there must be problems to train on", fix)
     if config.rollout.starts_servers and starts:
         upstream.check_sglang_is_here(is_colocated=config.rollout.is_colocated)
     _check_writable(config.exp_manager.run_dir)
@@ -114,7 +119,8 @@ def check_problem_files(config: Config) -> None:
     data = config.data
     task = get_task(data.task)
     verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
-    for key, texts in {"data.train": data.train, "data.validation": data.validation or []}.items():
+    held_out = {validation_key(name): files for name, files in data.held_out.items()}
+    for key, texts in {"data.train": data.train or [], **held_out}.items():
         for text in texts:
             spec = parse_spec(text, key)
             row = first_row(spec)

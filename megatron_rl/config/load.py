@@ -18,7 +18,7 @@ from megatron_rl.config.other_names import translate
 from megatron_rl.config.reader import Tree, read_tree
 from megatron_rl.config.schema import Config
 from megatron_rl.config.secrets import Keys
-from megatron_rl.config.section import ARE_PATHS, IS_PATH
+from megatron_rl.config.section import ARE_PATHS, ARE_SETS, IS_PATH
 from megatron_rl.config.upstream import nearest
 from megatron_rl.errors import UserError
 
@@ -51,7 +51,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise _missing(".".join(where))
     method = _find_method(given.get("algorithm", {}))
     secrets.remember(
-        written, given, is_path=lambda where: any(kind in (IS_PATH, ARE_PATHS) for kind in _types_of(where, method))
+        written,
+        given,
+        is_path=lambda where: any(kind in (IS_PATH, ARE_PATHS, ARE_SETS) for kind in _types_of(where, method)),
     )
     for where, value in _leaves(given):
         if isinstance(value, bool):

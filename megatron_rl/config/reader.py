@@ -24,6 +24,10 @@ ODD_NUMBER = re.compile(r"[-+]?(\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?|0[0-7_]+)")
 """Numbers of YAML 1.1 that mean something else than they look like: 1:30 is 90, and 010 is 8."""
 
 
+SETS = "data.validation"
+"""The key whose mapping is a value, not a section: another value may take its place."""
+
+
 def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
     """Read a config file, what it inherits from, and the overrides.
 
@@ -141,6 +145,9 @@ def _merge(below: Tree, above: Tree, where: tuple[str, ...] = ()) -> Tree:
             merged[key] = _merge(known, value, (*where, key))
         elif known and isinstance(known, dict) and not (isinstance(value, str) and "${" in value):
             field = ".".join((*where, key))
+            if field == SETS:
+                merged[key] = value
+                continue
             raise UserError(field, value, "is a section, not a value", f"give its fields, as {field}.FIELD=VALUE")
         elif isinstance(known, str) and "${" in known and isinstance(value, dict):
             field = ".".join((*where, key))

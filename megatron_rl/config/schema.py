@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import Field, InstanceOf
 
 from megatron_rl import plugins
+from megatron_rl.config.best import check_metric
 from megatron_rl.config.data import DataConfig, EvalConfig, PresampleConfig
 from megatron_rl.config.methods import MethodConfig, check_sizes, names_of_stage, settings_code
 from megatron_rl.config.methods.base import OtherSections
@@ -93,6 +94,9 @@ class Config:
                 "eval is on, so there must be problems to evaluate on",
                 "give data.validation=FILE, or switch eval.before, eval.after and eval.every_n_steps off",
             )
+
+        if (metric := self.exp_manager.checkpoint_callback_params.metric_name) is not None:
+            check_metric(metric, self.eval, self.data.held_out)
 
     def _check_limits(self) -> None:
         """Check that a weight update ends by its own limit: after those of the ranks that wait for it, nobody could say why."""

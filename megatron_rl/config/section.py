@@ -21,6 +21,7 @@ MAX_PER_MACHINE = 1024
 MAX_PORT = 65535
 MAX_NAME_BYTES = 200
 """Length of a folder's name. File systems take 255 bytes, and a run adds to some names."""
+SET_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, line breaks among them, and halves of surrogate pairs."""
 
@@ -63,6 +64,32 @@ def _checked_paths(paths: object) -> list[str]:
     return [_checked_path(path) for path in given]
 
 
+RESERVED = ("dropped", "style")
+"""First parts of metrics below ``eval/``, which no held-out set can be called."""
+
+
+def _checked_sets(sets: object) -> list[str] | dict[str, list[str]]:
+    """Return the paths of one set as a list, or those of several by name."""
+    if not isinstance(sets, dict):
+        return _checked_paths(sets)
+    if not sets:
+        raise refusal("names no set", "give one, as in {gsm8k: gsm8k.jsonl}, or leave it out")
+    for name in sets:
+        if not isinstance(name, str) or not SET_NAME.fullmatch(name) or name in RESERVED:
+            rule = f"has a set called {name!r}: a name is of letters, digits and . _ -, and not {' or '.join(RESERVED)}"
+            raise refusal(rule, "call it by one word, as in {gsm8k: gsm8k.jsonl}")
+    try:
+        return {name: _checked_paths(paths) for name, paths in sets.items()}
+    except PydanticCustomError:
+        for name, paths in sets.items():
+            if not isinstance(paths, str | list | tuple) or not paths:
+                rule = f"has under {name!r} neither a path nor a list of paths"
+                raise refusal(
+                    rule, "give files by name, as in {gsm8k: gsm8k.jsonl, aime: [a.jsonl, b.jsonl]}"
+                ) from None
+        raise
+
+
 def _checked_name(name: str) -> str:
     """Return the name of one folder, which lies in the folder above and nowhere else."""
     if not name.strip() or name in (".", "..") or "/" in name or os.sep in name or UNPRINTABLE.search(name):
@@ -87,6 +114,9 @@ PathText = Annotated[str, IS_PATH]
 ARE_PATHS = BeforeValidator(_checked_paths)
 PathTexts = Annotated[list[str], ARE_PATHS]
 """Paths; one may be given as a text."""
+ARE_SETS = BeforeValidator(_checked_sets)
+PathSets = Annotated[list[str] | dict[str, list[str]], ARE_SETS]
+"""Paths of one set, or a mapping: the name of a set -> its paths."""
 FolderName = Annotated[str, AfterValidator(_checked_name)]
 Temperature = Annotated[float, AfterValidator(_checked_temperature)]
 Seconds = Annotated[float, Field(ge=0.001, le=MAX_SECONDS)]

@@ -18,6 +18,7 @@ from megatron_rl.config.section import (
     Seed,
     section,
 )
+from megatron_rl.errors import UserError
 
 
 @section
@@ -98,6 +99,12 @@ class CheckpointConfig:
     every_n_train_steps: PositiveInt = 50
     """The last step is always saved."""
     keep_last: PositiveInt = 2
+    metric_name: str | None = None
+    """Metric by which checkpoints are better or worse, ``eval/pass@1``, or ``eval/<set>/greedy``; null: none. A step counts
+    whose row has it, so with ``eval.every_n_steps`` those that are evaluated. A value that is not finite is never best."""
+    higher_is_better: bool = True
+    keep_best: PositiveInt = 1
+    """Checkpoints of the best values by ``metric_name`` are kept beside the last ones."""
     async_save: bool = False
     """Write while training goes on, from a copy in main memory. The next one waits for it; the last step waits for its own."""
 
@@ -136,6 +143,10 @@ class ExpManagerConfig:
     export_hf: bool = True
     """Write ``hf/``, a Hugging Face checkpoint, at the end."""
     rollout_texts: RolloutTextsConfig = Field(default_factory=RolloutTextsConfig)
+    export_hf_every_n_steps: NonNegativeInt = 0
+    """Write ``hf_step_00000050/`` so often; 0 never. The ``keep_last`` last of them stay, and those of the best steps."""
+    export_hf_best: bool = False
+    """Write ``hf_best/`` whenever ``metric_name`` has a better value; ``best.json`` says which step and value."""
     create_tensorboard_logger: bool = False
     summary_writer_kwargs: dict[str, Any] = Field(default_factory=dict)
     create_wandb_logger: bool = False
@@ -149,3 +160,12 @@ class ExpManagerConfig:
     def run_dir(self) -> Path:
         """Folder of the run."""
         return Path(self.exp_dir) / self.name
+
+    def __post_init__(self) -> None:
+        if self.export_hf_best and self.checkpoint_callback_params.metric_name is None:
+            raise UserError(
+                "exp_manager.export_hf_best",
+                True,
+                "needs a metric that says which weights are best",
+                "set exp_manager.checkpoint_callback_params.metric_name, as to eval/pass@1",
+            )

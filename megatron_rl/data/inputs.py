@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_rl.config import Config
+from megatron_rl.config.data import validation_key
 from megatron_rl.convert.architecture.shape import read_shape
 from megatron_rl.data.limits import row_limit
 from megatron_rl.data.origin import digest_of_fingerprints, random_model_digest, tokenizer_digest, weight_fingerprints
@@ -50,7 +51,8 @@ class Inputs:
             self.shape = read_shape(policy.model_dir)
             self.tokenizer = load_tokenizer(policy.tokenizer_dir, self.shape)
             self._load_problems()
-            self._check_budget()
+            if config.data.train is not None:
+                self._check_budget()
         self.probes: list[TrainingSample] = []
         """Rows of ``eval.pool``."""
         self.pool_contents: dict[str, tuple[str, str]] = {}
@@ -65,17 +67,17 @@ class Inputs:
         """Prompts that an online run samples on."""
         self.demonstrations: Stream[TrainingSample] = Stream([], seed, data.shuffle)
         """Rows that a supervised run learns from."""
-        self.held_out: list[Prompt] = []
-        """Prompts of the evaluation."""
+        self.held_out: dict[str, list[Prompt]] = {}
+        """Prompts of each held-out set, by its name; ``""`` is that of a set without one."""
         self._is_chat = False
         is_online = config.trainer.stage == "rl"
-        prompts = self._prompts_of("data.train", data.train, new_tokens if is_online else 1, is_judged=is_online)
-        if config.eval.is_used:
-            assert data.validation is not None
-            found = self._prompts_of(
-                "data.validation", data.validation, new_tokens, is_judged=True, at_most=config.eval.num_problems
-            )
-            self.held_out = [prompt for prompt in found if prompt is not None]
+        prompts: Sequence[Prompt | None] = []
+        if data.train is not None:
+            prompts = self._prompts_of("data.train", data.train, new_tokens if is_online else 1, is_judged=is_online)
+        for name, files in data.held_out.items() if config.eval.is_used else ():
+            at_most = config.eval.num_problems
+            found = self._prompts_of(validation_key(name), files, new_tokens, is_judged=True, at_most=at_most)
+            self.held_out[name] = [prompt for prompt in found if prompt is not None]
         self.stop_ids = stop_ids(
             self.tokenizer, self.shape, config.policy.model_dir, is_chat=self._is_chat, say=self._say
         )
@@ -146,7 +148,7 @@ class Inputs:
     @property
     def longest_request(self) -> int:
         """Tokens of the longest prompt and response that an engine will be asked for."""
-        longest = max(_longest_prompt(self.prompts.items), _longest_prompt(self.held_out))
+        longest = max(map(_longest_prompt, (self.prompts.items, *self.held_out.values())))
         return longest + self._config.rollout.max_new_tokens
 
     @property

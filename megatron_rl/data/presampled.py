@@ -12,16 +12,15 @@ A chunk is done when its file is there. A shard without one is of a run that was
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.data.chunked import begin, count_chunks, has_begun, read_json, write_json
 from megatron_rl.data.pool import PoolWriter, Provenance, Trajectory, drop_shards_after, num_shards
 from megatron_rl.errors import UserError
-from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 from megatron_rl.tasks.rows.copy import copy_rows
 from megatron_rl.types import Problem
 
@@ -56,17 +55,8 @@ class PresampledFolder:
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], provenance: Provenance) -> None:
         self.directory, self._provenance = directory, provenance
-        path = directory / "settings.json"
-        found = _read(path) if path.is_file() else None
-        if found is not None and found != json.loads(json.dumps(settings)):
-            changed = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-            raise UserError(
-                "presample",
-                str(directory),
-                f"was begun with other settings: {', '.join(changed)}",
-                "give them as they were, or remove the folder, or use another exp_manager.name",
-            )
-        if found is None:
+        fix = "give them as they were, or remove the folder, or use another exp_manager.name"
+        if not has_begun(directory, settings, field="presample", fix=fix):
             if num_shards(self.pool):
                 raise UserError(
                     "presample",
@@ -74,7 +64,7 @@ class PresampledFolder:
                     "holds a pool that was not begun here, which sampling would remove",
                     "move it, or use another exp_manager.name",
                 )
-            _write(path, settings)
+            begin(directory, settings)
 
     @property
     def pool(self) -> Path:
@@ -88,10 +78,8 @@ class PresampledFolder:
 
     def num_done(self) -> int:
         """Return the number of chunks done; remove everything that a killed run has left after them."""
-        done = 0
-        while self._chunk(done).is_file():
-            done += 1
-        drop_shards_after(self.pool, int(_read(self._chunk(done - 1))["num_shards"]) if done else 0)
+        done = count_chunks(self._chunk)
+        drop_shards_after(self.pool, int(read_json(self._chunk(done - 1))["num_shards"]) if done else 0)
         return done
 
     def keep(self, chunk: int, verdicts: Sequence[Verdict], kept: Sequence[Trajectory]) -> None:
@@ -101,12 +89,12 @@ class PresampledFolder:
                 for trajectory in kept:
                     writer.add(trajectory)
         shards = num_shards(self.pool)
-        _write(self._chunk(chunk), {"num_shards": shards, "verdicts": [asdict(verdict) for verdict in verdicts]})
+        write_json(self._chunk(chunk), {"num_shards": shards, "verdicts": [asdict(verdict) for verdict in verdicts]})
 
     def verdicts(self) -> list[Verdict]:
         """Return the verdicts of all chunks, in the order of the problems."""
         paths = sorted((self.directory / "chunks").glob("[0-9]*.json"))
-        return [Verdict(**verdict) for path in paths for verdict in _read(path)["verdicts"]]
+        return [Verdict(**verdict) for path in paths for verdict in read_json(path)["verdicts"]]
 
     def finish(self, problems: Sequence[Problem], files: Sequence[str], num_samples: int) -> dict[str, Any]:
         """Write ``exploration.jsonl``, if there are such problems, and ``summary.json``; return the summary.
@@ -128,20 +116,8 @@ class PresampledFolder:
         if chosen:
             sources = {problem.source for problem in problems if problem.problem_id in chosen}
             copy_rows(files, sources, self.exploration, field="data.train")
-        _write(self.directory / "summary.json", summary)
+        write_json(self.directory / "summary.json", summary)
         return summary
 
     def _chunk(self, number: int) -> Path:
         return self.directory / "chunks" / f"{number:06d}.json"
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), None, f"cannot be read ({error})", "remove the folder and sample again") from error
-
-
-def _write(path: Path, value: Any) -> None:
-    with disk_errors(path, fix=SAME_COMMAND):
-        write_atomic(path, json.dumps(value, indent=1) + "\n")

@@ -80,11 +80,21 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The held-out prompts and the settings for sampling on them."""
+    """The prompts of one held-out set and the settings for sampling on them."""
 
     prompts: Sequence[Prompt]
     config: EvalConfig
     max_new_tokens: int
+    name: str = ""
+    """Name of the set, which its metrics have in front: ``eval/<name>/greedy``. ``""``: it has none, ``eval/greedy``."""
+
+    @property
+    def prefix(self) -> str:
+        """First part of the names of the metrics."""
+        return f"{EVAL_PREFIX}{self.name}/" if self.name else EVAL_PREFIX
+
+    def _purpose(self, step: int) -> str:
+        return f"{self.prefix}{step}"
 
     def evaluate(self, collector: Collector, *, step: int, num_samples: int, say: Callable[[str], None]) -> Evaluation:
         """Sample, score, count. A collective.
@@ -108,7 +118,7 @@ class Evaluator:
             self.prompts,
             num_generations=num_samples,
             sampling=Sampling(config.temperature, config.top_p, 0, self.max_new_tokens),
-            purpose=f"eval/{step}",
+            purpose=self._purpose(step),
         )
         decoded = self._decode_greedily(collector, step) if config.greedy else []
         judged = [[r.score for r in group.rollouts if not r.score.is_failure] for group in sampled]
@@ -128,13 +138,18 @@ class Evaluator:
             metrics |= failures
             left_out = {name: len(counts) - len(values) for name, values in accuracies.items()}
             metrics |= {f"dropped/{name}": float(count) for name, count in left_out.items() if count}
-            say(_warning(step, failures, num_scores=sum(len(group.rollouts) for group in [*sampled, *decoded])))
+            say(
+                _warning(
+                    step, self.name, failures, num_scores=sum(len(group.rollouts) for group in [*sampled, *decoded])
+                )
+            )
         problems = [
             ProblemResult(problem_id, num_correct, greedy.get(problem_id), num_judged)
             for problem_id, (num_judged, num_correct) in zip(map(_problem_id, sampled), counts)
         ]
         results = EvalResults(step, num_samples, config.temperature, config.top_p, problems)
-        return Evaluation(_with_prefix(metrics), results, (sampled, decoded))
+        prefixed = {self.prefix + name: value for name, value in metrics.items()}
+        return Evaluation(prefixed, results, (sampled, decoded))
 
     def read_results(self, path: Path, *, field: str) -> EvalResults:
         """Read the results of another evaluation of the same problems.
@@ -144,9 +159,9 @@ class Evaluator:
             field: config key that an error names.
 
         Raises:
-            UserError: the file does not exist, has another format, or is about other problems.
+            UserError: the file does not exist, has another format, or is about other sets or problems.
         """
-        results = _read(path, field)
+        results = self._of_this_set(_read(path, field), path, field)
         mine = {prompt.problem.problem_id for prompt in self.prompts}
         theirs = {problem.problem_id for problem in results.problems}
         if mine != theirs:
@@ -158,6 +173,15 @@ class Evaluator:
                 "evaluate on the same problems (data.validation, eval.num_problems), or measure the baseline again",
             )
         return results
+
+    def _of_this_set(self, sets: Mapping[str, EvalResults], path: Path, field: str) -> EvalResults:
+        """Choose among the sets of a file by name. A set alone needs none on one of the two sides."""
+        if self.name in sets:
+            return sets[self.name]
+        if len(sets) == 1 and "" in (self.name, *sets):
+            return next(iter(sets.values()))
+        rule = f"has no results of {self.name or 'a set without a name'}; it has {', '.join(sets)}"
+        raise UserError(field, str(path), rule, "give the sets of data.validation the names that they had there")
 
     def rates(
         self, results: EvalResults, baseline: EvalResults | None, *, run_dir: Path, say: Callable[[str], None]
@@ -176,7 +200,7 @@ class Evaluator:
                 baseline = self.read_results(own, field="eval")
             except UserError as error:  # no reason to end a run that was resumed with other problems
                 say(f"no keep and explore rates: {error}")
-        return {} if baseline is None else keep_and_explore_rates(baseline, results)
+        return {} if baseline is None else keep_and_explore_rates(baseline, results, prefix=self.prefix)
 
     def read_baseline(self) -> EvalResults | None:
         """Read the results that ``eval.baseline`` names, with the errors of ``read_results``; None if it names none."""
@@ -192,11 +216,11 @@ class Evaluator:
             self.prompts,
             num_generations=1,
             sampling=Sampling(0.0, 1.0, 0, self.max_new_tokens),
-            purpose=f"eval/{step}/greedy",
+            purpose=f"{self._purpose(step)}/greedy",
         )
 
 
-def keep_and_explore_rates(before: EvalResults, after: EvalResults) -> dict[str, float]:
+def keep_and_explore_rates(before: EvalResults, after: EvalResults, *, prefix: str = EVAL_PREFIX) -> dict[str, float]:
     """Return ``keep_and_explore`` for both meanings of "solved": ``eval/keep_rate_greedy``, ``eval/explore_rate_any``, ...
 
     ``_greedy`` where both evaluations decoded greedily. ``_any`` (at least one of n samples is right) where both drew as many
@@ -206,7 +230,7 @@ def keep_and_explore_rates(before: EvalResults, after: EvalResults) -> dict[str,
     rates = _rates_of_both(before.solved_greedily, after.solved_greedily, "greedy")
     if _sampling(before) == _sampling(after):
         rates |= _rates_of_both(before.solved_by_any, after.solved_by_any, "any")
-    return _with_prefix(rates)
+    return {prefix + name: rate for name, rate in rates.items()}
 
 
 def _rates_of_both(before: Mapping[str, bool], after: Mapping[str, bool], meaning: str) -> dict[str, float]:
@@ -221,15 +245,28 @@ def results_path(run_dir: Path, step: int) -> Path:
     return run_dir / "eval" / f"step_{step:08d}.json"
 
 
-def save_results(run_dir: Path, results: EvalResults) -> None:
-    """Write the results into the run's folder atomically, in place of an earlier evaluation of the step.
+def save_results(run_dir: Path, results: Mapping[str, EvalResults]) -> None:
+    """Write the results of one step into the run's folder atomically, in place of an earlier evaluation of it.
+
+    Args:
+        run_dir: folder of the run.
+        results: by name of the set. One without a name stands in the file as it is, others as ``{"step": ..., "sets": {...}}``.
 
     Raises:
         UserError: the file cannot be written.
     """
-    path = results_path(run_dir, results.step)
+    step = next(iter(results.values())).step
+    sets = {name: asdict(of_set) for name, of_set in results.items()}
+    content = sets.get("", {"step": step, "sets": sets})
+    path = results_path(run_dir, step)
     with disk_errors(path, field="exp_manager.exp_dir", fix=f"{SAME_COMMAND}: the run resumes"):
-        write_atomic(path, json.dumps(asdict(results), indent=1) + "\n")
+        write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+def _by_set(content: Any) -> Any:
+    """Return the results in a file by set."""
+    sets = content["sets"] if isinstance(content, dict) and "sets" in content else {"": content}
+    return {name: _count_all_samples(of_set) for name, of_set in sets.items()} if isinstance(sets, dict) else sets
 
 
 def _count_all_samples(results: Any) -> Any:
@@ -241,26 +278,24 @@ def _count_all_samples(results: Any) -> Any:
     return results
 
 
-def _read(path: Path, field: str) -> EvalResults:
+def _read(path: Path, field: str) -> dict[str, EvalResults]:
     fix = "give the eval/step_<number>.json of a run"
-    adapter: TypeAdapter[EvalResults] = TypeAdapter(Annotated[EvalResults, BeforeValidator(_count_all_samples)])
+    adapter: TypeAdapter[dict[str, EvalResults]] = TypeAdapter(
+        Annotated[dict[str, EvalResults], BeforeValidator(_by_set)]
+    )
     try:
         return adapter.validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(field, str(path), f"cannot be read ({error.strerror})", fix) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(str(part) for part in first["loc"] if part != "")
         rule = f"holds no results of an evaluation ({where + ': ' if where else ''}{first['msg']})"
         raise UserError(field, str(path), rule, fix) from error
 
 
 def _sampling(results: EvalResults) -> tuple[int, float, float]:
     return results.num_samples, results.temperature, results.top_p
-
-
-def _with_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {EVAL_PREFIX + name: value for name, value in metrics.items()}
 
 
 def _problem_id(group: RolloutGroup) -> str:
@@ -273,11 +308,12 @@ def _greedy_verdict(group: RolloutGroup) -> bool | None:
     return None if score.is_failure else is_correct(score)
 
 
-def _warning(step: int, failures: Mapping[str, float], *, num_scores: int) -> str:
+def _warning(step: int, name: str, failures: Mapping[str, float], *, num_scores: int) -> str:
     total = sum(failures.values())
-    reasons = ", ".join(f"{name.removeprefix('dropped/score_')} {count:.0f}" for name, count in failures.items())
+    reasons = ", ".join(f"{key.removeprefix('dropped/score_')} {count:.0f}" for key, count in failures.items())
+    which = f"evaluation of {name}" if name else "evaluation"
     return (
-        f"evaluation after step {step}: {total:.0f} of {num_scores} responses could not be judged ({reasons}); they are left "
+        f"{which} after step {step}: {total:.0f} of {num_scores} responses could not be judged ({reasons}); they are left "
         "out. See data.scoring_timeout_s and data.num_scoring_workers"
     )
 

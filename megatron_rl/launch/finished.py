@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rl.config import Config, shown
+from megatron_rl.config.data import validation_key
 from megatron_rl.config.files import stored_pools
 from megatron_rl.errors import UserError, shortened
 from megatron_rl.files import content_digest
@@ -111,8 +112,13 @@ def result_settings(config: Config) -> dict[str, Any]:
     for field, path in paths.items():
         folder = None if path is None else folders.get(field, Path(path))
         settings[field] = None if folder is None else {"path": path, "content": content_digest(folder)}
-    for field, files in {"data.train": config.data.train, "data.validation": config.data.validation}.items():
-        settings[field] = None if files is None else {"path": ", ".join(files), "content": rows_digest(files)}
+    settings = {field: value for field, value in settings.items() if not field.startswith("data.validation.")}
+    settings["data.validation"] = None
+    sets = {validation_key(name): files for name, files in config.data.held_out.items()}
+    for field, files in {"data.train": config.data.train or [], **sets}.items():
+        settings[field] = {"path": ", ".join(files), "content": rows_digest(files)}
+    if (names := sorted(config.data.held_out)) not in ([], [""]):  # another list of sets is another run
+        settings["data.validation"] = {"path": ", ".join(names), "content": ", ".join(names)}
     return json.loads(json.dumps(json_safe(settings), default=str))
 
 

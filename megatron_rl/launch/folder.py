@@ -23,7 +23,7 @@ _BY_STEP = ("eval", "trees", "numerics", "rollouts")
 """Folders of files named by step; of ``rollouts`` the texts, beside what ``rollout.record`` writes under other names."""
 _SINKS = ("tensorboard", "wandb_run_id.txt", "mlflow_run_id.txt")
 """Events, and the ids under which tracking services know the run: another run must not go on there."""
-_PRODUCTS = (CHECKPOINTS, METRICS, *_BY_STEP, "hf", SUMMARY, "curves.png", *_SINKS)
+_PRODUCTS = (CHECKPOINTS, METRICS, *_BY_STEP, "hf", "evaluations", SUMMARY, "curves.png", *_SINKS)
 _STEP = re.compile(r"step_(\d{8})\..+")
 
 

@@ -22,6 +22,7 @@ def run_program(
     argv: Sequence[str] | None = None,
     *,
     adapt: Callable[[Config], Config] = lambda config: config,
+    is_trained: bool = True,
 ) -> int:
     """Run one rank: read the config, load torch, meet the other ranks, work.
 
@@ -30,6 +31,7 @@ def run_program(
         work: the rank's work.
         argv: None takes the command line.
         adapt: changes the user's config for this program.
+        is_trained: False for a program that needs no problems to train on.
 
     Returns:
         Exit status: 0 done, 2 something the user can fix.
@@ -40,7 +42,7 @@ def run_program(
     arguments = parser.parse_args(argv)
     try:
         config = adapt(load_config(arguments.config, arguments.overrides))
-        check_files(config)
+        check_files(config, is_trained=is_trained)
         lock = _take_folder(config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: its other ranks read the same files

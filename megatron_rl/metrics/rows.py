@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 
+from megatron_rl.config.section import RESERVED
 from megatron_rl.errors import UserError
 from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors, sync, write_atomic
 
@@ -22,7 +23,21 @@ REWARD, PASS_1, ENTROPY, LENGTH = "reward/mean", "pass@1", "entropy/mean", "resp
 LOSS, GRAD_NORM, LR = "loss", "grad_norm", "lr"
 """Names of the metrics that the console and the curves show."""
 EVAL_PREFIX = "eval/"
+OF_ALL_SETS = ("seconds", "pool_forward_kl", "pool_log_ratio")
+"""Metrics below ``eval/`` that are no set's own."""
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def set_prefixes(keys: Iterable[str]) -> dict[str, str]:
+    """Return the held-out sets that metrics are of: name -> prefix of its metrics; ``""`` is a set without a name."""
+    prefixes = {}
+    for key in keys:
+        if key.startswith(EVAL_PREFIX):
+            first, inner, _ = key.removeprefix(EVAL_PREFIX).partition("/")
+            name = first if inner and first not in RESERVED else ""
+            if name or first not in OF_ALL_SETS:
+                prefixes[name] = f"{EVAL_PREFIX}{name}/" if name else EVAL_PREFIX
+    return prefixes
 
 
 def json_safe(value: object) -> object:

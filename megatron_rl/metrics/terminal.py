@@ -22,7 +22,17 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from megatron_rl.metrics.rows import ENTROPY, EVAL_PREFIX, GRAD_NORM, LENGTH, LOSS, LR, PASS_1, REWARD
+from megatron_rl.metrics.rows import (
+    ENTROPY,
+    EVAL_PREFIX,
+    GRAD_NORM,
+    LENGTH,
+    LOSS,
+    LR,
+    PASS_1,
+    REWARD,
+    set_prefixes,
+)
 
 T = TypeVar("T")
 
@@ -273,11 +283,13 @@ class StepConsole:
         self._display.print(text)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the evaluation among the metrics, if any: greedy and pass@k in percent; the row has the rest."""
-        shown = {key.removeprefix(EVAL_PREFIX): x for key, x in metrics.items() if key.startswith(EVAL_PREFIX)}
-        numbers = [f"{key} {x:.1%}" for key, x in shown.items() if key == "greedy" or key.startswith("pass@")]
-        if shown:
-            self._display.print("  ".join((f"eval at step {step}", *numbers)))
+        """Show the evaluation among the metrics, if any: greedy and pass@k in percent, a line a set; the row has the rest."""
+        if not any(key.startswith(EVAL_PREFIX) for key in metrics):
+            return
+        for name, prefix in (set_prefixes(metrics) or {"": EVAL_PREFIX}).items():
+            shown = {key.removeprefix(prefix): x for key, x in metrics.items() if key.startswith(prefix)}
+            numbers = [f"{key} {x:.1%}" for key, x in shown.items() if key == "greedy" or key.startswith("pass@")]
+            self._display.print("  ".join((f"eval at step {step}", *([name] if name else []), *numbers)))
 
     def close(self) -> None:
         """End the bar and print the last step's line, also of a run that ends early."""

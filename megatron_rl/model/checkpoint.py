@@ -368,7 +368,7 @@ def fixed_settings(
         "algorithm.name": (config.algorithm.name, config.algorithm.name),
         "data.task": (data.task, data.task),
         "data.reward": (data.reward, data.reward),
-        "data.train": (", ".join(data.train), rows_digest(data.train)),
+        "data.train": (", ".join(data.train or ()), rows_digest(data.train or ())),
         "trainer.seed": (config.trainer.seed, config.trainer.seed),
         **(contents or {}),
     }

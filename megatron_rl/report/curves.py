@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from megatron_rl.metrics.rows import (
     REWARD,
     Row,
     read_metrics,
+    set_prefixes,
 )
 
 LINE, NOTE = "#2563a8", "#6b7280"
@@ -59,16 +60,17 @@ def plot_curves(metrics_jsonl: Path, png: Path, *, title: str | None = None) -> 
     """
     rows = read_metrics(metrics_jsonl) if metrics_jsonl.is_file() else []
     # A Figure of its own, not pyplot: no global state, no display, and a notebook's backend stays as it is.
-    has_diversity = any(EVAL_PREFIX + name in row for row in rows for name in DIVERSITY)
+    sets = set_prefixes(key for row in rows for key in row)
+    has_diversity = any(prefix + name in row for row in rows for name in DIVERSITY for prefix in sets.values())
     num_panel_rows = 3 if has_diversity else 2
     figure = Figure(figsize=(11, 3.5 * num_panel_rows), dpi=130, layout="constrained")
     figure.suptitle(metrics_jsonl.absolute().parent.name if title is None else title, fontsize=14, fontweight="bold")
     panels = figure.subplots(num_panel_rows, 2)
     is_supervised = any(LOSS in row for row in rows) and not any(REWARD in row or LENGTH in row for row in rows)
-    (_supervised if is_supervised else _of_rollouts)(panels[:2].flat, rows)
+    (_supervised if is_supervised else _of_rollouts)(panels[:2].flat, rows, sets)
     if has_diversity:
-        _pass_at_k(panels[2][0], rows)
-        _diversity(panels[2][1], rows)
+        _pass_at_k(panels[2][0], rows, sets)
+        _diversity(panels[2][1], rows, sets)
     for panel in panels.flat:
         if not panel.lines:
             panel.set(xticks=[], yticks=[])
@@ -78,28 +80,28 @@ def plot_curves(metrics_jsonl: Path, png: Path, *, title: str | None = None) -> 
     write_atomic(png, image.getvalue())
 
 
-def _of_rollouts(panels: Iterable[Axes], rows: Sequence[Row]) -> None:
+def _of_rollouts(panels: Iterable[Axes], rows: Sequence[Row], sets: Mapping[str, str]) -> None:
     reward, accuracy, entropy, length = panels
     _line(reward, rows, REWARD, "Reward", "mean reward")
-    _accuracy(accuracy, rows)
+    _accuracy(accuracy, rows, sets)
     _line(entropy, rows, ENTROPY, "Entropy", "nats per token")
     _line(length, rows, LENGTH, "Response length", "tokens")
 
 
-def _supervised(panels: Iterable[Axes], rows: Sequence[Row]) -> None:
+def _supervised(panels: Iterable[Axes], rows: Sequence[Row], sets: Mapping[str, str]) -> None:
     loss, second, grad_norm, rate = panels
     _line(loss, rows, LOSS, "Loss", "nats per token")
     if any(key.startswith(EVAL_PREFIX) for row in rows for key in row):
-        _accuracy(second, rows)
+        _accuracy(second, rows, sets)
     else:
         _line(second, rows, ENTROPY, "Entropy", "nats per token")
     _line(grad_norm, rows, GRAD_NORM, "Gradient norm", "before clipping")
     _line(rate, rows, LR, "Learning rate", "")
 
 
-def _accuracy(panel: Axes, rows: Sequence[Row]) -> None:
+def _accuracy(panel: Axes, rows: Sequence[Row], sets: Mapping[str, str]) -> None:
     _line(panel, rows, PASS_1, "Accuracy", "solved", label="train pass@1")
-    _evaluations(panel, rows)
+    _evaluations(panel, rows, sets)
     panel.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
 
 
@@ -144,9 +146,11 @@ def _line(panel: Axes, rows: Sequence[Row], key: str, title: str, unit: str, *, 
         panel.plot(steps, values, color=LINE, marker=".", linewidth=1.5, label=label)
 
 
-def _evaluations(panel: Axes, rows: Sequence[Row]) -> None:
-    keys = {key for row in rows for key in row if re.fullmatch(rf"{EVAL_PREFIX}pass@\d+", key)}
-    ordered = [f"{EVAL_PREFIX}greedy", *sorted(keys, key=lambda key: int(key.split("@")[1]))]
+def _evaluations(panel: Axes, rows: Sequence[Row], sets: Mapping[str, str]) -> None:
+    ordered = []
+    for prefix in sets.values():
+        keys = {key for row in rows for key in row if re.fullmatch(rf"{re.escape(prefix)}pass@\d+", key)}
+        ordered += [f"{prefix}greedy", *sorted(keys, key=lambda key: int(key.rsplit("@", 1)[1]))]
     for i, key in enumerate(ordered):
         _points(panel, *_series(rows, key), i, label="eval " + key.removeprefix(EVAL_PREFIX))
     _legend(panel)
@@ -163,16 +167,19 @@ def _legend(panel: Axes) -> None:
         panel.legend(fontsize=9, framealpha=0.8)
 
 
-def _pass_at_k(panel: Axes, rows: Sequence[Row]) -> None:
-    """Draw a line for each evaluation with two k or more: the first and last stand out, others are faint."""
+def _pass_at_k(panel: Axes, rows: Sequence[Row], sets: Mapping[str, str]) -> None:
+    """Draw a line for each evaluation with two k or more: the first and last of a set stand out, others are faint."""
     _dress(panel, "pass@k", "solved")
-    lines = [(row["step"], line) for row in rows if len(line := _pass_at_k_of(row)) > 1]
-    for i, (step, line) in enumerate(lines):
-        if 0 < i < len(lines) - 1:
-            panel.plot(list(line), list(line.values()), color=NOTE, alpha=0.4, linewidth=1)
-        else:
-            _points(panel, list(line), list(line.values()), min(i, 1), label=f"step {step}")
-    ticks = sorted({k for _, line in lines for k in line})
+    ticks: list[int] = []
+    for number, (name, prefix) in enumerate(sets.items()):
+        lines = [(row["step"], line) for row in rows if len(line := _pass_at_k_of(row, prefix)) > 1]
+        for i, (step, line) in enumerate(lines):
+            if 0 < i < len(lines) - 1:
+                panel.plot(list(line), list(line.values()), color=NOTE, alpha=0.4, linewidth=1)
+            else:
+                label = f"{name} step {step}".lstrip()
+                _points(panel, list(line), list(line.values()), 2 * number + min(i, 1), label=label)
+        ticks = sorted({*ticks, *(k for _, line in lines for k in line)})
     if ticks:
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(k) for k in ticks])
@@ -182,19 +189,22 @@ def _pass_at_k(panel: Axes, rows: Sequence[Row]) -> None:
     _legend(panel)
 
 
-def _pass_at_k_of(row: Row) -> dict[int, float]:
+def _pass_at_k_of(row: Row, prefix: str) -> dict[int, float]:
     """Return pass@k by k, ascending."""
-    found = [(re.fullmatch(rf"{EVAL_PREFIX}pass@(\d+)", key), value) for key, value in row.items()]
+    found = [(re.fullmatch(rf"{re.escape(prefix)}pass@(\d+)", key), value) for key, value in row.items()]
     return dict(sorted((int(match[1]), value) for match, value in found if match and _is_finite(value)))
 
 
-def _diversity(panel: Axes, rows: Sequence[Row]) -> None:
+def _diversity(panel: Axes, rows: Sequence[Row], sets: Mapping[str, str]) -> None:
     """Draw diversity of the evaluations with most samples a problem: fewer samples find fewer styles, whatever the weights."""
     _dress(panel, "Diversity", "share of problems")
-    drawn = [key for row in rows for key in row if re.fullmatch(rf"{EVAL_PREFIX}avg@\d+", key)]
-    most = max(drawn, key=lambda key: int(key.split("@")[1]), default=None)
-    for i, (name, label) in enumerate(DIVERSITY.items()):
-        alike = rows if name.endswith("_greedy") else [row for row in rows if most is None or most in row]
-        _points(panel, *_series(alike, EVAL_PREFIX + name), i, label=label)
+    number = 0
+    for set_name, prefix in sets.items():
+        drawn = [key for row in rows for key in row if re.fullmatch(rf"{re.escape(prefix)}avg@\d+", key)]
+        most = max(drawn, key=lambda key: int(key.rsplit("@", 1)[1]), default=None)
+        for name, label in DIVERSITY.items():
+            alike = rows if name.endswith("_greedy") else [row for row in rows if most is None or most in row]
+            _points(panel, *_series(alike, prefix + name), number, label=f"{set_name} {label}".lstrip())
+            number += 1
     panel.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     _legend(panel)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.files import write_atomic
-from megatron_rl.metrics.rows import EVAL_PREFIX, json_safe
+from megatron_rl.metrics.rows import EVAL_PREFIX, json_safe, set_prefixes
 
 RATES = {
     "keep_rate_greedy": "solved before, still (greedy)",
@@ -51,9 +51,12 @@ def sum_up(
     by_step = {int(row["step"]): row for row in rows}
     last = max(by_step, default=0)
     before, after = by_step.get(0, {}), by_step.get(last, {}) if last else {}
-    names = {"greedy": "eval/greedy"} | {f"pass{k}": f"eval/pass@{k}" for k in k_values}
-    kept = ("eval/keep_rate", "eval/explore_rate", "eval/distinct", "eval/style")
-    names |= {key.removeprefix("eval/"): key for key in after if key.startswith(kept)}
+    names: dict[str, str] = {}
+    for prefix in set_prefixes((*before, *after)).values():
+        of_set = prefix.removeprefix(EVAL_PREFIX)
+        names |= {f"{of_set}greedy": f"{prefix}greedy"} | {f"{of_set}pass{k}": f"{prefix}pass@{k}" for k in k_values}
+        kept = tuple(prefix + first for first in ("keep_rate", "explore_rate", "distinct", "style"))
+        names |= {key.removeprefix(EVAL_PREFIX): key for key in after if key.startswith(kept)}
     summary: dict[str, Any] = {"engine": engine, "steps": last, "origin": origin, "is_exported": is_exported}
     if _GENERATED in after:
         summary["generated_tokens"] = after[_GENERATED]
@@ -77,6 +80,8 @@ def print_before_after(
 ) -> None:
     """Print greedy accuracy and pass@k before and after training, with the change in percentage points; then diversity.
 
+    Several held-out sets stand below each other, each line with the name of its set.
+
     Args:
         before: a row of ``metrics.jsonl``: fractions in [0, 1] under ``eval/greedy`` and ``eval/pass@<k>``; what is not
             there shows as a dash, and a line of ``RATES`` or ``COUNTS`` with neither is left out.
@@ -89,14 +94,16 @@ def print_before_after(
     for heading in ("before", "after", "change (points)"):
         table.add_column(heading, justify="right")
     always = {"greedy": "greedy accuracy"} | {f"pass@{k}": f"pass@{k}" for k in k_values}
-    for name, label in (always | RATES | COUNTS).items():
-        old, new = before.get(EVAL_PREFIX + name), after.get(EVAL_PREFIX + name)
-        if old is None and new is None and name not in always:
-            continue
-        if name in COUNTS:
-            table.add_row(label, _count(old), _count(new), "-")  # a number of answers has no percentage points
-        else:
-            table.add_row(label, _percent(old), _percent(new), _change(old, new))
+    for set_name, prefix in (set_prefixes((*before, *after)) or {"": EVAL_PREFIX}).items():
+        for name, label in (always | RATES | COUNTS).items():
+            old, new = before.get(prefix + name), after.get(prefix + name)
+            if old is None and new is None and name not in always:
+                continue
+            label = f"{set_name} {label}".lstrip()
+            if name in COUNTS:
+                table.add_row(label, _count(old), _count(new), "-")  # a number of answers has no percentage points
+            else:
+                table.add_row(label, _percent(old), _percent(new), _change(old, new))
     (console or Console()).print(table)
 
 

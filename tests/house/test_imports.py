@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "convert.architecture", "convert.hf", "convert.offline", "convert.tables", "data", "losses", "metrics",
         "parallel", "patches", "process", "tasks.rows",
     },
-    "evaluation": {"config", "losses", "metrics", "model", "rewards", "rollout"},
+    "evaluation": {"config", "data", "losses", "metrics", "model", "parallel", "rewards", "rollout", "tasks.rows"},
     "weight_sync": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "model", "parallel", "plugins", "process",
         "rollout",
@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         "parallel", "process", "report", "rollout", "scoring", "weight_sync",
     },
     "commands": {
-        "algorithms", "config", "convert.architecture", "convert.offline", "convert.tables", "data", "doctor",
+        "algorithms", "config", "convert.architecture", "convert.offline", "convert.tables", "data", "doctor", "evaluation",
         "launch", "metrics", "parallel", "process", "report", "rewards", "rollout", "run", "scoring", "tasks",
     },
     "train": {"config", "launch", "process", "run"},

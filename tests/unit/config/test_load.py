@@ -64,7 +64,7 @@ def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         tmp_path / "own.yaml", ["policy.model_path=~/m", "exp_manager.exp_dir=~/r", "data.validation=~/v.jsonl"]
     )
     assert (config.policy.model_path, config.exp_manager.exp_dir) == (f"{tmp_path}/m", f"{tmp_path}/r")
-    assert config.data.validation == [f"{tmp_path}/v.jsonl"]
+    assert config.data.validation == [f"{tmp_path}/v.jsonl"] and config.data.held_out == {"": [f"{tmp_path}/v.jsonl"]}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -198,7 +199,7 @@ def test_only_what_both_could_judge_is_compared() -> None:
 
 def test_in_files_of_earlier_versions_all_samples_count(tmp_path: Path) -> None:
     saved = results((4, True), (0, None))
-    save_results(tmp_path, saved)
+    save_results(tmp_path, {"": saved})
     path = results_path(tmp_path, 0)
     older = json.loads(path.read_text())
     for problem in older["problems"]:
@@ -210,8 +211,8 @@ def test_in_files_of_earlier_versions_all_samples_count(tmp_path: Path) -> None:
 def test_results_come_back_from_their_file(tmp_path: Path) -> None:
     evaluator = evaluator_of()
     found = evaluate(evaluator, planted()).results
-    save_results(tmp_path, results((0, None)))
-    save_results(tmp_path, found)
+    save_results(tmp_path, {"": results((0, None))})
+    save_results(tmp_path, {"": found})
     assert results_path(tmp_path, 0) == tmp_path / "eval/step_00000000.json"
     assert evaluator.read_results(results_path(tmp_path, 0), field="eval") == found
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["step_00000000.json"]
@@ -221,7 +222,7 @@ def test_results_come_back_from_their_file(tmp_path: Path) -> None:
 
 def test_a_baseline_is_read_where_one_is_named(tmp_path: Path) -> None:
     assert evaluator_of().read_baseline() is None
-    save_results(tmp_path, results((4, True), (0, False)))
+    save_results(tmp_path, {"": results((4, True), (0, False))})
     assert evaluator_of(baseline=str(results_path(tmp_path, 0))).read_baseline() == results((4, True), (0, False))
 
 
@@ -244,7 +245,7 @@ def test_a_baseline_that_is_none_is_refused(tmp_path: Path, text: str | None, wo
 
 
 def test_a_baseline_of_other_problems_is_refused_with_numbers(tmp_path: Path) -> None:
-    save_results(tmp_path, results((4, True), (0, False), (1, True)))
+    save_results(tmp_path, {"": results((4, True), (0, False), (1, True))})
     with pytest.raises(UserError) as caught:
         evaluator_of("aefg", baseline=str(results_path(tmp_path, 0))).read_baseline()
     assert "3 of the 4 evaluated here are not in it, and 2 of its 3 are not evaluated here" in caught.value.rule
@@ -253,4 +254,23 @@ def test_a_baseline_of_other_problems_is_refused_with_numbers(tmp_path: Path) ->
 def test_results_that_cannot_be_written_say_so(tmp_path: Path) -> None:
     (tmp_path / "eval").touch()
     with pytest.raises(UserError, match=r"exp_manager\.exp_dir = .*could not be written"):
-        save_results(tmp_path, results((0, None)))
+        save_results(tmp_path, {"": results((0, None))})
+
+
+def test_a_named_set_has_metrics_draws_and_results_of_its_own(tmp_path: Path) -> None:
+    named = replace(evaluator_of(), name="aime")
+    collector = planted()
+    found = evaluate(named, collector, step=3)
+    assert cast(Planted, collector).purposes == ["eval/aime/3", "eval/aime/3/greedy"]
+    plain = evaluate(evaluator_of(), planted(), step=3)
+    assert found.metrics == {f"eval/aime/{name.removeprefix('eval/')}": x for name, x in plain.metrics.items()}
+    other = EvalResults(3, 4, 1.0, 1.0, [ProblemResult("z", 1, None, 4)])
+    save_results(tmp_path, {"aime": found.results, "other": other})
+    path = results_path(tmp_path, 3)
+    assert named.read_results(path, field="eval") == found.results
+    with pytest.raises(UserError, match=r"has no results of a set without a name; it has aime, other"):
+        evaluator_of().read_results(path, field="eval")
+    save_results(tmp_path, {"": found.results})
+    assert named.read_results(path, field="eval") == found.results, "a set alone needs no name on one side"
+    rates = named.rates(found.results, found.results, run_dir=tmp_path, say=print)
+    assert rates["eval/aime/keep_rate_any"] == 1.0

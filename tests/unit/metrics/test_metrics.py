@@ -681,6 +681,9 @@ def test_evaluation_line_shows_percent_and_step_zero_is_no_training_step(open_lo
     log = open_logger(console=console)
     log.log(0, {"eval/greedy": 0.125, "eval/pass@8": 0.5, "eval/seconds": 3.0})
     assert console.file.getvalue() == "eval at step 0  greedy 12.5%  pass@8 50.0%\n"
+    log.log(1, {"eval/a/greedy": 0.5, "eval/a/style/x": 0.2, "eval/b/pass@8": 0.25, "eval/seconds": 3.0})
+    lines = console.file.getvalue().splitlines()
+    assert lines[-2:] == ["eval at step 1  a  greedy 50.0%", "eval at step 1  b  pass@8 25.0%"]
 
 
 def test_progress_off_a_terminal_is_silent_when_short_and_sparse_when_long():

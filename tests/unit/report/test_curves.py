@@ -87,6 +87,12 @@ def test_evaluations_are_points_at_their_steps(draw):
     assert labels == ["train pass@1", "eval greedy", "eval pass@1", "eval pass@8", "eval pass@16"]
 
 
+def test_sets_have_points_of_their_own(draw):
+    panels = draw([*FULL[:-1], FULL[-1] | {"eval/a/greedy": 0.7, "eval/b/greedy": 0.2, "eval/b/pass@4": 0.4}])
+    labels = [line.get_label() for line in panels["Accuracy"].lines]
+    assert [label for label in labels if "eval" in label] == ["eval a/greedy", "eval b/greedy", "eval b/pass@4"]
+
+
 def test_missing_metrics_leave_an_empty_panel_with_a_note(draw):
     panels = draw([{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": 0.6}])
     assert points(panels["Reward"].lines[0]) == [(1, 0.5), (2, 0.6)] and notes(panels["Reward"]) == []

@@ -4,7 +4,7 @@ import math
 
 from rich.console import Console
 
-from megatron_rl.report.summary import print_before_after, write_summary
+from megatron_rl.report.summary import print_before_after, sum_up, write_summary
 
 
 def cells(console):
@@ -47,3 +47,18 @@ def test_diversity_follows_where_it_was_measured():
         ["problems with 3 styles or more", "90.0%", "40.0%", "-50.0"],
         ["distinct answers a problem", "3.46", "2.00", "-"],
     ]
+
+
+def test_sets_stand_below_each_other_by_name(tmp_path):
+    console = Console(file=io.StringIO(), width=100)
+    before = {"step": 0, "eval/gsm8k/greedy": 0.2, "eval/aime/greedy": 0.1, "eval/seconds": 3.0}
+    after = {"step": 9, "eval/gsm8k/greedy": 0.3, "eval/aime/greedy": 0.1, "eval/aime/dropped/greedy": 1.0}
+    print_before_after(before, after, [], console=console)
+    assert cells(console) == [
+        ["gsm8k greedy accuracy", "20.0%", "30.0%", "+10.0"],
+        ["aime greedy accuracy", "10.0%", "10.0%", "+0.0"],
+    ]
+    arguments = {"engine": "e", "k_values": [8], "seconds": 1.0, "origin": None, "is_exported": False, "settings": {}}
+    sum_up(tmp_path, [before, after], **arguments)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["gsm8k/greedy_before"], summary["aime/greedy_after"]) == (0.2, 0.1)
