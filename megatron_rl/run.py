@@ -5,26 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_rl.algorithms import build_algorithm
 from megatron_rl.algorithms.base import OnlineAlgorithm
 from megatron_rl.config import Config, save_resolved, shown
-from megatron_rl.convert.hf.random_weights import RandomReader
-from megatron_rl.convert.hf.reader import HFReader
 from megatron_rl.data.inputs import Inputs
-from megatron_rl.data.pack import full_batches
 from megatron_rl.doctor.memory_advice import check_gpu
 from megatron_rl.errors import UserError
 from megatron_rl.evaluation.distance import distance_metrics
 from megatron_rl.evaluation.held_out import HeldOut
 from megatron_rl.launch.finished import result_settings
-from megatron_rl.launch.folder import RunFolder
+from megatron_rl.launch.folder import BEST_EXPORT, STEP_EXPORTS, RunFolder
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics import MetricsLogger, PhaseTimer, build_sinks
+from megatron_rl.metrics.best import BestSteps
 from megatron_rl.metrics.profiler import StepProfiler
 from megatron_rl.metrics.step import rollout_metrics, sample_metrics, update_metrics
 from megatron_rl.metrics.timing import resident_bytes
@@ -34,7 +32,7 @@ from megatron_rl.model.generators import seed_generators
 from megatron_rl.model.numerics import NumericsMonitor
 from megatron_rl.model.policy import Policy
 from megatron_rl.model.trainable import Trainable
-from megatron_rl.model.weights import export_hf, load_hf_weights
+from megatron_rl.model.weights import export_hf, start_weights
 from megatron_rl.parallel.agree import all_ranks_agree
 from megatron_rl.process import activity
 from megatron_rl.report.curves import plot_curves
@@ -43,7 +41,7 @@ from megatron_rl.report.summary import sum_up
 from megatron_rl.rollout.build import build_engine, build_scorer
 from megatron_rl.rollout.collect import Collector
 from megatron_rl.rollout.engine import RolloutEngine
-from megatron_rl.types import Prompt, RolloutGroup, RowKind, TrainingSample
+from megatron_rl.types import RolloutGroup, TrainingSample
 from megatron_rl.weight_sync.publish import WeightSync, served_model
 
 
@@ -67,6 +65,7 @@ class Run:
             synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else None, on_border=activity.enter
         )
         self._rollout_metrics: dict[str, float] = {}
+        self._exported_best: int | None = None
         self.num_generated_tokens = 0
         """Tokens sampled for training so far, including dropped rollouts; evaluation excluded."""
         seed_generators(config.trainer.seed)
@@ -122,7 +121,9 @@ class Run:
         if engine is not None:
             scorer = build_scorer(config, self.inputs.tokenizer, cpu_group=self.groups.cpu_group)
             parts.callback(scorer.close)
-            self.collector = Collector(engine, scorer, config.trainer.seed, self.timer, self._log_probs_of)
+            size = config.policy.train_global_batch_size
+            log_probs_of = partial(self.policy.log_probs_of, batch_size=size, row_unit=config.row_unit)
+            self.collector = Collector(engine, scorer, config.trainer.seed, self.timer, log_probs_of)
         self._weight_sync = WeightSync(config, self.policy.trainable)
         if config.trainer.stage == "rl":
             self.publish(version=self.start_step)
@@ -184,10 +185,12 @@ class Run:
             self.logger.log_rollouts(done, texts, self.config.exp_manager.rollout_texts)
         every = self.config.eval.every_n_steps
         if self._is_last(done) and self.config.eval.after:
-            self._evaluate(done, self.config.eval.num_samples)
+            metrics |= self._evaluate(done, self.config.eval.num_samples)
         elif every and done % every == 0:
-            self._evaluate(done, self.config.eval.num_samples_during)
-        self._save_if_due(done)
+            metrics |= self._evaluate(done, self.config.eval.num_samples_during)
+        is_best = self.best.offer(done, metrics)
+        self._export_if_due(done, is_best=is_best)
+        self._save_if_due(done, is_best=is_best)
 
     def _write_texts(self, done: int) -> list[dict[str, Any]]:
         """Write what the model wrote, where it is time to; return it, on the first rank."""
@@ -284,7 +287,12 @@ class Run:
         Raises:
             UserError: on all ranks, the model could not be exported; all else is there then.
         """
-        failure = self._export() if self.config.exp_manager.export_hf else None
+        failure: UserError | None = None
+        if self.config.exp_manager.export_hf:
+            try:
+                self._export("hf")
+            except UserError as error:
+                failure = error
         self.logger.close()
         if self.is_first:
             plot_curves(self.logger.path, self.directory / "curves.png")
@@ -301,15 +309,27 @@ class Run:
         if failure is not None:
             raise failure
 
-    def _export(self) -> UserError | None:
-        source, target = self.config.policy.model_dir, self.directory / "hf"
+    @activity.phase("export")
+    def _export_if_due(self, done: int, *, is_best: bool) -> None:
+        """Write the exports of a step; tell its rank among the best. What a full disk refuses ends the run."""
+        manager, best = self.config.exp_manager, self.best.steps
+        if is_best and best[0] == done and manager.export_hf_best:
+            self._export(BEST_EXPORT)
+            self._exported_best = done
+        every = manager.export_hf_every_n_steps
+        if is_exported := bool(every and done % every == 0):
+            self._export(f"{STEP_EXPORTS}{done:08d}")
+        with all_ranks_agree(self.groups.cpu_group):
+            if is_best and self.is_first:
+                self.best.write(self.directory, exported=self._exported_best)
+            if is_exported and self.is_first:
+                self.folder.prune_exports(keep_last=manager.checkpoint_callback_params.keep_last, keep=best)
+
+    def _export(self, name: str) -> None:
+        source, target = self.config.policy.model_dir, self.directory / name
         was_there = target.is_dir()
-        try:
-            export_hf(self.policy.chunks, self.shape, self.groups, source=source, target=target)
-        except UserError as error:
-            return error
+        export_hf(self.policy.chunks, self.shape, self.groups, source=source, target=target)
         self.say(f"Hugging Face checkpoint: {target}" + (", in place of an earlier one" if was_there else ""))
-        return None
 
     def say(self, message: str) -> None:
         """Print one line for the user, from rank 0."""
@@ -328,34 +348,15 @@ class Run:
 
     def _build_model(self) -> Trainable:
         optim = self.config.policy.optim if self.is_trained else None
-        return Trainable(
-            self.config, self.shape, self.groups, optim=optim, fill_weights=self._fill_weights, timer=self.timer
-        )
-
-    def _fill_weights(self, chunks: Any) -> None:
-        policy, seed = self.config.policy, self.config.trainer.seed
-        is_random = policy.initialization == "random"
-        load_hf_weights(
-            chunks,
-            self.shape,
-            self.groups,
-            lambda: RandomReader(self.shape, seed=seed) if is_random else HFReader(policy.model_dir),
-        )
-
-    def _log_probs_of(self, prompts: Sequence[Prompt], responses: Sequence[Tensor]) -> list[Tensor]:
-        """Return the trainer's log-probs of each response, [R] float32; a ``Collector`` asks for them."""
-        rows = [TrainingSample(prompt.prompt_ids, ids, RowKind.RL) for prompt, ids in zip(prompts, responses)]
-        size = self.config.policy.train_global_batch_size
-        batches = full_batches(range(len(rows)), size=size, multiple=self.config.row_unit)
-        self.policy.fill_log_probs(rows, batches, "old_log_probs")
-        return [row.old_log_probs for row in rows if row.old_log_probs is not None]
+        fill = start_weights(self.config, self.shape, self.groups)
+        return Trainable(self.config, self.shape, self.groups, optim=optim, fill_weights=fill, timer=self.timer)
 
     def _resume(self) -> int:
         manager = self.config.exp_manager
         self._fixed = fixed_settings(self.config, self.shape, self.inputs.pool_contents)
         self._settings = result_settings(self.config) if self.is_first else {}  # now: files may change under a long run
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
-        is_own, self._num_rows = False, 0
+        is_own, self._num_rows, best = False, 0, []
         if path is not None and not self.is_trained:
             step = int(self.checkpoints.load(path, self.policy.trainable)["step"])
         elif path is not None:
@@ -364,29 +365,35 @@ class Run:
             self.algorithm.load_state(self.checkpoints.load_tensors(path))
             step, self.num_generated_tokens = int(state["step"]), int(state.get("generated_tokens", 0))
             is_own = path.resolve().parent == self.checkpoints.directory.resolve()
-            self._num_rows = int(state.get("num_rows", 0)) if is_own else 0
+            if is_own:
+                self._num_rows, best = int(state.get("num_rows", 0)), state.get("best", [])
             self.say(f"resuming after step {step}: {path}")
         with all_ranks_agree(self.groups.cpu_group):
             if self.is_first:
                 if self.is_trained:
                     others = self.checkpoints.others(path) if is_own else []
                     self.folder.start_at(step if is_own else None, others)
+                    self._exported_best = self.folder.keep_best(step)
                 save_resolved(self.config, self.directory / "config.yaml")
+        self.best = BestSteps(manager.checkpoint_callback_params, best, self.say)
+        self.checkpoints.protected = self.best.steps
         return step
 
     @property
     def _writes_checkpoints(self) -> bool:
         return self.is_trained and self.config.exp_manager.create_checkpoint_callback
 
-    def _save_if_due(self, done: int) -> None:
+    def _save_if_due(self, done: int, *, is_best: bool) -> None:
         callback = self.config.exp_manager.checkpoint_callback_params
         is_last = self._is_last(done)
-        if self._writes_checkpoints and (done % callback.every_n_train_steps == 0 or is_last):
+        if self._writes_checkpoints and (done % callback.every_n_train_steps == 0 or is_last or is_best):
+            self.checkpoints.protected = self.best.steps
             self.checkpoints.complete()  # of the one before
             is_away = self.policy.trainable.update_memory.is_released
             if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
                 self.release_engine_memory()
             state = {"step": done, "fixed": self._fixed, "generated_tokens": self.num_generated_tokens}
+            state["best"] = self.best.state()
             with all_ranks_agree(self.groups.cpu_group):
                 self.folder.check_same()
                 state["num_rows"] = self.logger.sync()  # a checkpoint has all rows up to its step
@@ -419,7 +426,7 @@ class Run:
         return build_engine(self.config, model, device=self.runtime.device, cpu_group=self.groups.cpu_group)
 
     @activity.phase("evaluation")
-    def _evaluate(self, done: int, num_samples: int) -> None:
+    def _evaluate(self, done: int, num_samples: int) -> dict[str, float]:
         started = time.monotonic()
         distance: dict[str, float] = {}
         probes = self.inputs.probes
@@ -439,3 +446,4 @@ class Run:
             if self.is_first:
                 self._texts.write_evaluation(done, groups)
             self.logger.log_eval(done, metrics | {"eval/seconds": time.monotonic() - started})
+        return metrics

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_rl.config.installed import platform
 from megatron_rl.errors import UserError
+from megatron_rl.metrics.best import read_best
 
 BASE = Path(str(files("megatron_rl.config").joinpath("eval.yaml")))
 """The config of a model that no run here has made."""
@@ -57,9 +58,13 @@ def _of_run(run: Path, checkpoint: str | None) -> Evaluated:
         return _of_export(run, "hf")
     steps = sorted(path for path in (run / "checkpoints").glob("step_*") if _STEP.fullmatch(path.name))
     if checkpoint == "best":
-        if (run / "hf_best").is_dir():
+        best, exported = read_best(run)
+        if best is None:
+            fix = "set exp_manager.checkpoint_callback_params.metric_name in training, or give a step"
+            raise UserError("--checkpoint", "best", f"is not known of {run}: it has no best.json", fix)
+        if exported == best and (run / "hf_best").is_dir():
             return _of_export(run, "hf_best")
-        steps = [run / "checkpoints" / f"step_{_best_step(run):08d}"]
+        steps = [run / "checkpoints" / f"step_{best:08d}"]
     elif checkpoint not in (None, "last"):
         steps = [path for path in steps if checkpoint.isdigit() and int(path.name[5:]) == int(checkpoint)]
     if not steps or not steps[-1].is_dir():
@@ -70,16 +75,6 @@ def _of_run(run: Path, checkpoint: str | None) -> Evaluated:
             "--checkpoint", checkpoint or "last", f"is no checkpoint of {run}, which has: {there}", "name one of those"
         )
     return _of_checkpoint(steps[-1])
-
-
-def _best_step(run: Path) -> int:
-    from megatron_rl.metrics.best import BestSteps
-
-    found = BestSteps.read(run)
-    if not found:
-        fix = "set exp_manager.checkpoint_callback_params.metric_name in training, or give a step"
-        raise UserError("--checkpoint", "best", f"is not known of {run}: it has no best.json", fix)
-    return found[0].step
 
 
 def _of_export(run: Path, name: str) -> Evaluated:

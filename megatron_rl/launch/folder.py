@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from megatron_rl.errors import UserError
 from megatron_rl.files import SAME_COMMAND, disk_errors
+from megatron_rl.metrics.best import read_best
 from megatron_rl.process.lock import identity, other_holder
 
 METRICS, SUMMARY, CHECKPOINTS = "metrics.jsonl", "summary.json", "checkpoints"
@@ -23,8 +24,12 @@ _BY_STEP = ("eval", "trees", "numerics", "rollouts")
 """Folders of files named by step; of ``rollouts`` the texts, beside what ``rollout.record`` writes under other names."""
 _SINKS = ("tensorboard", "wandb_run_id.txt", "mlflow_run_id.txt")
 """Events, and the ids under which tracking services know the run: another run must not go on there."""
-_PRODUCTS = (CHECKPOINTS, METRICS, *_BY_STEP, "hf", "evaluations", SUMMARY, "curves.png", *_SINKS)
+BEST_EXPORT, STEP_EXPORTS = "hf_best", "hf_step_"
+_PRODUCTS = (
+    CHECKPOINTS, METRICS, *_BY_STEP, "hf", BEST_EXPORT, "best.json", "evaluations", SUMMARY, "curves.png", *_SINKS,
+)  # fmt: skip
 _STEP = re.compile(r"step_(\d{8})\..+")
+_STEP_EXPORT = re.compile(rf"{STEP_EXPORTS}(\d{{8}})")
 
 
 class RunFolder:
@@ -91,7 +96,7 @@ class RunFolder:
             later = [path for path in self._files_by_step() if _step_of(path) > step]
             if not others:
                 for path in later:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
                 return
             aside = self._move([*others, *later])
             if (self.path / METRICS).is_file():
@@ -99,9 +104,31 @@ class RunFolder:
             names = [path.name for path in others]
             self.say(f"this run does not continue {', '.join(names)}: moved, with its metrics, to {aside}")
 
+    def step_exports(self) -> list[Path]:
+        """Return the folders of exported steps, oldest first."""
+        return sorted(path for path in self.path.glob(f"{STEP_EXPORTS}*") if _STEP_EXPORT.fullmatch(path.name))
+
+    def prune_exports(self, *, keep_last: int, keep: Collection[int]) -> None:
+        """Remove exported steps but the last ones, and those of ``keep``."""
+        with self._touching():
+            for path in self.step_exports()[:-keep_last]:
+                if _step_of(path) not in keep:
+                    shutil.rmtree(path)
+
+    def keep_best(self, step: int) -> int | None:
+        """Return the step that ``hf_best/`` holds, where a run starts after ``step`` steps; move away one of a later step."""
+        with self._touching():
+            held = read_best(self.path)[1]
+            if held is None or held <= step:
+                return held
+            if (self.path / BEST_EXPORT).is_dir():
+                aside = self._move([self.path / BEST_EXPORT])
+                self.say(f"{BEST_EXPORT} was of step {held}, after which this run does not start: moved to {aside}")
+            return None
+
     def _products(self) -> Iterator[str]:
         """Yield the names of what a run has written here."""
-        for name in _PRODUCTS:
+        for name in (*_PRODUCTS, *(path.name for path in self.step_exports())):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 is_there = any(path.glob("step_*" if name == CHECKPOINTS else "*"))
@@ -113,6 +140,7 @@ class RunFolder:
     def _files_by_step(self) -> Iterator[Path]:
         for name in _BY_STEP:
             yield from (path for path in (self.path / name).glob("step_*") if _STEP.fullmatch(path.name))
+        yield from self.step_exports()
 
     def _move(self, paths: Iterable[Path]) -> Path:
         """Move files and folders below one new folder, and return it."""
@@ -130,6 +158,6 @@ class RunFolder:
 
 
 def _step_of(path: Path) -> int:
-    found = _STEP.fullmatch(path.name)
+    found = _STEP.fullmatch(path.name) or _STEP_EXPORT.fullmatch(path.name)
     assert found is not None
     return int(found.group(1))

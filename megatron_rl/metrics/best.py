@@ -1,11 +1,12 @@
-"""The best steps of a run by one metric, in ``best.json`` of its folder."""
+"""The best steps of a run by one metric: chosen here, kept by its checkpoints, and told in ``best.json``."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_rl.config.trainer import CheckpointConfig
@@ -13,6 +14,8 @@ from megatron_rl.errors import UserError
 from megatron_rl.files import SAME_COMMAND, disk_errors, write_atomic
 
 BEST = "best.json"
+"""File in the run's folder, JSON with ``metric_name``, ``higher_is_better``, ``best``: a list of ``{"step", "value"}``, the
+best first, and ``hf_best``: the step in that folder, or null."""
 
 
 @dataclass(frozen=True)
@@ -24,72 +27,80 @@ class BestStep:
 
 
 class BestSteps:
-    """The ``keep_best`` best steps so far; every rank has the same, and one writes them.
+    """The ``keep_best`` best steps so far, the same on every rank.
 
     Args:
-        run_dir: holds ``best.json``.
         settings: ``metric_name`` None: no step is better than another.
-        start_step: steps done at the start; later ones of an earlier start are forgotten.
-        found: those of an earlier start, as ``read`` returns them on the rank that writes.
+        found: ``state()`` of an earlier start.
+        say: prints a line for the user; told once if a step has no such metric.
     """
 
     def __init__(
-        self, run_dir: Path, settings: CheckpointConfig, *, start_step: int, found: Mapping[int, float] | None = None
+        self, settings: CheckpointConfig, found: Iterable[tuple[int, float]] = (), say: Callable[[str], None] = print
     ) -> None:
-        self._path, self._settings = run_dir / BEST, settings
-        earlier = [BestStep(int(step), value) for step, value in (found or {}).items() if int(step) <= start_step]
-        self._best = self._sorted(earlier)
+        self._settings, self._say, self._is_told = settings, say, False
+        self._best = self._sorted([BestStep(int(step), float(value)) for step, value in found])
 
     @property
     def steps(self) -> list[int]:
         """The best steps, the best first."""
         return [each.step for each in self._best]
 
+    def state(self) -> list[tuple[int, float]]:
+        """Return what a checkpoint keeps, as JSON."""
+        return [(each.step, each.value) for each in self._best]
+
     def offer(self, step: int, row: Mapping[str, float]) -> bool:
-        """Take a step into account; return whether it is among the best now. Among equal values the first counts.
+        """Take a step into account; return whether it is among the best now. Of equal values the earliest is best.
 
         Args:
             step: steps done.
             row: its metrics; without the metric, or where that is not finite, the step is not among the best.
         """
-        value = row.get(self._settings.metric_name or "")
+        name = self._settings.metric_name
+        value = None if name is None else row.get(name)
+        if name is not None and value is None and not name.startswith("eval/") and not self._is_told:
+            near = ", ".join(get_close_matches(name, row, n=3)) or "metrics.jsonl has its metrics"
+            self._say(f"step {step} has no metric {name}, by which the best step is chosen ({near})")
+            self._is_told = True
         if value is None or not math.isfinite(value):
             return False
         self._best = self._sorted([*(each for each in self._best if each.step != step), BestStep(step, float(value))])
         return step in self.steps
 
-    def write(self) -> None:
+    def write(self, run_dir: Path, *, exported: int | None) -> None:
         """Write ``best.json``, as the rank that writes.
+
+        Args:
+            run_dir: folder of the run.
+            exported: step whose weights ``hf_best/`` holds.
 
         Raises:
             UserError: it cannot be written.
         """
-        settings = self._settings
+        settings, path = self._settings, run_dir / BEST
         content = {"metric_name": settings.metric_name, "higher_is_better": settings.higher_is_better}
-        with disk_errors(self._path, field="exp_manager.exp_dir", fix=SAME_COMMAND):
-            write_atomic(
-                self._path, json.dumps(content | {"best": [asdict(each) for each in self._best]}, indent=1) + "\n"
-            )
+        best = {"best": [asdict(each) for each in self._best], "hf_best": exported}
+        with disk_errors(path, field="exp_manager.exp_dir", fix=SAME_COMMAND):
+            write_atomic(path, json.dumps(content | best, indent=1) + "\n")
 
     def _sorted(self, steps: list[BestStep]) -> list[BestStep]:
         sign = -1 if self._settings.higher_is_better else 1
         return sorted(steps, key=lambda each: (sign * each.value, each.step))[: self._settings.keep_best]
 
-    @staticmethod
-    def read(run_dir: Path, metric_name: str | None = None) -> list[BestStep]:
-        """Return the best steps of a run, the best first; none where there is no file, or it is about another metric.
 
-        Raises:
-            UserError: the file is damaged.
-        """
-        path = run_dir / BEST
-        try:
-            content = json.loads(path.read_text())
-            if metric_name is not None and content["metric_name"] != metric_name:
-                return []
-            return [BestStep(int(each["step"]), float(each["value"])) for each in content["best"]]
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            rule = f"cannot be read ({type(error).__name__} {error})"
-            raise UserError(str(path), None, rule, "remove it: the run then finds its best steps anew") from error
+def read_best(run_dir: Path) -> tuple[int | None, int | None]:
+    """Return the best step of a run, and the step that ``hf_best/`` holds; None where there is none.
+
+    Raises:
+        UserError: ``best.json`` is damaged.
+    """
+    path = run_dir / BEST
+    try:
+        content = json.loads(path.read_text())
+        return next((int(each["step"]) for each in content["best"]), None), content["hf_best"]
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"cannot be read ({type(error).__name__} {error})"
+        raise UserError(str(path), None, rule, "remove it, and name a checkpoint by its step") from error

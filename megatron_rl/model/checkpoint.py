@@ -23,7 +23,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -94,6 +94,8 @@ class Checkpoints:
         self.origin: str | None = None
         """The explicit checkpoint that this run descends from, set by ``find`` and saved with every checkpoint. By it a
         restart with the same ``resume_from_checkpoint`` knows its own later checkpoints."""
+        self.protected: Collection[int] = ()
+        """Steps whose checkpoints are never removed."""
         self._pending: PendingSave | None = None
         self._metrics: dict[str, float] = {}
 
@@ -207,7 +209,8 @@ class Checkpoints:
         branch = [path for path in self._steps() if path.name <= saved.name]
         kept = [path for path in branch if incompleteness(path) is None][-self.keep_last :]
         for old in branch[: branch.index(kept[0])]:
-            shutil.rmtree(old, ignore_errors=True)
+            if int(old.name.removeprefix("step_")) not in self.protected:
+                shutil.rmtree(old, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------ read
 

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.convert.architecture.shape import ModelShape
-from megatron_rl.data.pack import unpack
+from megatron_rl.data.pack import full_batches, unpack
 from megatron_rl.losses.terms import TokenTerms
 from megatron_rl.model.flops import efficiency
 from megatron_rl.model.forward import PolicyModel
 from megatron_rl.model.guards import check_gradient_norm, check_log_probs, check_same_rows, check_trainable
 from megatron_rl.model.loss_report import reduce_reports, report
 from megatron_rl.model.trainable import Trainable
-from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, TrainingSample
+from megatron_rl.types import POLICY_GRADIENT_KINDS, MicroBatch, Prompt, RowKind, TrainingSample
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], TokenTerms]
 """(log_probs [T], entropy [T], micro_batch) -> terms."""
@@ -68,6 +68,21 @@ class Policy:
             num_devices=self.groups.world_size,
             name=torch.cuda.get_device_name() if self.groups.device.type == "cuda" else "",
         )
+
+    def log_probs_of(
+        self, prompts: Sequence[Prompt], responses: Sequence[Tensor], *, batch_size: int, row_unit: int
+    ) -> list[Tensor]:
+        """Return the log-probs of each response, [R] float32. A collective.
+
+        Args:
+            prompts: P prompts, the same on every rank.
+            responses: a response to each, [R] token ids.
+            batch_size: rows of a mini-batch.
+            row_unit: number of which a mini-batch has a multiple.
+        """
+        rows = [TrainingSample(prompt.prompt_ids, ids, RowKind.RL) for prompt, ids in zip(prompts, responses)]
+        self.fill_log_probs(rows, full_batches(range(len(rows)), size=batch_size, multiple=row_unit), "old_log_probs")
+        return [row.old_log_probs for row in rows if row.old_log_probs is not None]
 
     def fill_log_probs(
         self, samples: Sequence[TrainingSample], mini_batches: Sequence[Sequence[int]], *names: str

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.config import Config
 from megatron_rl.convert.architecture.shape import Dtype, ModelShape
 from megatron_rl.convert.hf.checkpoint_view import CheckpointView, exported_config
 from megatron_rl.convert.hf.export import merge_parameter
 from megatron_rl.convert.hf.load import check_coverage, load_parameter
+from megatron_rl.convert.hf.random_weights import RandomReader
 from megatron_rl.convert.hf.reader import HFReader, TensorReader
 from megatron_rl.convert.hf.writer import LayoutWriter, check_source, dtype_fields
 from megatron_rl.convert.tables.kinds import shard_shape
@@ -114,6 +116,17 @@ def iterate_hf_tensors(
                 _broadcast(shard, entry.expert // per_rank, groups.ep_group)
             _broadcast(shard, stage, groups.pp_group)
             yield from merge_parameter(name, _all_shards(shard, group), shape).items()
+
+
+def start_weights(config: Config, shape: ModelShape, groups: Groups) -> Callable[[Sequence[PolicyModel]], None]:
+    """Return the function that fills a model with the weights that a run starts from: random ones, or of its checkpoint."""
+    policy, seed = config.policy, config.trainer.seed
+
+    def reader() -> HFReader | RandomReader:
+        is_random = policy.initialization == "random"
+        return RandomReader(shape, seed=seed) if is_random else HFReader(policy.model_dir)
+
+    return lambda chunks: load_hf_weights(chunks, shape, groups, reader)
 
 
 def export_hf(chunks: Sequence[PolicyModel], shape: ModelShape, groups: Groups, *, source: Path, target: Path) -> None:

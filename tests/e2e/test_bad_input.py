@@ -148,12 +148,12 @@ def main_that_loses_its_lock(arguments: list[str], lock: Path) -> int:
 
     save_if_due = Run._save_if_due
 
-    def lose_and_save(run: Run, done: int) -> None:
+    def lose_and_save(run: Run, done: int, *, is_best: bool) -> None:
         if run.is_first and done == 2:
             holder = {**json.loads(lock.read_text()), "pid": 7, "host": "node7", "user": "ann"}
             lock.with_name("new").write_text(json.dumps(holder))
             lock.with_name("new").rename(lock)
-        save_if_due(run, done)
+        save_if_due(run, done, is_best=is_best)
 
     Run._save_if_due = lose_and_save  # type: ignore[method-assign]
     return run_main(arguments)

@@ -1,0 +1,65 @@
+"""What `megatron-rl eval` takes as a model, and its options as settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.commands.evaluated import BASE, data_overrides, find_model, sampling_overrides
+from megatron_rl.config import load_config
+from megatron_rl.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with two checkpoints and no export."""
+    for step in (5, 10):
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+    (tmp_path / "config.yaml").touch()
+    return tmp_path
+
+
+def test_a_run_gives_its_export_else_its_last_checkpoint(run: Path) -> None:
+    found = find_model(str(run), None)
+    assert found.overrides == (f"exp_manager.resume_from_checkpoint={run}/checkpoints/step_00000010",)
+    assert (found.config, found.out) == (run / "config.yaml", run / "evaluations/step_00000010")
+    assert find_model(str(run), "5") == find_model(str(run / "checkpoints/step_00000005"), None)
+    (run / "hf").mkdir()
+    assert f"policy.model_path={run}/hf" in find_model(str(run), None).overrides
+    assert find_model(str(run), "last").out.name == "step_00000010"
+
+
+def test_a_checkpoint_that_is_not_there_is_named(run: Path) -> None:
+    with pytest.raises(UserError, match="--checkpoint = '7': is no checkpoint of .*, which has: 5, 10"):
+        find_model(str(run), "7")
+    with pytest.raises(UserError, match="it has no best.json"):
+        find_model(str(run), "best")
+    (run / "best.json").write_text('{"best": [{"step": 5, "value": 1}], "hf_best": null}')
+    assert find_model(str(run), "best").out.name == "step_00000005"
+    with pytest.raises(UserError, match="is for the folder of a run"):
+        find_model("org/model", "best")
+
+
+def test_a_model_without_a_run_has_a_config_that_loads(tmp_path: Path) -> None:
+    found = find_model("org/Some-Model@abc", None)
+    assert found.config == BASE and found.out == Path("evaluations/Some-Model")
+    settings = [
+        *found.overrides,
+        *data_overrides([f"{tmp_path}/a.jsonl[:5]"]),
+        *sampling_overrides(6, None, greedy=False, by=["a.b"]),
+    ]
+    config = load_config(BASE, settings)
+    assert config.policy.model_path == "org/Some-Model@abc" and config.data.validation == [f"{tmp_path}/a.jsonl[:5]"]
+    assert (config.eval.k_values, config.eval.greedy, config.eval.by) == ([1, 2, 4], False, ["a.b"])
+
+
+def test_sets_have_names_where_there_are_several() -> None:
+    settings = data_overrides(["a=x/it's.jsonl", "b=[y.jsonl, z.jsonl]"])
+    held_out = load_config(BASE, ["policy.model_path=m", *settings]).data.held_out
+    assert held_out == {"a": ["x/it's.jsonl"], "b": ["y.jsonl", "z.jsonl"]}
+    for wrong, words in ((["a.jsonl", "b=c"], "names no set"), (["a=b", "a=c"], "name of an earlier one")):
+        with pytest.raises(UserError, match=words):
+            data_overrides(wrong)
+    with pytest.raises(UserError, match="write 1,8"):
+        sampling_overrides(8, "one", greedy=True, by=[])
