@@ -31,5 +31,7 @@ def test_the_page_holds_from_the_first_command_to_the_last(tmp_path: Path) -> No
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
     assert all(row["num_rollouts"] == 16 and "reward/shown" in row for row in rows)
     assert "resuming after step 5" in output
+    figures = json.loads((tmp_path / "runs/first_hour/evaluations/hf/results.json").read_text())["sets"]["test"]
+    assert figures["num_problems"] == 8 and {"greedy", "pass@4"} <= figures["figures"].keys()
     assert (tmp_path / "runs/first_hour/hf/model.safetensors").is_file()
     assert (tmp_path / "runs/first_hour/view.html").stat().st_size > 10_000

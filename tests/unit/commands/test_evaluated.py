@@ -31,9 +31,9 @@ def test_a_run_gives_its_export_else_its_last_checkpoint(run: Path) -> None:
 
 
 def test_a_checkpoint_that_is_not_there_is_named(run: Path) -> None:
-    with pytest.raises(UserError, match="--checkpoint = '7': is no checkpoint of .*, which has: 5, 10"):
-        find_model(str(run), "7")
-    with pytest.raises(UserError, match="it has no best.json"):
+    with pytest.raises(UserError, match=r"--checkpoint = '77': is no checkpoint of .*, which has: 5, 10"):
+        find_model(str(run), "77")
+    with pytest.raises(UserError, match=r"it has no best\.json"):
         find_model(str(run), "best")
     (run / "best.json").write_text('{"best": [{"step": 5, "value": 1}], "hf_best": null}')
     assert find_model(str(run), "best").out.name == "step_00000005"
