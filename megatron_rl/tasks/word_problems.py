@@ -25,7 +25,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.files import SAME_COMMAND, atomic_file, disk_errors
 from megatron_rl.tasks.base import check_template, fill_template, problem_id
 from megatron_rl.tasks.rows.row import Row
-from megatron_rl.types import Problem, Score
+from megatron_rl.types import FinishReason, Problem, Score
 
 NAMES = (
     "Ana", "Ben", "Cal", "Dan", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon",
@@ -303,11 +303,14 @@ class WordProblems:
             metadata=row.rest(("question", "answer", "solution")),
         )
 
-    def score(self, problem: Problem, response: str) -> Score:
+    def score(self, problem: Problem, response: str, *, finish_reason: FinishReason = "stop") -> Score:
         """Reward 1.0 where the integer after the last ``####`` is the answer; nothing may follow it.
 
-        Digits may be apart by one space each: a word-level tokenizer has a token a digit.
+        Digits may be apart by one space each: a word-level tokenizer has a token a digit. So a response that was cut at the
+        limit earns nothing: its number may lack its end.
         """
+        if finish_reason != "stop":
+            return Score(0.0, {"correct": 0.0, "format": 0.0}, "cut")
         _, mark, rest = response.rpartition(ANSWER_MARK)
         number = rest.strip()
         if not mark or not _FINAL_NUMBER.fullmatch(number):

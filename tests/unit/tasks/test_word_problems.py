@@ -218,3 +218,9 @@ def test_zero_and_negative_answers_compare():
     assert score_of("0", "#### -0").reward == 1
     assert score_of("-5", "#### -05").reward == 1
     assert score_of("5", "#### -5").reward == 0
+
+
+def test_a_number_at_the_limit_may_lack_its_end():
+    problem = Problem("id", "text", "3")
+    score = get_task("word_problems").score(problem, "1 + 2 = 3 #### 3", finish_reason="length")
+    assert (score.reward, score.reason) == (0.0, "cut")
