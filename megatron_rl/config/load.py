@@ -184,6 +184,8 @@ def _explain(error: ValidationError, section: type, where: tuple[str, ...]) -> E
     needs_quotes = first["type"] == "string_type" and isinstance(first["input"], int | float | dict)
     text = first["input"] if isinstance(first["input"], int | float) else "{...}"
     fix = f"put it into quotes of its own, as in {key}='\"{text}\"'" if needs_quotes else "correct the value"
+    if key == "trainer.max_steps" and first["input"] == 0:
+        fix = "megatron-rl eval MODEL evaluates without training"
     return UserError(key, first["input"], rule, fix)
 
 

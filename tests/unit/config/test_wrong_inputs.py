@@ -418,6 +418,7 @@ PAIRS = [
     Row("algorithm.kl.estimator", ("algorithm.kl.placement=reward",), "k1 only"),
     Row("weight_sync.directory", (SGLANG, "weight_sync.transport=disk"), "must be given"),
     Row("trainer.devices", ("trainer.devices=3", "policy.megatron_cfg.tensor_model_parallel_size=2"), "multiple of"),
+    Row("trainer.max_steps", ("trainer.max_steps=0",), "megatron-rl eval MODEL"),
     Row("policy.optim.sched.decay_updates", ("policy.optim.sched.name=cosine",), "number of updates"),
     Row(
         "policy.optim.sched.warmup_fraction",
