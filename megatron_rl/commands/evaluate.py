@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.commands.sampling import without_training
 from megatron_rl.config import Config
+from megatron_rl.errors import UserError
 from megatron_rl.launch.program import run_program
 from megatron_rl.process import lifetime
 
@@ -94,8 +95,15 @@ def _sample(run: Run, name: str, prompts: list[Prompt], chunk: int) -> list[Samp
 
 
 def adapt(config: Config) -> Config:
-    """Change a config for evaluation alone, of ``data.validation``."""
+    """Change a config for evaluation alone, of ``data.validation``.
+
+    Raises:
+        UserError: there are no problems.
+    """
     manager = config.exp_manager
+    if config.data.validation is None:
+        fix = "give --data FILE, or --data NAME=FILE for each set"
+        raise UserError("data.validation", None, "there must be problems to evaluate on", fix)
     return without_training(
         config,
         exp_dir=manager.exp_dir,

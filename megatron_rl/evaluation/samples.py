@@ -123,15 +123,15 @@ def sample_rows(groups: Sequence[RolloutGroup], kind: str, tokenizer: Any) -> li
     return rows
 
 
-def outcomes_of(rows: Sequence[SampleRow], problems: Sequence[str]) -> Outcomes:
-    """Return the outcomes of a set's samples; problems are in the order of their ids that is given."""
-    by_problem: dict[str, list[SampleRow]] = {problem_id: [] for problem_id in problems}
-    greedy = dict.fromkeys(problems, np.nan)
+def outcomes_of(rows: Sequence[SampleRow], sources: Sequence[str]) -> Outcomes:
+    """Return the outcomes of a set's samples, in the order of the problems' sources: a set may hold a problem twice."""
+    by_problem: dict[str, list[SampleRow]] = {source: [] for source in sources}
+    greedy = dict.fromkeys(sources, np.nan)
     for row in rows:
         if row["kind"] == "greedy":
-            greedy[row["problem"]] = _verdict(row)
+            greedy[row["source"]] = _verdict(row)
         else:
-            by_problem[row["problem"]].append(row)
+            by_problem[row["source"]].append(row)
     votes = []
     for samples in by_problem.values():
         numbers: dict[str, int] = {}
@@ -165,7 +165,7 @@ def set_results(
     Raises:
         UserError: no problem has such a column.
     """
-    outcomes = outcomes_of(rows, [prompt.problem.problem_id for prompt in prompts])
+    outcomes = outcomes_of(rows, [prompt.problem.source for prompt in prompts])
     found = figures(outcomes, k_values, seed=seed)
     dropped = {name: len(prompts) - figure["num_problems"] for name, figure in found.items()}
     failures = Counter(f"score_{row['reason'].split(':')[0]}" for row in rows if row["correct"] is None)

@@ -95,5 +95,7 @@ def test_the_best_weights_are_kept_exported_and_evaluated(case: Case, capfd: pyt
         assert done.returncode == status and words in done.stdout and "Traceback" not in done.stdout, done.stdout
     assert (folder / "evaluations/hf_best/results.json").is_file()
     capfd.readouterr()
+    assert run_ranks(evaluate, 1, settings(case, case.root / "none", "data.validation=null")) == [2]
+    assert "data.validation: there must be problems" in capfd.readouterr().err
     assert case.run("exp_manager.checkpoint_callback_params.metric_name=eval/pass@1") == [2]
     assert "this run makes none" in capfd.readouterr().err

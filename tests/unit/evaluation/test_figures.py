@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_rl.evaluation.figures import Outcomes, figures, intervals, majority_at, pass_at
+from megatron_rl.evaluation.samples import outcomes_of
 
 NAN = np.nan
 
@@ -67,3 +68,14 @@ def test_figures_count_their_problems() -> None:
         "greedy": 2, "pass@1": 2, "pass@2": 1, "avg@2": 2, "maj@2": 1, "cut_frac": 3, "response_length": 3,
     }  # fmt: skip
     assert found["pass@1"]["value"] == 0.75 and found["cut_frac"]["value"] == pytest.approx(1 / 6)
+
+
+def test_a_problem_that_a_large_file_holds_twice_counts_twice() -> None:
+    rows = [
+        {"problem": "p", "source": source, "kind": kind, "answer": "4", "correct": correct, "response_tokens": 3, "finish": "stop"}
+        for source, correct in (("f:1", True), ("f:2", False))
+        for kind in ("sample", "sample", "greedy")
+    ]
+    outcomes = outcomes_of(rows, ["f:1", "f:2"])
+    assert outcomes.correct.tolist() == [[1, 1], [0, 0]]
+    assert outcomes.greedy.tolist() == [1, 0]
