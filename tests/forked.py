@@ -7,6 +7,7 @@ must not have threads of its own (OMP_NUM_THREADS=1, see conftest.py) nor a proc
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import os
 import pickle
@@ -31,6 +32,8 @@ Result = TypeVar("Result")
 _PR_SET_PDEATHSIG = 1
 _LEAVE = "leave"
 """The file that says that all ranks have their results."""
+_SHOW_STACKS = signal.SIGUSR2
+"""Sent to a rank that runs past the time limit."""
 _NO_RESULT = object()
 _POLL_S = 0.005
 _GRACE_S = 1.0
@@ -73,10 +76,11 @@ def run_ranks(
                     _run_rank(function, args, kwargs, rank, world_size, directory, timeout_s)
                 pids.append(pid)
             exit_codes = _wait(pids, directory, timeout_s)
+            stacks = _stacks(pids, exit_codes, directory)
         finally:
             _kill(pids)
         outcomes = [_read(directory, rank) for rank in range(world_size)]
-    _raise_failures(outcomes, exit_codes, timeout_s)
+    _raise_failures(outcomes, exit_codes, timeout_s, stacks)
     return outcomes  # type: ignore[return-value]
 
 
@@ -122,6 +126,8 @@ def _run_rank(
     try:
         os.setsid()  # so that its children can be ended with it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # and itself with its parent
+        stacks = (directory / f"stacks_{rank}").open("w")
+        faulthandler.register(_SHOW_STACKS, stacks)
         # A fork server that an earlier test has started is the parent's child, which we cannot wait for.
         forkserver._forkserver.__init__()  # type: ignore[misc]
         outcome: Any
@@ -168,6 +174,17 @@ def _wait(pids: list[int], directory: Path, timeout_s: float) -> dict[int, int]:
     return exit_codes
 
 
+def _stacks(pids: list[int], exit_codes: dict[int, int], directory: Path) -> str:
+    """Where the ranks are that have no result; "" where all have ended."""
+    late = [rank for rank in range(len(pids)) if rank not in exit_codes and not (directory / f"rank_{rank}").exists()]
+    for rank in late:
+        os.kill(pids[rank], _SHOW_STACKS)
+    if late:
+        time.sleep(_GRACE_S)
+    files = {rank: directory / f"stacks_{rank}" for rank in late}
+    return "\n".join(f"rank {rank}:\n{file.read_text()}" for rank, file in files.items() if file.exists())
+
+
 def _kill(pids: list[int]) -> None:
     """End the ranks that have not been reaped, and their children."""
     for pid in pids:
@@ -189,7 +206,7 @@ def _read(directory: Path, rank: int) -> Any:
     return pickle.loads(path.read_bytes()) if path.exists() else _NO_RESULT
 
 
-def _raise_failures(outcomes: list[Any], exit_codes: dict[int, int], timeout_s: float) -> None:
+def _raise_failures(outcomes: list[Any], exit_codes: dict[int, int], timeout_s: float, stacks: str) -> None:
     world_size = len(outcomes)
     failures = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)}
     if failures:
@@ -203,7 +220,9 @@ def _raise_failures(outcomes: list[Any], exit_codes: dict[int, int], timeout_s: 
         raise AssertionError(f"died without a result, of {world_size} ranks: {how}")
     running = [rank for rank, outcome in enumerate(outcomes) if outcome is _NO_RESULT]
     if running:
-        raise AssertionError(f"ranks {running} of {world_size} were still running after {timeout_s:g} s")
+        raise AssertionError(
+            f"ranks {running} of {world_size} were still running after {timeout_s:g} s, here:\n{stacks}"
+        )
 
 
 def _name_of_exit(code: int) -> str:
