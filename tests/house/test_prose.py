@@ -137,6 +137,13 @@ def test_python_names_of_a_page_exist(page: Path) -> None:
     assert not lost, lost
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"([\w/]+\.py)::(\w+)", page.read_text())
+    lost = [f"{file}::{name}" for file, name in named if not defines((ROOT / "tests" / file).read_text(), name)]
+    assert not lost, lost
+
+
 def exists(dotted: str, name: str | None) -> bool:
     """Look for a module under megatron_rl, and in it for the rest of the name."""
     parts = dotted.strip(".").split(".")
