@@ -94,14 +94,16 @@ class Driver:
         deadline = time.monotonic() + MEET_S
         while True:
             error = self.fleet.failure
-            if future is not None and future.done() and future.exception() is not None:
-                failure = future.exception()
+            # Asked once: a future that ends in an error between two questions would be done without one, and this rank
+            # alone would raise it.
+            has_ended = future is not None and future.done()
+            if future is not None and has_ended and (failure := future.exception()) is not None:
                 if not isinstance(failure, UserError):
                     raise RuntimeError("generation failed") from failure
                 error = error or failure
             stale = [server.index for server in self.loop.call(self.fleet.stale)]
             is_serving = bool(self.loop.call(self.fleet.serving))
-            is_done = future.done() if future is not None else is_serving and not self._is_one_still_starting()
+            is_done = has_ended if future is not None else is_serving and not self._is_one_still_starting()
             if error or stale or is_done or time.monotonic() > deadline:
                 state = "wait" if not is_done else "done" if future is not None else "serving"
                 return {"error": error_to_json(error), "stale": stale, "state": state}
@@ -135,9 +137,11 @@ class Driver:
         return self.outcome(self.loop.submit(work), what)
 
     def outcome(self, future: Future[None], what: str) -> UserError | None:
-        """Wait for a coroutine of the fleet; a server's refusal is returned."""
+        """Wait for a coroutine of the fleet; an error is returned, for all ranks to raise."""
         try:
             future.result()
+        except UserError as error:
+            return error
         except Refused as error:
             return UserError(
                 "rollout.engine",
