@@ -21,7 +21,7 @@ from megatron_rl.convert.architecture.weight_files import (
 )
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
-from megatron_rl.tasks.problems import problem_of
+from megatron_rl.tasks.problems import check_answer, problem_of
 from megatron_rl.tasks.reward import find_verifier
 from megatron_rl.tasks.rows.open import check_lines, first_row
 from megatron_rl.tasks.rows.spec import parse_spec
@@ -109,7 +109,8 @@ def _check_weights(policy: PolicyConfig) -> None:
 
 
 def check_problem_files(config: Config) -> None:
-    """Look at the first row of each problem file: it is there, and its columns are what the config says or known ones.
+    """Look at the first row of each problem file: it is there, its columns are what the config says or known ones, and it has
+    an answer where the task compares with one.
 
     Of lines of JSON the first thousands are parsed. Folders and sets on the hub are opened later.
 
@@ -125,7 +126,11 @@ def check_problem_files(config: Config) -> None:
             spec = parse_spec(text, key)
             row = first_row(spec)
             if row is not None:
-                verifier.check_columns(problem_of(row, task, data.template, data.fields))
+                problem = problem_of(row, task, data.template, data.fields)
+                verifier.check_columns(problem)
+                is_judged = config.trainer.stage == "rl" if key == "data.train" else config.eval.is_used
+                if is_judged and data.reward is None:
+                    check_answer(problem)
             check_lines(spec, at_most=_NUM_LINES)
 
 
