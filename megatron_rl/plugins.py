@@ -203,7 +203,11 @@ def _look(path: str, field: str, what: str) -> set[str]:
     module, _, attribute = path.partition(":")
     is_file = module.endswith(".py")
     if not attribute.isidentifier() or not (is_file or all(part.isidentifier() for part in module.split("."))):
-        form = f"{module}:NAME, with the name of {what} in that file" if is_file else "folder/file.py:NAME or package.module:NAME"
+        form = (
+            f"{module}:NAME, with the name of {what} in that file"
+            if is_file
+            else "folder/file.py:NAME or package.module:NAME"
+        )
         raise UserError(field, path, f"does not read {'file.py' if is_file else 'package.module'}:NAME", f"give {form}")
     if (imported := sys.modules.get(module)) is not None:  # it may bind other names than its source shows
         there = vars(imported)
