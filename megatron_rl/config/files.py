@@ -131,12 +131,12 @@ def check_problem_files(config: Config, say: Callable[[str], None]) -> None:
     verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
     held_out = {validation_key(name): files for name, files in data.held_out.items()}
     for key, texts in {"data.train": data.train or [], **held_out}.items():
-        for text in texts:
-            spec = parse_spec(text, key)
-            row = first_row(spec)
-            if row is not None:
-                if not data.fields and takes_layouts(task):
-                    layout_of([row], [text], key, say)
+        specs = [parse_spec(text, key) for text in texts]
+        rows = {text: row for text, spec in zip(texts, specs) if (row := first_row(spec)) is not None}
+        if rows and not data.fields and takes_layouts(task):
+            layout_of(list(rows.values()), list(rows), key, say)
+        for text, spec in zip(texts, specs):
+            if (row := rows.get(text)) is not None:
                 problem = problem_of(row, task, data.template, data.fields)
                 verifier.check_columns(problem)
                 is_judged = config.trainer.stage == "rl" if key == "data.train" else config.eval.is_used
