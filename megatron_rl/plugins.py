@@ -203,7 +203,12 @@ def _look(path: str, field: str, what: str) -> set[str]:
     module, _, attribute = path.partition(":")
     is_file = module.endswith(".py")
     if not attribute.isidentifier() or not (is_file or all(part.isidentifier() for part in module.split("."))):
-        raise UserError(field, path, "does not read package.module:NAME", f"name the module of {what}, then the object")
+        form = (
+            f"{module}:NAME, with the name of {what} in that file"
+            if is_file
+            else "folder/file.py:NAME or package.module:NAME"
+        )
+        raise UserError(field, path, f"does not read {'file.py' if is_file else 'package.module'}:NAME", f"give {form}")
     if (imported := sys.modules.get(module)) is not None:  # it may bind other names than its source shows
         there = vars(imported)
         if attribute not in there and "__getattr__" not in there:
@@ -248,7 +253,7 @@ def _missing(path: str, names: Iterable[str], field: str) -> UserError:
     public = sorted(name for name in names if not name.startswith("_"))
     near = difflib.get_close_matches(attribute, public, n=1)
     fix = (
-        f"did you mean {near[0]}?" if near else f"check the spelling; {module} has {', '.join(public[:8]) or 'nothing'}"
+        f"did you mean {near[0]}" if near else f"check the spelling; {module} has {', '.join(public[:8]) or 'nothing'}"
     )
     return UserError(field, path, f"is not there: {module} has no {attribute}", fix)
 

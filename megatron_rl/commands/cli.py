@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML file; start from one in configs/", metavar="CONFIG")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.field=value", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="settings in place of the file's, such as trainer.max_steps=100; megatron-rl check prints all that there are",
+        metavar="KEY=VALUE",
+    ),
+]
 
 Endpoint = Annotated[
     str | None,
@@ -62,8 +68,7 @@ def train(
 ) -> None:
     """Train, or continue the last run with this config.
 
-    With trainer.num_nodes above 1, give the same command on every node. The nodes meet at node 0, whose address and each
-    node's rank come from the options below, else from MASTER_ADDR, MASTER_PORT and NODE_RANK, else from Slurm.
+    With trainer.num_nodes above 1, give the same command on each node; the options below say how they meet.
     """
     from megatron_rl.config import check_files, load_config
     from megatron_rl.launch.command import start
@@ -104,7 +109,10 @@ def evaluate(
     ],
     overrides: Overrides = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="problems, once a set; left out: data.validation", metavar="NAME=FILE")
+        list[str] | None,
+        typer.Option(
+            help="a set of problems; again for each further one; left out: data.validation", metavar="[NAME=]FILE"
+        ),
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="of a run: last, best, or a step; left out: its hf/, else last")
@@ -116,12 +124,14 @@ def evaluate(
     greedy: Annotated[bool, typer.Option(help="also decode greedily")] = True,
     by: Annotated[list[str] | None, typer.Option(help="give figures by this column of the problems, too")] = None,
     num_problems: Annotated[int | None, typer.Option(help="the first so many of each set", metavar="N")] = None,
-    temperature: Annotated[float | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    max_new_tokens: Annotated[int | None, typer.Option()] = None,
+    temperature: Annotated[float | None, typer.Option(help="of the samples; left out: as in the run, else 1")] = None,
+    top_p: Annotated[float | None, typer.Option(help="of the samples; left out: as in the run, else 1")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="limit of a response; left out: as in the run")] = None,
     engine: Annotated[str | None, typer.Option(help="transformers or sglang")] = None,
     devices: Annotated[int | None, typer.Option(help="processes: GPUs, or CPU ranks")] = None,
-    out: Annotated[Path | None, typer.Option(help="left out: in evaluations/", metavar="FOLDER")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="where results go; left out: in evaluations/", metavar="FOLDER")
+    ] = None,
 ) -> None:
     """Evaluate a model: pass@k, avg@n, maj@k and greedy accuracy with 95 % intervals, and all samples.
 
@@ -154,7 +164,8 @@ def view(
         Path, typer.Argument(help="folder of a run, or a file of its rollouts/, eval/ or trees/", metavar="RUN")
     ],
     page: Annotated[
-        Path | None, typer.Argument(help="left out: beside the file, or in the folder", metavar="[HTML]")
+        Path | None,
+        typer.Argument(help="page to write; left out: view.html in the folder, or beside the file", metavar="HTML"),
     ] = None,
     step: Annotated[int | None, typer.Option(help="show this step alone", metavar="N")] = None,
 ) -> None:
@@ -262,7 +273,7 @@ def check(
     if no_files:
         check_names(checked)
     else:
-        check_files(checked, fetches=True, starts=False)
+        check_files(checked, fetches=True, starts=False, say=lambda text: print(text, file=sys.stderr))
     print(to_yaml(checked), end="")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rl import plugins
@@ -21,7 +22,7 @@ from megatron_rl.convert.architecture.weight_files import (
 )
 from megatron_rl.errors import UserError
 from megatron_rl.tasks import get_task
-from megatron_rl.tasks.problems import problem_of
+from megatron_rl.tasks.problems import check_answer, layout_of, problem_of, takes_layouts
 from megatron_rl.tasks.reward import find_verifier
 from megatron_rl.tasks.rows.open import check_lines, first_row
 from megatron_rl.tasks.rows.spec import parse_spec
@@ -32,7 +33,14 @@ _NUM_LINES = 10_000
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def check_files(config: Config, *, fetches: bool = False, starts: bool = True, is_trained: bool = True) -> None:
+def check_files(
+    config: Config,
+    *,
+    fetches: bool = False,
+    starts: bool = True,
+    is_trained: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
     """Open what the run will need and check that it fits the layout, so that a mistake costs a second and not a queue slot.
 
     Args:
@@ -40,6 +48,7 @@ def check_files(config: Config, *, fetches: bool = False, starts: bool = True, i
         fetches: models that are named as on the Hugging Face hub are downloaded, weights after all other checks.
         starts: the run starts here and now. Else SGLang may be missing, and weights of the hub are not downloaded.
         is_trained: False for a program that needs no problems to train on.
+        say: is told the layout of each problem file.
 
     Raises:
         UserError: naming the config key whose path or size is wrong.
@@ -61,7 +70,7 @@ def check_files(config: Config, *, fetches: bool = False, starts: bool = True, i
     is_pretrained = policy.initialization == "pretrained"
     if is_pretrained and hub_name(policy.model_path) is None:
         _check_weights(policy)
-    check_problem_files(config)
+    check_problem_files(config, say)
     baseline = config.eval.baseline if config.eval.is_used else None
     if baseline is not None and not Path(baseline).is_file():
         raise UserError("eval.baseline", baseline, "is not a file", "give the eval/step_*.json of a run")
@@ -108,8 +117,9 @@ def _check_weights(policy: PolicyConfig) -> None:
     check_weight_files(folder)
 
 
-def check_problem_files(config: Config) -> None:
-    """Look at the first row of each problem file: it is there, and its columns are what the config says or known ones.
+def check_problem_files(config: Config, say: Callable[[str], None]) -> None:
+    """Look at the first row of each problem file: it is there, its columns are what the config says or known ones, and it has
+    an answer where the task compares with one.
 
     Of lines of JSON the first thousands are parsed. Folders and sets on the hub are opened later.
 
@@ -121,11 +131,17 @@ def check_problem_files(config: Config) -> None:
     verifier = find_verifier(data.task, data.reward, data.reward_kwargs)
     held_out = {validation_key(name): files for name, files in data.held_out.items()}
     for key, texts in {"data.train": data.train or [], **held_out}.items():
-        for text in texts:
-            spec = parse_spec(text, key)
-            row = first_row(spec)
-            if row is not None:
-                verifier.check_columns(problem_of(row, task, data.template, data.fields))
+        specs = [parse_spec(text, key) for text in texts]
+        rows = {text: row for text, spec in zip(texts, specs) if (row := first_row(spec)) is not None}
+        if rows and not data.fields and takes_layouts(task):
+            layout_of(list(rows.values()), list(rows), key, say)
+        for text, spec in zip(texts, specs):
+            if (row := rows.get(text)) is not None:
+                problem = problem_of(row, task, data.template, data.fields)
+                verifier.check_columns(problem)
+                is_judged = config.trainer.stage == "rl" if key == "data.train" else config.eval.is_used
+                if is_judged and data.reward is None:
+                    check_answer(problem)
             check_lines(spec, at_most=_NUM_LINES)
 
 

@@ -41,6 +41,8 @@ def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
             raise UserError(
                 "override", key + equals, "must read section.field=value", "for example trainer.max_steps=100"
             )
+        if key.startswith("+"):
+            raise UserError("override", key + equals, "begins with Hydra's +", f"leave it out: {key.lstrip('+')}=VALUE")
         value: Any = _read_value(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}

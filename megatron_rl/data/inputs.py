@@ -107,7 +107,7 @@ class Inputs:
         if data.apply_chat_template is None and not is_chat and self.tokenizer.chat_template is not None:
             self._say(
                 f"{field}: prompts are texts, and the model reads them as they are. data.apply_chat_template=true wraps "
-                "each in the tokenizer's chat template, as instruct models want it (false: no word of it)"
+                "each in the tokenizer's chat template, as instruct models want it; with false this note is not said"
             )
         is_lazy = isinstance(problems, Problems) and at_most is None
         # Lengths of rows that are not read yet are unknown: what a micro-batch has no room for is too long then.

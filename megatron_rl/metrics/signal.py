@@ -9,11 +9,14 @@ NUM_STEPS = 5
 """Steps over which a sign must hold."""
 CUT_FROM, CUT_UNTIL = 0.5, 0.4
 """Share of cut responses from which a warning is due, and below which it has ended."""
-_RIGHT, _WRONG, _CUT, _GRADIENT = (
-    "groups/all_right_frac", "groups/all_wrong_frac", "response_length/cut_frac", "grad_norm",
+_RIGHT, _WRONG, _CUT, _GRADIENT, _ROLLOUTS = (
+    "groups/all_right_frac", "groups/all_wrong_frac", "response_length/cut_frac", "grad_norm", "num_rollouts",
 )  # fmt: skip
+_FAILED = ("dropped/score_crash", "dropped/score_timeout")
+_KEPT = (_RIGHT, _WRONG, _CUT, _GRADIENT, _ROLLOUTS, *_FAILED)
 
 _TRIES = {
+    "failed": "mend the reward: the rollouts say what each failure was (megatron-rl view)",
     "wrong": "try easier problems, more rollouts a group, the chat template of the model, or look at what it writes "
     "(megatron-rl view)",
     "right": "try harder problems",
@@ -37,7 +40,7 @@ class SignalWatch:
         Example:
             ``warning: every group of the last 5 steps is wrong; the gradient is 0; try easier problems, ...``
         """
-        self._rows.append({key: metrics[key] for key in (_RIGHT, _WRONG, _CUT, _GRADIENT) if key in metrics})
+        self._rows.append({key: metrics[key] for key in _KEPT if key in metrics})
         if len(self._rows) < (self._rows.maxlen or 0):
             return None
         seen = self._signs()
@@ -53,6 +56,9 @@ class SignalWatch:
         steps = f"the last {len(self._rows)} steps"
         right, wrong, cut, gradient = (self._values(key) for key in (_RIGHT, _WRONG, _CUT, _GRADIENT))
         signs: dict[str, str] = {}
+        failed = sum(row.get(key, 0.0) for row in self._rows for key in _FAILED)
+        if failed and failed >= sum(self._values(_ROLLOUTS)) > 0:
+            signs["failed"] = f"no response of {steps} could be judged"
         if wrong and min(wrong) >= 1:
             signs["wrong"] = f"every group of {steps} is wrong"
         elif right and min(right) >= 1:

@@ -85,8 +85,8 @@ def open_problems(
     """
     found = get_task(task)
     rows = open_rows(files, field=field, split=split)
-    if not fields and getattr(found, "takes_layouts", False):
-        fields = _layout_of(rows, files, field, say)
+    if not fields and takes_layouts(found):
+        fields = layout_of([part[0] for part in rows.parts], files, field, say)
     problems = Problems(rows, task, found, template, fields)
     if len(problems) > MAX_LOADED:
         return problems
@@ -104,9 +104,18 @@ def check_answer(problem: Problem) -> None:
         )
 
 
-def _layout_of(rows: Joined, files: Sequence[str], field: str, say: Callable[[str], None]) -> Fields:
-    """Return the layout that all files have, by the first row of each."""
-    layouts = [recognise(part[0]) for part in rows.parts]
+def takes_layouts(task: Task) -> bool:
+    """Tell whether a task takes every layout that is known, without a mapping of columns."""
+    return bool(getattr(task, "takes_layouts", False))
+
+
+def layout_of(first_rows: Sequence[Row], files: Sequence[str], field: str, say: Callable[[str], None]) -> Fields:
+    """Return the layout that all files have, by the first row of each, and say it.
+
+    Raises:
+        UserError: one has none that is known, or not that of the others.
+    """
+    layouts = [recognise(row) for row in first_rows]
     for name, layout in zip(files, layouts):
         if layout != layouts[0]:
             raise UserError(

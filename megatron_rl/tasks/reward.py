@@ -67,6 +67,8 @@ class Verifier:
     """Further arguments, of ``data.reward_kwargs``."""
     required: frozenset[str] = frozenset()
     """Arguments that must be columns of the metadata."""
+    path: str = ""
+    """Names the function in errors."""
 
     @property
     def judges_together(self) -> bool:
@@ -100,10 +102,10 @@ class Verifier:
             there = ", ".join(problem.metadata) or "none"
             raise UserError(
                 FIELD,
-                missing[0],
-                f"is an argument that is neither offered ({', '.join(OFFERED)}) nor a column of {problem.source}; its other "
-                f"columns are {there}",
-                "rename it, give it a default, or give it in data.reward_kwargs",
+                self.path,
+                f"takes {missing[0]!r}, which is neither offered ({', '.join(OFFERED)}) nor a column of {problem.source}, "
+                f"whose other columns are: {there}",
+                f"rename this argument, give it a default, or set data.reward_kwargs.{missing[0]}",
             )
 
 
@@ -145,7 +147,7 @@ def as_verifier(function: Callable[..., Any], path: str, kwargs: Mapping[str, An
     required = {p.name for p in by_name if p.default is kinds.empty and p.name in names}
     required -= {name for name in required if ALIASES.get(name, name) in {*OFFERED, *PLURALS}}
     return Verifier(
-        function, names, takes_all, takes_many, inspect.iscoroutinefunction(function), kwargs, frozenset(required)
+        function, names, takes_all, takes_many, inspect.iscoroutinefunction(function), kwargs, frozenset(required), path
     )
 
 

@@ -263,11 +263,14 @@ def find_weights(directory: Path) -> Path:
     for candidate in candidates:
         if (candidate / METADATA_FILE).is_file():
             return candidate
+    steps = sorted((directory / "checkpoints").glob("step_*"))
     raise UserError(
         str(directory),
         None,
         f"is no Megatron checkpoint in the torch_dist format: it has no {METADATA_FILE}, nor do model/ and weights/ in it",
-        "give the directory that holds .metadata and .distcp files",
+        f"give a checkpoint of this run: {steps[-1]}"
+        if steps
+        else "give the directory that holds .metadata and .distcp files",
     )
 
 

@@ -131,16 +131,18 @@ def read_example(row: Row) -> Example:
     tools = None if mapping.tools is None else find(row.values, mapping.tools)
     if isinstance(tools, str):
         tools = json.loads(tools)
-    metadata = row.rest(used - _shared(mapping))
+    metadata = row.rest(used - _kept(mapping))
     if mapping.metadata is not None:
         given = find(row.values, mapping.metadata)
         metadata = dict(given) if isinstance(given, Mapping) else {} if given is None else {mapping.metadata: given}
     return Example(row.source, prompt, messages, question, answer, solution, metadata, tools)
 
 
-def _shared(mapping: Fields) -> set[str]:
-    """Return columns of which only an inner value is used: the rest of them may be wanted."""
-    return {column.partition(".")[0] for column in mapping.given().values() if "." in column}
+def _kept(mapping: Fields) -> set[str]:
+    """Return used columns that a reward may still ask for: answers by their own name, and those used in part."""
+    in_part = {column.partition(".")[0] for column in mapping.given().values() if "." in column}
+    by_name = {column for column in (mapping.answer, mapping.solution) if column not in (None, "answer")}
+    return in_part | by_name
 
 
 def _value(row: Row, column: str) -> Any:

@@ -172,3 +172,13 @@ def test_check_passes_what_is_right_and_names_a_wrong_problem_file(
     good = '{"question": "q", "answer": "#### 1"}\n'
     (tmp_path / "train.jsonl").write_text(good * 30 + "no json\n" + good)
     assert run_verb(cli.app) == 2 and "train.jsonl:31 = 'no json': is not JSON" in capsys.readouterr().err
+
+
+def test_check_says_the_layout_and_refuses_files_of_two(arguments: list[str], tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "other.jsonl").write_text('{"prompt": "q", "solution": "1"}\n')
+    arguments = [*arguments, "data.task=math"]
+    check_files(config(arguments, f"data.train={tmp_path}/other.jsonl"), say=said.append)
+    assert said == ["data.train: layout of TRL: prompt <- prompt, answer <- solution"]
+    with pytest.raises(UserError, match=r"data\.train = .*other\.jsonl': has the layout 'TRL'"):
+        check_files(config(arguments, f"data.train=[{tmp_path}/train.jsonl,{tmp_path}/other.jsonl]"))

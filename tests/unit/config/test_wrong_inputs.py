@@ -249,6 +249,7 @@ YAML = [
     Row("eval.k_values", ("eval.k_values.0=3",), "valid list"),
     Row("trainer.max_steps", ("trainer.max_steps.x=3",), "valid integer"),
     *(Row("override", (text,), "section.field=value") for text in ("trainer", "=5", ".a=5", "a.=5", "a..b=5", " a=5")),
+    *(Row("override", (text,), "begins with Hydra's +") for text in ("+trainer.max_steps=5", "++data.train=x")),
     *(
         Row("config", config=text, words=words)
         for text, words in [
@@ -716,6 +717,7 @@ PROBLEMS = [
     Row("data.fields", ("data.fields.answer=a",), "one of prompt and question has to be named"),
     Row("data.fields", ("data.fields.prompt=a", "data.fields.question=b"), "only one of prompt and question"),
     Row("train.jsonl:1", ("data.task=math", "data.fields.question=query"), "has no field 'query'", verb="train"),
+    Row("train.jsonl:1", ("data.task=math",), "has no reference answer", train='{"prompt": "q"}\n', verb="train"),
     Row("data.system_prompt", ("data.apply_chat_template=false", "data.system_prompt=be"), "needs a chat template"),
     Row("data.train", ("data.train=train.json",), "is no file or folder here", verb="train"),
 ]

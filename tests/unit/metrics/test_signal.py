@@ -60,6 +60,14 @@ def test_rows_without_groups_are_no_sign(tmp_path) -> None:
     assert "gradient" in line and "learning rate" in line
 
 
+def test_a_reward_that_judges_nothing_is_named() -> None:
+    failing = {"grad_norm": 0.0, "num_rollouts": 8.0, "dropped/score_crash": 5.0, "dropped/score_timeout": 3.0}
+    (line,) = said(*[failing] * 9)
+    assert "no response of the last 5 steps could be judged" in line and "mend the reward" in line
+    (line,) = said(*[failing] * 4, failing | {"dropped/score_timeout": 2.0})
+    assert "judged" not in line
+
+
 def test_the_console_shows_the_warning_between_the_steps(tmp_path) -> None:
     console = Console(file=io.StringIO(), force_terminal=False, width=80)
     with MetricsLogger(tmp_path, total_steps=9, console=console) as log:

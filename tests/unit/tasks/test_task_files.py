@@ -15,6 +15,7 @@ from megatron_rl.tasks import TASKS, get_task
 from megatron_rl.tasks import problems as problem_files
 from megatron_rl.tasks.base import Task, fill_template, unique_problems
 from megatron_rl.tasks.problems import Problems, check_answer, load_problems, open_problems
+from megatron_rl.tasks.reward import Attempt, as_verifier
 from megatron_rl.tasks.rows.row import Fields
 from megatron_rl.types import Problem
 
@@ -100,14 +101,19 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"messages": (USER,), "answer": "4",
          "metadata": {"prompt": "2 + 2?", "solution": "4", "reward_model": {"ground_truth": "4"}}},
     ),
-    "slime": ({"prompt": [USER], "label": "4", "id": 7}, {"messages": (USER,), "answer": "4", "metadata": {"id": 7}}),
+    "slime": (
+        {"prompt": [USER], "label": "4", "id": 7},
+        {"messages": (USER,), "answer": "4", "metadata": {"label": "4", "id": 7}},
+    ),
     "slime, texts": ({"prompt": "2 + 2?", "label": 4}, {"prompt": "2 + 2?", "answer": "4", "question": ""}),
     "NeMo-RL": ({"input": "2 + 2?", "output": "4"}, {"question": "2 + 2?", "answer": "4"}),
     "NeMo-RL, OpenMathInstruct": (
         {"problem": "2 + 2?", "generated_solution": "It is 4.", "expected_answer": "4"},
         {"question": "2 + 2?", "answer": "4", "solution": "It is 4."},
     ),
-    "TRL": ({"prompt": [USER], "solution": "$4$"}, {"messages": (USER,), "answer": "4"}),
+    "TRL": (
+        {"prompt": [USER], "solution": "$4$"}, {"messages": (USER,), "answer": "4", "metadata": {"solution": "$4$"}}
+    ),
     "TRL, prompt and completion": (
         {"prompt": [USER], "completion": [{"role": "assistant", "content": "It is \\boxed{4}."}]},
         {"messages": (USER,), "answer": "4", "solution": "It is \\boxed{4}."},
@@ -124,7 +130,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "MATH": (
         {"problem": "2 + 2?", "solution": "It is $\\boxed{4}$.", "level": "Level 1"},
-        {"question": "2 + 2?", "answer": "4", "solution": "It is $\\boxed{4}$.", "metadata": {"level": "Level 1"}},
+        {"question": "2 + 2?", "answer": "4", "solution": "It is $\\boxed{4}$.",
+         "metadata": {"solution": "It is $\\boxed{4}$.", "level": "Level 1"}},
     ),
     "AIME": ({"ID": "2024-I-1", "Problem": "2 + 2?", "Answer": 204}, {"question": "2 + 2?", "answer": "204"}),
     "OlympiadBench": ({"question": "2 + 2?", "final_answer": ["$4$"]}, {"question": "2 + 2?", "answer": "4"}),
@@ -140,6 +147,16 @@ def test_a_layout_is_recognised_and_said(tmp_path: Path, name: str) -> None:
     (problem,) = open_problems("math", [str(path)], say=said.append)
     assert {field: getattr(problem, field) for field in expected} == expected
     assert len(said) == 1 and said[0].startswith("data.train: layout of ")
+
+
+@pytest.mark.parametrize("column", ["solution", "ground_truth", "label"])
+def test_a_reward_may_ask_for_the_answer_by_the_name_of_its_column(tmp_path: Path, column: str) -> None:
+    def reward(completions: list[str], **kwargs: Any) -> list[bool]:
+        return [given == completion for given, completion in zip(kwargs[column], completions)]
+
+    problems = load_problems("math", write(tmp_path / "a.jsonl", {"prompt": "q", column: "4"}))
+    verifier = as_verifier(reward, "my.py:reward", {})
+    assert verifier.call([Attempt(problems[0], "4"), Attempt(problems[0], "5")]) == [True, False]
 
 
 def test_columns_of_ones_own_are_mapped(tmp_path: Path) -> None:
