@@ -98,9 +98,13 @@ def adapt(config: Config) -> Config:
     """Change a config for evaluation alone, of ``data.validation``.
 
     Raises:
-        UserError: there are no problems.
+        UserError: there are no problems, or the folder for the results is that of a run.
     """
     manager = config.exp_manager
+    metrics = manager.run_dir / "metrics.jsonl"
+    if (metrics.is_file() and metrics.stat().st_size) or any(manager.run_dir.glob("checkpoints/step_*")):
+        rule = "is the folder of a run, whose config and metrics would be replaced"
+        raise UserError("--out", str(manager.run_dir), rule, "name another folder, or leave it out")
     if config.data.validation is None:
         fix = "give --data FILE, or --data NAME=FILE for each set"
         raise UserError("data.validation", None, "there must be problems to evaluate on", fix)

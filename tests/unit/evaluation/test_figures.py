@@ -72,7 +72,15 @@ def test_figures_count_their_problems() -> None:
 
 def test_a_problem_that_a_large_file_holds_twice_counts_twice() -> None:
     rows = [
-        {"problem": "p", "source": source, "kind": kind, "answer": "4", "correct": correct, "response_tokens": 3, "finish": "stop"}
+        {
+            "problem": "p",
+            "source": source,
+            "kind": kind,
+            "answer": "4",
+            "correct": correct,
+            "response_tokens": 3,
+            "finish": "stop",
+        }
         for source, correct in (("f:1", True), ("f:2", False))
         for kind in ("sample", "sample", "greedy")
     ]
