@@ -59,6 +59,12 @@ def test_a_model_may_have_the_name_of_a_number() -> None:
     assert load_config(BASE, list(find_model("2024", None).overrides)).policy.model_path == "2024"
 
 
+@pytest.mark.parametrize("devices", [1, 2, 6, 8, 16])
+def test_a_model_is_evaluated_on_any_number_of_devices(devices: int) -> None:
+    settings = ["policy.model_path=m", "data.validation=a.jsonl", f"trainer.devices={devices}"]
+    assert adapt(load_config(BASE, settings)).policy.train_global_batch_size == devices
+
+
 def test_the_folder_of_a_run_takes_no_results(tmp_path: Path) -> None:
     settings = [
         "policy.model_path=m",
