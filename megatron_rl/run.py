@@ -144,12 +144,7 @@ class Run:
             with self._profiler.step(step + 1):
                 yield step
 
-    def finish_step(
-        self,
-        done: int,
-        updates: Sequence[Mapping[str, float]],
-        samples: Sequence[TrainingSample],
-    ) -> None:
+    def finish_step(self, done: int, updates: Sequence[Mapping[str, float]], samples: Sequence[TrainingSample]) -> None:
         """Log a step; evaluate and save where it is time to.
 
         Args:
@@ -314,6 +309,9 @@ class Run:
         """Write the exports of a step; tell its rank among the best. What a full disk refuses ends the run."""
         manager, best = self.config.exp_manager, self.best.steps
         if is_best and best[0] == done and manager.export_hf_best:
+            with all_ranks_agree(self.groups.cpu_group):  # a kill must not leave new weights under an old step's name
+                if self.is_first:
+                    self.best.write(self.directory, exported=None)
             self._export(BEST_EXPORT)
             self._exported_best = done
         every = manager.export_hf_every_n_steps
@@ -356,7 +354,7 @@ class Run:
         self._fixed = fixed_settings(self.config, self.shape, self.inputs.pool_contents)
         self._settings = result_settings(self.config) if self.is_first else {}  # now: files may change under a long run
         path, step = self.checkpoints.find(manager.resume_from_checkpoint, is_resuming=manager.resume_if_exists), 0
-        is_own, self._num_rows, best = False, 0, []
+        is_own, self._num_rows, best = False, 0, None
         if path is not None and not self.is_trained:
             step = int(self.checkpoints.load(path, self.policy.trainable)["step"])
         elif path is not None:
@@ -366,16 +364,17 @@ class Run:
             step, self.num_generated_tokens = int(state["step"]), int(state.get("generated_tokens", 0))
             is_own = path.resolve().parent == self.checkpoints.directory.resolve()
             if is_own:
-                self._num_rows, best = int(state.get("num_rows", 0)), state.get("best", [])
+                self._num_rows, best = int(state.get("num_rows", 0)), state.get("best")
             self.say(f"resuming after step {step}: {path}")
+        self.best = BestSteps(manager.checkpoint_callback_params, best, self.say)
         with all_ranks_agree(self.groups.cpu_group):
             if self.is_first:
                 if self.is_trained:
                     others = self.checkpoints.others(path) if is_own else []
                     self.folder.start_at(step if is_own else None, others)
                     self._exported_best = self.folder.keep_best(step)
+                    self.best.correct(self.directory, exported=self._exported_best)
                 save_resolved(self.config, self.directory / "config.yaml")
-        self.best = BestSteps(manager.checkpoint_callback_params, best, self.say)
         self.checkpoints.protected = self.best.steps
         return step
 
@@ -387,8 +386,8 @@ class Run:
         callback = self.config.exp_manager.checkpoint_callback_params
         is_last = self._is_last(done)
         if self._writes_checkpoints and (done % callback.every_n_train_steps == 0 or is_last or is_best):
+            self.checkpoints.complete()  # of the one before, beside what was best before this step
             self.checkpoints.protected = self.best.steps
-            self.checkpoints.complete()  # of the one before
             is_away = self.policy.trainable.update_memory.is_released
             if is_away:  # a checkpoint needs the optimizer's state, whose place the engine may have taken
                 self.release_engine_memory()

@@ -138,7 +138,7 @@ def evaluate(
     The same command goes on after a kill. docs/evaluation.md.
     """
     from megatron_rl.commands.evaluate import adapt
-    from megatron_rl.commands.evaluated import data_overrides, find_model, sampling_overrides
+    from megatron_rl.commands.evaluated import data_overrides, find_model, quoted, sampling_overrides
     from megatron_rl.config import check_files, load_config
     from megatron_rl.launch.command import start
 
@@ -149,7 +149,7 @@ def evaluate(
         "rollout.max_new_tokens": max_new_tokens, "trainer.devices": devices,
     }  # fmt: skip
     settings = [
-        *found.overrides, f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}",
+        *found.overrides, f"exp_manager.exp_dir={quoted(str(folder.parent))}", f"exp_manager.name={quoted(folder.name)}",
         *data_overrides(data or []), *sampling_overrides(samples, k, greedy=greedy, by=by or []),
         *(f"{field}={value}" for field, value in given.items() if value is not None), *(overrides or []),
     ]  # fmt: skip

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def evaluate(config: Config, runtime: Runtime) -> None:
     """Sample what is missing of all sets, then write and print the figures. A collective."""
-    from megatron_rl.evaluation.samples import SampleFolder, set_results
+    from megatron_rl.evaluation.samples import SampleFolder, check_columns, set_results
     from megatron_rl.evaluation.table import print_results
     from megatron_rl.parallel.agree import all_ranks_agree
     from megatron_rl.run import Run
@@ -33,6 +33,8 @@ def evaluate(config: Config, runtime: Runtime) -> None:
     with Run(config, runtime, is_trained=False) as run:
         settings = _settings(run)
         with all_ranks_agree(run.groups.cpu_group):
+            problems = [prompt.problem for prompts in run.inputs.held_out.values() for prompt in prompts]
+            check_columns(problems, config.eval.by)
             folder = SampleFolder(run.directory, settings) if run.is_first else None
         sets = named(run.inputs.held_out)
         found = {name: sample_set(run, folder, name, prompts) for name, prompts in sets.items()}
@@ -98,9 +100,13 @@ def adapt(config: Config) -> Config:
     """Change a config for evaluation alone, of ``data.validation``.
 
     Raises:
-        UserError: there are no problems.
+        UserError: there are no problems, or the folder for the results is that of a run.
     """
     manager = config.exp_manager
+    metrics = manager.run_dir / "metrics.jsonl"
+    if (metrics.is_file() and metrics.stat().st_size) or any(manager.run_dir.glob("checkpoints/step_*")):
+        rule = "is the folder of a run, whose config and metrics would be replaced"
+        raise UserError("--out", str(manager.run_dir), rule, "name another folder, or leave it out")
     if config.data.validation is None:
         fix = "give --data FILE, or --data NAME=FILE for each set"
         raise UserError("data.validation", None, "there must be problems to evaluate on", fix)
@@ -139,12 +145,21 @@ def _settings(run: Run) -> dict[str, Any]:
         },
         "task": config.data.task,
         "reward": config.data.reward,
+        "reward_file": reward_digest(config.data.reward),
         "reward_kwargs": config.data.reward_kwargs,
         "engine": config.rollout.engine,
         "precision": config.trainer.precision,
         "seed": config.trainer.seed,
         "chunk_size": settings.chunk_size,
     }
+
+
+def reward_digest(reward: str | None) -> str | None:
+    """Return a digest of the file of ``FILE.py:FUNCTION``; None of a function of an installed module, and without one."""
+    from megatron_rl.files import content_digest
+
+    path = Path((reward or "").rpartition(":")[0])
+    return content_digest(path) if path.is_file() else None
 
 
 def _model(config: Config) -> str:

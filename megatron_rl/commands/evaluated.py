@@ -50,7 +50,7 @@ def find_model(model: str, checkpoint: str | None) -> Evaluated:
         return Evaluated(path, (), Path("evaluations") / path.stem)
     name = path.name if path.exists() else model.split("@")[0].rsplit("/", 1)[-1]
     precision = () if platform() == "gpu" else ("trainer.precision=fp32",)
-    return Evaluated(BASE, (f"policy.model_path={model}", *precision), Path("evaluations") / name)
+    return Evaluated(BASE, (f"policy.model_path={quoted(model)}", *precision), Path("evaluations") / name)
 
 
 def _of_run(run: Path, checkpoint: str | None) -> Evaluated:
@@ -66,7 +66,7 @@ def _of_run(run: Path, checkpoint: str | None) -> Evaluated:
             return _of_export(run, "hf_best")
         steps = [run / "checkpoints" / f"step_{best:08d}"]
     elif checkpoint not in (None, "last"):
-        steps = [path for path in steps if checkpoint.isdigit() and int(path.name[5:]) == int(checkpoint)]
+        steps = [path for path in steps if str(int(path.name[5:])) == checkpoint.lstrip("0")]
     if not steps or not steps[-1].is_dir():
         there = (
             ", ".join(str(int(path.name[5:])) for path in sorted((run / "checkpoints").glob("step_????????"))) or "none"
@@ -78,7 +78,11 @@ def _of_run(run: Path, checkpoint: str | None) -> Evaluated:
 
 
 def _of_export(run: Path, name: str) -> Evaluated:
-    settings = (f"policy.model_path={run / name}", "policy.tokenizer_path=null", "policy.initialization=pretrained")
+    settings = (
+        f"policy.model_path={quoted(str(run / name))}",
+        "policy.tokenizer_path=null",
+        "policy.initialization=pretrained",
+    )
     return Evaluated(
         run / "config.yaml", (*settings, "exp_manager.resume_from_checkpoint=null"), run / "evaluations" / name
     )
@@ -86,7 +90,7 @@ def _of_export(run: Path, name: str) -> Evaluated:
 
 def _of_checkpoint(path: Path) -> Evaluated:
     run = path.parent.parent
-    settings = (f"exp_manager.resume_from_checkpoint={path}",)
+    settings = (f"exp_manager.resume_from_checkpoint={quoted(str(path))}",)
     return Evaluated(run / "config.yaml", settings, run / "evaluations" / path.name)
 
 
@@ -100,14 +104,14 @@ def data_overrides(sets: Sequence[str]) -> list[str]:
         return []
     named = [re.fullmatch(r"([\w.-]+)=(.+)", text) for text in sets]
     if len(sets) == 1 and named[0] is None:
-        return ["data.validation=null", f"data.validation={_quoted(sets[0])}"]
+        return ["data.validation=null", f"data.validation={_files(sets[0])}"]
     found: dict[str, str] = {}
     for text, match in zip(sets, named):
         if match is None or match[1] in found:
             rule = "names no set, and there are several" if match is None else "has the name of an earlier one"
             raise UserError("--data", text, rule, "give each as NAME=FILE")
         found[match[1]] = match[2]
-    pairs = ", ".join(f"{name}: {_quoted(path)}" for name, path in found.items())
+    pairs = ", ".join(f"{name}: {_files(path)}" for name, path in found.items())
     return ["data.validation=null", f"data.validation={{{pairs}}}"]
 
 
@@ -122,9 +126,14 @@ def sampling_overrides(samples: int | None, k: str | None, *, greedy: bool, by: 
         raise UserError("--k", k, "must be numbers with commas between them", "write 1,8")
     values = k or ",".join(str(2**power) for power in range(max(1, number.bit_length())) if 2**power <= max(1, number))
     found = [f"eval.num_samples={number}", f"eval.k_values=[{values}]", f"eval.greedy={str(greedy).lower()}"]
-    return [*found, f"eval.by=[{', '.join(map(_quoted, by))}]"] if by else found
+    return [*found, f"eval.by=[{', '.join(map(quoted, by))}]"] if by else found
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Quote for YAML, where ``2024`` would be a number."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _files(text: str) -> str:
     """Quote for YAML; a list, ``[a, b]``, stays one."""
-    return text if text.startswith("[") else "'" + text.replace("'", "''") + "'"
+    return text if text.startswith("[") else quoted(text)

@@ -49,11 +49,12 @@ def count_chunks(chunk: Callable[[int], Path]) -> int:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Return a digest of problems and their token ids."""
+    """Return a digest of problems, their token ids and their reference answers, by which samples were judged."""
     digest = hashlib.blake2b(digest_size=8)
     for prompt in prompts:
         digest.update(prompt.problem.problem_id.encode())
         digest.update(prompt.prompt_ids.numpy().tobytes())
+        digest.update(json.dumps(prompt.problem.answer).encode())
     return digest.hexdigest()
 
 

@@ -155,15 +155,12 @@ def set_results(
         rows: of its samples.
         prompts: its prompts, in order.
         k_values: of pass@k.
-        by: columns of metadata; figures of each of their values are given too.
+        by: columns of metadata; figures of each of their values are given too, where a problem of the set has the column.
         seed: of intervals.
 
     Returns:
         ``figures``; ``dropped``: how many problems are left out of which figure, and how many scores failed for what reason;
         ``by``: column -> value -> figures.
-
-    Raises:
-        UserError: no problem has such a column.
     """
     outcomes = outcomes_of(rows, [prompt.problem.source for prompt in prompts])
     found = figures(outcomes, k_values, seed=seed)
@@ -171,10 +168,12 @@ def set_results(
     failures = Counter(f"score_{row['reason'].split(':')[0]}" for row in rows if row["correct"] is None)
     domains = {}
     for column in by:
-        values = _domains([prompt.problem for prompt in prompts], column)
+        values = _domains(prompts, column)
         of_column = {
             value: np.array([i for i, each in enumerate(values) if each == value]) for value in sorted({*values})
         }
+        if [*of_column] == [""]:
+            continue
         domains[column] = {value: figures(outcomes.of(at), k_values, seed=seed) for value, at in of_column.items()}
     return {
         "num_problems": len(prompts),
@@ -185,12 +184,22 @@ def set_results(
     }
 
 
-def _domains(problems: Sequence[Problem], column: str) -> list[str]:
-    values = [find(problem.metadata, column) for problem in problems]
-    if all(value is None for value in values):
+def check_columns(problems: Sequence[Problem], by: Sequence[str]) -> None:
+    """Check that each column of ``eval.by`` is one of a problem's metadata, before anything is sampled.
+
+    Raises:
+        UserError: one is not.
+    """
+    for column in by:
+        if any(find(problem.metadata, column) is not None for problem in problems):
+            continue
         columns = ", ".join(sorted({key for problem in problems for key in problem.metadata})) or "none"
         rule = f"is no column of the problems' metadata, which has {columns}"
         raise UserError("eval.by", column, rule, "name one of those, or leave it out")
+
+
+def _domains(prompts: Sequence[Prompt], column: str) -> list[str]:
+    values = [find(prompt.problem.metadata, column) for prompt in prompts]
     return ["" if value is None else str(value) for value in values]
 
 

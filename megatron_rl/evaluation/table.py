@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _LABELS = {"cut_frac": "cut at the limit", "response_length": "tokens of a response"}
@@ -37,15 +38,17 @@ def print_results(results: Mapping[str, Any], *, console: Console | None = None)
 
 
 def _by_domain(title: str, domains: Mapping[str, Any]) -> Table:
-    table = Table(title=title)
+    table = Table(title=escape(title))
     table.add_column("")
-    names = [name for name in next(iter(domains.values())) if name not in _LABELS]
+    # A domain may lack a figure that others have, where none of its samples could be judged.
+    fullest_first = sorted(domains.values(), key=len, reverse=True)
+    names = [name for name in dict.fromkeys(name for found in fullest_first for name in found) if name not in _LABELS]
     for heading in ("problems", *names):
         table.add_column(heading, justify="right")
     for value, found in domains.items():
         num_problems = max(at["num_problems"] for at in found.values())
         cells = [_share(found[name]) if name in found else "-" for name in names]
-        table.add_row(value or "(none)", str(num_problems), *cells)
+        table.add_row(escape(value) or "(none)", str(num_problems), *cells)
     return table
 
 

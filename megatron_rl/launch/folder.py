@@ -116,14 +116,18 @@ class RunFolder:
                     shutil.rmtree(path)
 
     def keep_best(self, step: int) -> int | None:
-        """Return the step that ``hf_best/`` holds, where a run starts after ``step`` steps; move away one of a later step."""
+        """Return the step that ``hf_best/`` holds, where a run starts after ``step`` steps.
+
+        Move away one of a later step, or one that was being replaced, so that nobody knows whose weights it has.
+        """
         with self._touching():
             held = read_best(self.path)[1]
-            if held is None or held <= step:
+            if held is not None and held <= step:
                 return held
             if (self.path / BEST_EXPORT).is_dir():
                 aside = self._move([self.path / BEST_EXPORT])
-                self.say(f"{BEST_EXPORT} was of step {held}, after which this run does not start: moved to {aside}")
+                of = "being replaced" if held is None else f"of step {held}, after which this run does not start"
+                self.say(f"{BEST_EXPORT} was {of}: moved to {aside}")
             return None
 
     def _products(self) -> Iterator[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.config.trainer import CheckpointConfig
 from megatron_rl.errors import UserError
@@ -31,24 +32,32 @@ class BestSteps:
 
     Args:
         settings: ``metric_name`` None: no step is better than another.
-        found: ``state()`` of an earlier start.
+        found: ``state()`` of an earlier start. Values by another metric are not compared: none of them is taken over.
         say: prints a line for the user; told once if a step has no such metric.
     """
 
     def __init__(
-        self, settings: CheckpointConfig, found: Iterable[tuple[int, float]] = (), say: Callable[[str], None] = print
+        self, settings: CheckpointConfig, found: Mapping[str, Any] | None = None, say: Callable[[str], None] = print
     ) -> None:
         self._settings, self._say, self._is_told = settings, say, False
-        self._best = self._sorted([BestStep(int(step), float(value)) for step, value in found])
+        self._measure = {"metric_name": settings.metric_name, "higher_is_better": settings.higher_is_better}
+        before = self._measure | {"best": []} | dict(found or {})
+        best = [BestStep(**each) for each in before.pop("best")]
+        if settings.metric_name is None:
+            self._measure = before
+        elif before != self._measure and best:
+            say(f"the best steps so far were by {_shown(before)}, not by {_shown(self._measure)}: none of them counts")
+            best = []
+        self._best = self._sorted(best)
 
     @property
     def steps(self) -> list[int]:
         """The best steps, the best first."""
         return [each.step for each in self._best]
 
-    def state(self) -> list[tuple[int, float]]:
+    def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as JSON."""
-        return [(each.step, each.value) for each in self._best]
+        return self._measure | {"best": [asdict(each) for each in self._best]}
 
     def offer(self, step: int, row: Mapping[str, float]) -> bool:
         """Take a step into account; return whether it is among the best now. Of equal values the earliest is best.
@@ -78,15 +87,22 @@ class BestSteps:
         Raises:
             UserError: it cannot be written.
         """
-        settings, path = self._settings, run_dir / BEST
-        content = {"metric_name": settings.metric_name, "higher_is_better": settings.higher_is_better}
-        best = {"best": [asdict(each) for each in self._best], "hf_best": exported}
+        path = run_dir / BEST
         with disk_errors(path, field="exp_manager.exp_dir", fix=SAME_COMMAND):
-            write_atomic(path, json.dumps(content | best, indent=1) + "\n")
+            write_atomic(path, json.dumps(self.state() | {"hf_best": exported}, indent=1) + "\n")
+
+    def correct(self, run_dir: Path, *, exported: int | None) -> None:
+        """Write ``best.json`` again where there is one: it may tell of steps after those that a start goes on from."""
+        if (run_dir / BEST).is_file():
+            self.write(run_dir, exported=exported)
 
     def _sorted(self, steps: list[BestStep]) -> list[BestStep]:
-        sign = -1 if self._settings.higher_is_better else 1
+        sign = -1 if self._measure["higher_is_better"] else 1
         return sorted(steps, key=lambda each: (sign * each.value, each.step))[: self._settings.keep_best]
+
+
+def _shown(measure: Mapping[str, Any]) -> str:
+    return f"{measure['metric_name']} ({'higher' if measure['higher_is_better'] else 'lower'} is better)"
 
 
 def read_best(run_dir: Path) -> tuple[int | None, int | None]:

@@ -6,9 +6,11 @@ And what it can be given: the best weights of a run, as a checkpoint and as an e
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -99,3 +101,37 @@ def test_the_best_weights_are_kept_exported_and_evaluated(case: Case, capfd: pyt
     assert "data.validation: there must be problems" in capfd.readouterr().err
     assert case.run("exp_manager.checkpoint_callback_params.metric_name=eval/pass@1") == [2]
     assert "this run makes none" in capfd.readouterr().err
+
+
+def train_until(arguments: list[str], killed_at: int) -> int:
+    """Train; end like a killed one where the checkpoint of a step would begin, after its export."""
+    from megatron_rl.model.checkpoint import Checkpoints
+    from megatron_rl.train import main
+
+    start = Checkpoints.start
+
+    def start_some(checkpoints: Checkpoints, step: int, *rest: Any, **settings: Any) -> None:
+        if step == killed_at:
+            os._exit(9)
+        start(checkpoints, step, *rest, **settings)
+
+    Checkpoints.start = start_some  # type: ignore[method-assign]
+    Checkpoints.poll = lambda self: None  # type: ignore[method-assign]  # as if the disk were slow
+    return main(["--config", *arguments])
+
+
+def test_a_kill_between_export_and_checkpoint_loses_no_best_step(case: Case) -> None:
+    params = "every_n_train_steps: 1, keep_last: 1, metric_name: entropy/mean, async_save: true"
+    run = (f"exp_manager.checkpoint_callback_params={{{params}}}", "exp_manager.export_hf_best=true")
+    arguments = case.arguments("trainer.devices=1", "trainer.max_steps=3", *run)
+    folder = case.root / "tiny"
+    with pytest.raises(AssertionError, match="exit code 9"):
+        run_ranks(train_until, 1, arguments, 3)
+    values = {row["step"]: row["entropy/mean"] for row in case.rows()}
+    best = max((1, 2), key=values.__getitem__)
+    assert best == 1 and values[3] > values[1], "the case needs a best step that only the last one replaces"
+    assert case.run("trainer.max_steps=2", *run) == [0]
+    told = json.loads((folder / "best.json").read_text())
+    assert ([each["step"] for each in told["best"]], told["hf_best"]) == ([best], None)
+    assert not (folder / "hf_best").exists() and [*folder.glob("abandoned_*/hf_best/model.safetensors")]
+    assert sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step_*")) == [1, 2]

@@ -130,7 +130,13 @@ def read_example(row: Row) -> Example:
     answer = None if mapping.answer is None else answer_text(_value(row, mapping.answer), row, mapping.answer)
     tools = None if mapping.tools is None else find(row.values, mapping.tools)
     if isinstance(tools, str):
-        tools = json.loads(tools)
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            rule = f"column {mapping.tools!r} is not JSON ({error})"
+            raise UserError(
+                row.source, shorten(tools), rule, "write a list of tools as JSON, or leave it null"
+            ) from None
     metadata = row.rest(used - _kept(mapping))
     if mapping.metadata is not None:
         given = find(row.values, mapping.metadata)

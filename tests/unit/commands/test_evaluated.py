@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.commands.evaluate import adapt
 from megatron_rl.commands.evaluated import BASE, data_overrides, find_model, sampling_overrides
 from megatron_rl.config import load_config
 from megatron_rl.errors import UserError
@@ -22,11 +23,11 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_run_gives_its_export_else_its_last_checkpoint(run: Path) -> None:
     found = find_model(str(run), None)
-    assert found.overrides == (f"exp_manager.resume_from_checkpoint={run}/checkpoints/step_00000010",)
+    assert found.overrides == (f"exp_manager.resume_from_checkpoint='{run}/checkpoints/step_00000010'",)
     assert (found.config, found.out) == (run / "config.yaml", run / "evaluations/step_00000010")
     assert find_model(str(run), "5") == find_model(str(run / "checkpoints/step_00000005"), None)
     (run / "hf").mkdir()
-    assert f"policy.model_path={run}/hf" in find_model(str(run), None).overrides
+    assert f"policy.model_path='{run}/hf'" in find_model(str(run), None).overrides
     assert find_model(str(run), "last").out.name == "step_00000010"
 
 
@@ -52,6 +53,32 @@ def test_a_model_without_a_run_has_a_config_that_loads(tmp_path: Path) -> None:
     config = load_config(BASE, settings)
     assert config.policy.model_path == "org/Some-Model@abc" and config.data.validation == [f"{tmp_path}/a.jsonl[:5]"]
     assert (config.eval.k_values, config.eval.greedy, config.eval.by) == ([1, 2, 4], False, ["a.b"])
+
+
+def test_a_model_may_have_the_name_of_a_number() -> None:
+    assert load_config(BASE, list(find_model("2024", None).overrides)).policy.model_path == "2024"
+
+
+@pytest.mark.parametrize("devices", [1, 2, 6, 8, 16])
+def test_a_model_is_evaluated_on_any_number_of_devices(devices: int) -> None:
+    settings = ["policy.model_path=m", "data.validation=a.jsonl", f"trainer.devices={devices}"]
+    assert adapt(load_config(BASE, settings)).policy.train_global_batch_size == devices
+
+
+def test_the_folder_of_a_run_takes_no_results(tmp_path: Path) -> None:
+    settings = [
+        "policy.model_path=m",
+        "data.validation=a.jsonl",
+        f"exp_manager.exp_dir={tmp_path}",
+        "exp_manager.name=run",
+    ]
+    adapt(load_config(BASE, settings))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").touch()  # as an earlier evaluation leaves it
+    adapt(load_config(BASE, settings))
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"--out = .* is the folder of a run"):
+        adapt(load_config(BASE, settings))
 
 
 def test_sets_have_names_where_there_are_several() -> None:

@@ -8,8 +8,10 @@ from math import comb
 import numpy as np
 import pytest
 
+from megatron_rl.errors import UserError
 from megatron_rl.evaluation.figures import Outcomes, figures, intervals, majority_at, pass_at
-from megatron_rl.evaluation.samples import outcomes_of
+from megatron_rl.evaluation.samples import check_columns, outcomes_of
+from megatron_rl.types import Problem
 
 NAN = np.nan
 
@@ -79,3 +81,10 @@ def test_a_problem_that_a_large_file_holds_twice_counts_twice() -> None:
     outcomes = outcomes_of(rows, ["f:1", "f:2"])
     assert outcomes.correct.tolist() == [[1, 1], [0, 0]]
     assert outcomes.greedy.tolist() == [1, 0]
+
+
+def test_a_column_that_no_problem_has_is_named_before_anything_is_sampled() -> None:
+    problems = [Problem("a", "?", "1"), Problem("b", "?", "1", metadata={"extra": {"level": 0}})]
+    check_columns(problems, ["extra", "extra.level"])  # one set may have it, and another not
+    with pytest.raises(UserError, match=r"eval\.by = 'level': is no column .* has extra"):
+        check_columns(problems, ["level"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -37,9 +38,23 @@ def test_a_step_without_a_finite_value_is_none_and_is_told_once() -> None:
 
 def test_a_resumed_run_goes_on_with_those_it_had() -> None:
     settings = CheckpointConfig(metric_name="loss", higher_is_better=False)
-    best = BestSteps(settings, [(4, 0.3)])
+    earlier = BestSteps(settings)
+    earlier.offer(4, {"loss": 0.3})
+    best = BestSteps(settings, json.loads(json.dumps(earlier.state())))
     assert not best.offer(5, {"loss": 0.4}) and best.offer(6, {"loss": 0.2})
-    assert best.state() == [(6, 0.2)]
+    assert best.state()["best"] == [{"step": 6, "value": 0.2}]
+
+
+def test_values_of_another_metric_are_not_compared() -> None:
+    said: list[str] = []
+    losses = BestSteps(CheckpointConfig(metric_name="loss", higher_is_better=False))
+    losses.offer(4, {"loss": 3.0})
+    best = BestSteps(CheckpointConfig(metric_name="eval/pass@1"), losses.state(), said.append)
+    assert best.offer(5, {"eval/pass@1": 0.5}) and best.steps == [5]
+    assert said == [
+        "the best steps so far were by loss (lower is better), not by eval/pass@1 (higher is better): none of them counts"
+    ]
+    assert BestSteps(CheckpointConfig(), losses.state()).state() == losses.state()  # for a later start
 
 
 def test_the_file_says_the_best_and_what_is_exported(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import pytest
 from megatron_rl.errors import UserError
 from megatron_rl.tasks.rows.content import rows_digest
 from megatron_rl.tasks.rows.copy import copy_rows
+from megatron_rl.tasks.rows.layouts import read_example
 from megatron_rl.tasks.rows.open import first_row, open_rows
+from megatron_rl.tasks.rows.row import Fields, Row
 from megatron_rl.tasks.rows.spec import parse_spec
 
 GOOD = b'{"question": "q", "answer": "1"}'
@@ -236,3 +238,10 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     other = write(tmp_path / "c.jsonl", ROWS[1:])
     assert rows_digest([str(first)]) == rows_digest([str(second)]) != rows_digest([str(other)])
     assert rows_digest([f"{first}[:3]"]) != rows_digest([str(first)])
+
+
+def test_tools_that_are_no_json_are_named(tmp_path: Path) -> None:
+    fields = Fields(question="question", tools="tools")
+    row = Row("f:3", {"question": "q", "tools": "[{'name': 1}]"}, fields)
+    with pytest.raises(UserError, match=r"f:3 = .*: column 'tools' is not JSON"):
+        read_example(row)
