@@ -184,6 +184,17 @@ def answer_text(value: Any, row: Row, column: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _content(value: Any, source: str, column: str) -> str | None:
+    """Return the text of a turn: a text as it is, parts ``{"type": "text", "text": ...}`` joined."""
+    if value is None or isinstance(value, str):
+        return value
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in value]
+    if not all(isinstance(text, str) for text in texts):
+        rule = f"column {column!r}: the last turn of the assistant has parts that are no text"
+        raise UserError(source, shorten(value), rule, "leave such rows out")
+    return "".join(texts)
+
+
 def split_messages(value: Sequence[Any], source: str, column: str) -> tuple[tuple[Message, ...], str | None]:
     """Check chat messages; return those that the model reads, and the text of an assistant's turn that ends them.
 
@@ -202,7 +213,7 @@ def split_messages(value: Sequence[Any], source: str, column: str) -> tuple[tupl
         messages.append({name: inner for name, inner in message.items() if inner is not None})
     last = None
     if messages and messages[-1]["role"] == "assistant":
-        last = messages.pop().get("content")
+        last = _content(messages.pop().get("content"), source, column)
     if not any(message["role"] == "user" and message.get("content") for message in messages):
         raise UserError(source, shorten(value), f"column {column!r} has no user's turn to answer", fix)
     return tuple(messages), last

@@ -245,3 +245,14 @@ def test_tools_that_are_no_json_are_named(tmp_path: Path) -> None:
     row = Row("f:3", {"question": "q", "tools": "[{'name': 1}]"}, fields)
     with pytest.raises(UserError, match=r"f:3 = .*: column 'tools' is not JSON"):
         read_example(row)
+
+
+def test_a_demonstration_in_parts_is_a_text() -> None:
+    def row(*parts: dict[str, str]) -> Row:
+        turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": list(parts)}]
+        return Row("f:1", {"messages": turns}, Fields(prompt="messages"))
+
+    spoken = [{"type": "text", "text": "It is "}, {"type": "text", "text": "4."}]
+    assert read_example(row(*spoken)).solution == "It is 4."
+    with pytest.raises(UserError, match=r"f:1 = .*the last turn of the assistant has parts that are no text"):
+        read_example(row({"type": "image", "image": "cat.png"}))
