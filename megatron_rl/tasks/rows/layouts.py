@@ -188,8 +188,9 @@ def _content(value: Any, source: str, column: str) -> str | None:
     """Return the text of a turn: a text as it is, parts ``{"type": "text", "text": ...}`` joined."""
     if value is None or isinstance(value, str):
         return value
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in value]
-    if not all(isinstance(text, str) for text in texts):
+    found = [part.get("text") if isinstance(part, Mapping) else None for part in value]
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(found):
         rule = f"column {column!r}: the last turn of the assistant has parts that are no text"
         raise UserError(source, shorten(value), rule, "leave such rows out")
     return "".join(texts)
