@@ -78,14 +78,16 @@ class UserError(ValueError):
         field: what is wrong, as the user would find it: a dotted config key, ``file:line``, a path.
         value: the value received; ``None`` where showing one would say nothing. Secrets in it are masked.
         rule: what has to hold, in a few words, without a full stop.
-        fix: what to do about it, without a full stop.
+        fix: what to do about it, without a full stop; a question has its mark.
     """
 
     def __init__(self, field: str, value: object, rule: str, fix: str) -> None:
         value = _masked(_last_name(field), value)
         self.field, self.value, self.rule, self.fix = field, value, rule, fix
         shown = "" if value is None else f" = {shortened(without_secrets(repr(value)))}"
-        super().__init__(without_secrets(f"{one_line(field)}{shown}: {one_line(rule)}. Fix: {one_line(fix)}."))
+        fix = one_line(fix)
+        end = "" if fix.endswith("?") else "."
+        super().__init__(without_secrets(f"{one_line(field)}{shown}: {one_line(rule)}. Fix: {fix}{end}"))
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str, str]]:
         """Keep the four parts when the error crosses a process border."""

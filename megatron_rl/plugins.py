@@ -253,7 +253,7 @@ def _missing(path: str, names: Iterable[str], field: str) -> UserError:
     public = sorted(name for name in names if not name.startswith("_"))
     near = difflib.get_close_matches(attribute, public, n=1)
     fix = (
-        f"did you mean {near[0]}" if near else f"check the spelling; {module} has {', '.join(public[:8]) or 'nothing'}"
+        f"did you mean {near[0]}?" if near else f"check the spelling; {module} has {', '.join(public[:8]) or 'nothing'}"
     )
     return UserError(field, path, f"is not there: {module} has no {attribute}", fix)
 

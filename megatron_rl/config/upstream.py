@@ -275,7 +275,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = [other for other in names if other.startswith(f"{name}_")][:3]
     close = close or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}" if close else "remove it"
+    return f"did you mean {' or '.join(close)}?" if close else "remove it"
 
 
 def check_fields(

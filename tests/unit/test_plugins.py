@@ -41,7 +41,7 @@ def test_a_known_name_and_a_path_are_found(folder: Path) -> None:
         ("a-b:X", "does not read package.module:NAME"),
         ("plugins_nowhere:X", "there is no module plugins_nowhere"),
         ("plugins_nowhere.inside:X", "cannot be imported"),
-        ("plugins_bad:THINK", r"plugins_bad has no THINK. Fix: did you mean THING\."),
+        ("plugins_bad:THINK", r"plugins_bad has no THINK. Fix: did you mean THING\?$"),
         ("plugins_bad:inside", "has no inside"),
         ("plugins_bad:THING", r"cannot be imported \(ZeroDivisionError"),
         ("plugins_syntax:THING", r"cannot be imported \(SyntaxError in line 1"),

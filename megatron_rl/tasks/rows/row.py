@@ -95,7 +95,7 @@ class Row:
         """Say that the row has no such column, and which are spelt alike."""
         near = difflib.get_close_matches(name, self.values, n=3, cutoff=0.4)
         fix = (
-            f"did you mean {' or '.join(near)}" if near else "add it to the row, or name another column in data.fields"
+            f"did you mean {' or '.join(near)}?" if near else "add it to the row, or name another column in data.fields"
         )
         return UserError(self.source, shorten(", ".join(self.values)), f"has no field {name!r}", fix)
 
