@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from megatron_rl.errors import UserError, described
+from megatron_rl.files import content_digest
 
 T = TypeVar("T")
 BINDERS = frozenset({"exec", "globals", "setattr", "vars"})
@@ -104,6 +105,12 @@ def load(path: str, *, field: str, what: str) -> Any:
     except FROM_OUTSIDE as error:
         raise _broken(path, described(error), field, what) from error
     raise _missing(path, vars(module), field)
+
+
+def file_digest(path: str | None) -> str | None:
+    """Return a digest of the file of ``folder/file.py:NAME``; None of a name from the Python path, and of None."""
+    file = Path((path or "").rpartition(":")[0])
+    return content_digest(file) if file.is_file() else None
 
 
 def _module_of_file(path: Path) -> ModuleType:

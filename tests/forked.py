@@ -175,7 +175,7 @@ def _wait(pids: list[int], directory: Path, timeout_s: float) -> dict[int, int]:
 
 
 def _stacks(pids: list[int], exit_codes: dict[int, int], directory: Path) -> str:
-    """Where the ranks are that have no result; "" where all have ended."""
+    """Return the stacks of the ranks that have no result; "" where all have ended."""
     late = [rank for rank in range(len(pids)) if rank not in exit_codes and not (directory / f"rank_{rank}").exists()]
     for rank in late:
         os.kill(pids[rank], _SHOW_STACKS)

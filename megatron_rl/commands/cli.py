@@ -138,8 +138,9 @@ def evaluate(
     The same command goes on after a kill. docs/evaluation.md.
     """
     from megatron_rl.commands.evaluate import adapt
-    from megatron_rl.commands.evaluated import data_overrides, find_model, quoted, sampling_overrides
+    from megatron_rl.commands.evaluated import data_overrides, find_model, sampling_overrides
     from megatron_rl.config import check_files, load_config
+    from megatron_rl.config.reader import quoted
     from megatron_rl.launch.command import start
 
     found = find_model(model, checkpoint)

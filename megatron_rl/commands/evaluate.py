@@ -33,8 +33,9 @@ def evaluate(config: Config, runtime: Runtime) -> None:
     with Run(config, runtime, is_trained=False) as run:
         settings = _settings(run)
         with all_ranks_agree(run.groups.cpu_group):
-            problems = [prompt.problem for prompts in run.inputs.held_out.values() for prompt in prompts]
-            check_columns(problems, config.eval.by)
+            if config.eval.by:
+                problems = [prompt.problem for prompts in run.inputs.held_out.values() for prompt in prompts]
+                check_columns(problems, config.eval.by)
             folder = SampleFolder(run.directory, settings) if run.is_first else None
         sets = named(run.inputs.held_out)
         found = {name: sample_set(run, folder, name, prompts) for name, prompts in sets.items()}
@@ -125,6 +126,7 @@ def _settings(run: Run) -> dict[str, Any]:
     from megatron_rl.data.chunked import prompts_digest
     from megatron_rl.data.origin import tokenizer_digest
     from megatron_rl.files import content_digest
+    from megatron_rl.plugins import file_digest
 
     config, checkpoint = run.config, run.config.exp_manager.resume_from_checkpoint
     settings = config.eval
@@ -145,21 +147,13 @@ def _settings(run: Run) -> dict[str, Any]:
         },
         "task": config.data.task,
         "reward": config.data.reward,
-        "reward_file": reward_digest(config.data.reward),
+        "reward_file": file_digest(config.data.reward),
         "reward_kwargs": config.data.reward_kwargs,
         "engine": config.rollout.engine,
         "precision": config.trainer.precision,
         "seed": config.trainer.seed,
         "chunk_size": settings.chunk_size,
     }
-
-
-def reward_digest(reward: str | None) -> str | None:
-    """Return a digest of the file of ``FILE.py:FUNCTION``; None of a function of an installed module, and without one."""
-    from megatron_rl.files import content_digest
-
-    path = Path((reward or "").rpartition(":")[0])
-    return content_digest(path) if path.is_file() else None
 
 
 def _model(config: Config) -> str:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from megatron_rl.config.installed import platform
+from megatron_rl.config.reader import quoted
 from megatron_rl.errors import UserError
 from megatron_rl.metrics.best import read_best
 
@@ -127,11 +128,6 @@ def sampling_overrides(samples: int | None, k: str | None, *, greedy: bool, by: 
     values = k or ",".join(str(2**power) for power in range(max(1, number.bit_length())) if 2**power <= max(1, number))
     found = [f"eval.num_samples={number}", f"eval.k_values=[{values}]", f"eval.greedy={str(greedy).lower()}"]
     return [*found, f"eval.by=[{', '.join(map(quoted, by))}]"] if by else found
-
-
-def quoted(text: str) -> str:
-    """Quote for YAML, where ``2024`` would be a number."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _files(text: str) -> str:

@@ -186,9 +186,11 @@ def _provenance(run: Run) -> Provenance:
 def _open(run: Run, prompts: list[Prompt], provenance: Provenance) -> PresampledFolder:
     from megatron_rl.data.chunked import prompts_digest
     from megatron_rl.data.presampled import PresampledFolder
+    from megatron_rl.plugins import file_digest
 
     settings: dict[str, Any] = asdict(run.config.presample) | asdict(provenance)
     settings |= {"seed": run.config.trainer.seed, "prompts": prompts_digest(prompts)}
+    settings["reward_file"] = file_digest(run.config.data.reward)
     return PresampledFolder(run.directory, settings, provenance)
 
 

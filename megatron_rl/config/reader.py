@@ -50,6 +50,11 @@ def read_tree(path: str | Path, overrides: Sequence[str]) -> Tree:
     return tree
 
 
+def quoted(text: str) -> str:
+    """Quote a text for an override, in YAML's syntax, where ``2024`` would be a number."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     path = path.resolve()
     if path in seen:

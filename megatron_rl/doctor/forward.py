@@ -101,10 +101,11 @@ def _megatron_log_probs(hf_directory: str, megatron_directory: str, tokens: Any,
     import torch.distributed as dist
 
     from megatron_rl.config import load_config
+    from megatron_rl.config.reader import quoted
     from megatron_rl.model.torch_dist import log_probs_of_one_rank
 
     (folder / "config.yaml").write_text(_CONFIG)
-    config = load_config(folder / "config.yaml", [f"policy.model_path={hf_directory}"])
+    config = load_config(folder / "config.yaml", [f"policy.model_path={quoted(hf_directory)}"])
     store = dist.FileStore(str(folder / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(minutes=10))
     found = log_probs_of_one_rank(config, megatron_directory, tokens)

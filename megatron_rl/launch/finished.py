@@ -22,6 +22,7 @@ from megatron_rl.launch.folder import SUMMARY
 from megatron_rl.launch.rank import Runtime
 from megatron_rl.metrics.rows import json_safe
 from megatron_rl.parallel.agree import all_ranks_agree, broadcast_json
+from megatron_rl.plugins import file_digest
 from megatron_rl.tasks.rows.content import rows_digest
 
 _NO_MATTER = (
@@ -112,6 +113,9 @@ def result_settings(config: Config) -> dict[str, Any]:
     for field, path in paths.items():
         folder = None if path is None else folders.get(field, Path(path))
         settings[field] = None if folder is None else {"path": path, "content": content_digest(folder)}
+    reward = config.data.reward
+    if reward is not None and (content := file_digest(reward)) is not None:
+        settings["data.reward"] = {"path": reward, "content": f"{content} {reward.rpartition(':')[2]}"}
     settings = {field: value for field, value in settings.items() if not field.startswith("data.validation.")}
     settings["data.validation"] = None
     sets = {validation_key(name): files for name, files in config.data.held_out.items()}

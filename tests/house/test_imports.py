@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {
         "config", "convert.architecture", "convert.hf", "convert.tables", "parallel", "rewards", "tasks", "tasks.rows",
     },
-    "launch": {"config", "metrics", "parallel", "patches", "process", "tasks.rows"},
+    "launch": {"config", "metrics", "parallel", "patches", "plugins", "process", "tasks.rows"},
     "report": {"advantages", "config", "metrics", "rewards"},
     "rollout": {
         "config", "convert.architecture", "convert.hf", "metrics", "parallel", "patches", "plugins", "process", "scoring",
@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "commands": {
         "algorithms", "config", "convert.architecture", "convert.offline", "convert.tables", "data", "doctor", "evaluation",
-        "launch", "metrics", "parallel", "process", "report", "rewards", "rollout", "run", "scoring", "tasks",
+        "launch", "metrics", "parallel", "plugins", "process", "report", "rewards", "rollout", "run", "scoring", "tasks",
     },
     "train": {"config", "launch", "process", "run"},
 }  # fmt: skip

@@ -104,3 +104,12 @@ def test_what_cannot_be_called_as_it_will_be_is_one_error(found: object, rule: s
     expected = pytest.raises(UserError, match=r"data.thing = 'm:F': " + rule) if rule else nullcontext()
     with expected:
         plugins.check_call(found, "m:F", ("a",), ("b",), field="data.thing")
+
+
+def test_another_text_of_a_file_is_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def score(response): return 1.0")
+    before = plugins.file_digest(f"{file}:score")
+    file.write_text("def score(response): return 0.0")
+    assert None not in (before, now := plugins.file_digest(f"{file}:score")) and before != now
+    assert plugins.file_digest(None) is None and plugins.file_digest("package.module:score") is None

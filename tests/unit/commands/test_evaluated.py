@@ -1,4 +1,4 @@
-"""What `megatron-rl eval` takes as a model, and its options as settings."""
+"""Models that `megatron-rl eval` takes, and its options as settings."""
 
 from __future__ import annotations
 

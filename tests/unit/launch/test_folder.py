@@ -100,6 +100,19 @@ def test_a_changed_file_under_the_same_name_is_another(place: Path) -> None:
         finished_steps(config(place))
 
 
+def test_a_changed_reward_under_the_same_name_is_another(place: Path) -> None:
+    file = place / "own.py"
+    file.write_text("def score(response): return 1.0\ndef other(response): return 0.0\n")
+    reward = f"data.reward={file}:score"
+    finish(config(place, reward), steps=4)
+    assert finished_steps(config(place, reward)) == 4
+    with pytest.raises(UserError, match=r"data\.reward had other content"):
+        finished_steps(config(place, f"data.reward={file}:other"))
+    file.write_text("def score(response): return 2.0\n")
+    with pytest.raises(UserError, match=r"data\.reward had other content"):
+        finished_steps(config(place, reward))
+
+
 def test_a_summary_that_names_no_settings_is_taken_as_it_is(place: Path) -> None:
     finish(config(place), steps=4, settings={})
     assert finished_steps(config(place, "trainer.seed=8")) == 4
